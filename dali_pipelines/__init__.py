@@ -1,0 +1,18 @@
+"""From a video file to a batch of clips.
+
+`ClipLoader` is imported on first use: DALI's worker processes import modules of this package, and each of them
+would otherwise carry torch (about 200 MB and two seconds) for nothing.
+"""
+
+from dali_pipelines.errors import InputError
+from dali_pipelines.manifest import Manifest
+
+__all__ = ["ClipLoader", "InputError", "Manifest"]
+
+
+def __getattr__(name: str):
+    if name == "ClipLoader":
+        from dali_pipelines.loader import ClipLoader
+
+        return ClipLoader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,71 @@
+"""Which pixels of a frame make a view: "resize the short side, then crop a square" as one rectangle.
+
+A rectangle is float64 [4]: y0, x0, y1, x1 in source pixels, the continuous kind (the first pixel spans 0..1).
+Resizing it to crop_size x crop_size gives what resize-then-crop gives (bilinear, half-pixel centres, no
+antialias). Ends that are swapped flip: x0 > x1 is a horizontal flip.
+"""
+
+import math
+
+import numpy as np
+
+JITTER = (8 / 7, 10 / 7)  # 256 and 320 at 224, PaddleVideo pptimesformer_k400_videos.yaml
+VALIDATION_SCALE = 8 / 7  # 256 at 224
+
+
+def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(height, width) after the short side became `short_side`; the long one is rounded down (PaddleVideo Scale)."""
+    if width < height:
+        return math.floor(height / width * short_side), short_side
+    return short_side, math.floor(width / height * short_side)
+
+
+def random_crop(
+    *, height: int, width: int, crop_size: int, short_sides: tuple[float, float], flip: bool, draws: np.ndarray
+) -> np.ndarray:
+    """One rectangle [1, 4] for training; `draws` are four uniform numbers in [0, 1): scale, y, x, flip."""
+    low, high = short_sides
+    size = resized_size(height, width, round(low + draws[0] * (high - low)))
+    y, x = (int(u * (side - crop_size + 1)) for u, side in zip(draws[1:3], size, strict=True))
+    rectangle = _rectangle(height, width, size, y, x, crop_size)
+    return rectangle[:, [0, 3, 2, 1]] if flip and draws[3] < 0.5 else rectangle
+
+
+def centre_crop(*, height: int, width: int, crop_size: int, short_side: int) -> np.ndarray:
+    """One rectangle [1, 4] for validation."""
+    size = resized_size(height, width, short_side)
+    y, x = (round((side - crop_size) / 2) for side in size)
+    return _rectangle(height, width, size, y, x, crop_size)
+
+
+def uniform_crops(*, height: int, width: int, crop_size: int, short_side: int) -> np.ndarray:
+    """Three rectangles [3, 4] at the start, middle and end of the long side (PaddleVideo UniformCrop)."""
+    size = resized_size(height, width, short_side)
+    step_y, step_x = ((side - crop_size) // 2 for side in size)
+    if size[0] > size[1]:
+        corners = [(view * step_y, step_x) for view in range(3)]
+    else:
+        corners = [(step_y, view * step_x) for view in range(3)]
+    return np.concatenate([_rectangle(height, width, size, y, x, crop_size) for y, x in corners])
+
+
+def to_coded(rectangles: np.ndarray, *, rotation: int, height: int, width: int) -> tuple[np.ndarray, bool]:
+    """Rectangles in the picture as shown -> rectangles in the picture as coded, and whether to transpose after.
+
+    `rotation`: degrees anticlockwise by which the coded picture (`height` x `width`, as coded) is turned to be shown.
+    """
+    y0, x0, y1, x1 = rectangles.T
+    if rotation == 90:
+        turned = (x0, width - y0, x1, width - y1)
+    elif rotation == 180:
+        turned = (height - y0, width - x0, height - y1, width - x1)
+    elif rotation == 270:
+        turned = (height - x0, y0, height - x1, y1)
+    else:
+        turned = (y0, x0, y1, x1)
+    return np.stack(turned, axis=1), rotation in (90, 270)
+
+
+def _rectangle(height: int, width: int, size: tuple[int, int], y: int, x: int, crop_size: int) -> np.ndarray:
+    scale_y, scale_x = height / size[0], width / size[1]
+    return np.array([[y * scale_y, x * scale_x, (y + crop_size) * scale_y, (x + crop_size) * scale_x]])

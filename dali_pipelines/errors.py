@@ -1,0 +1,33 @@
+"""The one kind of error that is meant for the person who typed the command, and how commands show it."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Bad input: says which file or key, what was expected, and what to do. Commands print it as one line."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main` and exits: 0 or what it returned, 2 for bad input, 130 for Ctrl-C.
+
+    An `InputError` or an operating-system error (no such file, disk full) is one line on stderr. Anything else is
+    our own bug and keeps its traceback.
+    """
+    rank = os.environ.get("RANK")
+    command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        message = str(error)
+    except BrokenPipeError:  # `predict.py ... | head` is not a failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,337 @@
+"""ClipLoader: a DALI pipeline as an iterable of batches of torch tensors, epoch by epoch."""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
+
+from dali_pipelines import crops
+from dali_pipelines.clip_source import DALI_CPU_CODECS, DALI_GPU_CODECS, ClipSource
+from dali_pipelines.errors import InputError
+from dali_pipelines.graph import clip_pipeline
+from dali_pipelines.manifest import Manifest
+from dali_pipelines.plan import MODES, PADDING, Mode, Order, View
+from dali_pipelines.sampling import PAST_END
+
+_PREFETCH = 2  # batches that DALI works ahead
+
+
+class Batch(NamedTuple):
+    """Clips are on the loader's device, the rest in host memory."""
+
+    clips: torch.Tensor
+    """[B, C, T, H, W]; mode "test": [B, V, C, T, H, W]. float32 or float16, (value / 255 - mean) / std."""
+    labels: torch.Tensor
+    """int64 [B]; -1 where the entry is padding."""
+    sample_ids: torch.Tensor
+    """int64 [B]: row in the manifest; -1 where the entry is padding."""
+    valid: torch.Tensor
+    """bool [B]: False for padding and for videos that cannot be read; those clips are black."""
+
+
+class Fault(NamedTuple):
+    """A video that could not be read."""
+
+    epoch: int
+    sample_id: int
+    path: str
+    reason: str
+
+
+@dataclass
+class LoaderStats:
+    """What a loader has done since it was made."""
+
+    clips: int = 0
+    seconds: float = 0.0
+    """Between the first request of each epoch and its last batch, the consumer's own time included."""
+    wait_seconds: float = 0.0
+    """Of these, spent waiting for a batch."""
+    packets_read: int = 0
+    packets_fed: int = 0
+    """Both count host decoding only; DALI does not tell."""
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Reason -> how many samples did not go the way that was meant for them."""
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def clips_per_second(self) -> float:
+        return self.clips / self.seconds if self.seconds else 0.0
+
+
+class ClipLoader:
+    """Batches of clips from the videos of a manifest, decoded, cropped and normalised by DALI.
+
+        loader = ClipLoader(manifest, mode="train", batch_size=8, num_frames=8, crop_size=224)
+        for batch in loader:                # one epoch
+            batch.clips                     # [8, 3, 8, 224, 224]
+
+    `iter(loader)` starts the next epoch, or goes on where `load_state_dict` put it; a `for` that was left early
+    counts as that epoch's end. Every clip is a pure function of (seed, epoch, sample id).
+
+    mode: "train" (shuffled, random windows and crops, the tail that fills no step dropped), "validate" (in order,
+        centre crop) or "test" (in order, three crops along the long side). Both evaluations pad the last step.
+    batch_size: clips a batch on this rank.
+    num_frames, stride, target_fps, past_end: see `sampling.frame_positions`. stride None: the whole video.
+    crop_size: pixels a side of the square crop.
+    short_side: pixels of the short side before the crop; a number, or (low, high) for training to draw from.
+        Default: 8/7 to 10/7 of the crop in training, 8/7 in validation, 1 in the test.
+    flip: training mirrors every second clip; False where left and right differ in meaning.
+    mean, std: three numbers each, of values in 0..1.
+    dtype: torch.float32 or torch.float16.
+    device: "cpu", or a CUDA device: decode (NVDEC), resize and normalise happen there.
+    workers: processes that read files and decode what DALI cannot; 0 does it in this one; None: one a CPU core.
+    step_entries: entries an optimizer step over all ranks and micro-batches; default batch_size * world_size.
+
+    Raises `InputError` for settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        mode: Mode,
+        batch_size: int,
+        num_frames: int,
+        crop_size: int,
+        stride: float | None = 32,
+        target_fps: float = 30,
+        past_end: Literal["fit", "hold"] = "fit",
+        short_side: float | tuple[float, float] | None = None,
+        flip: bool = True,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int | None = None,
+        step_entries: int | None = None,
+    ):
+        step_entries = step_entries or batch_size * world_size
+        _check(mode in MODES, f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        _check(past_end in PAST_END, f"past_end is {past_end!r}; expected one of {', '.join(PAST_END)}")
+        _check(batch_size >= 1, f"batch_size is {batch_size}; expected 1 or more")
+        _check(num_frames >= 1, f"num_frames is {num_frames}; expected 1 or more")
+        _check(crop_size >= 1, f"crop_size is {crop_size}; expected 1 or more pixels")
+        _check(stride is None or stride > 0, f"stride is {stride}; expected more than 0, or None for whole videos")
+        _check(target_fps > 0, f"target_fps is {target_fps}; expected more than 0")
+        _check(len(mean) == len(std) == 3, f"mean {mean} and std {std} must have three numbers each")
+        _check(all(value > 0 for value in std), f"std is {std}; expected more than 0")
+        _check(dtype in (torch.float32, torch.float16), f"dtype is {dtype}; expected torch.float32 or torch.float16")
+        _check(seed >= 0, f"seed is {seed}; expected 0 or more")
+        _check(0 <= rank < world_size, f"rank is {rank}; expected 0 to {world_size - 1}")
+        _check(
+            step_entries % (batch_size * world_size) == 0,
+            f"step_entries is {step_entries}; expected a multiple of {batch_size} clips x {world_size} ranks",
+        )
+        _check(len(manifest) > 0, "the manifest has no videos")
+        if mode == "train":
+            _check(
+                len(manifest) >= step_entries,
+                f"the manifest has {len(manifest)} videos, fewer than the {step_entries} of one training step; "
+                "use a smaller batch",
+            )
+        self.manifest = manifest
+        self.device = torch.device(device)
+        self.stats = LoaderStats()
+        self._batch_size = batch_size
+        self._mean, self._std, self._dtype = mean, std, dtype
+        self._view = View(
+            mode=mode,
+            num_frames=num_frames,
+            crop_size=crop_size,
+            stride=stride,
+            target_fps=target_fps,
+            past_end=past_end,
+            short_sides=_short_sides(mode, crop_size, short_side),
+            flip=flip,
+        )
+        self._order = Order(
+            rows=len(manifest),
+            training=mode == "train",
+            seed=seed,
+            step_entries=step_entries,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._labels = torch.from_numpy(np.append(manifest.labels, -1))  # the last one is padding's
+        self._epoch = 0
+        self._batches = 0  # consumed in this epoch
+        self._begun = False  # by an iterator that may have been left early
+        self._pipeline = None
+        self._place = 0  # of the next entry that the pipeline gives
+        self._host_ids: frozenset[int] = frozenset()
+        self._table = tempfile.TemporaryDirectory(prefix="clip_loader_")
+        manifest.save_arrays(self._table.name)
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on every rank."""
+        return self._order.rank_entries // self._batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._begun:
+            self._epoch, self._batches = self._epoch + 1, 0
+        self._begun = True
+        return self._iterate(self._epoch)
+
+    def _iterate(self, epoch: int) -> Iterator[Batch]:
+        started = time.perf_counter()
+        while self._begun and self._epoch == epoch and self._batches < len(self):
+            asked = time.perf_counter()
+            batch = self._next_batch()
+            now = time.perf_counter()
+            self._batches += 1
+            self.stats.clips += int((batch.sample_ids != PADDING).sum())
+            self.stats.wait_seconds += now - asked
+            self.stats.seconds += now - started
+            started = now
+            yield batch
+        if self._begun and self._epoch == epoch:
+            self._epoch, self._batches, self._begun = epoch + 1, 0, False
+        if self._view.mode != "train":
+            self.close()
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next `iter` starts this epoch, from its beginning."""
+        self._epoch, self._batches, self._begun = epoch, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: entries that the caller has received, over all ranks; never those decoded ahead."""
+        entries = self._batches * self._batch_size * self._order.world_size
+        return {"epoch": self._epoch, "entries": entries, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position, without decoding what is skipped; other batch sizes, workers and ranks are fine."""
+        for key, value in self._identity().items():
+            _check(
+                state.get(key) == value,
+                f"the saved position has {key} {state.get(key)}, this loader {value}: the order would be another",
+            )
+        batches, rest = divmod(state["entries"], self._batch_size * self._order.world_size)
+        _check(
+            not rest,
+            f"the saved position, {state['entries']} entries, is within a batch of {self._batch_size} clips x "
+            f"{self._order.world_size} ranks",
+        )
+        self._epoch, self._batches, self._begun = state["epoch"], batches, False
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self._order.seed, "rows": self._order.rows, "step_entries": self._order.step_entries}
+
+    def close(self) -> None:
+        """Stops the workers; the next `iter` starts them again."""
+        self._pipeline = None
+
+    def _next_batch(self) -> Batch:
+        place = self._epoch * self._order.rank_entries + self._batches * self._batch_size
+        if self._pipeline is None or self._place != place:
+            self._start(place)
+        try:
+            outputs = self._pipeline.run()
+        except RuntimeError as error:
+            outputs = self._run_without_dali_decoder(place, error)
+        self._place = place + self._batch_size
+        return self._receive(*outputs)
+
+    def _start(self, place: int) -> None:
+        self.close()
+        source = ClipSource(
+            table=self._table.name,
+            root=os.fspath(self.manifest.root),
+            view=self._view,
+            order=self._order,
+            start=place,
+            dali_codecs=DALI_CPU_CODECS if self.device.type == "cpu" else DALI_GPU_CODECS,
+            host_ids=self._host_ids,
+        )
+        device_id = None
+        if self.device.type != "cpu":
+            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
+        self._pipeline = clip_pipeline(
+            source,
+            batch_size=self._batch_size,
+            crop_size=self._view.crop_size,
+            views=self._view.count,
+            mean=self._mean,
+            std=self._std,
+            half=self._dtype == torch.float16,
+            device_id=device_id,
+            workers=self._workers,
+            prefetch=_PREFETCH,
+        )
+        with _hidden_main():
+            self._pipeline.start_py_workers()
+        self._pipeline.build()
+        self._place = place
+
+    def _run_without_dali_decoder(self, place: int, error: RuntimeError):
+        """DALI's decoder cannot name a bad video, and the pipeline is gone: the host decoder takes these batches."""
+        suspects = {self._order.sample(place + offset)[1] for offset in range(self._batch_size * (_PREFETCH + 1))}
+        new = suspects - self._host_ids - {PADDING}
+        if not new:  # the host decoder has had them already: this is something else
+            raise error
+        self._host_ids |= new
+        reason = "DALI's decoder failed on a batch"
+        self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + len(new)
+        self._start(place)
+        return self._pipeline.run()
+
+    def _receive(self, clips, sample_ids, packets, faults) -> Batch:
+        sample_ids = torch.from_numpy(np.array(sample_ids.as_tensor()))
+        valid = sample_ids != PADDING
+        for index, sample_id in enumerate(sample_ids.tolist()):
+            reason = np.array(faults.at(index)).tobytes().decode()
+            if reason:
+                valid[index] = False
+                self.stats.faults.append(Fault(self._epoch, sample_id, self.manifest.file(sample_id), reason))
+        read, fed = np.array(packets.as_tensor()).sum(axis=0)
+        self.stats.packets_read += int(read)
+        self.stats.packets_fed += int(fed)
+        # A copy: DALI writes the next batches into the same memory.
+        clips = to_torch_tensor(clips.as_tensor(), copy=True)
+        return Batch(clips, self._labels[sample_ids], sample_ids, valid)
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+def _short_sides(mode: Mode, crop_size: int, short_side: float | tuple[float, float] | None) -> tuple[float, float]:
+    if short_side is None:
+        low, high = {
+            "train": crops.JITTER,
+            "validate": (crops.VALIDATION_SCALE, crops.VALIDATION_SCALE),
+            "test": (1, 1),
+        }[mode]
+        return low * crop_size, high * crop_size
+    low, high = short_side if isinstance(short_side, Sequence) else (short_side, short_side)
+    _check(
+        crop_size <= low <= high,
+        f"short_side is {short_side}; expected at least the crop of {crop_size} pixels, and low <= high",
+    )
+    return low, high
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Hides the user's script from spawn, which would import it in every worker: torch with it, or all of it again
+    where the script has no main guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,275 @@
+"""The table of videos: what is known of each before it is decoded.
+
+A manifest is a CSV file that a person can read and edit. Comment lines before the column names say where the videos
+are, the names of the classes, and how many listed videos were rejected:
+
+    # root: videos
+    # classes: ["archery", "bowling"]
+    # listed 3, kept 2, rejected 1
+    path,label,frames,fps,width,height,codec,rotation
+    a.mp4,0,280,28.0,340,256,h264,0
+    b.webm,1,120,29.97002997002997,256,340,vp9,90
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from dali_pipelines.errors import InputError
+
+ROTATIONS = (0, 90, 180, 270)
+
+
+class Video(NamedTuple):
+    """One row. Width and height are as shown, in pixels, with rotation metadata applied."""
+
+    path: str
+    """Relative to the manifest's root, or absolute."""
+    label: int
+    frames: int
+    """Pictures that a decoder puts out, not what the header claims."""
+    fps: float
+    width: int
+    height: int
+    codec: str
+    """FFmpeg's name: h264, hevc, mpeg4, vp9, ..."""
+    rotation: int
+    """Degrees anticlockwise by which the coded picture is turned to be shown: 0, 90, 180 or 270."""
+
+
+_ROW = np.dtype(
+    [
+        ("path_end", np.int64),
+        ("label", np.int64),
+        ("frames", np.int64),
+        ("fps", np.float64),
+        ("width", np.int32),
+        ("height", np.int32),
+        ("codec", "S16"),
+        ("rotation", np.int16),
+    ]
+)
+
+
+class Manifest:
+    """Videos in the order of the file: `len(manifest)`, `manifest[i]` is a `Video`, `.labels` int64 [N].
+
+    `root` is the folder that paths are relative to; `classes` the names of the classes, () where unknown; `listed` and
+    `rejected` count the videos that the manifest was made from and those left out as unreadable.
+    """
+
+    def __init__(
+        self,
+        videos: Iterable[Video],
+        *,
+        root: str | os.PathLike = ".",
+        classes: Sequence[str] = (),
+        rejected: int = 0,
+    ):
+        columns = list(zip(*videos, strict=True)) or [()] * len(Video._fields)
+        self._fill([os.fsencode(path) for path in columns[0]], columns[1:])
+        self.root = Path(root)
+        self.classes = tuple(classes)
+        self.rejected = rejected
+
+    def _fill(self, paths: list[bytes], columns: Sequence[Sequence]) -> None:
+        self._rows = np.zeros(len(paths), _ROW)
+        self._rows["path_end"] = np.cumsum([len(path) for path in paths])
+        self._paths = np.frombuffer(b"".join(paths), np.uint8)
+        for name, column in zip(Video._fields[1:], columns, strict=True):
+            self._rows[name] = np.asarray(column, dtype="S16") if name == "codec" else np.asarray(column)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Video:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a manifest of {len(self)}")
+        start = int(self._rows["path_end"][index - 1]) if index else 0
+        end, label, frames, fps, width, height, codec, rotation = self._rows[index].item()
+        path = os.fsdecode(self._paths[start:end].tobytes())
+        return Video(path, label, frames, fps, width, height, codec.decode(), rotation)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._rows["label"]
+
+    @property
+    def listed(self) -> int:
+        return len(self) + self.rejected
+
+    def file(self, index: int) -> str:
+        """The path of row `index` that can be opened from here."""
+        return os.path.join(self.root, self[index].path)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Manifest":
+        """Reads a manifest file; `InputError` names the file and the line where it is wrong."""
+        path = Path(path)
+        try:
+            text = path.read_bytes().decode("utf-8", "surrogateescape")
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such manifest; `python prepare.py index` or `folder` makes one") from None
+        body = re.sub(r"\A\ufeff?(?:#[^\n]*\n|\s*\n)*", "", text)
+        header = dict(re.findall(r"^# (root|classes): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
+        rejected = re.search(r"^# listed \d+, kept \d+, rejected (\d+)", text[: len(text) - len(body)], re.MULTILINE)
+        first_line = text[: len(text) - len(body)].count("\n") + 1
+        manifest = cls(
+            (),
+            root=path.parent / header.get("root", "."),
+            classes=_read_classes(path, header.get("classes", "[]")),
+            rejected=int(rejected[1]) if rejected else 0,
+        )
+        manifest._fill(*_read_columns(path, body, first_line))
+        return manifest
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes the file beside its place and renames it, so that a kill leaves the old one or the new one."""
+        path = Path(path)
+        root = self.root.resolve()
+        home = path.parent.resolve()
+        out = io.StringIO()
+        out.write(f"# root: {root.relative_to(home).as_posix() if root.is_relative_to(home) else root}\n")
+        out.write(f"# classes: {json.dumps(self.classes, ensure_ascii=False)}\n")
+        out.write(f"# listed {self.listed}, kept {len(self)}, rejected {self.rejected}\n")
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(Video._fields)
+        writer.writerows(self[index] for index in range(len(self)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
+        unfinished.replace(path)
+
+    def save_arrays(self, folder: str | os.PathLike) -> None:
+        """Writes the table as arrays that `map_arrays` opens without copying: many workers share one in memory."""
+        np.save(os.path.join(folder, "rows.npy"), self._rows)
+        np.save(os.path.join(folder, "paths.npy"), self._paths)
+
+    @classmethod
+    def map_arrays(cls, folder: str | os.PathLike, root: str | os.PathLike) -> "Manifest":
+        manifest = cls((), root=root)
+        manifest._rows = np.load(os.path.join(folder, "rows.npy"), mmap_mode="r")
+        manifest._paths = np.load(os.path.join(folder, "paths.npy"), mmap_mode="r")
+        return manifest
+
+
+def _read_classes(path: Path, text: str) -> list[str]:
+    try:
+        classes = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: the line `# classes:` must be a JSON list of names ({error})") from None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"{path}: the line `# classes:` must be a JSON list of names, not {text[:60]}")
+    return classes
+
+
+def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], list[np.ndarray]]:
+    reader = csv.reader(io.StringIO(body, newline=""))
+    names = next(reader, [])
+    missing = [name for name in Video._fields if name not in names]
+    if missing:
+        raise InputError(
+            f"{path}:{first_line}: not a manifest: no column {', '.join(missing)}; "
+            "to make one from a list of `path label` lines: python prepare.py index --list LIST --root DIR --out FILE"
+        )
+    rows = [row for row in reader if row]
+    try:
+        table = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
+        columns = [_column(table[name], name) for name in Video._fields[1:]]
+    except ValueError:
+        raise _first_bad_line(path, body, first_line) from None
+    good = dict(zip(Video._fields[1:], columns, strict=True))
+    bad = (good["label"] < 0) | (good["frames"] < 1) | ~(good["fps"] > 0) | (good["width"] < 1) | (good["height"] < 1)
+    if (bad | ~np.isin(good["rotation"], ROTATIONS)).any():
+        raise _first_bad_line(path, body, first_line)
+    return [name.encode("utf-8", "surrogateescape") for name in table["path"]], columns
+
+
+def _column(values: Sequence[str], name: str) -> np.ndarray:
+    if name == "codec":
+        return np.array(values, dtype="S16")
+    return np.array(values, dtype="U").astype(np.float64 if name == "fps" else np.int64)
+
+
+def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
+    """Reads once more, slowly, for the message."""
+    reader = csv.reader(io.StringIO(body, newline=""))
+    names = next(reader)
+    expected = {
+        "label": (int, lambda value: value >= 0, "a class number, 0 or more"),
+        "frames": (int, lambda value: value >= 1, "a count, 1 or more"),
+        "fps": (float, lambda value: value > 0, "frames per second, more than 0"),
+        "width": (int, lambda value: value >= 1, "pixels, 1 or more"),
+        "height": (int, lambda value: value >= 1, "pixels, 1 or more"),
+        "rotation": (int, lambda value: value in ROTATIONS, "0, 90, 180 or 270"),
+    }
+    for row in reader:
+        where = f"{path}:{first_line + reader.line_num - 1}"
+        if row and len(row) != len(names):
+            return InputError(f"{where}: {len(row)} columns where the header names {len(names)}")
+        for name, (kind, is_good, meaning) in expected.items() if row else ():
+            value = row[names.index(name)]
+            try:
+                if is_good(kind(value)):
+                    continue
+            except ValueError:
+                pass
+            return InputError(f"{where}: {name} is {value!r}; expected {meaning}")
+    return InputError(f"{path}: not a manifest")
+
+
+def probe(path: str | os.PathLike) -> Video:
+    """What a decoder puts out for the file at `path`, by reading its packets and its first picture; label is 0.
+
+    Raises `InputError` with a reason that a person understands where the file is no video that can be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise InputError(error.strerror.lower()) from None
+    if not stat.S_ISREG(mode):
+        raise InputError("a folder" if stat.S_ISDIR(mode) else "not a regular file")
+    try:
+        with av.open(ffmpeg_url(path)) as container:
+            return _probe(container, os.fspath(path))
+    except av.error.PermissionError:
+        raise InputError("no permission to read it") from None
+    except av.error.FFmpegError as error:
+        raise InputError(f"not a video that FFmpeg can read ({error.strerror})") from None
+
+
+def ffmpeg_url(path: str | os.PathLike) -> str:
+    """The path in a form that FFmpeg takes for a file and nothing else: "a:b.mp4" alone would be a protocol."""
+    return f"file:{os.fspath(path)}"
+
+
+def _probe(container: av.container.InputContainer, path: str) -> Video:
+    if not container.streams.video:
+        raise InputError("no video stream in it")
+    stream = container.streams.video[0]
+    first = None
+    count = 0
+    for packet in container.demux(stream):
+        if first is None:
+            pictures = stream.decode(packet)
+            first = pictures[0] if pictures else None
+        count += bool(packet.size) and not packet.is_discard
+    if first is None:
+        raise InputError("no picture comes out of its video stream")
+    fps = stream.average_rate or stream.guessed_rate
+    if not fps:
+        raise InputError("no frame rate in it")
+    rotation = first.rotation % 360
+    if rotation not in ROTATIONS:
+        raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
+    width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
+    return Video(path, 0, count, float(fps), width, height, stream.codec_context.codec.canonical_name, rotation)

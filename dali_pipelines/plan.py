@@ -1,0 +1,129 @@
+"""Everything that is decided about a sample before a byte of its video is read.
+
+A clip is a pure function of (seed, epoch, sample id): the number of processes, workers and clips a batch change
+nothing, and neither does where a run was resumed.
+
+    entries of an epoch   a permutation of the manifest's rows (training) or the rows in order (evaluation)
+    steps                 `step_entries` consecutive entries; training drops the tail, evaluation pads it with -1
+    rank r of R           every R-th entry of a step, starting at r
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dali_pipelines import crops
+from dali_pipelines.manifest import Video
+from dali_pipelines.sampling import frame_positions
+
+Mode = Literal["train", "validate", "test"]
+MODES = ("train", "validate", "test")
+PADDING = -1
+"""Sample id of an entry that only fills the last step of an evaluation."""
+
+_ORDER, _CLIP = 0, 1  # what a stream of random numbers is for
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a clip is cut out of a video: the settings shared by all samples of a loader."""
+
+    mode: Mode
+    num_frames: int
+    crop_size: int
+    stride: float | None
+    target_fps: float
+    past_end: Literal["fit", "hold"]
+    short_sides: tuple[float, float]
+    """Pixels: training draws the short side between them, evaluation uses the first."""
+    flip: bool
+    """Training only: mirror every second clip."""
+
+    @property
+    def count(self) -> int:
+        """Views a sample: three crops in the test, one otherwise."""
+        return 3 if self.mode == "test" else 1
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """One sample, fully decided."""
+
+    positions: np.ndarray
+    """int64 [T], ascending, repeats where the video is short: the k-th picture that the decoder puts out."""
+    rectangles: np.ndarray
+    """float64 [V, 4]: y0, x0, y1, x1 in pixels of the picture as coded; swapped ends flip."""
+    transpose: bool
+    """Swap height and width after the resize (videos shown turned by 90 or 270 degrees)."""
+
+
+def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: int) -> SamplePlan:
+    """Which frames and which pixels of `video` make the sample."""
+    training = view.mode == "train"
+    # PaddleVideo's `valid` draws its window at random; ours starts at 0, so that two validations see the same clips.
+    draws = _generator(seed, epoch, _CLIP, sample_id).random(5) if training else np.zeros(5)
+    positions = frame_positions(
+        frames=video.frames,
+        fps=video.fps,
+        num_frames=view.num_frames,
+        stride=view.stride,
+        target_fps=view.target_fps,
+        past_end=view.past_end,
+        start=draws[0],
+    )
+    frame = {"height": video.height, "width": video.width, "crop_size": view.crop_size}
+    if training:
+        shown = crops.random_crop(**frame, short_sides=view.short_sides, flip=view.flip, draws=draws[1:])
+    elif view.mode == "validate":
+        shown = crops.centre_crop(**frame, short_side=round(view.short_sides[0]))
+    else:
+        shown = crops.uniform_crops(**frame, short_side=round(view.short_sides[0]))
+    upright = video.rotation in (0, 180)
+    height, width = (video.height, video.width) if upright else (video.width, video.height)
+    rectangles, transpose = crops.to_coded(shown, rotation=video.rotation, height=height, width=width)
+    return SamplePlan(positions, rectangles, transpose)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which sample stands where, for one rank. A place is a number that counts this rank's entries over all epochs."""
+
+    rows: int
+    training: bool
+    seed: int
+    step_entries: int
+    rank: int
+    world_size: int
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch, the same on every rank."""
+        whole, rest = divmod(self.rows, self.step_entries)
+        return whole if self.training else whole + (rest > 0)
+
+    @property
+    def rank_entries(self) -> int:
+        """Entries an epoch on this rank."""
+        return self.steps * self.step_entries // self.world_size
+
+    def sample(self, place: int) -> tuple[int, int]:
+        """(epoch, sample id) at `place`; `PADDING` past the last row of an evaluation."""
+        epoch, place = divmod(place, self.rank_entries)
+        step, place = divmod(place, self.step_entries // self.world_size)
+        entry = step * self.step_entries + place * self.world_size + self.rank
+        if self.training:
+            return epoch, int(self._permutation(epoch)[entry])
+        return epoch, entry if entry < self.rows else PADDING
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        cached = self.__dict__.get("_cached")
+        if cached is None or cached[0] != epoch:
+            cached = epoch, _generator(self.seed, epoch, _ORDER, 0).permutation(self.rows)
+            self.__dict__["_cached"] = cached
+        return cached[1]
+
+
+def _generator(seed: int, epoch: int, purpose: int, sample_id: int) -> np.random.Generator:
+    """A stream of its own for every sample of every epoch; counter-based, so none depends on another."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, sample_id, purpose]))

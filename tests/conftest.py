@@ -1,0 +1,66 @@
+"""Fixtures: where the reference data is, and a folder of small videos of every codec, made once a session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dali_pipelines.manifest import Manifest, probe
+from tests.videos import numbered, write_video
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config):
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_videos() -> Path:
+    """Real clips and golden numbers live beside the project, see ../shared; skipped where they do not exist."""
+    if not (SHARED / "videos").is_dir():
+        pytest.skip("no ../shared/videos here")
+    return SHARED / "videos"
+
+
+@pytest.fixture(scope="session")
+def numbered_videos(tmp_path_factory) -> Manifest:
+    """Videos whose pictures say their own number, in every codec, container and oddity that the loader meets."""
+    folder = tmp_path_factory.mktemp("numbered")
+    size = {"height": 96, "width": 128}
+    long = numbered(100, **size)
+    uneven = np.cumsum(np.random.default_rng(0).integers(1, 5, 100)).tolist()
+    made = [
+        write_video(folder / "bframes.mp4", long),
+        write_video(folder / "bframes.mkv", long),
+        write_video(folder / "short_gop.mov", long, options={"x264-params": "keyint=12:bframes=2"}),
+        write_video(folder / "open_gop.mp4", long, options={"x264-params": "keyint=20:bframes=3:open-gop=1"}),
+        write_video(folder / "intra_refresh.mp4", long, options={"x264-params": "intra-refresh=1:keyint=20:bframes=0"}),
+        write_video(folder / "hevc.mp4", long, codec="hevc"),
+        write_video(folder / "mpeg4.avi", long, codec="mpeg4"),
+        write_video(folder / "mpeg4_bframes.mp4", long, codec="mpeg4", options={"bf": "2"}),
+        write_video(folder / "vp9.webm", long, codec="vp9"),
+        write_video(folder / "vp9.mp4", long, codec="vp9"),
+        write_video(folder / "vp8.webm", long, codec="vp8"),
+        write_video(folder / "mjpeg.avi", long, codec="mjpeg"),
+        write_video(folder / "mjpeg.mkv", long, codec="mjpeg"),
+        write_video(folder / "av1.mp4", long[:40], codec="av1"),
+        write_video(folder / "uneven.mp4", long, times=uneven),
+        write_video(folder / "uneven.webm", long, times=uneven, codec="vp9"),
+        write_video(folder / "odd_size.webm", numbered(60, height=95, width=127), codec="vp9"),
+        write_video(folder / "odd_size.avi", numbered(60, height=127, width=95), codec="mpeg4"),
+        write_video(folder / "one.mp4", long[:1]),
+        write_video(folder / "one.webm", long[:1], codec="vp9"),
+        write_video(folder / "two, with a comma.mp4", long[:2]),
+        *(write_video(folder / f"turned_{r}.mp4", long[:50], rotation=r) for r in (90, 180, 270)),
+    ]
+    videos = [probe(path)._replace(path=Path(path).name, label=n % 7) for n, path in enumerate(made)]
+    return Manifest(videos, root=folder)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

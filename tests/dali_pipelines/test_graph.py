@@ -1,0 +1,143 @@
+"""The DALI graph against torch, on the CPU; its GPU form by definition, and by running it where there is a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import backend
+from torch.nn.functional import interpolate
+
+from dali_pipelines.clip_source import Sample
+from dali_pipelines.graph import clip_pipeline
+
+SETTINGS = dict(
+    crop_size=32, mean=(0.45, 0.4, 0.5), std=(0.225, 0.2, 0.3), half=False, device_id=None, workers=0, prefetch=1
+)
+
+
+def fixed(samples):
+    """A source that returns the given samples one after another."""
+    return lambda info: tuple(samples[info.idx_in_epoch % len(samples)])
+
+
+def host_sample(pictures, rectangles, *, transpose=False, sample_id=0):
+    return Sample(
+        pictures=pictures,
+        encoded=np.zeros(1, np.uint8),
+        positions=np.zeros(1, np.int32),
+        rectangles=np.array(rectangles, np.float32),
+        is_host=np.array(True),
+        transpose=np.array(transpose),
+        sample_id=np.array(sample_id, np.int64),
+        packets=np.zeros(2, np.int64),
+        fault=np.zeros(0, np.uint8),
+    )
+
+
+def run(samples, *, views=1, **changes):
+    settings = SETTINGS | changes
+    pipeline = clip_pipeline(fixed(samples), batch_size=len(samples), views=views, **settings)
+    clips = pipeline.run()[0]
+    return torch.from_numpy(np.array((clips if settings["device_id"] is None else clips.as_cpu()).as_tensor()))
+
+
+def expected(pictures, size, y, x, flip=False):
+    """Resize, crop, flip and normalise, step by step. [C, T, 32, 32]"""
+    frames = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255
+    frames = interpolate(frames, size=size, mode="bilinear", align_corners=False, antialias=False)
+    frames = frames[:, :, y : y + 32, x : x + 32]
+    frames = frames.flip(3) if flip else frames
+    mean, std = (torch.tensor(SETTINGS[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return ((frames - mean) / std).permute(1, 0, 2, 3).float()
+
+
+def rectangle(pictures, size, y, x, flip=False):
+    scale_y, scale_x = pictures.shape[1] / size[0], pictures.shape[2] / size[1]
+    y0, x0, y1, x1 = y * scale_y, x * scale_x, (y + 32) * scale_y, (x + 32) * scale_x
+    return [y0, x1, y1, x0] if flip else [y0, x0, y1, x1]
+
+
+def noise(num_frames, height, width):
+    return np.random.default_rng(height).integers(0, 256, (num_frames, height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "height, width, size, y, x",
+    [
+        (60, 90, (40, 60), 3, 20),
+        (90, 60, (60, 40), 28, 8),
+        (61, 43, (51, 36), 0, 4),
+        (20, 20, (40, 40), 8, 0),  # enlarged
+        (1080, 1920, (36, 64), 2, 32),
+        (1, 1, (32, 32), 0, 0),
+    ],
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_one_resize_from_a_rectangle_is_resize_then_crop(height, width, size, y, x, flip):
+    pictures = noise(2, height, width)
+    got = run([host_sample(pictures, [rectangle(pictures, size, y, x, flip)])])
+    # 1e-3 of the range, after the division by std
+    assert (got[0] - expected(pictures, size, y, x, flip)).abs().max() < 1e-3 / 0.2
+
+
+def test_views_are_stacked_in_order_and_samples_may_differ_in_size():
+    big, small = noise(3, 60, 90), noise(3, 45, 40)
+    corners = [(0, 0), (4, 14), (8, 28)]
+    got = run(
+        [
+            host_sample(big, [rectangle(big, (40, 60), y, x) for y, x in corners]),
+            host_sample(small, [rectangle(small, (45, 40), y // 2, x // 4) for y, x in corners]),
+        ],
+        views=3,
+    )
+    assert got.shape == (2, 3, 3, 3, 32, 32)
+    for view, (y, x) in enumerate(corners):
+        assert (got[0, view] - expected(big, (40, 60), y, x)).abs().max() < 5e-3
+        assert (got[1, view] - expected(small, (45, 40), y // 2, x // 4)).abs().max() < 5e-3
+
+
+def test_transpose_swaps_height_and_width_of_that_sample_only():
+    pictures = noise(2, 40, 60)
+    box = [rectangle(pictures, (40, 60), 3, 20)]
+    got = run([host_sample(pictures, box), host_sample(pictures, box, transpose=True)])
+    assert (got[1] == got[0].transpose(2, 3)).all() and not (got[1] == got[0]).all()
+
+
+def test_half_precision():
+    pictures = noise(2, 40, 60)
+    box = [rectangle(pictures, (40, 60), 3, 20)]
+    half = run([host_sample(pictures, box)], half=True)
+    assert half.dtype == torch.float16
+    assert (half.float() - run([host_sample(pictures, box)])).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_the_gpu_form_is_well_defined(views):
+    """What can be said without a GPU: every operator exists for its device and takes its arguments, and nothing comes
+    back to the host after the decoder. Building or serialising it would need a GPU."""
+    settings = SETTINGS | {"device_id": 0, "half": True}
+    pipeline = clip_pipeline(
+        fixed([host_sample(noise(2, 4, 4), [[0, 0, 4, 4]] * views)]), batch_size=2, views=views, **settings
+    )
+    pipeline._build_graph()
+    devices = {}
+    for op in pipeline._ops:
+        op.check_args()
+        name = getattr(op._op, "schema_name", "ExternalSource")
+        found = [op.spec.OutputDevice(index) for index in range(op.spec.NumOutput())]
+        if name == "decoders__Video":
+            assert name in backend.RegisteredMixedOps()
+        elif "gpu" in found and not name.startswith("_conditional"):
+            assert name in backend.RegisteredGPUOps()
+        devices.setdefault(name, set()).update(found)
+    on_gpu = ["decoders__Video", "Resize", "Transpose", "CropMirrorNormalize"] + ["Stack"] * (views > 1)
+    assert all(devices[name] == {"gpu"} for name in on_gpu)
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_what_the_cpu_gives():
+    big, small = noise(3, 60, 90), noise(3, 45, 40)
+    samples = [
+        host_sample(big, [rectangle(big, (40, 60), 3, 20, flip=True)]),
+        host_sample(small, [rectangle(small, (45, 40), 5, 4)], transpose=True),
+    ]
+    assert (run(samples, device_id=0) - run(samples)).abs().max() < 5e-3

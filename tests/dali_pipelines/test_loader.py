@@ -1,0 +1,391 @@
+"""ClipLoader: exactly the planned frames and pixels, whatever decodes them, however they are shared out."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.manifest import probe
+from dali_pipelines.plan import PADDING
+from dali_pipelines.sampling import frame_positions
+from tests.videos import decode_all, read_numbers, textured, write_video
+
+SETTINGS = dict(batch_size=4, num_frames=8, crop_size=32, workers=0)
+
+
+def loader(manifest, mode="train", **changes):
+    return ClipLoader(manifest, mode=mode, **(SETTINGS | changes))
+
+
+def by_sample(batches):
+    """{sample id: clip}, padding left out."""
+    return {
+        int(sample_id): clip
+        for batch in batches
+        for sample_id, clip in zip(batch.sample_ids, batch.clips, strict=True)
+        if sample_id != PADDING
+    }
+
+
+@pytest.fixture(scope="module")
+def textured_videos(tmp_path_factory) -> Manifest:
+    """Thirteen textured videos, three codecs mixed, of different sizes and lengths."""
+    folder = tmp_path_factory.mktemp("textured")
+    kinds = [("h264", "mp4"), ("vp9", "webm"), ("mpeg4", "avi")]
+    videos = []
+    for number in range(13):
+        codec, suffix = kinds[number % 3]
+        pictures = textured(8 + 3 * number, height=48 + 2 * (number % 5), width=40 + 6 * number, seed=number)
+        path = write_video(folder / f"{number}.{suffix}", pictures, codec=codec)
+        videos.append(probe(path)._replace(path=os.path.basename(path), label=number % 4))
+    return Manifest(videos, root=folder)
+
+
+# -- which frames --
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode", ["train", "validate", "test"])
+def test_numbered_videos_of_every_kind_give_exactly_the_planned_frames(numbered_videos, mode, workers):
+    made = loader(numbered_videos, mode, batch_size=6, workers=workers, stride=8)
+    clips = by_sample(made)
+    assert len(clips) == len(numbered_videos)
+    starts = set()
+    for sample_id, clip in clips.items():
+        video = numbered_videos[sample_id]
+        for view in clip if mode == "test" else clip[None]:
+            found = read_numbers(view.numpy())
+            window = {"frames": video.frames, "fps": video.fps, "num_frames": 8, "stride": 8, "target_fps": 30}
+            allowed = [
+                frame_positions(**window, past_end="fit", start=start).tolist()
+                for start in (np.linspace(0, 0.9999, 400) if mode == "train" else [0.0])
+            ]
+            assert found in allowed, (video.path, found)
+            starts.add(found[0])
+    assert len(starts) > 3 if mode == "train" else starts == {0}
+    assert made.stats.faults == [] and made.stats.fallbacks == {}
+
+
+def test_past_end_hold_repeats_the_last_frame(numbered_videos):
+    short = next(n for n in range(len(numbered_videos)) if numbered_videos[n].frames == 50)
+    clip = by_sample(loader(numbered_videos, "validate", past_end="hold"))[short]
+    assert read_numbers(clip.numpy()) == [0, 30, *[49] * 6]
+
+
+# -- which pixels --
+
+
+def reference_views(video, file, positions, mode, crop):
+    """Decode everything with PyAV, turn, resize, crop, in torch: [V, C, T, crop, crop]."""
+    frames = np.rot90(decode_all(file)[positions], video.rotation // 90, axes=(1, 2)).copy()
+    frames = torch.from_numpy(frames).permute(0, 3, 1, 2).double() / 255
+    height, width = frames.shape[2:]
+    short = crop if mode == "test" else round(crop * 8 / 7)
+    size = (short, width * short // height) if height < width else (height * short // width, short)
+    frames = interpolate(frames, size=size, mode="bilinear", align_corners=False)
+    if mode == "test":
+        step = (max(size) - crop) // 2
+        corners = [(0, k * step) if height < width else (k * step, 0) for k in range(3)]
+    else:
+        corners = [tuple(round((side - crop) / 2) for side in size)]
+    return torch.stack([frames[:, :, y : y + crop, x : x + crop].transpose(0, 1) for y, x in corners]).float()
+
+
+@pytest.mark.parametrize("mode", ["validate", "test"])
+def test_pixels_are_those_of_resize_then_crop(textured_videos, mode):
+    clips = by_sample(loader(textured_videos, mode, stride=None))
+    for sample_id, clip in clips.items():
+        video = textured_videos[sample_id]
+        positions = np.floor(np.linspace(0, video.frames - 1, 8)).astype(int)
+        views = reference_views(video, textured_videos.file(sample_id), positions, mode, 32)
+        error = ((clip if mode == "test" else clip[None]) - views).abs()
+        if video.codec == "vp9":  # DALI's own decoder converts colours a little differently from FFmpeg's
+            assert error.mean() < 2 / 255
+        else:
+            assert error.max() < 1e-3, video.path
+
+
+def test_dalis_decoder_gives_the_nearest_frame(textured_videos):
+    """An error by one frame can hide in the tolerance between decoders; it cannot hide from a comparison with all."""
+    clips = by_sample(loader(textured_videos, "validate", stride=None))
+    for sample_id, clip in clips.items():
+        video = textured_videos[sample_id]
+        everything = np.arange(video.frames)
+        frames = reference_views(video, textured_videos.file(sample_id), everything, "validate", 32)[0]
+        distance = (clip[:, :, None] - frames[:, None]).abs().mean(dim=(0, 3, 4))
+        assert distance.argmin(dim=1).tolist() == np.floor(np.linspace(0, video.frames - 1, 8)).astype(int).tolist()
+
+
+def test_turned_videos_are_shown_upright(tmp_path):
+    pictures = textured(10, height=48, width=64)
+    videos = []
+    for rotation in (0, 90, 180, 270):
+        path = write_video(tmp_path / f"{rotation}.mp4", pictures, rotation=rotation)
+        videos.append(probe(path)._replace(path=f"{rotation}.mp4"))
+    manifest = Manifest(videos, root=tmp_path)
+    for mode in ("validate", "test"):
+        for sample_id, clip in by_sample(loader(manifest, mode, stride=None)).items():
+            positions = np.floor(np.linspace(0, 9, 8)).astype(int)
+            views = reference_views(manifest[sample_id], manifest.file(sample_id), positions, mode, 32)
+            assert ((clip if mode == "test" else clip[None]) - views).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("num_frames", [8, 16])
+def test_golden_three_crop_of_paddlevideo(shared_videos, num_frames):
+    golden = np.load(shared_videos.parent / "golden" / "three_crop.npz")
+    videos = [probe(path)._replace(path=path.name) for path in sorted(shared_videos.iterdir())]
+    manifest = Manifest(videos, root=shared_videos)
+    made = loader(manifest, "test", batch_size=2, num_frames=num_frames, crop_size=224, past_end="hold", workers=2)
+    for sample_id, clip in by_sample(made).items():
+        key = f"{manifest[sample_id].path}/{num_frames}"
+        left, middle, right = clip
+        views = torch.cat([left, right, middle], dim=1)  # PaddleVideo's order
+        index = torch.from_numpy(golden[f"{key}/probe_index"]).long().T
+        error = 255 * (views[tuple(index)] - torch.from_numpy(golden[f"{key}/probe_value"])).abs()
+        assert error.mean() < 0.05 and error.max() < 0.5, key
+
+
+def test_mean_std_and_half_precision(textured_videos):
+    plain = by_sample(loader(textured_videos, "validate"))
+    mean, std = (0.45, 0.4, 0.5), (0.225, 0.2, 0.3)
+    changed = by_sample(loader(textured_videos, "validate", mean=mean, std=std, dtype=torch.float16))
+    for sample_id, clip in plain.items():
+        expected = (clip - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
+        assert changed[sample_id].dtype == torch.float16
+        assert (changed[sample_id].float() - expected).abs().max() < 3e-3
+
+
+# -- the same clips however they are shared out --
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize(
+    "changes", [dict(workers=1), dict(workers=2, batch_size=3), dict(workers=4, batch_size=1), dict(batch_size=12)]
+)
+def test_workers_and_batch_size_change_nothing(textured_videos, mode, changes):
+    reference = by_sample(loader(textured_videos, mode, workers=0, batch_size=4, step_entries=12))
+    assert len(reference) == (12 if mode == "train" else 13)
+    changed = by_sample(loader(textured_videos, mode, step_entries=12, **changes))
+    assert reference.keys() == changed.keys()
+    assert all((reference[sample_id] == changed[sample_id]).all() for sample_id in reference)
+
+
+@pytest.mark.parametrize("mode", ["train", "validate"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_an_epoch(textured_videos, mode, world_size):
+    reference = by_sample(loader(textured_videos, mode, batch_size=1, step_entries=6))
+    settings = dict(mode=mode, batch_size=2 if world_size == 3 else 3, step_entries=6, world_size=world_size)
+    ranks = [by_sample(loader(textured_videos, **settings, rank=rank)) for rank in range(world_size)]
+    together = {sample_id: clip for clips in ranks for sample_id, clip in clips.items()}
+    assert sum(map(len, ranks)) == len(together) == len(reference)
+    assert all((reference[sample_id] == together[sample_id]).all() for sample_id in reference)
+
+
+def test_seeds_and_epochs(textured_videos):
+    def epochs(seed):
+        made = loader(textured_videos, seed=seed)
+        return [list(made) for _ in range(2)]
+
+    first, again, other = epochs(0), epochs(0), epochs(1)
+    ids = [[batch.sample_ids.tolist() for batch in epoch] for epoch in (*first, *again, *other)]
+    assert ids[:2] == ids[2:4] and len({str(found) for found in ids}) == 4
+    for one, two in zip(first[0] + first[1], again[0] + again[1], strict=True):
+        assert (one.clips == two.clips).all()
+    assert not any(
+        (by_sample(first[0])[k] == by_sample(first[1])[k]).all()
+        for k in by_sample(first[0]).keys() & by_sample(first[1]).keys()
+    )
+
+
+# -- epochs and position --
+
+
+def ids(batches):
+    return [batch.sample_ids.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("mode", ["train", "validate", "test"])
+def test_state_goes_back_to_any_batch_also_with_other_workers_and_ranks(textured_videos, mode):
+    settings = dict(mode=mode, batch_size=2, step_entries=4)
+    unbroken = loader(textured_videos, **settings)
+    batches, states = [], []
+    for _ in range(2):
+        for batch in unbroken:
+            batches.append(batch)
+            states.append(unbroken.state_dict())
+    per_epoch = len(unbroken)
+    for consumed in (1, per_epoch - 1, per_epoch, per_epoch + 2):
+        resumed = loader(textured_videos, **settings, workers=1)
+        resumed.load_state_dict(states[consumed - 1])
+        rest = [batch for _ in range(2) for batch in resumed][: len(batches) - consumed]
+        for got, expected in zip(rest, batches[consumed:], strict=False):
+            assert (got.sample_ids == expected.sample_ids).all() and (got.clips == expected.clips).all()
+        assert len(rest) >= len(batches) - consumed - per_epoch + 1
+    resumed = [loader(textured_videos, **(settings | dict(rank=rank, world_size=2))) for rank in (0, 1)]
+    for each in resumed:
+        each.load_state_dict(states[1])  # one step of four entries
+    merged = [
+        [a, b]
+        for one, two in zip(*map(iter, resumed), strict=True)
+        for a, b in zip(one.sample_ids.tolist(), two.sample_ids.tolist())
+    ]
+    assert sum(merged, []) == sum(ids(batches[2:per_epoch]), [])
+
+
+def test_a_for_that_was_left_early_ends_its_epoch(textured_videos):
+    whole = loader(textured_videos)
+    epochs = [ids(whole) for _ in range(3)]
+    made = loader(textured_videos)
+    next(iter(made))
+    state = made.state_dict()
+    assert ids(made) == epochs[1] and ids(made) == epochs[2]
+    made.load_state_dict(state)
+    assert ids(made) == epochs[0][1:]  # the state was that of the broken-off epoch
+    made.set_epoch(1)
+    assert ids(made) == epochs[1]
+
+
+def test_a_position_of_another_order_is_refused(textured_videos):
+    state = loader(textured_videos).state_dict()
+    with pytest.raises(InputError, match="seed 0, this loader 5"):
+        loader(textured_videos, seed=5).load_state_dict(state)
+    with pytest.raises(InputError, match="within a batch"):
+        loader(textured_videos).load_state_dict(state | {"entries": 3})
+
+
+def test_evaluation_pads_and_says_so(textured_videos):
+    batches = list(loader(textured_videos, "validate"))
+    last = batches[-1]
+    assert last.sample_ids.tolist() == [12, -1, -1, -1] and last.labels.tolist() == [0, -1, -1, -1]
+    assert last.valid.tolist() == [True, False, False, False] and last.clips[1:].abs().max() == 0
+    assert torch.cat([batch.labels for batch in batches])[:13].tolist() == textured_videos.labels.tolist()
+
+
+def test_evaluation_stops_its_workers_and_training_keeps_them(textured_videos):
+    before = set(multiprocessing.active_children())
+    evaluation = loader(textured_videos, "validate", workers=2)
+    list(evaluation)
+    training = loader(textured_videos, workers=2)
+    list(training)
+    started = set(multiprocessing.active_children()) - before
+    assert len(started) == 2
+    training.close()
+    deadline = time.monotonic() + 10
+    while started & set(multiprocessing.active_children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not started & set(multiprocessing.active_children())
+
+
+def test_workers_carry_no_torch_and_do_not_run_the_users_script_again(textured_videos, tmp_path):
+    """The script has no main guard: spawn would run it again in every worker, and load torch."""
+    textured_videos.write(tmp_path / "list.csv")
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing, torch\n"
+        "from dali_pipelines import ClipLoader, Manifest\n"
+        "print('script runs', flush=True)\n"
+        "settings = dict(mode='train', batch_size=4, num_frames=2, crop_size=32, workers=2)\n"
+        "loader = ClipLoader(Manifest.read('list.csv'), **settings)\n"
+        "batch = next(iter(loader))\n"
+        "for worker in multiprocessing.active_children():\n"
+        "    print('torch' if 'libtorch' in open(f'/proc/{worker.pid}/maps').read() else 'no torch')\n"
+    )
+    project = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    for command, text in (
+        ([sys.executable, "script.py"], None),
+        ([sys.executable, "-"], (tmp_path / "script.py").read_text()),
+    ):
+        done = subprocess.run(
+            command, input=text, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.split("\n")[:-1] == ["script runs", "no torch", "no torch"], done.stderr
+
+
+# -- what cannot be read --
+
+
+def test_unreadable_videos_are_black_invalid_and_named(textured_videos, tmp_path):
+    videos = [textured_videos[n]._replace(path=str(textured_videos.file(n))) for n in range(8)]
+    (tmp_path / "text.mp4").write_text("no video " * 100)
+    damaged = bytearray(Path(videos[4].path).read_bytes())  # VP9, for DALI's own decoder
+    damaged[len(damaged) // 3 :] = b"\0" * 20
+    (tmp_path / "damaged.webm").write_bytes(damaged)
+    videos[1] = videos[1]._replace(path="/nowhere/gone.webm")
+    videos[3] = videos[3]._replace(path=str(tmp_path / "text.mp4"))
+    videos[4] = videos[4]._replace(path=str(tmp_path / "damaged.webm"))
+    videos[6] = videos[6]._replace(frames=900)
+    manifest = Manifest(videos, root=tmp_path)
+    good = by_sample(loader(textured_videos, "validate", stride=None))
+    for workers in (0, 2):
+        made = loader(manifest, "validate", stride=None, workers=workers)
+        for _ in range(2):
+            batches = list(made)
+            valid = torch.cat([batch.valid for batch in batches]).tolist()
+            assert valid == [True, False, True, False, False, True, False, True]
+            labels = torch.cat([batch.labels for batch in batches]).tolist()
+            assert labels == [video.label for video in videos]
+            for sample_id, clip in by_sample(batches).items():
+                if valid[sample_id]:
+                    assert (clip - good[sample_id]).abs().mean() < 2 / 255  # VP9 beside a bad one is decoded elsewhere
+                else:
+                    assert clip.abs().max() == 0
+        first = {fault.sample_id: fault for fault in made.stats.faults if fault.epoch == 0}
+        assert sorted(first) == [1, 3, 4, 6] and len(made.stats.faults) == 8
+        assert first[1].reason == "no such file or directory" and first[1].path == "/nowhere/gone.webm"
+        assert "only" in first[6].reason and "index the file again" in first[6].reason
+        assert "invalid data" in first[3].reason
+
+
+def test_statistics(textured_videos):
+    made = loader(textured_videos, "validate")
+    list(made)
+    assert made.stats.clips == 13 and made.stats.packets_read >= made.stats.packets_fed > 100
+    assert 0 < made.stats.wait_seconds <= made.stats.seconds and made.stats.clips_per_second > 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(mode="valid"), "mode is 'valid'; expected one of train, validate, test"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(past_end="loop"), "past_end"),
+        (dict(stride=0), "stride is 0"),
+        (dict(std=(1, 0, 1)), "std"),
+        (dict(rank=1), "rank is 1; expected 0 to 0"),
+        (dict(step_entries=6), "multiple of 4 clips x 1 ranks"),
+        (dict(short_side=31), "at least the crop of 32"),
+        (dict(short_side=(40, 35)), "low <= high"),
+        (dict(batch_size=14), "13 videos, fewer than the 14 of one training step"),
+        (dict(dtype=torch.bfloat16), "dtype"),
+    ],
+)
+def test_settings_that_cannot_work(textured_videos, changes, message):
+    with pytest.raises(InputError, match=message):
+        loader(textured_videos, **changes)
+
+
+def test_an_empty_manifest():
+    with pytest.raises(InputError, match="no videos"):
+        loader(Manifest(()), "validate")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["train", "validate", "test"])
+def test_nvdec_gives_the_planned_frames(numbered_videos, mode):
+    """Every codec that NVDEC decodes, in one batch with those that it does not."""
+    on_host = by_sample(loader(numbered_videos, mode, batch_size=6, stride=8))
+    made = loader(numbered_videos, mode, batch_size=6, stride=8, device="cuda", workers=2)
+    for sample_id, clip in by_sample(made).items():
+        assert clip.is_cuda
+        views = zip(clip.cpu(), on_host[sample_id]) if mode == "test" else [(clip.cpu(), on_host[sample_id])]
+        for got, expected in views:
+            assert read_numbers(got.numpy()) == read_numbers(expected.numpy()), numbered_videos[sample_id].path
+            assert (got - expected).abs().mean() < 4 / 255

@@ -1,0 +1,84 @@
+"""Small videos for tests, made with PyAV."""
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+ENCODERS = {
+    "h264": ("libx264", {"preset": "veryfast", "x264-params": "bframes=3:keyint=250:scenecut=0"}),
+    "hevc": ("libx265", {"preset": "ultrafast", "x265-params": "log-level=none:bframes=2"}),
+    "mpeg4": ("mpeg4", {"qscale": "2"}),
+    "vp9": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "0"}),
+    "vp8": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "2000000"}),
+    "mjpeg": ("mjpeg", {"qscale": "2"}),
+    "av1": ("libsvtav1", {"preset": "12", "crf": "20"}),
+}
+_LEVELS = np.array([16, 66, 116, 166, 216])  # five a channel: far enough apart to survive any codec
+
+
+def write_video(
+    path: str | Path,
+    pictures: Iterable[np.ndarray],
+    *,
+    codec: str = "h264",
+    fps: Fraction | int = 25,
+    rotation: int = 0,
+    times: Sequence[int] | None = None,
+    options: dict[str, str] | None = None,
+) -> str:
+    """Encodes uint8 [H, W, 3] pictures; `rotation` only tags the file; `times` are presentation times in 1/fps."""
+    pictures = list(pictures)
+    encoder, defaults = ENCODERS[codec]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=fps, options=defaults | (options or {}))
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1) / fps
+        stream.codec_context.thread_count = 1
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts = number if times is None else times[number]
+            frame.time_base = Fraction(1, 1) / fps
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def numbered(count: int, *, height: int, width: int) -> list[np.ndarray]:
+    """Pictures of one colour each that says their number (below 125), whatever part of them is looked at."""
+    return [np.full((height, width, 3), _LEVELS[[n % 5, n // 5 % 5, n // 25]], np.uint8) for n in range(count)]
+
+
+def read_numbers(clip: np.ndarray) -> list[int]:
+    """The numbers shown by a clip [C, T, H, W] of `numbered` pictures, values 0..1."""
+    colours = clip.mean(axis=(2, 3)).T * 255  # [T, C]
+    digits = np.abs(colours[:, :, None] - _LEVELS).argmin(axis=2)
+    assert np.abs(colours - _LEVELS[digits]).max() < 20, "a colour between two levels: blended or wrong frames"
+    return (digits @ [1, 5, 25]).tolist()
+
+
+def textured(count: int, *, height: int, width: int, seed: int = 0) -> list[np.ndarray]:
+    """A smooth random texture drifting over another: every picture and every part of it differs."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [(*rng.uniform(0.02, 0.25, 2), rng.uniform(0, 6.28), rng.uniform(0.7, 1.3, 3)) for _ in range(4)]
+    pictures = []
+    for number in range(count):
+        shift = 0.35 * number
+        light = [
+            colour * np.sin(wy * y + wx * x + phase + shift * (k - 1.5))[..., None]
+            for k, (wy, wx, phase, colour) in enumerate(waves)
+        ]
+        pictures.append(np.clip(127 + 28 * sum(light), 0, 255).astype(np.uint8))
+    return pictures
+
+
+def decode_all(path: str | Path) -> np.ndarray:
+    """Every picture as PyAV puts it out, uint8 [N, H, W, 3], not turned."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
