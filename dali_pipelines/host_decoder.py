@@ -63,7 +63,8 @@ def decode_frames(
                     if position > last:
                         return Decoded(frames, packets, packets)
     except av.error.FFmpegError as error:
-        raise DecodeError(f"{error.strerror.lower()} (after {position} frames)") from None
+        where = f" after frame {position - 1}" if position else ""
+        raise DecodeError(f"{error.strerror.lower()}{where}") from None
     except IndexError:
         raise DecodeError("no video stream in it") from None
     raise DecodeError(f"frame {last} is planned, but only {position} come out; index the file again")

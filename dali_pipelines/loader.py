@@ -209,6 +209,8 @@ class ClipLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: entries that the caller has received, over all ranks; never those decoded ahead."""
+        if self._batches == len(self):  # the same place as the next epoch's start
+            return {"epoch": self._epoch + 1, "entries": 0, **self._identity()}
         entries = self._batches * self._batch_size * self._order.world_size
         return {"epoch": self._epoch, "entries": entries, **self._identity()}
 

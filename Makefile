@@ -1,0 +1,49 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make the environment in .venv first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: demo test environment
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+OUTPUT := output/demo
+VIDEO := data/demo/videos/val/00000_left.mp4
+
+# Runs $(2) and, where it fails, ends with one line that names the step $(1).
+step = { $(2); } || { code=$$?; echo "make $@: failed at: $(1)" >&2; exit $$code; }
+
+demo: $(READY)
+	@echo "== 1/4 demo videos"
+	@$(call step,making the demo videos,test -f data/demo/val.csv || $(BIN)/python prepare.py demo --out data/demo)
+	@echo "== 2/4 training"
+	@$(call step,training,$(BIN)/python train.py -c configs/demo.yaml --resume)
+	@echo "== 3/4 evaluation with three crops"
+	@$(call step,evaluation,$(BIN)/python evaluate.py -w $(OUTPUT)/best.safetensors -c configs/demo.yaml \
+	    | tee $(OUTPUT)/evaluation.txt)
+	@echo "== 4/4 prediction"
+	@$(call step,prediction,$(BIN)/python predict.py -w $(OUTPUT)/best.safetensors $(VIDEO) \
+	    --picture $(OUTPUT)/prediction.png)
+	@echo
+	@echo "make demo: done. On videos that it was never trained on: $$(tail -n 1 $(OUTPUT)/evaluation.txt)"
+	@echo "  best weights   $(OUTPUT)/best.safetensors"
+	@echo "  TensorBoard    $(BIN)/tensorboard --logdir $(OUTPUT)/tensorboard"
+	@echo "  prediction     $(OUTPUT)/prediction.png"
+
+test: $(READY)
+	@$(call step,ruff,$(BIN)/ruff check .)
+	@$(call step,the tests,$(BIN)/python -m pytest -q)
+	@echo "make test: passed"
+
+environment: $(READY)
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "make: Python 3.11 or newer is needed as '$(PYTHON)': apt install python3 (or make PYTHON=python3.12 ...)" >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: Python's venv module is missing: apt install python3-venv" >&2; exit 1; }
+	@echo "== environment in .venv (once)"
+	@$(call step,making the environment in .venv,$(PYTHON) -m venv .venv && \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt)
+	@touch $@

@@ -1,0 +1,1 @@
+"""From videos as people have them to the manifests that training reads. Nothing here needs torch."""

@@ -1,0 +1,136 @@
+"""Looks at every video of a list or a folder and makes a manifest of those that can be read."""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from dali_pipelines.errors import InputError
+from dali_pipelines.manifest import Manifest, Video, probe
+
+VIDEO_SUFFIXES = frozenset(
+    [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
+)
+
+Listed = tuple[str, int]
+"""A path, relative to a root or absolute, and its label."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A listed video that is no use, and why."""
+
+    path: str
+    label: int
+    reason: str
+
+
+def read_list(path: str | os.PathLike) -> list[Listed]:
+    """Lines `path label`, as PaddleVideo and mmaction2 write them; paths may hold spaces, empty lines are skipped."""
+    listed = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; expected lines `path label`") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        file, _, label = line.strip().rpartition(" ")
+        if not file or not label.isdecimal():
+            raise InputError(f"{path}:{number}: expected `path label` with a label of 0 or more, not {line[:80]!r}")
+        listed.append((file.strip(), int(label)))
+    if not listed:
+        raise InputError(f"{path}: no videos in it; expected lines `path label`")
+    return listed
+
+
+def read_folder(root: str | os.PathLike) -> tuple[list[Listed], tuple[str, ...]]:
+    """A folder a class, videos in it or below it: the videos with paths relative to `root`, and the sorted classes."""
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; expected one that holds a folder of videos for each class")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    listed = [
+        (file.relative_to(root).as_posix(), label)
+        for label, name in enumerate(classes)
+        for file in sorted((root / name).rglob("*"))
+        if file.suffix.lower() in VIDEO_SUFFIXES
+    ]
+    if not listed:
+        raise InputError(
+            f"{root}: no videos; expected a folder for each class with videos in it, such as archery/1.mp4"
+        )
+    empty = sorted(set(range(len(classes))) - {label for _, label in listed})
+    if empty:
+        raise InputError(f"{root / classes[empty[0]]}: no videos in this folder; fill it or remove it")
+    return listed, tuple(classes)
+
+
+def index(
+    listed: Sequence[Listed],
+    *,
+    root: str | os.PathLike,
+    classes: Sequence[str] = (),
+    workers: int | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> tuple[Manifest, list[Rejected]]:
+    """Probes every listed video; the manifest of the good ones in the order of the list, and the others with reasons.
+
+    `workers` processes look at files (None: one a CPU core); `progress` wraps the iterable of results.
+    """
+    for _, label in listed:
+        if classes and label >= len(classes):
+            raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
+    files = [os.path.join(root, path) for path, _ in listed]
+    workers = min(workers or len(os.sched_getaffinity(0)), len(files))
+    if workers < 2:
+        found = list(progress(map(_probe_or_reason, files)))
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            found = list(progress(pool.map(_probe_or_reason, files, chunksize=min(64, len(files) // workers // 4 + 1))))
+    good, rejected = [], []
+    for (path, label), result in zip(listed, found, strict=True):
+        if isinstance(result, str):
+            rejected.append(Rejected(path, label, result))
+        else:
+            good.append(result._replace(path=path, label=label))
+    return Manifest(good, root=Path(root), classes=classes, rejected=len(rejected)), rejected
+
+
+def _probe_or_reason(file: str) -> Video | str:
+    try:
+        return probe(file)
+    except InputError as error:
+        return str(error)
+
+
+def split(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:
+    """(train, val): the same share of every class, the same videos every time; each class keeps one for training."""
+    train, val = [], []
+    by_label: dict[int, list[Listed]] = {}
+    for entry in listed:
+        by_label.setdefault(entry[1], []).append(entry)
+    for label, entries in sorted(by_label.items()):
+        order = np.random.default_rng(label).permutation(len(entries))
+        count = min(max(round(val_fraction * len(entries)), 1), len(entries) - 1) if val_fraction else 0
+        chosen = set(order[:count].tolist())
+        for number, entry in enumerate(entries):
+            (val if number in chosen else train).append(entry)
+    return train, val
+
+
+def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> None:
+    """A CSV file `path,label,reason`; removes an old one where nothing was rejected."""
+    path = Path(path)
+    if not rejected:
+        path.unlink(missing_ok=True)
+        return
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "reason"])
+        writer.writerows([entry.path, entry.label, entry.reason] for entry in rejected)

@@ -1,0 +1,30 @@
+"""Installs the packages and the commands' modules. The lower bounds are the oldest versions that have been tested."""
+
+from setuptools import setup
+
+setup(
+    name="dali-timesformer",
+    version="0.1.0",
+    description="PP-TimeSformer in PyTorch, fed by NVIDIA DALI",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["dali_pipelines", "model", "preparation", "training"],
+    py_modules=["evaluate", "predict", "prepare", "train"],
+    install_requires=[
+        "av>=18.1,<19",
+        "numpy>=2.4",
+        "nvidia-dali-cuda120>=2.4,<3",
+        "omegaconf>=2.4",
+        "pyyaml>=6",
+        "safetensors>=0.8",
+        "tensorboard>=2.21",
+        "torch>=2.13,<3",
+        "tqdm>=4.70",
+    ],
+    extras_require={
+        "pictures": ["matplotlib>=3.11"],
+        "test": ["matplotlib>=3.11", "pytest>=9.2", "ruff>=0.17"],
+    },
+)

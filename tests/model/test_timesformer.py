@@ -1,0 +1,174 @@
+"""The network against the paper's equations written out with plain loops, and its size against the published one."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm, linear
+
+from model import TimeSformer
+
+SETTINGS = dict(num_frames=3, image_size=32, num_classes=5, patch_size=16, embed_dim=24, depth=2, num_heads=3)
+
+
+def network(**changes):
+    torch.manual_seed(0)
+    made = TimeSformer(**(SETTINGS | changes)).eval()
+    for parameter in made.parameters():  # nothing may hide behind a zero or a one at initialisation
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def attention(module, x):
+    """Softmax attention of tokens [L, D] to each other, a head at a time."""
+    dim = x.shape[1] // module.num_heads
+    q, k, v = linear(x, module.qkv.weight, module.qkv.bias).chunk(3, dim=1)
+    heads = []
+    for head in range(module.num_heads):
+        part = slice(head * dim, (head + 1) * dim)
+        weights = (q[:, part] @ k[:, part].T / dim**0.5).softmax(1)
+        heads.append(weights @ v[:, part])
+    return linear(torch.cat(heads, 1), module.proj.weight, module.proj.bias)
+
+
+def norm(module, x):
+    return layer_norm(x, x.shape[-1:], module.weight, module.bias, 1e-6)
+
+
+def mlp(block, x):
+    hidden = gelu(linear(norm(block.norm2, x), block.mlp.fc1.weight, block.mlp.fc1.bias))
+    return x + linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias)
+
+
+def patches_of(model, clip):
+    """{(row, column, frame): token [D]}"""
+    p, weight = model.patch_embed.patch_size, model.patch_embed.proj.weight
+    tokens = {}
+    for row, column, frame in itertools.product(range(2), range(2), range(clip.shape[1])):
+        patch = clip[:, frame, row * p : row * p + p, column * p : column * p + p]
+        tokens[row, column, frame] = (weight * patch).sum((1, 2, 3)) + model.patch_embed.proj.bias
+    return tokens
+
+
+def by_the_equations(model, clip):
+    """Logits [K] of one clip [3, T, S, S]."""
+    tokens = patches_of(model, clip)
+    for row, column, frame in tokens:
+        tokens[row, column, frame] = tokens[row, column, frame] + model.pos_embed[0, 1 + 2 * row + column]
+        if model.attention != "space_only":
+            tokens[row, column, frame] = tokens[row, column, frame] + model.time_embed[0, frame]
+    num_frames = clip.shape[1]
+    places = [(row, column) for row in range(2) for column in range(2)]
+    start = model.cls_token[0, 0] + model.pos_embed[0, 0]
+    if model.attention == "space_only":
+        results = [
+            encode(model, start, {(*place, 0): tokens[(*place, frame)] for place in places}, places, 1)
+            for frame in range(num_frames)
+        ]
+        return linear(norm(model.norm, torch.stack(results).mean(0)), model.head.weight, model.head.bias)
+    cls = encode(model, start, tokens, places, num_frames)
+    return linear(norm(model.norm, cls), model.head.weight, model.head.bias)
+
+
+def encode(model, cls, tokens, places, num_frames):
+    for block in model.blocks:
+        if model.attention == "divided_space_time":
+            for place in places:  # equation 10
+                over_time = torch.stack([tokens[(*place, frame)] for frame in range(num_frames)])
+                change = attention(block.temporal_attn, norm(block.temporal_norm1, over_time))
+                change = linear(change, block.temporal_fc.weight, block.temporal_fc.bias)
+                for frame in range(num_frames):
+                    tokens[(*place, frame)] = tokens[(*place, frame)] + change[frame]
+        groups = [[(*place, frame) for place in places] for frame in range(num_frames)]  # equation 11
+        if model.attention == "joint_space_time":
+            groups = [sum(groups, [])]
+        cls_changes = []
+        for group in groups:
+            sequence = torch.stack([cls] + [tokens[key] for key in group])
+            change = attention(block.attn, norm(block.norm1, sequence))
+            cls_changes.append(change[0])
+            for key, value in zip(group, change[1:], strict=True):
+                tokens[key] = tokens[key] + value
+        cls = mlp(block, (cls + torch.stack(cls_changes).mean(0))[None])[0]
+        for key in tokens:
+            tokens[key] = mlp(block, tokens[key][None])[0]
+    return cls
+
+
+@pytest.mark.parametrize("attention", ["divided_space_time", "joint_space_time", "space_only"])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_logits_are_those_of_the_equations(attention, qkv_bias):
+    model = network(attention=attention, qkv_bias=qkv_bias)
+    clips = torch.rand(2, 3, 3, 32, 32)
+    with torch.no_grad():
+        expected = torch.stack([by_the_equations(model, clip) for clip in clips])
+        torch.testing.assert_close(model(clips), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_only_space_only_is_blind_to_the_order_of_frames():
+    clips = torch.rand(2, 3, 3, 32, 32)
+    for attention in ("divided_space_time", "joint_space_time", "space_only"):
+        model = network(attention=attention)
+        with torch.no_grad():
+            same = torch.allclose(model(clips), model(clips.flip(2)), atol=1e-5)
+        assert same == (attention == "space_only")
+
+
+def test_time_starts_as_no_change_to_the_image_network():
+    torch.manual_seed(0)
+    model = TimeSformer(**SETTINGS)
+    assert all(block.temporal_fc.weight.count_nonzero() == 0 for block in model.blocks)
+    assert 0.015 < model.pos_embed.std() < 0.025
+    wide = TimeSformer(**SETTINGS, embed_init_std=0.5)
+    assert all(0.35 < value.std() < 0.6 for value in (wide.pos_embed, wide.time_embed, wide.cls_token))
+
+
+def test_size_of_the_base_model():
+    with torch.device("meta"):
+        plain = TimeSformer(num_frames=8, image_size=224, num_classes=400)
+        with_bias = TimeSformer(num_frames=8, image_size=224, num_classes=400, qkv_bias=True)
+    assert sum(value.numel() for value in plain.parameters()) == 121_511_056  # published: 121.4 M
+    assert sum(value.numel() for value in with_bias.parameters()) == 121_566_352
+
+
+def test_drop_path_drops_whole_branches_in_training_only():
+    model = network(drop_path=0.9, depth=4)
+    clips = torch.rand(1, 3, 3, 32, 32)
+    assert (model(clips) == model(clips)).all()
+    model.train()
+    torch.manual_seed(1)
+    outputs = torch.stack([model(clips) for _ in range(8)])
+    assert len(outputs.unique(dim=0)) > 1
+    torch.manual_seed(1)
+    assert (model(clips) == outputs[0]).all()
+    assert [round(block.drop_path, 6) for block in model.blocks] == [0, 0.3, 0.6, 0.9]
+
+
+def test_drop_path_keeps_the_expected_value():
+    block = network(drop_path=0.5, depth=2).blocks[1].train()
+    keep = block._keep(torch.zeros(()), 20000, 1)
+    assert set(keep.unique().tolist()) == {0.0, 2.0} and 0.97 < keep.mean() < 1.03
+
+
+def test_gradients_reach_every_parameter():
+    model = network().train()
+    model(torch.rand(2, 3, 3, 32, 32)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(image_size=40), "image_size 40 is not a multiple of patch_size 16"),
+        (dict(num_heads=5), "embed_dim 24 is not a multiple of num_heads 5"),
+        (dict(attention="divided"), "expected one of divided_space_time"),
+    ],
+)
+def test_settings_that_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message):
+        network(**changes)
+
+
+def test_clips_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"clips are \(1, 3, 4, 32, 32\); expected \[B, 3, 3, 32, 32\]"):
+        network()(torch.rand(1, 3, 4, 32, 32))

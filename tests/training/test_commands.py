@@ -1,0 +1,80 @@
+"""Bad input at the command line: one line that says what and what to do, exit code 2, never a traceback."""
+
+import os
+
+import pytest
+
+from dali_pipelines.manifest import Manifest
+from tests.training.conftest import run
+from training.checkpoints import Weights, build_network, save_weights
+from training.config import load_config, preprocessing
+
+
+@pytest.fixture
+def place(config_file, small_data, tmp_path):
+    """What a person has: good files and bad ones, all in one folder."""
+    config = load_config(str(config_file))
+    manifest = Manifest.read(small_data / "val.csv")
+    videos = [manifest[n] for n in range(len(manifest))]
+    Manifest((), root=small_data).write(tmp_path / "empty.csv")
+    Manifest([videos[0]._replace(label=7)], root=small_data).write(tmp_path / "label7.csv")
+    Manifest(videos, root=small_data, classes=("ash", "beech", "cedar")).write(tmp_path / "beech.csv")
+    (tmp_path / "list.txt").write_text("val_0.mp4 0\n")
+    (tmp_path / "nolabel.txt").write_text("val_0.mp4 0\nval_1.webm\n")
+    (tmp_path / "text.mp4").write_text("no video " * 50)
+    (tmp_path / "text.txt").write_text("text.mp4 0\n")
+    network = build_network(config.model, preprocessing(config.data), 2)
+    two = Weights(vars(config.model), preprocessing(config.data), ("ash", "birch"), network.state_dict())
+    save_weights(tmp_path / "two.safetensors", two)
+    (tmp_path / "file").touch()
+    return tmp_path
+
+
+CASES = [
+    ("train.py -c gone.yaml", "gone.yaml: No such file or directory"),
+    ("train.py -c tiny.yaml -o optim.learning_rate=1", "unknown key optim.learning_rate; did you mean"),
+    ("train.py -c tiny.yaml -o data.train=gone.csv", "gone.csv: no such manifest; `python prepare.py index`"),
+    ("train.py -c tiny.yaml -o data.train=empty.csv", "empty.csv: no videos in it"),
+    ("train.py -c tiny.yaml -o data.train=text.mp4", "text.mp4:1: not a manifest: no column"),
+    (
+        "train.py -c tiny.yaml -o data.val=label7.csv",
+        "label7.csv: val_0.mp4 has label 7, but there are 3 classes (0 to 2)",
+    ),
+    ("train.py -c tiny.yaml -o data.val=beech.csv", "class 1 is 'beech' there, 'birch' here"),
+    ("train.py -c tiny.yaml -o output=file/folder", "file"),
+    ("train.py -c tiny.yaml -o device=tpu", "device is 'tpu'"),
+    ("evaluate.py -w gone.safetensors", "gone.safetensors: no such weights file"),
+    ("evaluate.py -w two.safetensors", "nothing to evaluate: name a manifest with -o data.test=FILE"),
+    ("evaluate.py -w two.safetensors -o data.test=label7.csv", "has label 7, but there are 2 classes"),
+    ("evaluate.py -w two.safetensors -c tiny.yaml", "its classes are not those in use: 3 there, 2 here"),
+    ("evaluate.py -w two.safetensors -c tiny.yaml -o data.crop_size=64", "data.crop_size is 64, but these weights"),
+    ("evaluate.py -w text.mp4 -c tiny.yaml", "not a safetensors file"),
+    ("predict.py -w text.mp4 text.mp4", "not a safetensors file"),
+    ("predict.py -w two.safetensors text.mp4 file --picture p.png", "--picture draws one video, but 2 are named"),
+    ("predict.py -w two.safetensors text.mp4 --top-k 0", "--top-k is 0"),
+    ("prepare.py index --list gone.txt --out out.csv", "gone.txt: No such file or directory"),
+    ("prepare.py index --list nolabel.txt --out out.csv", "nolabel.txt:2: expected `path label`"),
+    ("prepare.py index --list text.txt --out out.csv", "none of the 1 listed videos can be read"),
+    ("prepare.py index --list list.txt --out out.csv", "none of the 1 listed videos can be read"),
+    ("prepare.py folder gone", "gone: no such folder"),
+    ("prepare.py folder . --val-fraction 2", "--val-fraction is 2.0"),
+    ("prepare.py demo --out file/demo --train-videos 1 --val-videos 1", "file"),
+]
+
+
+@pytest.mark.parametrize("command, message", CASES, ids=[command for command, _ in CASES])
+def test_bad_input_is_one_line(place, command, message):
+    script, *arguments = command.split()
+    before = sorted(os.listdir(place))
+    done = run(script, *arguments, cwd=place)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), done.stderr
+    assert message in lines[0]
+    assert sorted(os.listdir(place)) == before  # nothing written, nothing lost
+
+
+def test_a_folder_that_cannot_be_written(place):
+    """Root may write anywhere, so the folder is one that nobody can write."""
+    done = run("train.py", "-c", "tiny.yaml", "-o", "output=/proc/nothing", cwd=place)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "/proc/nothing" in done.stderr

@@ -1,0 +1,208 @@
+"""Training: it learns, it is the same however it is shared out, it goes on where it stood."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+
+from dali_pipelines import InputError, Manifest
+from tests.training.conftest import run
+from training.checkpoints import load_weights
+from training.config import load_config
+from training.distributed import start_process
+from training.engine import Trainer
+
+
+def train(config_file, *overrides, resume=False):
+    config = load_config(str(config_file), overrides)
+    with start_process("cpu") as process:
+        trainer = Trainer(config, process, resume=resume)
+        trainer.train()
+    return trainer
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [line["train/loss"] for line in lines(folder) if "train/loss" in line]
+
+
+def assert_equal_weights(one, two, *, within=0.0):
+    first, second = (load_weights(folder / "last.safetensors").state for folder in (one, two))
+    for name, value in first.items():
+        torch.testing.assert_close(
+            value, second[name], atol=within, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_a_run_writes_what_it_promises(config_file, tmp_path, capsys):
+    train(config_file)
+    output = tmp_path / "output"
+    assert {path.name for path in output.iterdir()} == {
+        "best.safetensors",
+        "last.safetensors",
+        "checkpoints",
+        "tensorboard",
+        "metrics.jsonl",
+        "config.yaml",
+    }
+    said = capsys.readouterr().out
+    assert "global batch 4 = 1 processes x 4 clips x 1 micro-steps; 3 steps an epoch, 9 in all" in said
+    assert "epoch 1: val top-1 0." in said and f"best so far, saved to {output}/best.safetensors" in said
+    weights = load_weights(output / "best.safetensors")
+    assert weights.classes == ("ash", "birch", "cedar") and weights.preprocessing["num_frames"] == 4
+    assert yaml.safe_load((output / "config.yaml").read_text())["data"]["crop_size"] == 32
+    logged = lines(output)
+    assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, 10))
+    assert {"train/lr", "train/grad_norm", "train/top1", "train/top5", "train/clips_per_second"} <= set(logged[0])
+    assert 0 <= logged[0]["train/data_wait_share"] <= 1
+    assert sum("val/top1" in line for line in logged) == 3
+
+
+def test_tensorboard_holds_the_curves_and_a_picture_of_the_clips(config_file, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config_file, "train.epochs=1")
+    events = EventAccumulator(str(tmp_path / "output" / "tensorboard")).Reload()
+    assert {"train/loss", "train/lr", "train/data_wait_share", "val/top1"} <= set(events.Tags()["scalars"])
+    picture = events.Images("train/clips")[0]
+    assert (picture.height, picture.width) == (4 * 32, 4 * 32)
+
+
+def test_it_learns_what_can_be_learned(config_file, tmp_path):
+    """The tint of videos that it has not seen."""
+    train(config_file, "optim.name=adamw", "optim.lr=0.003", "train.label_smoothing=0", "train.epochs=12")
+    validations = [line["val/top1"] for line in lines(tmp_path / "output") if "val/top1" in line]
+    assert validations[-1] == 1 and losses(tmp_path / "output")[-1] < 0.8 * losses(tmp_path / "output")[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_stays_near_float32(config_file, tmp_path, precision):
+    train(config_file, "train.epochs=1")
+    train(config_file, "train.epochs=1", f"train.precision={precision}", f"output={tmp_path}/mixed")
+    assert losses(tmp_path / "mixed") == pytest.approx(losses(tmp_path / "output"), rel=0.02)
+    assert losses(tmp_path / "mixed") != losses(tmp_path / "output")
+
+
+def test_accumulation_changes_nothing(config_file, tmp_path):
+    train(config_file, "model.drop_path=0")
+    for size in (1, 2):
+        train(config_file, "model.drop_path=0", f"data.batch_size={size}", f"output={tmp_path}/micro{size}")
+        assert losses(tmp_path / f"micro{size}") == pytest.approx(losses(tmp_path / "output"), abs=1e-5)
+        assert_equal_weights(tmp_path / "output", tmp_path / f"micro{size}", within=1e-5)
+
+
+@pytest.fixture
+def config_with_bad_videos(config_file, small_data, tmp_path):
+    """Three of thirteen training videos and one of validation are gone."""
+    for name, bad in (("train", (2, 3, 11)), ("val", (5,))):
+        manifest = Manifest.read(small_data / f"{name}.csv")
+        videos = [manifest[n]._replace(path=f"gone{n}" if n in bad else manifest[n].path) for n in range(len(manifest))]
+        Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / f"{name}.csv")
+    config_file.write_text(config_file.read_text().replace(f"{small_data}/", f"{tmp_path}/"))
+    return config_file
+
+
+def test_two_processes_train_as_one_does_also_with_unreadable_videos(config_with_bad_videos, tmp_path):
+    settings = ["-c", config_with_bad_videos, "-o", "model.drop_path=0"]
+    one = run("train.py", *settings, "data.batch_size=2")
+    assert one.returncode == 0, one.stderr
+    two = run("train.py", *settings, f"output={tmp_path}/two", processes=2)
+    assert two.returncode == 0, two.stderr
+    assert "global batch 4 = 2 processes x 2 clips x 1 micro-steps" in two.stdout
+    assert two.stdout.count("epoch 1:") == 1 and "1 unreadable videos counted as wrong" in two.stdout
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "output"), abs=1e-5)
+    assert_equal_weights(tmp_path / "output", tmp_path / "two", within=1e-5)
+    validations = [
+        [line["val/top1"] for line in lines(tmp_path / name) if "val/top1" in line] for name in ("output", "two")
+    ]
+    assert validations[0] == validations[1] and max(validations[0]) <= 6 / 7
+
+
+def test_the_loss_of_a_step_is_the_mean_over_valid_clips(config_with_bad_videos, tmp_path):
+    changes = ["optim.global_batch_size=12", "train.max_steps=1", "model.drop_path=0", "data.batch_size=4"]
+    with start_process("cpu") as process:
+        untrained = Trainer(load_config(str(config_with_bad_videos), changes), process, resume=False)
+        batches = list(untrained.train_loader)
+        logits = torch.cat([untrained.network(batch.clips) for batch in batches])
+    labels, valid = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("labels", "valid"))
+    assert 9 <= valid.sum() <= 10
+    expected = cross_entropy(logits[valid], labels[valid], label_smoothing=0.1).item()
+    train(config_with_bad_videos, *changes, f"output={tmp_path}/trained")
+    assert losses(tmp_path / "trained") == [pytest.approx(expected, abs=1e-6)]
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_a_resumed_run_is_the_unbroken_one(config_file, tmp_path, stop):
+    """Stopped in the middle of an epoch and at its end; drop path and momentum included, bit by bit."""
+    train(config_file, "optim.name=adamw", f"output={tmp_path}/unbroken")
+    train(config_file, "optim.name=adamw", f"train.max_steps={stop}")
+    trainer = train(config_file, "optim.name=adamw", resume=True)
+    assert trainer.step == 9
+    assert losses(tmp_path / "output") == losses(tmp_path / "unbroken")
+    assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
+
+
+def test_checkpoints_within_an_epoch_are_as_good(config_file, tmp_path):
+    train(config_file, f"output={tmp_path}/unbroken")
+    train(config_file, "train.checkpoint_every_steps=1", "train.max_steps=6")
+    kept = sorted((tmp_path / "output" / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step_00000005.pt", "step_00000006.pt"]
+    kept[1].unlink()  # as if killed after step 5
+    (tmp_path / "output" / "metrics.jsonl").unlink()
+    train(config_file, resume=True)
+    assert losses(tmp_path / "output") == losses(tmp_path / "unbroken")[5:]
+    assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
+
+
+def test_resuming_a_finished_run_changes_nothing(config_file, tmp_path, capsys):
+    train(config_file)
+    before = (tmp_path / "output" / "last.safetensors").read_bytes()
+    train(config_file, resume=True)
+    assert "all 9 steps are done already" in capsys.readouterr().out
+    assert (tmp_path / "output" / "last.safetensors").read_bytes() == before
+
+
+def test_an_earlier_run_is_not_overwritten(config_file, tmp_path):
+    train(config_file, "train.epochs=1")
+    with pytest.raises(InputError, match="of an earlier run: continue that with --resume, or name another folder"):
+        train(config_file, "train.epochs=1")
+    shutil.rmtree(tmp_path / "output" / "checkpoints")
+    with pytest.raises(InputError, match="best.safetensors of an earlier run"):
+        train(config_file, "train.epochs=1")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config_file):
+    with pytest.raises(InputError, match=r"step \d+: the loss is .* at a learning rate of .*; try a lower optim.lr"):
+        train(config_file, "optim.lr=1e30", "optim.clip_norm=null", "optim.warmup_start_lr=1e30")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.global_batch_size=14", "13 videos, fewer than the 14 of one training step"),
+        ("data.batch_size=3", "data.batch_size is 3, but each of 1 processes has 4 clips a step .*: 2, 4"),
+        ("data.train=null", "data.train is not set"),
+        ("data.val=/gone.csv", "/gone.csv: no such manifest"),
+    ],
+)
+def test_settings_that_cannot_work(config_file, override, message):
+    with pytest.raises(InputError, match=message):
+        train(config_file, override)
+
+
+def test_a_global_batch_that_processes_cannot_share(config_file):
+    done = run("train.py", "-c", config_file, "-o", "optim.global_batch_size=5", processes=2)
+    assert done.returncode != 0
+    assert "is 5, which 2 processes cannot share evenly; the nearest that can: 4, 6" in done.stderr
+
+
+def test_resuming_with_another_network_is_refused(config_file):
+    train(config_file, "train.epochs=1")
+    with pytest.raises(InputError, match="is of another network"):
+        train(config_file, "model.depth=3", resume=True)

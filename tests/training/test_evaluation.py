@@ -1,0 +1,145 @@
+"""evaluate.py and predict.py: every video once, the same numbers whoever computes them."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from dali_pipelines import ClipLoader, InputError, Manifest
+from tests.training.conftest import run
+from training.checkpoints import Weights, build_network, load_weights, save_weights
+from training.config import clip_settings, load_config, preprocessing
+from training.distributed import start_process
+from training.evaluation import Result, config_for, evaluate, predict_views
+from training.prediction import predict
+
+
+@pytest.fixture
+def weights_file(config_file, tmp_path):
+    """Weights that say something different of every video."""
+    config = load_config(str(config_file))
+    torch.manual_seed(3)
+    network = build_network(config.model, preprocessing(config.data), 3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(network.patch_embed.proj.weight, std=3)  # what is seen outweighs where it is
+    weights = Weights(vars(config.model), preprocessing(config.data), ("ash", "birch", "cedar"), network.state_dict())
+    save_weights(tmp_path / "w.safetensors", weights)
+    return tmp_path / "w.safetensors"
+
+
+def result_of(weights_file, manifest_file, *overrides):
+    weights = load_weights(weights_file)
+    config = config_for(weights, None, [f"data.test={manifest_file}", "device=cpu", "data.workers=0", *overrides])
+    with start_process("cpu") as process:
+        return evaluate(config, weights, Manifest.read(manifest_file), process)
+
+
+def test_probabilities_are_the_mean_over_three_crops(weights_file, small_data):
+    weights = load_weights(weights_file)
+    result = result_of(weights_file, small_data / "val.csv")
+    config = load_config(None, defaults={"model": weights.model, "data": weights.preprocessing})
+    manifest = Manifest.read(small_data / "val.csv")
+    network = weights.build()
+    for batch in ClipLoader(manifest, **clip_settings(config.data, "test"), batch_size=1, workers=0):
+        with torch.no_grad():
+            views = [network(view).softmax(1) for view in batch.clips.unbind(1)]
+        assert len(views) == 3 and not torch.allclose(views[0], views[2], atol=1e-4)
+        torch.testing.assert_close(result.probabilities[batch.sample_ids], torch.stack(views).mean(0))
+    assert result.labels.tolist() == manifest.labels.tolist() and result.valid.all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 8])
+def test_the_batch_size_changes_nothing(weights_file, small_data, batch_size):
+    reference = result_of(weights_file, small_data / "train.csv")
+    changed = result_of(weights_file, small_data / "train.csv", f"data.batch_size={batch_size}")
+    assert (reference.probabilities - changed.probabilities).abs().max() < 1e-6
+    assert reference.top1 == changed.top1 and len(changed.labels) == 13
+
+
+def test_unreadable_videos_count_as_wrong_and_are_never_replaced(weights_file, small_data, tmp_path):
+    manifest = Manifest.read(small_data / "train.csv")
+    whole = result_of(weights_file, small_data / "train.csv")
+    right = (whole.probabilities.argmax(1) == whole.labels).nonzero()[:, 0].tolist()
+    bad = {right[0], 12}
+    videos = [manifest[n]._replace(path="gone.mp4" if n in bad else manifest[n].path) for n in range(13)]
+    Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / "bad.csv")
+    result = result_of(weights_file, tmp_path / "bad.csv")
+    assert (~result.valid).nonzero()[:, 0].tolist() == sorted(bad) and len(result.labels) == 13
+    assert [fault.sample_id for fault in result.faults] == sorted(bad)
+    good = [n for n in range(13) if n not in bad]
+    torch.testing.assert_close(result.probabilities[good], whole.probabilities[good])
+    assert result.top1 == pytest.approx((len(set(right) - bad)) / 13)
+    assert sum(count for _, count in result.recall().values()) == 13
+
+
+def test_top1_and_recall_by_hand():
+    result = Result(
+        probabilities=torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8], [1.0, 0.0]]),
+        labels=torch.tensor([0, 1, 1, 0]),
+        valid=torch.tensor([True, True, True, False]),
+        faults=[],
+    )
+    assert result.top1 == 0.5 and result.top5 == 0.75 and result.recall() == {0: (1, 2), 1: (1, 2)}
+
+
+def test_two_processes_report_what_one_does(weights_file, small_data):
+    settings = ["-w", weights_file, "-o", f"data.test={small_data}/train.csv", "device=cpu"]
+    one, two = run("evaluate.py", *settings), run("evaluate.py", *settings, processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert one.stdout == two.stdout
+    last = one.stdout.splitlines()[-1]
+    whole = result_of(weights_file, small_data / "train.csv")
+    assert last == f"test/top1_1x3_prob {whole.top1:.4f}, top-5 1.0000"
+    assert "13 videos evaluated, 0 unreadable; the manifest left out 0 of 13 listed" in one.stdout
+
+
+def test_predictions_agree_with_evaluation_for_every_video(weights_file, small_data):
+    result = result_of(weights_file, small_data / "val.csv")
+    manifest = Manifest.read(small_data / "val.csv")
+    files = [manifest.file(n) for n in range(len(manifest))]
+    with start_process("cpu") as process:
+        predictions = list(predict(load_weights(weights_file), files, process))
+    assert [prediction.video for prediction in predictions] == files
+    for prediction, row in zip(predictions, result.probabilities, strict=True):
+        torch.testing.assert_close(prediction.probabilities, row, atol=1e-6, rtol=0)
+
+
+def test_predict_as_a_user_runs_it(weights_file, small_data, tmp_path):
+    (tmp_path / "text.mp4").write_text("no video " * 50)
+    videos = [small_data / "val_0.mp4", tmp_path / "text.mp4", tmp_path / "gone.mp4", small_data / "val_1.webm"]
+    done = run("predict.py", "-w", weights_file, *videos, "--json", "--top-k", 2, "--device", "cpu")
+    assert done.returncode == 1
+    entries = {entry["video"]: entry for entry in map(json.loads, done.stdout.splitlines())}
+    assert set(entries) == set(map(str, videos))
+    assert (
+        "not a video" in entries[str(videos[1])]["error"]
+        and entries[str(videos[2])]["error"] == "no such file or directory"
+    )
+    for path in (videos[0], videos[3]):
+        top = entries[str(path)]["top"]
+        assert len(top) == 2 and top[0]["probability"] >= top[1]["probability"] and top[0]["class"] in "ash birch cedar"
+    plain = run("predict.py", "-w", weights_file, videos[0], "--device", "cpu", "--picture", tmp_path / "p.png")
+    assert plain.returncode == 0 and re.search(
+        r"^    0\.\d{4}  (ash|birch|cedar) \([012]\)$", plain.stdout, re.MULTILINE
+    )
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_preprocessing_than_the_weights_is_refused(weights_file, config_file, small_data):
+    weights = load_weights(weights_file)
+    assert config_for(weights, str(config_file), []).data.crop_size == 32
+    for override in ("data.mean=[0.5,0.5,0.5]", "data.crop_size=64", "data.stride=8", "data.past_end=hold"):
+        with pytest.raises(InputError, match=r"but these weights were trained with"):
+            config_for(weights, str(config_file), [override])
+
+
+def test_views_are_averaged_after_the_softmax():
+    class Network(torch.nn.Module):
+        def forward(self, clips):
+            return clips.flatten(1)
+
+    views = torch.tensor([[[10.0, 0.0], [0.0, 1.0]]]).view(1, 2, 2, 1, 1, 1)
+    expected = (torch.tensor([10.0, 0.0]).softmax(0) + torch.tensor([0.0, 1.0]).softmax(0)) / 2
+    torch.testing.assert_close(predict_views(Network(), views, "float32")[0], expected)

@@ -1,0 +1,42 @@
+"""Sums over valid clips, and counts of what was right."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from training.losses import summed_cross_entropy
+from training.metrics import top_k_counts
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_clips_that_are_not_valid_add_nothing(label_smoothing):
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 3, 6, -1, 2])
+    valid = torch.tensor([True, False, True, False, True])
+    loss = summed_cross_entropy(logits, labels, valid, label_smoothing=label_smoothing)
+    kept = cross_entropy(logits[valid], labels[valid], label_smoothing=label_smoothing, reduction="none").sum()
+    assert torch.allclose(loss, kept)
+    loss.backward()
+    assert (logits.grad[~valid] == 0).all() and (logits.grad[valid] != 0).all()
+
+
+def test_no_valid_clip_at_all_is_zero():
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = summed_cross_entropy(logits, torch.tensor([-1, -1]), torch.tensor([False, False]), label_smoothing=0.1)
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_top_k():
+    scores = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2], [0.9, 0.0, 0.0, 0.0]])
+    labels = torch.tensor([3, 2, 2, -1])
+    assert top_k_counts(scores, labels, ks=(1, 2, 3)).tolist() == [1, 2, 3]
+
+
+def test_a_network_that_says_nothing_is_not_right():
+    assert top_k_counts(torch.zeros(4, 8), torch.arange(4)).tolist() == [0, 0]
+    assert top_k_counts(torch.full((4, 8), torch.nan), torch.arange(4)).tolist() == [0, 0]
+
+
+def test_fewer_classes_than_k():
+    assert top_k_counts(torch.eye(3), torch.arange(3)).tolist() == [3, 3]

@@ -1,0 +1,373 @@
+"""The training loop: epochs of steps, a step of micro-batches, validation and checkpoints after each epoch."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.loader import Batch
+from training import checkpoints
+from training.checkpoints import Weights
+from training.config import Config, clip_settings, preprocessing, to_yaml
+from training.distributed import Process
+from training.labels import check_labels, class_names
+from training.losses import summed_cross_entropy
+from training.metrics import top_k_counts
+from training.monitor import Monitor, Silent
+from training.optimizer import learning_rate, make_optimizer
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Everything of one run; `train` goes from where it stands to the end.
+
+        with start_process(config.device) as process:
+            Trainer(config, process, resume=False).train()
+
+    Writes below `config.output`: best.safetensors, last.safetensors, checkpoints/, tensorboard/, metrics.jsonl,
+    config.yaml. Raises `InputError` for settings and data that cannot work.
+    """
+
+    def __init__(self, config: Config, process: Process, *, resume: bool):
+        self.config = config
+        self.process = process
+        self.precision = resolve_precision(config.train.precision, process.device)
+        self.output = Path(config.output)
+        self.micro_steps, batch_size = _micro_batches(config, process)
+
+        manifests = {name: _read_manifest(config, name) for name in ("train", "val")}
+        self.classes = class_names(config.data.labels, manifests["train"])
+        for name, manifest in manifests.items():
+            check_labels(manifest, self.classes, name=getattr(config.data, name))
+        workers = process.cores if config.data.workers is None else config.data.workers
+        shared = {"batch_size": batch_size, "device": process.device, "seed": config.seed, "workers": workers}
+        shared |= {"rank": process.rank, "world_size": process.world_size}
+        self.train_loader = ClipLoader(
+            manifests["train"],
+            **clip_settings(config.data, "train"),
+            step_entries=config.optim.global_batch_size,
+            **shared,
+        )
+        self.val_loader = ClipLoader(manifests["val"], **clip_settings(config.data, "validate"), **shared)
+
+        torch.manual_seed(config.seed)  # equal initial weights on every process
+        self.network = checkpoints.build_network(config.model, preprocessing(config.data), len(self.classes))
+        self.network.to(process.device)
+        self.model = self.network
+        if process.world_size > 1:
+            # The gradient buckets hold sums of a step's micro-batches; `_finish_gradients` divides.
+            ids = [process.device.index] if process.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
+        self.optimizer = make_optimizer(self.network, config.optim)
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
+
+        self.steps_per_epoch = len(self.train_loader) // self.micro_steps
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.step = 0  # optimizer steps done
+        self.best_top1 = -1.0
+        resumed_from = self._open_output(resume)
+        self.monitor: Monitor | Silent = Silent()
+        if process.is_main:
+            self.monitor = Monitor(self.output, total_steps=self.last_step, step=self.step)
+        self.monitor.log_config(to_yaml(config))
+        self._say_what_runs(batch_size, manifests, resumed_from)
+
+    # -- the loop, one screen a level --
+
+    def train(self) -> None:
+        try:
+            while self.step < self.last_step:
+                self._train_epoch()
+        finally:
+            self.train_loader.close()
+            self.monitor.close()
+
+    def _train_epoch(self) -> None:
+        """To the end of the epoch that stands open, or to the last step; then validation, weights and a checkpoint."""
+        epoch = self.step // self.steps_per_epoch
+        started, steps = time.perf_counter(), self.step
+        window = _Window(self.train_loader)
+        micro_batches = iter(self.train_loader)
+        while micro_step_batches := list(itertools.islice(micro_batches, self.micro_steps)):
+            if self.step == 0:
+                data = self.config.data
+                self.monitor.log_clips(0, micro_step_batches[0].clips, mean=data.mean, std=data.std)
+            window.add(self._train_step(micro_step_batches))
+            self.step += 1
+            self.monitor.advance(loss=f"{window.mean_loss:.3f}", epoch=str(epoch + 1))
+            is_last = self.step == self.last_step or self.step % self.steps_per_epoch == 0
+            if is_last or self.step % self.config.train.log_every_steps == 0:
+                self.monitor.log(self.step, {"train/epoch": self.step / self.steps_per_epoch, **window.summary()})
+                window = _Window(self.train_loader)
+            if self.step == self.last_step:
+                break
+            every = self.config.train.checkpoint_every_steps
+            if every and self.step % every == 0 and not is_last:
+                self._save_checkpoint()
+        seconds = time.perf_counter() - started
+        clips = (self.step - steps) * self.config.optim.global_batch_size
+        self._finish_epoch(epoch, clips / seconds)
+
+    def _train_step(self, batches: list[Batch]) -> "_StepResult":
+        """One optimizer step from this process's micro-batches of it."""
+        optim = self.config.optim
+        lr = learning_rate(
+            self.step,
+            steps=self.total_steps,
+            warmup_steps=optim.warmup_epochs * self.steps_per_epoch,
+            lr=optim.lr,
+            warmup_start_lr=optim.warmup_start_lr,
+            final_lr=optim.final_lr,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        sums = self.process.sum(
+            sum(
+                self._forward_backward(batch, index, is_last=index == len(batches) - 1)
+                for index, batch in enumerate(batches)
+            )
+        )
+        norm = self._finish_gradients(sums[3])
+        loss_sum, top1, top5, valid, grad_norm = [*sums.tolist(), norm.item()]  # waits for the device
+        loss = loss_sum / max(valid, 1)
+        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self.precision != "fp16"):
+            raise InputError(
+                f"step {self.step}: the loss is {loss} and the gradient norm {grad_norm} at a learning rate of {lr:g}; "
+                "try a lower optim.lr, a longer optim.warmup_epochs or train.precision=float32"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return _StepResult(loss, top1, top5, valid, lr, grad_norm)
+
+    def _forward_backward(self, batch: Batch, micro_step: int, *, is_last: bool) -> Tensor:
+        """Adds the gradients of the batch's summed loss; returns that, top-1, top-5 and valid clips: float64 [4]."""
+        labels, valid = (value.to(self.process.device, non_blocking=True) for value in (batch.labels, batch.valid))
+        # Drop path draws from (seed, step, rank, micro-step): a resumed run draws what an unbroken one does.
+        key = np.random.SeedSequence([self.config.seed, self.step, self.process.rank, micro_step])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        gradients_wait = contextlib.nullcontext() if is_last or self.model is self.network else self.model.no_sync()
+        with gradients_wait:
+            with autocast(self.process.device, self.precision):
+                logits = self.model(batch.clips)
+            loss = summed_cross_entropy(logits, labels, valid, label_smoothing=self.config.train.label_smoothing)
+            # The sum over a whole step overflows fp16 sooner than its mean; `_finish_gradients` knows the true count.
+            self.scaler.scale(loss / self.config.optim.global_batch_size).backward()
+        counts = top_k_counts(logits.detach().float(), torch.where(valid, labels, -1))
+        return torch.cat([loss.detach().double()[None], counts, valid.sum()[None]])
+
+    def _finish_gradients(self, valid: Tensor) -> Tensor:
+        """Makes the gradients those of the mean loss over all valid clips of the step, and clips them; their norm."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
+        # DDP has averaged over processes what is to be summed.
+        nominal = self.config.optim.global_batch_size * self.process.world_size
+        torch._foreach_mul_(gradients, (nominal / valid.clamp(min=1)).to(gradients[0].dtype))
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        clip_norm = self.config.optim.clip_norm
+        if clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), clip_norm, norm, foreach=True)
+        return norm
+
+    # -- what follows an epoch --
+
+    def _finish_epoch(self, epoch: int, clips_per_second: float) -> None:
+        top1, top5, loss, unreadable = self.validate()
+        self.monitor.log(self.step, {"val/top1": top1, "val/top5": top5, "val/loss": loss})
+        is_best = top1 > self.best_top1
+        self.best_top1 = max(top1, self.best_top1)
+        if self.process.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            names = ["last.safetensors"] + ["best.safetensors"] * is_best
+            for name in names:
+                checkpoints.save_weights(self.output / name, self.weights())
+        self._save_checkpoint()
+        verdict = f"best so far, saved to {self.output}/best.safetensors" if is_best else f"best {self.best_top1:.4f}"
+        bad = f", {unreadable} unreadable videos counted as wrong" if unreadable else ""
+        speed = f"{clips_per_second:.1f} training clips/s"
+        self.monitor.say(f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict} ({speed}{bad})")
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float, float, int]:
+        """Top-1 and top-5 over all videos (unreadable ones are wrong), mean loss of the readable, number unreadable."""
+        self.model.eval()
+        sums = torch.zeros(5, dtype=torch.float64)  # top-1, top-5, loss, valid, all
+        for batch in self.val_loader:
+            with autocast(self.process.device, self.precision):
+                logits = self.network(batch.clips)
+            logits = logits.float().cpu()
+            loss = summed_cross_entropy(logits, batch.labels, batch.valid, label_smoothing=0)
+            counts = top_k_counts(logits, torch.where(batch.valid, batch.labels, -1))
+            sums += torch.cat([counts, loss[None], batch.valid.sum()[None], (batch.sample_ids >= 0).sum()[None]])
+        top1, top5, loss, valid, everything = self.process.sum(sums).tolist()
+        return top1 / everything, top5 / everything, loss / max(valid, 1), round(everything - valid)
+
+    def weights(self) -> Weights:
+        return Weights(
+            model=dataclasses.asdict(self.config.model),
+            preprocessing=preprocessing(self.config.data),
+            classes=self.classes,
+            state=self.network.state_dict(),
+        )
+
+    # -- where the run stands --
+
+    def _save_checkpoint(self) -> None:
+        if self.process.is_main:
+            state = {
+                "step": self.step,
+                "best_top1": self.best_top1,
+                "network": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "loader": self.train_loader.state_dict(),
+                "config": dataclasses.asdict(self.config),
+            }
+            checkpoints.save_checkpoint(self.output / "checkpoints", self.step, state)
+
+    def _open_output(self, resume: bool) -> Path | None:
+        """Makes the output folder, or goes on from what is in it; the checkpoint that was loaded."""
+        if resume and (newest := checkpoints.load_newest_checkpoint(self.output / "checkpoints")):
+            path, state = newest
+            self._load_state(path, state)
+            return path
+        taken = [
+            name for name in ("checkpoints", "best.safetensors", "last.safetensors") if (self.output / name).exists()
+        ]
+        if taken and not resume:
+            raise InputError(
+                f"{self.output} holds the {taken[0]} of an earlier run: continue that with --resume, "
+                "or name another folder with -o output=DIR"
+            )
+        self.process.barrier()  # nobody looks for an earlier run after the first has begun to write
+        if self.process.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        return None
+
+    def _load_state(self, path: Path, state: dict[str, Any]) -> None:
+        try:
+            self.network.load_state_dict(state["network"])
+        except RuntimeError:
+            raise InputError(f"{path} is of another network than this config's; resume with the same config") from None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.train_loader.load_state_dict(state["loader"])
+        self.step, self.best_top1 = state["step"], state["best_top1"]
+
+    def _say_what_runs(self, batch_size: int, manifests: dict[str, Manifest], resumed_from: Path | None) -> None:
+        process, optim = self.process, self.config.optim
+        implementation = "fused" if process.device.type == "cuda" else "foreach"
+        for line in (
+            f"device {process.device}, precision {self.precision}, {optim.name} (torch {implementation})",
+            f"{len(manifests['train'])} training and {len(manifests['val'])} validation videos, "
+            f"{len(self.classes)} classes",
+            f"global batch {optim.global_batch_size} = {process.world_size} processes x {batch_size} clips x "
+            f"{self.micro_steps} micro-steps; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all",
+            f"output {self.output}" + (f", resumed from {resumed_from.name}" if resumed_from else ""),
+        ):
+            self.monitor.say(line)
+        if self.step >= self.last_step:
+            self.monitor.say(f"all {self.last_step} steps are done already")
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepResult:
+    loss: float
+    top1: float
+    top5: float
+    valid: float
+    lr: float
+    grad_norm: float
+
+
+class _Window:
+    """Means over the steps between two log lines."""
+
+    def __init__(self, loader: ClipLoader):
+        self._loader = loader
+        self._waited = loader.stats.wait_seconds
+        self._started = time.perf_counter()
+        self._results: list[_StepResult] = []
+
+    def add(self, result: _StepResult) -> None:
+        self._results.append(result)
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(result.loss * result.valid for result in self._results) / max(self._clips, 1)
+
+    @property
+    def _clips(self) -> float:
+        return sum(result.valid for result in self._results)
+
+    def summary(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._started
+        return {
+            "train/loss": self.mean_loss,
+            "train/top1": sum(result.top1 for result in self._results) / max(self._clips, 1),
+            "train/top5": sum(result.top5 for result in self._results) / max(self._clips, 1),
+            "train/lr": self._results[-1].lr,
+            "train/grad_norm": self._results[-1].grad_norm,
+            "train/clips_per_second": self._clips / seconds,
+            "train/data_wait_share": (self._loader.stats.wait_seconds - self._waited) / seconds,
+            "train/faults": len(self._loader.stats.faults),
+        }
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """ "auto" as float32 or bf16; the others as they are."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
+
+
+def _read_manifest(config: Config, name: str) -> Manifest:
+    path = getattr(config.data, name)
+    if path is None:
+        raise InputError(f"data.{name} is not set: name a manifest with -o data.{name}=FILE; prepare.py makes one")
+    manifest = Manifest.read(path)
+    if not len(manifest):
+        raise InputError(f"{path}: no videos in it")
+    return manifest
+
+
+def _micro_batches(config: Config, process: Process) -> tuple[int, int]:
+    """(micro-steps a step, clips a process takes at once)."""
+    total, ranks = config.optim.global_batch_size, process.world_size
+    if total % ranks:
+        raise InputError(
+            f"optim.global_batch_size is {total}, which {ranks} processes cannot share evenly; "
+            f"the nearest that can: {', '.join(map(str, _nearest_multiples(total, ranks)))}"
+        )
+    share = total // ranks
+    batch_size = config.data.batch_size or share
+    if share % batch_size:
+        fitting = [size for size in range(1, share + 1) if share % size == 0]
+        nearest = sorted(sorted(fitting, key=lambda size: abs(size - batch_size))[:2])
+        raise InputError(
+            f"data.batch_size is {batch_size}, but each of {ranks} processes has {share} clips a step "
+            f"(optim.global_batch_size {total}); the nearest that divide it: {', '.join(map(str, nearest))}"
+        )
+    return share // batch_size, batch_size
+
+
+def _nearest_multiples(number: int, of: int) -> list[int]:
+    below = number // of * of
+    return [value for value in (below, below + of) if value]

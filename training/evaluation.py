@@ -1,0 +1,139 @@
+"""The test of PaddleVideo and the TimeSformer paper: three crops a video, mean of their probabilities."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.loader import Fault
+from model import TimeSformer
+from training.checkpoints import Weights
+from training.config import PREPROCESSING, Config, clip_settings, load_config, preprocessing
+from training.distributed import Process
+from training.engine import autocast, resolve_precision
+from training.labels import check_labels
+from training.metrics import top_k_counts
+
+PROTOCOL = "test/top1_1x3_prob"
+"""One window, three crops, mean of probabilities."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows in the order of the manifest."""
+
+    probabilities: Tensor
+    """float32 [N, K], mean over the three crops; zeros for an unreadable video."""
+    labels: Tensor
+    """int64 [N]"""
+    valid: Tensor
+    """bool [N]: False for an unreadable video, which counts as wrong."""
+    faults: list[Fault]
+
+    @property
+    def top1(self) -> float:
+        return self._share(0)
+
+    @property
+    def top5(self) -> float:
+        return self._share(1)
+
+    def _share(self, index: int) -> float:
+        counts = top_k_counts(self.probabilities, torch.where(self.valid, self.labels, -1))
+        return counts[index].item() / len(self.labels)
+
+    def recall(self) -> dict[int, tuple[int, int]]:
+        """Label -> (videos of that class that were found, videos of that class)."""
+        found = (self.probabilities.argmax(1) == self.labels) & self.valid
+        return {
+            int(label): (int(found[self.labels == label].sum()), int((self.labels == label).sum()))
+            for label in self.labels.unique()
+        }
+
+
+def config_for(weights: Weights, path: str | None, overrides: list[str]) -> Config:
+    """The config at `path`, or what the weights say, with overrides; refuses another preprocessing than theirs."""
+    base = {"model": weights.model, "data": weights.preprocessing}
+    config = load_config(path, overrides, defaults=base)
+    theirs = preprocessing(load_config(None, defaults=base).data)
+    for key in PREPROCESSING:
+        given = preprocessing(config.data)[key]
+        if given != theirs[key]:
+            raise InputError(f"data.{key} is {given}, but these weights were trained with {theirs[key]}")
+    return config
+
+
+def test_manifest(config: Config, weights: Weights) -> Manifest:
+    """The manifest to evaluate: `data.test`, else `data.val`."""
+    path = config.data.test or config.data.val
+    if path is None:
+        raise InputError("nothing to evaluate: name a manifest with -o data.test=FILE")
+    manifest = Manifest.read(path)
+    if not len(manifest):
+        raise InputError(f"{path}: no videos in it")
+    check_labels(manifest, weights.classes, name=path)
+    return manifest
+
+
+def evaluate(
+    config: Config, weights: Weights, manifest: Manifest, process: Process, *, progress: bool = False
+) -> Result:
+    """Every video of the manifest once, shared among the processes; the whole result on each of them."""
+    share = -(-len(manifest) // process.world_size)
+    batch_size = min(config.data.batch_size or 8, share)
+    loader = ClipLoader(
+        manifest,
+        **clip_settings(config.data, "test"),
+        batch_size=batch_size,
+        device=process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=min(process.cores if config.data.workers is None else config.data.workers, share),
+    )
+    network = weights.build(process.device)
+    precision = resolve_precision(config.train.precision, process.device)
+    mine = {}
+    for batch in tqdm(loader, unit="batch", dynamic_ncols=True, disable=not progress):
+        probabilities = predict_views(network, batch.clips, precision).cpu()
+        for sample_id, valid, row in zip(batch.sample_ids.tolist(), batch.valid.tolist(), probabilities, strict=True):
+            if sample_id >= 0:
+                mine[sample_id] = row if valid else None
+    found, faults = {}, []
+    for theirs, their_faults in process.gather((mine, loader.stats.faults)):
+        found.update(theirs)
+        faults.extend(their_faults)
+    wrong = torch.zeros(len(weights.classes))
+    rows = [found[sample_id] for sample_id in range(len(manifest))]
+    return Result(
+        probabilities=torch.stack([wrong if row is None else row for row in rows]),
+        labels=torch.from_numpy(manifest.labels.copy()),
+        valid=torch.tensor([row is not None for row in rows]),
+        faults=sorted(faults, key=lambda fault: fault.sample_id),
+    )
+
+
+@torch.inference_mode()
+def predict_views(network: TimeSformer, clips: Tensor, precision: str) -> Tensor:
+    """Views [B, V, 3, T, S, S] -> mean of their probabilities, float32 [B, K]."""
+    with autocast(clips.device, precision):
+        logits = network(clips.flatten(0, 1))
+    return logits.float().softmax(1).unflatten(0, clips.shape[:2]).mean(1)
+
+
+def report(result: Result, classes: tuple[str, ...], manifest: Manifest) -> str:
+    """The result in a few lines for a terminal."""
+    lines = [f"{fault.path}: {fault.reason}; counted as wrong" for fault in result.faults]
+    recalls = sorted(result.recall().items(), key=lambda item: item[1][0] / item[1][1])
+    if len(classes) <= 20:
+        lines += [f"  {classes[label]:<24} {found}/{count}" for label, (found, count) in sorted(recalls)]
+    label, (found, count) = recalls[0]
+    lines.append(f"lowest recall: {classes[label]} {found / count:.4f} ({found} of {count})")
+    unreadable = len(result.faults)
+    lines.append(
+        f"{len(result.labels)} videos evaluated, {unreadable} unreadable; the manifest left out {manifest.rejected} of "
+        f"{manifest.listed} listed"
+    )
+    lines.append(f"{PROTOCOL} {result.top1:.4f}, top-5 {result.top5:.4f}")
+    return "\n".join(lines)
