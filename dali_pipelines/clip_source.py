@@ -4,7 +4,9 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 """
 
 import math
+import multiprocessing
 import os
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +38,7 @@ class Sample(NamedTuple):
     sample_id: np.ndarray
     """int64: row of the manifest, -1 for padding."""
     packets: np.ndarray
-    """int64 [2]: packets read and packets fed to a decoder, where decoded here."""
+    """int64 [2]: packets read and packets kept (fed to the decoder), where decoded here."""
     fault: np.ndarray
     """uint8 [bytes]: why the sample cannot be read, UTF-8; empty for a good one."""
 
@@ -75,6 +77,8 @@ class ClipSource:
     def sample(self, place: int) -> Sample:
         """The sample at `place` in the order; a black one with its fault where it cannot be read."""
         if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
+            if multiprocessing.parent_process() is not None:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
             self._manifest = Manifest.map_arrays(self._table, self._root)
         epoch, sample_id = self._order.sample(place)
         if sample_id == PADDING:
@@ -112,7 +116,7 @@ class ClipSource:
             sample_id,
             pictures=decoded.frames if len(repeats) == len(distinct) else decoded.frames[repeats],
             rectangles=plan.rectangles - [*corner, *corner],
-            packets=(decoded.packets_read, decoded.packets_fed),
+            packets=(decoded.packets_read, decoded.packets_kept),
         )
 
     def _black(self, sample_id: int, fault: str) -> Sample:

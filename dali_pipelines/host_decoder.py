@@ -20,7 +20,7 @@ class Decoded(NamedTuple):
     frames: np.ndarray
     """uint8 [N, H, W, 3] RGB, one for each distinct position, as coded (not turned), within the region only."""
     packets_read: int
-    packets_fed: int
+    packets_kept: int
 
 
 def decode_frames(

@@ -57,7 +57,7 @@ class LoaderStats:
     wait_seconds: float = 0.0
     """Of these, spent waiting for a batch."""
     packets_read: int = 0
-    packets_fed: int = 0
+    packets_kept: int = 0
     """Both count host decoding only; DALI does not tell."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Reason -> how many samples did not go the way that was meant for them."""
@@ -298,9 +298,9 @@ class ClipLoader:
             if reason:
                 valid[index] = False
                 self.stats.faults.append(Fault(self._epoch, sample_id, self.manifest.file(sample_id), reason))
-        read, fed = np.array(packets.as_tensor()).sum(axis=0)
+        read, kept = np.array(packets.as_tensor()).sum(axis=0)
         self.stats.packets_read += int(read)
-        self.stats.packets_fed += int(fed)
+        self.stats.packets_kept += int(kept)
         # A copy: DALI writes the next batches into the same memory.
         clips = to_torch_tensor(clips.as_tensor(), copy=True)
         return Batch(clips, self._labels[sample_ids], sample_ids, valid)

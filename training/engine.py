@@ -49,6 +49,11 @@ class Trainer:
         self.classes = class_names(config.data.labels, manifests["train"])
         for name, manifest in manifests.items():
             check_labels(manifest, self.classes, name=getattr(config.data, name))
+        if len(manifests["train"]) < config.optim.global_batch_size:
+            raise InputError(
+                f"{config.data.train}: {len(manifests['train'])} videos, fewer than one step takes; "
+                f"optim.global_batch_size is {config.optim.global_batch_size}"
+            )
         workers = process.cores if config.data.workers is None else config.data.workers
         shared = {"batch_size": batch_size, "device": process.device, "seed": config.seed, "workers": workers}
         shared |= {"rank": process.rank, "world_size": process.world_size}

@@ -185,8 +185,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config_file):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("optim.global_batch_size=14", "13 videos, fewer than the 14 of one training step"),
-        ("data.batch_size=3", "data.batch_size is 3, but each of 1 processes has 4 clips a step .*: 2, 4"),
+        ("optim.global_batch_size=14", "13 videos, fewer than one step takes; optim.global_batch_size is 14"),
+        ("data.batch_size=3", "data.batch_size is 3, but each of 1 processes has 4 clips .*: 2, 4"),
         ("data.train=null", "data.train is not set"),
         ("data.val=/gone.csv", "/gone.csv: no such manifest"),
     ],
