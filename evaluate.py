@@ -34,7 +34,7 @@ def main() -> int:
         result = evaluate(config, weights, manifest, process, progress=process.is_main and sys.stderr.isatty())
         if process.is_main:
             print(report(result, weights.classes, manifest))
-    return 0
+    return 0 if result.valid.any() else 1
 
 
 if __name__ == "__main__":

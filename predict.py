@@ -28,7 +28,9 @@ def main() -> int:
         raise InputError(f"--top-k is {arguments.top_k}; expected 1 or more")
     if arguments.picture and len(arguments.videos) > 1:
         raise InputError(f"--picture draws one video, but {len(arguments.videos)} are named")
-    if arguments.picture and arguments.picture.suffix not in _PICTURE_SUFFIXES:
+    if arguments.picture and not arguments.picture.parent.is_dir():
+        raise InputError(f"--picture {arguments.picture}: no such folder; make it first")
+    if arguments.picture and arguments.picture.suffix.lower() not in _PICTURE_SUFFIXES:
         raise InputError(f"--picture {arguments.picture}: expected a name that ends in {', '.join(_PICTURE_SUFFIXES)}")
 
     from training.checkpoints import load_weights

@@ -51,8 +51,8 @@ def main() -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    if arguments.seed < 0:
-        raise InputError(f"--seed is {arguments.seed}; expected 0 or more")
+    if not 0 <= arguments.seed < 2**64:
+        raise InputError(f"--seed is {arguments.seed}; expected 0 or more, less than 2**64")
     total = arguments.train_videos + arguments.val_videos
     with tqdm(total=total, unit="video", desc="render", dynamic_ncols=True, disable=_quiet()) as bar:
         listed = render_demo(
@@ -77,14 +77,18 @@ def _index(arguments: argparse.Namespace) -> int:
 def _folder(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.val_fraction < 1:
         raise InputError(f"--val-fraction is {arguments.val_fraction}; expected 0 or more, less than 1")
-    listed, classes = indexing.read_folder(arguments.folder)
     out = arguments.out or arguments.folder
+    if arguments.out and out.suffix not in ("", ".csv"):
+        raise InputError(f"--out {out}: expected a folder, or a file name that ends in .csv")
+    listed, classes = indexing.read_folder(arguments.folder)
     if out.suffix == ".csv":
         _write(listed, out, arguments.folder, classes, arguments.workers)
         return 0
     for name, entries in zip(("train", "val"), indexing.split(listed, arguments.val_fraction), strict=True):
         if entries:
             _write(entries, out / f"{name}.csv", arguments.folder, classes, arguments.workers)
+        else:
+            print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
     return 0
 
 

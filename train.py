@@ -27,9 +27,8 @@ def main() -> None:
     from training.engine import Trainer
 
     config = load_config(arguments.config, arguments.override)
-    if arguments.amp:
-        has_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-        config.train.precision = "bf16" if has_bf16 else "fp16"
+    if arguments.amp and config.train.precision == "auto":
+        config.train.precision = "amp"
     with start_process(config.device) as process:
         torch.set_num_threads(process.cores)
         Trainer(config, process, resume=arguments.resume).train()

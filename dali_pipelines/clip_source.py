@@ -6,13 +6,13 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 import math
 import multiprocessing
 import os
-import signal
+import threading
 from typing import NamedTuple
 
 import numpy as np
 
 from dali_pipelines.host_decoder import DecodeError, decode_frames
-from dali_pipelines.manifest import Manifest, Video
+from dali_pipelines.manifest import Manifest, Video, coded_size
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 
 DALI_CPU_CODECS = frozenset({"mjpeg", "vp8", "vp9"})
@@ -77,16 +77,15 @@ class ClipSource:
     def sample(self, place: int) -> Sample:
         """The sample at `place` in the order; a black one with its fault where it cannot be read."""
         if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
-            if multiprocessing.parent_process() is not None:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+            _end_with_parent()
             self._manifest = Manifest.map_arrays(self._table, self._root)
         epoch, sample_id = self._order.sample(place)
         if sample_id == PADDING:
             return self._black(PADDING, "")
         video = self._manifest[sample_id]
-        plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id)
         path = os.path.join(self._root, video.path)
         try:
+            plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id)
             if video.codec in self._dali_codecs and sample_id not in self._host_ids:
                 return self._encoded(path, plan, sample_id)
             return self._decoded(path, video, plan, sample_id)
@@ -106,8 +105,7 @@ class ClipSource:
 
     def _decoded(self, path: str, video: Video, plan: SamplePlan, sample_id: int) -> Sample:
         distinct, repeats = np.unique(plan.positions, return_inverse=True)
-        upright = video.rotation in (0, 180)
-        size = (video.height, video.width) if upright else (video.width, video.height)
+        size = coded_size(video)
         region = _bounds(plan.rectangles, size)
         decoded = decode_frames(path, distinct, size=size, region=region)
         corner = [region[0].start, region[1].start]
@@ -147,6 +145,18 @@ class ClipSource:
             packets=np.array(packets, np.int64),
             fault=np.frombuffer(fault.encode(errors="replace"), np.uint8),
         )
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process was killed would wait for it for ever, and hold its shared memory."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def _bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:

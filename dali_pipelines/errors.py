@@ -15,6 +15,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     An `InputError` or an operating-system error (no such file, disk full) is one line on stderr. Anything else is
     our own bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     rank = os.environ.get("RANK")
     command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     try:

@@ -36,7 +36,7 @@ def clip_pipeline(
     workers: int,
     prefetch: int,
 ) -> Pipeline:
-    """A pipeline, not built yet, whose outputs are clips, sample_id, packets and fault.
+    """A pipeline, not built yet, whose outputs are clips, sample_id, packets, fault, is_host and the decoded shapes.
 
     Clips are float32 (`half`: float16), (value / 255 - mean) / std: [C, T, H, W] a sample, or [V, C, T, H, W] where
     there are several views. `device_id` None is the CPU. `workers` processes run the source; 0 runs it in this one.
@@ -75,7 +75,7 @@ def _clip_pipeline(source, crop_size, views, mean, std, dtype, device, parallel)
     if sample.is_host:
         frames = sample.pictures.gpu() if device == "gpu" else sample.pictures
     else:
-        # "none": what is past the end is an error; the default would be black frames without one.
+        # "none": what is past the end of its index is an error; the default would be black frames without one.
         frames = fn.decoders.video(
             sample.encoded,
             device="mixed" if device == "gpu" else "cpu",
@@ -83,7 +83,8 @@ def _clip_pipeline(source, crop_size, views, mean, std, dtype, device, parallel)
             pad_mode="none",
         )
     clips = [_view(frames, sample, view, crop_size, mean, std, dtype) for view in range(views)]
-    return clips[0] if views == 1 else fn.stack(*clips), sample.sample_id, sample.packets, sample.fault
+    clips = clips[0] if views == 1 else fn.stack(*clips)
+    return clips, sample.sample_id, sample.packets, sample.fault, sample.is_host, frames.shape()
 
 
 def _view(frames, sample, view, crop_size, mean, std, dtype):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from dali_pipelines.manifest import ffmpeg_url
+from dali_pipelines.manifest import ffmpeg_url, size_mismatch
 
 
 class DecodeError(Exception):
@@ -50,11 +50,8 @@ def decode_frames(
                     if frame.is_corrupt:
                         raise DecodeError(f"frame {position} is damaged")
                     if position in wanted:
-                        if (frame.height, frame.width) != size:
-                            raise DecodeError(
-                                f"frame {position} is {frame.width}x{frame.height}, "
-                                f"the manifest says {size[1]}x{size[0]}"
-                            )
+                        if reason := size_mismatch((frame.height, frame.width), size):
+                            raise DecodeError(reason)
                         picture = reformatter.reformat(frame, format="rgb24").to_ndarray()[region]
                         if frames is None:
                             frames = np.empty((len(positions), *picture.shape), np.uint8)

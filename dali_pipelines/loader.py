@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ from dali_pipelines import crops
 from dali_pipelines.clip_source import DALI_CPU_CODECS, DALI_GPU_CODECS, ClipSource
 from dali_pipelines.errors import InputError
 from dali_pipelines.graph import clip_pipeline
-from dali_pipelines.manifest import Manifest
+from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View
 from dali_pipelines.sampling import PAST_END
 
@@ -129,8 +130,10 @@ class ClipLoader:
         _check(len(mean) == len(std) == 3, f"mean {mean} and std {std} must have three numbers each")
         _check(all(value > 0 for value in std), f"std is {std}; expected more than 0")
         _check(dtype in (torch.float32, torch.float16), f"dtype is {dtype}; expected torch.float32 or torch.float16")
-        _check(seed >= 0, f"seed is {seed}; expected 0 or more")
+        _check(0 <= seed < 2**64, f"seed is {seed}; expected 0 or more, less than 2**64")
+        _check(world_size >= 1, f"world_size is {world_size}; expected 1 or more")
         _check(0 <= rank < world_size, f"rank is {rank}; expected 0 to {world_size - 1}")
+        _check(workers is None or workers >= 0, f"workers is {workers}; expected 0 or more")
         _check(
             step_entries % (batch_size * world_size) == 0,
             f"step_entries is {step_entries}; expected a multiple of {batch_size} clips x {world_size} ranks",
@@ -143,10 +146,11 @@ class ClipLoader:
                 "use a smaller batch",
             )
         self.manifest = manifest
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.stats = LoaderStats()
         self._batch_size = batch_size
         self._mean, self._std, self._dtype = mean, std, dtype
+        self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1).to(self.device)
         self._view = View(
             mode=mode,
             num_frames=num_frames,
@@ -166,12 +170,13 @@ class ClipLoader:
             world_size=world_size,
         )
         self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._dali_codecs = DALI_CPU_CODECS if self.device.type == "cpu" else DALI_GPU_CODECS
         self._labels = torch.from_numpy(np.append(manifest.labels, -1))  # the last one is padding's
         self._epoch = 0
         self._batches = 0  # consumed in this epoch
-        self._begun = False  # by an iterator that may have been left early
+        self._iterator: object | None = None  # the one that is on its way through the epoch, or was left early
         self._pipeline = None
-        self._place = 0  # of the next entry that the pipeline gives
+        self._place: int | None = None  # of the next entry that the pipeline gives; None: not known
         self._host_ids: frozenset[int] = frozenset()
         self._table = tempfile.TemporaryDirectory(prefix="clip_loader_")
         manifest.save_arrays(self._table.name)
@@ -181,14 +186,23 @@ class ClipLoader:
         return self._order.rank_entries // self._batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._begun:
-            self._epoch, self._batches = self._epoch + 1, 0
-        self._begun = True
-        return self._iterate(self._epoch)
+        if self._iterator is not None:
+            self._go_to(self._epoch + 1)
+        self._iterator = object()
+        return self._iterate(self._iterator)
 
-    def _iterate(self, epoch: int) -> Iterator[Batch]:
+    def _iterate(self, iterator: object) -> Iterator[Batch]:
+        try:
+            yield from self._rest_of_epoch(iterator)
+        finally:
+            if self._iterator is iterator and self._view.mode != "train":
+                self.close()
+        if self._iterator is iterator:
+            self._go_to(self._epoch + 1)
+
+    def _rest_of_epoch(self, iterator: object) -> Iterator[Batch]:
         started = time.perf_counter()
-        while self._begun and self._epoch == epoch and self._batches < len(self):
+        while self._iterator is iterator and self._batches < len(self):
             asked = time.perf_counter()
             batch = self._next_batch()
             now = time.perf_counter()
@@ -198,14 +212,14 @@ class ClipLoader:
             self.stats.seconds += now - started
             started = now
             yield batch
-        if self._begun and self._epoch == epoch:
-            self._epoch, self._batches, self._begun = epoch + 1, 0, False
-        if self._view.mode != "train":
-            self.close()
+
+    def _go_to(self, epoch: int, batches: int = 0) -> None:
+        """The next `iter` starts here; iterators that are on their way end."""
+        self._epoch, self._batches, self._iterator = epoch, batches, None
 
     def set_epoch(self, epoch: int) -> None:
         """The next `iter` starts this epoch, from its beginning."""
-        self._epoch, self._batches, self._begun = epoch, 0, False
+        self._go_to(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: entries that the caller has received, over all ranks; never those decoded ahead."""
@@ -227,10 +241,11 @@ class ClipLoader:
             f"the saved position, {state['entries']} entries, is within a batch of {self._batch_size} clips x "
             f"{self._order.world_size} ranks",
         )
-        self._epoch, self._batches, self._begun = state["epoch"], batches, False
+        self._go_to(state["epoch"], batches)
 
-    def _identity(self) -> dict[str, int]:
-        return {"seed": self._order.seed, "rows": self._order.rows, "step_entries": self._order.step_entries}
+    def _identity(self) -> dict[str, int | str]:
+        order = self._order
+        return {"mode": self._view.mode, "seed": order.seed, "rows": order.rows, "step_entries": order.step_entries}
 
     def close(self) -> None:
         """Stops the workers; the next `iter` starts them again."""
@@ -240,10 +255,11 @@ class ClipLoader:
         place = self._epoch * self._order.rank_entries + self._batches * self._batch_size
         if self._pipeline is None or self._place != place:
             self._start(place)
+        self._place = None  # an interrupt within `run` leaves it unknown
         try:
             outputs = self._pipeline.run()
         except RuntimeError as error:
-            outputs = self._run_without_dali_decoder(place, error)
+            outputs = self._run_again(place, error)
         self._place = place + self._batch_size
         return self._receive(*outputs)
 
@@ -251,16 +267,13 @@ class ClipLoader:
         self.close()
         source = ClipSource(
             table=self._table.name,
-            root=os.fspath(self.manifest.root),
+            root=os.path.abspath(self.manifest.root),
             view=self._view,
             order=self._order,
             start=place,
-            dali_codecs=DALI_CPU_CODECS if self.device.type == "cpu" else DALI_GPU_CODECS,
+            dali_codecs=self._dali_codecs,
             host_ids=self._host_ids,
         )
-        device_id = None
-        if self.device.type != "cpu":
-            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._pipeline = clip_pipeline(
             source,
             batch_size=self._batch_size,
@@ -269,40 +282,50 @@ class ClipLoader:
             mean=self._mean,
             std=self._std,
             half=self._dtype == torch.float16,
-            device_id=device_id,
+            device_id=self.device.index,
             workers=self._workers,
             prefetch=_PREFETCH,
         )
-        with _hidden_main():
+        with _hidden_main(), _blocked_interrupt():
             self._pipeline.start_py_workers()
         self._pipeline.build()
         self._place = place
 
-    def _run_without_dali_decoder(self, place: int, error: RuntimeError):
-        """DALI's decoder cannot name a bad video, and the pipeline is gone: the host decoder takes these batches."""
-        suspects = {self._order.sample(place + offset)[1] for offset in range(self._batch_size * (_PREFETCH + 1))}
-        new = suspects - self._host_ids - {PADDING}
-        if not new:  # the host decoder has had them already: this is something else
-            raise error
-        self._host_ids |= new
-        reason = "DALI's decoder failed on a batch"
-        self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + len(new)
+    def _run_again(self, place: int, error: RuntimeError):
+        """The pipeline is gone: starts another. A second failure at the same place is raised."""
+        if "decoders.video" in str(error):
+            # DALI's decoder cannot name the video that it failed on: the host decoder takes what was under way.
+            ahead = range(place, place + self._batch_size * (_PREFETCH + 1))
+            under_way = {self._order.sample(entry)[1] for entry in ahead} - self._host_ids - {PADDING}
+            suspects = {row for row in under_way if self.manifest[row].codec in self._dali_codecs}
+            self._host_ids |= suspects
+            self._count_fallback("DALI's decoder failed on a batch", len(suspects))
+        else:
+            self._count_fallback("a worker process died", 1)
         self._start(place)
         return self._pipeline.run()
 
-    def _receive(self, clips, sample_ids, packets, faults) -> Batch:
+    def _count_fallback(self, reason: str, count: int) -> None:
+        self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + count
+
+    def _receive(self, clips, sample_ids, packets, faults, is_host, shapes) -> Batch:
         sample_ids = torch.from_numpy(np.array(sample_ids.as_tensor()))
         valid = sample_ids != PADDING
+        # A copy: DALI writes the next batches into the same memory.
+        clips = to_torch_tensor(clips.as_tensor(), copy=True)
         for index, sample_id in enumerate(sample_ids.tolist()):
             reason = np.array(faults.at(index)).tobytes().decode()
+            if not np.array(is_host.at(index)):
+                height, width = np.array(shapes.at(index))[1:3].tolist()
+                reason = size_mismatch((height, width), coded_size(self.manifest[sample_id]))
+                if reason:
+                    clips[index] = self._black
             if reason:
                 valid[index] = False
                 self.stats.faults.append(Fault(self._epoch, sample_id, self.manifest.file(sample_id), reason))
         read, kept = np.array(packets.as_tensor()).sum(axis=0)
         self.stats.packets_read += int(read)
         self.stats.packets_kept += int(kept)
-        # A copy: DALI writes the next batches into the same memory.
-        clips = to_torch_tensor(clips.as_tensor(), copy=True)
         return Batch(clips, self._labels[sample_ids], sample_ids, valid)
 
 
@@ -325,6 +348,29 @@ def _short_sides(mode: Mode, crop_size: int, short_side: float | tuple[float, fl
         f"short_side is {short_side}; expected at least the crop of {crop_size} pixels, and low <= high",
     )
     return low, high
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """The device, with its number where it is a GPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device is {name!r}; expected cpu, cuda or cuda:N") from None
+    _check(device.type in ("cpu", "cuda"), f"device is {name!r}; expected cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    _check(torch.cuda.is_available(), f"device is {name!r}, but torch finds no GPU here")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextlib.contextmanager
+def _blocked_interrupt() -> Iterator[None]:
+    """Processes that start within never see Ctrl-C: it is for this one to handle, and theirs would be tracebacks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

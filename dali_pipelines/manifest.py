@@ -14,6 +14,7 @@ are, the names of the classes, and how many listed videos were rejected:
 import csv
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -27,6 +28,11 @@ import numpy as np
 from dali_pipelines.errors import InputError
 
 ROTATIONS = (0, 90, 180, 270)
+_LARGEST = 2**31 - 1
+
+_PACKET_IS_PICTURE = frozenset({"av1", "h264", "mjpeg"})
+"""Codecs whose packets each give one picture. Others have some that give none: MPEG-4 (not-coded VOPs, in Xvid
+files), VP8 (hidden reference frames), HEVC (leading pictures of a first open group)."""
 
 
 class Video(NamedTuple):
@@ -44,6 +50,21 @@ class Video(NamedTuple):
     """FFmpeg's name: h264, hevc, mpeg4, vp9, ..."""
     rotation: int
     """Degrees anticlockwise by which the coded picture is turned to be shown: 0, 90, 180 or 270."""
+
+
+def coded_size(video: Video) -> tuple[int, int]:
+    """(height, width) of the pictures as coded, before they are turned to be shown."""
+    return (video.height, video.width) if video.rotation in (0, 180) else (video.width, video.height)
+
+
+def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
+    """What is wrong with pictures of (height, width) `found` where the manifest has `expected`; "" for nothing."""
+    if found == expected:
+        return ""
+    (height, width), (planned_height, planned_width) = found, expected
+    return (
+        f"the pictures are {width}x{height}, the manifest says {planned_width}x{planned_height}; index the file again"
+    )
 
 
 _ROW = np.dtype(
@@ -116,10 +137,10 @@ class Manifest:
         """Reads a manifest file; `InputError` names the file and the line where it is wrong."""
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8", "surrogateescape")
+            text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
         except FileNotFoundError:
             raise InputError(f"{path}: no such manifest; `python prepare.py index` or `folder` makes one") from None
-        body = re.sub(r"\A\ufeff?(?:#[^\n]*\n|\s*\n)*", "", text)
+        body = re.sub(r"\A(?:#[^\n]*\n|\s*\n)*", "", text)
         header = dict(re.findall(r"^# (root|classes): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
         rejected = re.search(r"^# listed \d+, kept \d+, rejected (\d+)", text[: len(text) - len(body)], re.MULTILINE)
         first_line = text[: len(text) - len(body)].count("\n") + 1
@@ -181,22 +202,27 @@ def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], 
             f"{path}:{first_line}: not a manifest: no column {', '.join(missing)}; "
             "to make one from a list of `path label` lines: python prepare.py index --list LIST --root DIR --out FILE"
         )
-    rows = [row for row in reader if row]
+    try:
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise InputError(f"{path}:{first_line + reader.line_num}: {error}; a quote that is not closed?") from None
     try:
         table = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
         columns = [_column(table[name], name) for name in Video._fields[1:]]
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _first_bad_line(path, body, first_line) from None
     good = dict(zip(Video._fields[1:], columns, strict=True))
-    bad = (good["label"] < 0) | (good["frames"] < 1) | ~(good["fps"] > 0) | (good["width"] < 1) | (good["height"] < 1)
-    if (bad | ~np.isin(good["rotation"], ROTATIONS)).any():
+    bad = (good["label"] < 0) | (good["frames"] < 1) | ~((good["fps"] > 0) & np.isfinite(good["fps"]))
+    for side in (good["width"], good["height"]):
+        bad |= (side < 1) | (side > _LARGEST)
+    if (bad | (good["frames"] > _LARGEST) | (good["label"] > _LARGEST) | ~np.isin(good["rotation"], ROTATIONS)).any():
         raise _first_bad_line(path, body, first_line)
     return [name.encode("utf-8", "surrogateescape") for name in table["path"]], columns
 
 
 def _column(values: Sequence[str], name: str) -> np.ndarray:
     if name == "codec":
-        return np.array(values, dtype="S16")
+        return np.array([value.strip() for value in values], dtype="S16")
     return np.array(values, dtype="U").astype(np.float64 if name == "fps" else np.int64)
 
 
@@ -205,11 +231,12 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
     reader = csv.reader(io.StringIO(body, newline=""))
     names = next(reader)
     expected = {
-        "label": (int, lambda value: value >= 0, "a class number, 0 or more"),
-        "frames": (int, lambda value: value >= 1, "a count, 1 or more"),
-        "fps": (float, lambda value: value > 0, "frames per second, more than 0"),
-        "width": (int, lambda value: value >= 1, "pixels, 1 or more"),
-        "height": (int, lambda value: value >= 1, "pixels, 1 or more"),
+        "label": (int, lambda value: 0 <= value <= _LARGEST, "a class number, 0 or more"),
+        "frames": (int, lambda value: 1 <= value <= _LARGEST, "a count, 1 or more"),
+        "fps": (float, lambda value: 0 < value < math.inf, "frames per second, more than 0"),
+        "width": (int, lambda value: 1 <= value <= _LARGEST, "pixels, 1 or more"),
+        "height": (int, lambda value: 1 <= value <= _LARGEST, "pixels, 1 or more"),
+        "codec": (str, str.isascii, "FFmpeg's name of a codec"),
         "rotation": (int, lambda value: value in ROTATIONS, "0, 90, 180 or 270"),
     }
     for row in reader:
@@ -228,7 +255,9 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
 
 
 def probe(path: str | os.PathLike) -> Video:
-    """What a decoder puts out for the file at `path`, by reading its packets and its first picture; label is 0.
+    """What a decoder puts out for the file at `path`; label is 0.
+
+    Pictures are counted by their packets where that is exact, and by decoding elsewhere (`_PACKET_IS_PICTURE`).
 
     Raises `InputError` with a reason that a person understands where the file is no video that can be read.
     """
@@ -256,13 +285,15 @@ def _probe(container: av.container.InputContainer, path: str) -> Video:
     if not container.streams.video:
         raise InputError("no video stream in it")
     stream = container.streams.video[0]
+    codec = stream.codec_context.codec.canonical_name
     first = None
-    count = 0
+    packets = decoded = 0
     for packet in container.demux(stream):
-        if first is None:
+        if first is None or codec not in _PACKET_IS_PICTURE:
             pictures = stream.decode(packet)
-            first = pictures[0] if pictures else None
-        count += bool(packet.size) and not packet.is_discard
+            first = first or (pictures[0] if pictures else None)
+            decoded += len(pictures)
+        packets += bool(packet.size) and not packet.is_discard
     if first is None:
         raise InputError("no picture comes out of its video stream")
     fps = stream.average_rate or stream.guessed_rate
@@ -272,4 +303,5 @@ def _probe(container: av.container.InputContainer, path: str) -> Video:
     if rotation not in ROTATIONS:
         raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
-    return Video(path, 0, count, float(fps), width, height, stream.codec_context.codec.canonical_name, rotation)
+    count = packets if codec in _PACKET_IS_PICTURE else decoded
+    return Video(path, 0, count, float(fps), width, height, codec, rotation)

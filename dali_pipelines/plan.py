@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from dali_pipelines import crops
-from dali_pipelines.manifest import Video
+from dali_pipelines.manifest import Video, coded_size
 from dali_pipelines.sampling import frame_positions
 
 Mode = Literal["train", "validate", "test"]
@@ -79,8 +79,7 @@ def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: i
         shown = crops.centre_crop(**frame, short_side=round(view.short_sides[0]))
     else:
         shown = crops.uniform_crops(**frame, short_side=round(view.short_sides[0]))
-    upright = video.rotation in (0, 180)
-    height, width = (video.height, video.width) if upright else (video.width, video.height)
+    height, width = coded_size(video)
     rectangles, transpose = crops.to_coded(shown, rotation=video.rotation, height=height, width=width)
     return SamplePlan(positions, rectangles, transpose)
 

@@ -73,7 +73,9 @@ class TimeSformer(nn.Module):
             nn.init.normal_(embedding, std=embed_init_std)
 
     def forward(self, clips: Tensor) -> Tensor:
-        return self.head(self.forward_features(clips))
+        features = self.forward_features(clips)
+        with torch.autocast(features.device.type, enabled=False):  # logits in bf16 tie for 1 clip in 100
+            return self.head(features.to(self.head.weight.dtype))
 
     def forward_features(self, clips: Tensor) -> Tensor:
         """The class token after the last block: [B, 3, T, S, S] -> [B, D]."""

@@ -131,9 +131,7 @@ def render_demo(
     return listed
 
 
-def _run(
-    render: Callable[[tuple[str, int]], str], tasks: list[tuple[str, int]], *, workers: int
-) -> Iterator[str]:
+def _run(render: Callable[[tuple[str, int]], str], tasks: list[tuple[str, int]], *, workers: int) -> Iterator[str]:
     """The results in the order of the tasks, each as soon as it and those before it are there."""
     if workers == 1:
         yield from map(render, tasks)

@@ -17,6 +17,9 @@ VIDEO_SUFFIXES = frozenset(
     [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
 )
 
+_LARGEST_LABEL = 2**31 - 1
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
+
 Listed = tuple[str, int]
 """A path, relative to a root or absolute, and its label."""
 
@@ -34,16 +37,16 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
     """Lines `path label`, as PaddleVideo and mmaction2 write them; paths may hold spaces, empty lines are skipped."""
     listed = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file; expected lines `path label`") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        file, _, label = line.strip().rpartition(" ")
-        if not file or not label.isdecimal():
+        file, label = ("", *line.strip().rsplit(None, 1))[-2:]
+        if not file or not label.isdecimal() or int(label) > _LARGEST_LABEL:
             raise InputError(f"{path}:{number}: expected `path label` with a label of 0 or more, not {line[:80]!r}")
-        listed.append((file.strip(), int(label)))
+        listed.append((file, int(label)))
     if not listed:
         raise InputError(f"{path}: no videos in it; expected lines `path label`")
     return listed
@@ -55,6 +58,11 @@ def read_folder(root: str | os.PathLike) -> tuple[list[Listed], tuple[str, ...]]
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected one that holds a folder of videos for each class")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if classes and _SPLITS.issuperset(name.lower() for name in classes):
+        raise InputError(
+            f"{root}: holds {' and '.join(classes)}, which look like splits, not classes; index each of them, "
+            f"such as: folder {root / classes[0]} --out {classes[0]}.csv"
+        )
     listed = [
         (file.relative_to(root).as_posix(), label)
         for label, name in enumerate(classes)

@@ -1,6 +1,6 @@
 """Small videos for tests, made with PyAV."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,6 +46,19 @@ def write_video(
             frame.time_base = Fraction(1, 1) / fps
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return str(path)
+
+
+def edit_packets(source: str | Path, path: str | Path, edit: Callable[[int, bytes], bytes]) -> str:
+    """Copies a video with the bytes of its packets changed by `edit(number, data)`."""
+    with av.open(str(source)) as original, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(original.streams.video[0])
+        for number, packet in enumerate(original.demux(video=0)):
+            if packet.size:
+                edited = av.Packet(edit(number, bytes(packet)))
+                edited.pts, edited.dts, edited.time_base = packet.pts, packet.dts, packet.time_base
+                edited.is_keyframe, edited.stream = packet.is_keyframe, stream
+                container.mux(edited)
     return str(path)
 
 

@@ -1,16 +1,18 @@
 """Weights files, which tell all that is needed to use them, and checkpoints, which tell where training stood."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 
 from dali_pipelines.errors import InputError
 from model import TimeSformer
@@ -31,6 +33,10 @@ class Weights:
     classes: tuple[str, ...]
     state: dict[str, torch.Tensor]
 
+    def config(self) -> dict[str, Any]:
+        """What the weights say of a config, for `load_config(defaults=...)`."""
+        return {"model": self.model, "data": self.preprocessing}
+
     def build(self, device: torch.device | str = "cpu") -> TimeSformer:
         """The network with these weights, ready to predict."""
         network = build_network(self.model, self.preprocessing, len(self.classes))
@@ -50,15 +56,29 @@ def build_network(model: dict[str, Any] | ModelConfig, preprocessing: dict[str, 
 
 def save_weights(path: str | os.PathLike, weights: Weights) -> None:
     """Writes a safetensors file, whole or not at all."""
-    path = Path(path)
     metadata = {
         "format": _FORMAT,
         "model": json.dumps(weights.model),
         "preprocessing": json.dumps(weights.preprocessing),
         "classes": json.dumps(weights.classes, ensure_ascii=False),
     }
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.state.items()}
+    with _whole_file(Path(path)) as file:
+        file.write(safetensors.torch.save(state, metadata))
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` once it is complete and on disk, and not at all otherwise."""
     unfinished = path.with_name(path.name + ".part")
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.state.items()}, unfinished, metadata)
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error}") from None
     unfinished.replace(path)
 
 
@@ -83,12 +103,8 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
-    unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "wb") as file:
+    with _whole_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
     for old in list_checkpoints(folder)[:-_KEPT]:
         old.unlink()
     return path
@@ -105,5 +121,5 @@ def load_newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, A
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises a dozen kinds for a damaged file; the one before it may be whole
-            print(f"{path}: cannot be read, trying the one before it ({type(error).__name__})")
+            print(f"{path}: cannot be read ({type(error).__name__}); looking for an older one")
     return None

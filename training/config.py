@@ -6,9 +6,11 @@ num_frames, image_size and num_classes follow from `data`.
 
 import dataclasses
 import difflib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,8 +18,63 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dali_pipelines.errors import InputError
 
-PRECISIONS = ("auto", "float32", "bf16", "fp16")
-OPTIMIZERS = ("sgd", "adamw")
+T = TypeVar("T")
+
+
+def _one_of(*allowed: str):
+    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+
+
+def _optional(rule):
+    is_good, expected = rule
+    return lambda value: value is None or is_good(value), f"{expected}, or null"
+
+
+_COUNT = (lambda value: value >= 1, "1 or more")
+_POSITIVE = (lambda value: 0 < value < math.inf, "more than 0")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more")
+_SHARE = (lambda value: 0 <= value < 1, "0 or more, less than 1")
+
+_VALUES = {
+    "seed": (lambda value: 0 <= value < 2**64, "0 or more, less than 2**64"),
+    "model.patch_size": _COUNT,
+    "model.embed_dim": _COUNT,
+    "model.depth": _COUNT,
+    "model.num_heads": _COUNT,
+    "model.attention": _one_of("divided_space_time", "joint_space_time", "space_only"),
+    "model.drop_path": _SHARE,
+    "model.embed_init_std": _NOT_NEGATIVE,
+    "data.num_frames": _COUNT,
+    "data.crop_size": _COUNT,
+    "data.short_side": (lambda value: value is None or len(value) == 2, "[low, high], or null"),
+    "data.stride": _optional(_POSITIVE),
+    "data.target_fps": _POSITIVE,
+    "data.past_end": _one_of("fit", "hold"),
+    "data.mean": (lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
+    "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
+    "data.batch_size": _optional(_COUNT),
+    "data.workers": _optional(_NOT_NEGATIVE),
+    "optim.name": _one_of("sgd", "adamw"),
+    "optim.lr": _POSITIVE,
+    "optim.warmup_start_lr": _NOT_NEGATIVE,
+    "optim.warmup_epochs": _NOT_NEGATIVE,
+    "optim.final_lr": _NOT_NEGATIVE,
+    "optim.momentum": _SHARE,
+    "optim.betas": (
+        lambda value: len(value) == 2 and all(0 <= v < 1 for v in value),
+        "two numbers, 0 or more, below 1",
+    ),
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip_norm": _optional(_POSITIVE),
+    "optim.global_batch_size": _COUNT,
+    "train.epochs": _COUNT,
+    "train.max_steps": _optional(_COUNT),
+    "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
+    "train.label_smoothing": _SHARE,
+    "train.checkpoint_every_steps": _optional(_COUNT),
+    "train.log_every_steps": _COUNT,
+}
+"""Which values are good, and how to say it."""
 
 
 @dataclass
@@ -92,7 +149,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after so many steps; the schedule still spans `epochs`."""
     precision: str = "auto"
-    """float32, bf16, fp16 (with dynamic loss scaling), or auto: bf16 on a GPU that has it, float32 elsewhere."""
+    """float32, bf16, fp16 (with dynamic loss scaling); auto: bf16 on a GPU that has it, float32 elsewhere; amp (as
+    --amp): bf16, fp16 on a GPU without it."""
     label_smoothing: float = 0.1
     checkpoint_every_steps: int | None = None
     """Besides one at the end of every epoch."""
@@ -123,18 +181,15 @@ def load_config(path: str | None, overrides: list[str] = (), *, defaults: dict[s
     if path is not None:
         layers.append((path, _read_yaml(path)))
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
+        if "=" not in override:
             raise InputError(f"-o {override}: expected KEY=VALUE, such as -o optim.lr=0.001")
-        layers.append((f"-o {override}", OmegaConf.from_dotlist([override])))
+        layers.append(
+            (f"-o {override}", _parse(f"-o {override}", lambda text=override: OmegaConf.from_dotlist([text])))
+        )
     for where, layer in layers:
         _check_keys(where, OmegaConf.to_container(layer), OmegaConf.to_container(OmegaConf.structured(Config)))
-        try:
-            merged = OmegaConf.merge(merged, layer)
-            config = OmegaConf.to_object(merged)
-        except OmegaConfBaseException as error:
-            key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-            raise InputError(f"{where}: {key}{str(error).splitlines()[0]}") from None
+        merged = _parse(where, lambda below=merged, layer=layer: OmegaConf.merge(below, layer))
+    config = _parse("the config", lambda: OmegaConf.to_object(merged))
     _check_values(config)
     return config
 
@@ -145,12 +200,23 @@ def to_yaml(config: Config) -> str:
 
 def _read_yaml(path: str) -> DictConfig:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
-    if content is not None and not isinstance(content, dict):
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; expected YAML") from None
+    content = _parse(path, lambda: OmegaConf.create(text or "{}"))  # its YAML loader is a safe one
+    if not isinstance(content, DictConfig):
         raise InputError(f"{path}: expected `key: value` lines")
-    return OmegaConf.create(content or {})
+    return content
+
+
+def _parse(where: str, parse: Callable[[], T]) -> T:
+    try:
+        return parse()
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not YAML: {error}") from None
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise InputError(f"{where}: {key}{str(error).splitlines()[0]}") from None
 
 
 def _check_keys(where: str, given: Any, known: dict, prefix: str = "") -> None:
@@ -184,40 +250,25 @@ def _dotted_keys() -> list[str]:
 
 
 def _check_values(config: Config) -> None:
-    """What a type cannot say; the rest is checked where it is used."""
-    data, optim, train = config.data, config.optim, config.train
-    for key, value, allowed in [
-        ("optim.name", optim.name, OPTIMIZERS),
-        ("train.precision", train.precision, PRECISIONS),
-        ("data.past_end", data.past_end, ("fit", "hold")),
-        ("model.attention", config.model.attention, ("divided_space_time", "joint_space_time", "space_only")),
-    ]:
-        if value not in allowed:
-            raise InputError(f"{key} is {value!r}; expected one of {', '.join(allowed)}")
-    for key, holds, expected in [
-        ("data.num_frames", data.num_frames >= 1, "1 or more"),
-        ("data.crop_size", data.crop_size % config.model.patch_size == 0 < data.crop_size,
-         f"a multiple of model.patch_size, {config.model.patch_size}"),
-        ("data.short_side", data.short_side is None or len(data.short_side) == 2, "[low, high]"),
-        ("data.mean", len(data.mean) == 3, "three numbers"),
-        ("data.std", len(data.std) == 3 and min(data.std) > 0, "three numbers above 0"),
-        ("data.batch_size", data.batch_size is None or data.batch_size >= 1, "1 or more"),
-        ("data.workers", data.workers is None or data.workers >= 0, "0 or more"),
-        ("model.embed_dim", config.model.embed_dim % config.model.num_heads == 0,
-         f"a multiple of model.num_heads, {config.model.num_heads}"),
-        ("model.drop_path", 0 <= config.model.drop_path < 1, "0 or more, less than 1"),
-        ("optim.lr", optim.lr > 0, "more than 0"),
-        ("optim.global_batch_size", optim.global_batch_size >= 1, "1 or more"),
-        ("train.epochs", train.epochs >= 1, "1 or more"),
-        ("train.max_steps", train.max_steps is None or train.max_steps >= 1, "1 or more"),
-        ("train.log_every_steps", train.log_every_steps >= 1, "1 or more"),
-        ("train.label_smoothing", 0 <= train.label_smoothing < 1, "0 or more, less than 1"),
-        ("seed", config.seed >= 0, "0 or more"),
+    """What a type cannot say."""
+    for key, (is_good, expected) in _VALUES.items():
+        value = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if not is_good(value):
+            raise InputError(f"{key} is {value}; expected {expected}")
+    data, model = config.data, config.model
+    for holds, message in [
+        (data.crop_size % model.patch_size == 0,
+         f"data.crop_size is {data.crop_size}; expected a multiple of model.patch_size, {model.patch_size}"),
+        (model.embed_dim % model.num_heads == 0,
+         f"model.embed_dim is {model.embed_dim}; expected a multiple of model.num_heads, {model.num_heads}"),
+        (config.optim.warmup_epochs < config.train.epochs,
+         f"optim.warmup_epochs is {config.optim.warmup_epochs:g}; expected less than train.epochs, "
+         f"{config.train.epochs}: the learning rate would never reach optim.lr"),
     ]:  # fmt: skip
         if not holds:
-            section, _, name = key.rpartition(".")
-            value = getattr(getattr(config, section) if section else config, name)
-            raise InputError(f"{key} is {value}; expected {expected}")
+            raise InputError(message)
 
 
 def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:

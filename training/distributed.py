@@ -56,8 +56,11 @@ def start_process(device: str) -> Iterator[Process]:
     try:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         wanted = torch.device(automatic if device == "auto" else device)
+        known = wanted.type in ("cpu", "cuda")
     except RuntimeError:
-        raise InputError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
+        known = False
+    if not known:
+        raise InputError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {device!r}, but torch finds no GPU here")
     rank, world_size, local_rank, local_world_size = (

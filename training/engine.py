@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.loader import Batch
+from dali_pipelines.loader import Batch, Fault
 from training import checkpoints
 from training.checkpoints import Weights
 from training.config import Config, clip_settings, preprocessing, to_yaml
@@ -25,6 +25,7 @@ from training.metrics import top_k_counts
 from training.monitor import Monitor, Silent
 from training.optimizer import learning_rate, make_optimizer
 
+_FAULTS_SHOWN = 5
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +49,7 @@ class Trainer:
         manifests = {name: _read_manifest(config, name) for name in ("train", "val")}
         self.classes = class_names(config.data.labels, manifests["train"])
         for name, manifest in manifests.items():
-            check_labels(manifest, self.classes, name=getattr(config.data, name))
+            check_labels(manifest, self.classes, name=getattr(config.data, name), renamed=bool(config.data.labels))
         if len(manifests["train"]) < config.optim.global_batch_size:
             raise InputError(
                 f"{config.data.train}: {len(manifests['train'])} videos, fewer than one step takes; "
@@ -82,8 +83,11 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.best_top1 = -1.0
         resumed_from = self._open_output(resume)
+        process.barrier()  # nobody looks for an earlier run once the first has begun to write
         self.monitor: Monitor | Silent = Silent()
         if process.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             self.monitor = Monitor(self.output, total_steps=self.last_step, step=self.step)
         self.monitor.log_config(to_yaml(config))
         self._say_what_runs(batch_size, manifests, resumed_from)
@@ -101,14 +105,16 @@ class Trainer:
     def _train_epoch(self) -> None:
         """To the end of the epoch that stands open, or to the last step; then validation, weights and a checkpoint."""
         epoch = self.step // self.steps_per_epoch
-        started, steps = time.perf_counter(), self.step
+        started, clips, faults = time.perf_counter(), 0.0, len(self.train_loader.stats.faults)
         window = _Window(self.train_loader)
         micro_batches = iter(self.train_loader)
         while micro_step_batches := list(itertools.islice(micro_batches, self.micro_steps)):
             if self.step == 0:
                 data = self.config.data
                 self.monitor.log_clips(0, micro_step_batches[0].clips, mean=data.mean, std=data.std)
-            window.add(self._train_step(micro_step_batches))
+            result = self._train_step(micro_step_batches)
+            window.add(result)
+            clips += result.valid
             self.step += 1
             self.monitor.advance(loss=f"{window.mean_loss:.3f}", epoch=str(epoch + 1))
             is_last = self.step == self.last_step or self.step % self.steps_per_epoch == 0
@@ -120,9 +126,9 @@ class Trainer:
             every = self.config.train.checkpoint_every_steps
             if every and self.step % every == 0 and not is_last:
                 self._save_checkpoint()
-        seconds = time.perf_counter() - started
-        clips = (self.step - steps) * self.config.optim.global_batch_size
-        self._finish_epoch(epoch, clips / seconds)
+        clips_per_second = clips / (time.perf_counter() - started)
+        self._say_faults(self.train_loader.stats.faults[faults:])
+        self._finish_epoch(epoch, clips_per_second)
 
     def _train_step(self, batches: list[Batch]) -> "_StepResult":
         """One optimizer step from this process's micro-batches of it."""
@@ -146,7 +152,13 @@ class Trainer:
         )
         norm = self._finish_gradients(sums[3])
         loss_sum, top1, top5, valid, grad_norm = [*sums.tolist(), norm.item()]  # waits for the device
-        loss = loss_sum / max(valid, 1)
+        if not valid:
+            fault = self.train_loader.stats.faults[-1]
+            raise InputError(
+                f"step {self.step}: none of its videos can be read; {fault.path}: {fault.reason}. "
+                "Does the manifest's root fit?"
+            )
+        loss = loss_sum / valid
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self.precision != "fp16"):
             raise InputError(
                 f"step {self.step}: the loss is {loss} and the gradient norm {grad_norm} at a learning rate of {lr:g}; "
@@ -204,6 +216,14 @@ class Trainer:
         speed = f"{clips_per_second:.1f} training clips/s"
         self.monitor.say(f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict} ({speed}{bad})")
 
+    def _say_faults(self, mine: list[Fault]) -> None:
+        """Names the training videos of this epoch that could not be read, on all processes."""
+        faults = [fault for theirs in self.process.gather(mine) for fault in theirs]
+        for fault in faults[:_FAULTS_SHOWN]:
+            self.monitor.say(f"{fault.path}: {fault.reason}; left out")
+        if len(faults) > _FAULTS_SHOWN:
+            self.monitor.say(f"... and {len(faults) - _FAULTS_SHOWN} more of this epoch's training videos")
+
     @torch.no_grad()
     def validate(self) -> tuple[float, float, float, int]:
         """Top-1 and top-5 over all videos (unreadable ones are wrong), mean loss of the readable, number unreadable."""
@@ -239,36 +259,50 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "loader": self.train_loader.state_dict(),
                 "config": dataclasses.asdict(self.config),
+                "classes": list(self.classes),
             }
             checkpoints.save_checkpoint(self.output / "checkpoints", self.step, state)
 
     def _open_output(self, resume: bool) -> Path | None:
-        """Makes the output folder, or goes on from what is in it; the checkpoint that was loaded."""
+        """Goes on from what is in the output folder, or sees that nothing is; the checkpoint that was loaded."""
         if resume and (newest := checkpoints.load_newest_checkpoint(self.output / "checkpoints")):
-            path, state = newest
-            self._load_state(path, state)
-            return path
-        taken = [
-            name for name in ("checkpoints", "best.safetensors", "last.safetensors") if (self.output / name).exists()
-        ]
-        if taken and not resume:
+            self._load_state(*newest)
+            return newest[0]
+        results = ("checkpoints", "best.safetensors", "last.safetensors")
+        taken = [name for name in results if (self.output / name).exists()]
+        if taken and resume:
+            raise InputError(
+                f"{self.output} holds the {taken[0]} of an earlier run, but no checkpoint that can be read: "
+                "to begin anew, name another folder with -o output=DIR"
+            )
+        if taken:
             raise InputError(
                 f"{self.output} holds the {taken[0]} of an earlier run: continue that with --resume, "
                 "or name another folder with -o output=DIR"
             )
-        self.process.barrier()  # nobody looks for an earlier run after the first has begun to write
-        if self.process.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         return None
 
     def _load_state(self, path: Path, state: dict[str, Any]) -> None:
-        try:
-            self.network.load_state_dict(state["network"])
-        except RuntimeError:
-            raise InputError(f"{path} is of another network than this config's; resume with the same config") from None
+        """`state` of a checkpoint; what the config says of the optimizer beyond its kind may have changed since."""
+        for section, keys in (("model", None), ("optim", ("name",))):
+            saved, wanted = state["config"][section], dataclasses.asdict(getattr(self.config, section))
+            for key in keys or wanted:
+                if saved[key] != wanted[key]:
+                    raise InputError(
+                        f"{path}: {section}.{key} was {saved[key]} and is {wanted[key]} now; "
+                        "resume with what it was, or name another folder with -o output=DIR"
+                    )
+        if state["classes"] != list(self.classes):
+            raise InputError(
+                f"{path} was trained on {len(state['classes'])} classes that are not the {len(self.classes)} of now"
+            )
+        self.network.load_state_dict(state["network"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, wanted in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(wanted)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.train_loader.load_state_dict(state["loader"])
         self.step, self.best_top1 = state["step"], state["best_top1"]
 
@@ -333,10 +367,13 @@ class _Window:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """ "auto" as float32 or bf16; the others as they are."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    """float32, bf16 or fp16 for a `train.precision`."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16 else "float32"
+    if name == "amp":
+        return "bf16" if has_bf16 else "fp16"
+    return name
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -10,7 +10,7 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.loader import Fault
 from model import TimeSformer
 from training.checkpoints import Weights
-from training.config import PREPROCESSING, Config, clip_settings, load_config, preprocessing
+from training.config import PREPROCESSING, Config, clip_settings, load_config
 from training.distributed import Process
 from training.engine import autocast, resolve_precision
 from training.labels import check_labels
@@ -55,13 +55,14 @@ class Result:
 
 def config_for(weights: Weights, path: str | None, overrides: list[str]) -> Config:
     """The config at `path`, or what the weights say, with overrides; refuses another preprocessing than theirs."""
-    base = {"model": weights.model, "data": weights.preprocessing}
-    config = load_config(path, overrides, defaults=base)
-    theirs = preprocessing(load_config(None, defaults=base).data)
-    for key in PREPROCESSING:
-        given = preprocessing(config.data)[key]
-        if given != theirs[key]:
-            raise InputError(f"data.{key} is {given}, but these weights were trained with {theirs[key]}")
+    defaults = weights.config()
+    config = load_config(path, overrides, defaults=defaults)
+    theirs = load_config(None, defaults=defaults)
+    keys = [("data", key) for key in PREPROCESSING] + [("model", key) for key in weights.model]
+    for section, key in keys:
+        given, expected = (getattr(getattr(each, section), key) for each in (config, theirs))
+        if given != expected and key not in ("drop_path", "embed_init_std"):  # those matter in training only
+            raise InputError(f"{section}.{key} is {given}, but these weights were trained with {expected}")
     return config
 
 
@@ -94,24 +95,23 @@ def evaluate(
     )
     network = weights.build(process.device)
     precision = resolve_precision(config.train.precision, process.device)
-    mine = {}
+    ids, rows = [], []
     for batch in tqdm(loader, unit="batch", dynamic_ncols=True, disable=not progress):
         probabilities = predict_views(network, batch.clips, precision).cpu()
-        for sample_id, valid, row in zip(batch.sample_ids.tolist(), batch.valid.tolist(), probabilities, strict=True):
-            if sample_id >= 0:
-                mine[sample_id] = row if valid else None
-    found, faults = {}, []
-    for theirs, their_faults in process.gather((mine, loader.stats.faults)):
-        found.update(theirs)
-        faults.extend(their_faults)
-    wrong = torch.zeros(len(weights.classes))
-    rows = [found[sample_id] for sample_id in range(len(manifest))]
-    return Result(
-        probabilities=torch.stack([wrong if row is None else row for row in rows]),
+        ids.append(batch.sample_ids[batch.valid])
+        rows.append(probabilities[batch.valid])
+    result = Result(
+        probabilities=torch.zeros(len(manifest), len(weights.classes)),
         labels=torch.from_numpy(manifest.labels.copy()),
-        valid=torch.tensor([row is not None for row in rows]),
-        faults=sorted(faults, key=lambda fault: fault.sample_id),
+        valid=torch.zeros(len(manifest), dtype=torch.bool),
+        faults=[],
     )
+    for their_ids, their_rows, their_faults in process.gather((torch.cat(ids), torch.cat(rows), loader.stats.faults)):
+        result.probabilities[their_ids] = their_rows
+        result.valid[their_ids] = True
+        result.faults.extend(their_faults)
+    result.faults.sort(key=lambda fault: fault.sample_id)
+    return result
 
 
 @torch.inference_mode()

@@ -9,8 +9,10 @@ def top_k_counts(scores: Tensor, labels: Tensor, *, ks: tuple[int, ...] = (1, 5)
 
     Rows without a label (-1) count for nothing.
     """
-    labelled = labels >= 0
-    target = scores.gather(1, labels.clamp(min=0)[:, None])
-    # Ties count against us: a network that says the same for every class has not found the label.
-    rank = (scores >= target).sum(1)  # from 1; 0 where the scores are not numbers
-    return torch.stack([((rank >= 1) & (rank <= k) & labelled).sum() for k in ks]).double()
+    index = labels.clamp(min=0)[:, None]
+    target = scores.gather(1, index)
+    # Equal scores go by their place, as they do in argmax.
+    before = (scores > target) | ((scores == target) & (torch.arange(scores.shape[1], device=scores.device) < index))
+    rank = before.sum(1)
+    counts = (labels >= 0) & ~target.isnan()[:, 0]
+    return torch.stack([((rank < k) & counts).sum() for k in ks]).double()

@@ -21,7 +21,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
     on_gpu = named[0][1].is_cuda
     common = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": on_gpu, "foreach": not on_gpu}
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, momentum=optim.momentum, nesterov=True, **common)
+        return torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.momentum > 0, **common)
     return torch.optim.AdamW(groups, betas=tuple(optim.betas), **common)
 
 

@@ -20,6 +20,11 @@ def clip_grid(clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> 
     return pixels.transpose(0, 2, 1, 3, 4).reshape(num_clips * size, num_frames * size, 3)
 
 
+def _plain(text: str) -> str:
+    """`text` as it is, where matplotlib would read dollar signs as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def save_prediction_picture(
     path: str | Path,
     views: Tensor,
@@ -42,7 +47,7 @@ def save_prediction_picture(
     num_views, num_frames = pixels.shape[:2]
     shown = np.linspace(0, num_frames - 1, min(num_frames, 8)).astype(int)
     figure = pyplot.figure(figsize=(1.5 * len(shown), 6.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     upper, lower = figure.subfigures(2, 1, height_ratios=[1, 2.2])
     upper.suptitle("the frames (middle crop)", fontsize="medium")
     for axes, frame in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -56,7 +61,7 @@ def save_prediction_picture(
         axes.axis("off")
     best = np.argsort(probabilities)[::-1][:most]
     axes = right.subplots()
-    bars = axes.barh([classes[index] for index in best], [probabilities[index] for index in best])
+    bars = axes.barh([_plain(classes[index]) for index in best], [probabilities[index] for index in best])
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15)

@@ -47,7 +47,7 @@ def predict(weights: Weights, videos: Sequence[str], process: Process) -> Iterat
             yield Prediction(path, reason=str(error))
     if not good:
         return
-    config = load_config(None, defaults={"model": weights.model, "data": weights.preprocessing})
+    config = load_config(None, defaults=weights.config())
     loader = ClipLoader(
         Manifest(good),
         **clip_settings(config.data, "test"),

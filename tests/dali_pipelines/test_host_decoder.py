@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dali_pipelines.host_decoder import DecodeError, decode_frames
+from dali_pipelines.manifest import coded_size
 from tests.videos import decode_all, numbered, textured, write_video
 
 SIZE = (72, 96)
@@ -34,7 +35,7 @@ def test_decoding_stops_at_the_last_wanted_picture(video):
 def test_reasons(video, tmp_path):
     with pytest.raises(DecodeError, match="frame 60 is planned, but only 60 come out; index the file again"):
         decode_frames(video, np.array([0, 60]), size=SIZE)
-    with pytest.raises(DecodeError, match="frame 0 is 96x72, the manifest says 40x30"):
+    with pytest.raises(DecodeError, match="the pictures are 96x72, the manifest says 40x30; index the file again"):
         decode_frames(video, np.array([0]), size=(30, 40))
     with pytest.raises(DecodeError, match="no such file"):
         decode_frames(tmp_path / "gone.mp4", np.array([0]), size=SIZE)
@@ -62,7 +63,7 @@ def test_damage_is_a_fault(tmp_path):
 def test_numbered_pictures_of_every_codec(numbered_videos):
     for index in range(len(numbered_videos)):
         video = numbered_videos[index]
-        size = (video.height, video.width) if video.rotation in (0, 180) else (video.width, video.height)
+        size = coded_size(video)
         positions = np.unique(np.linspace(0, video.frames - 1, 5).astype(int))
         decoded = decode_frames(numbered_videos.file(index), positions, size=size)
         expected = np.stack(numbered(125, height=2, width=2))[positions][:, 0, 0].astype(int)

@@ -46,6 +46,13 @@ def test_columns_may_come_in_any_order_and_comments_may_be_missing(tmp_path):
     assert manifest[0] == Video("a", 3, 1, 25.0, 2, 2, "vp9", 0) and manifest.root == tmp_path
 
 
+def test_a_byte_order_mark_hides_nothing(tmp_path):
+    Manifest(VIDEOS, root="/elsewhere", classes=("one", "two", "three")).write(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "list.csv").read_bytes())
+    manifest = Manifest.read(tmp_path / "list.csv")
+    assert str(manifest.root) == "/elsewhere" and len(manifest.classes) == 3
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -55,6 +62,10 @@ def test_columns_may_come_in_any_order_and_comments_may_be_missing(tmp_path):
         (HEADER + "a,0,1,25,2,2,vp9,0\na,0,zero,25,2,2,vp9,0\n", "list.csv:3: frames is 'zero'"),
         ("# root: .\n\n" + HEADER + "a,0,1,nan,2,2,vp9,0\n", "list.csv:4: fps is 'nan'"),
         (HEADER + "a,0,1,25,2,2,vp9,45\n", "rotation is '45'; expected 0, 90, 180 or 270"),
+        (HEADER + "a,0,99999999999999999999,25,2,2,vp9,0\n", "list.csv:2: frames is '99999999999999999999'"),
+        (HEADER + "a,0,1,25,9999999999,2,vp9,0\n", "list.csv:2: width is '9999999999'"),
+        (HEADER + "a,0,1,inf,2,2,vp9,0\n", "list.csv:2: fps is 'inf'"),
+        (HEADER + "a,0,1,25,2,2,vp\u00e9,0\n", "list.csv:2: codec is"),
         (HEADER + "a,0,1,25,2,2\n", "list.csv:2: 6 columns where the header names 8"),
         ("# classes: one, two\n" + HEADER, "JSON list"),
     ],

@@ -23,9 +23,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return out, _render(out, workers=1)
 
 
-def _render(
-    out: Path, *, seed: int = SEED, workers: int = 1, train: int = TRAIN_VIDEOS, val: int = VAL_VIDEOS
-):
+def _render(out: Path, *, seed: int = SEED, workers: int = 1, train: int = TRAIN_VIDEOS, val: int = VAL_VIDEOS):
     return demo.render_demo(out, train_videos=train, val_videos=val, seed=seed, workers=workers)
 
 
@@ -130,11 +128,7 @@ def test_train_and_val_share_no_video(rendered):
     out, _ = rendered
     contents = _bytes(out)
     assert len(set(contents.values())) == len(contents)
-    draws = [
-        _scene(split=split, index=index, label=0).drift[0]
-        for split in ("train", "val")
-        for index in range(200)
-    ]
+    draws = [_scene(split=split, index=index, label=0).drift[0] for split in ("train", "val") for index in range(200)]
     assert len(set(draws)) == len(draws)
 
 

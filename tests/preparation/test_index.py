@@ -24,11 +24,11 @@ def folder(tmp_path_factory):
 
 
 def test_a_list_as_paddlevideo_writes_it(tmp_path):
-    (tmp_path / "list.txt").write_text("a.mp4 0\nsome dir/b c.mp4 12\n\n  d.avi   3\n")
+    (tmp_path / "list.txt").write_text("\ufeffa.mp4 0\nsome dir/b c.mp4 12\n\n  d.avi \t 3\n")
     assert read_list(tmp_path / "list.txt") == [("a.mp4", 0), ("some dir/b c.mp4", 12), ("d.avi", 3)]
 
 
-@pytest.mark.parametrize("line", ["a.mp4", "a.mp4 x", "a.mp4 -1", "3"])
+@pytest.mark.parametrize("line", ["a.mp4", "a.mp4 x", "a.mp4 -1", "3", "a.mp4 99999999999999999999"])
 def test_a_bad_line_is_named(tmp_path, line):
     (tmp_path / "list.txt").write_text(f"a.mp4 0\n{line}\n")
     with pytest.raises(InputError, match="list.txt:2: expected `path label`"):
@@ -56,6 +56,14 @@ def test_folders_without_videos_are_named(tmp_path):
     (tmp_path / "full" / "a.mp4").touch()
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="bare: no videos in this folder"):
+        read_folder(tmp_path)
+
+
+def test_folders_of_splits_are_not_classes(tmp_path):
+    for name in ("train/cat", "val/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.mp4").touch()
+    with pytest.raises(InputError, match="holds train and val, which look like splits, not classes"):
         read_folder(tmp_path)
 
 

@@ -18,7 +18,7 @@ output: {folder}/output
 device: cpu
 data: {{train: {folder}/train.csv, val: {folder}/val.csv, num_frames: 4, crop_size: 32, stride: null, workers: 0}}
 model: {{embed_dim: 24, depth: 2, num_heads: 3, embed_init_std: 0.5, drop_path: 0.2}}
-optim: {{name: sgd, lr: 0.05, warmup_start_lr: 0.01, warmup_epochs: 1, clip_norm: 5, global_batch_size: 4}}
+optim: {{name: sgd, lr: 0.05, warmup_start_lr: 0.01, warmup_epochs: 0.5, clip_norm: 5, global_batch_size: 4}}
 train: {{epochs: 3, log_every_steps: 1}}
 """
 

@@ -58,6 +58,10 @@ CASES = [
     ("prepare.py index --list list.txt --out out.csv", "none of the 1 listed videos can be read"),
     ("prepare.py folder gone", "gone: no such folder"),
     ("prepare.py folder . --val-fraction 2", "--val-fraction is 2.0"),
+    ("prepare.py folder . --out x.txt", "--out x.txt: expected a folder, or a file name that ends in .csv"),
+    ("prepare.py demo --out demo --seed 99999999999999999999999", "--seed is 99999999999999999999999"),
+    ("predict.py -w two.safetensors text.mp4 --picture nodir/p.png", "nodir/p.png: no such folder"),
+    ("predict.py -w two.safetensors text.mp4 --device mps", "device is 'mps'"),
     ("prepare.py demo --out file/demo --train-videos 1 --val-videos 1", "file"),
 ]
 

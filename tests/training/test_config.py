@@ -47,14 +47,32 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("data.short_side=[256]", r"expected \[low, high\]"),
         ("optim.name=adam", "expected one of sgd, adamw"),
         ("model.attention=time", "expected one of divided_space_time"),
-        ("train.precision=half", "expected one of auto, float32, bf16, fp16"),
+        ("train.precision=half", "expected one of auto, amp, float32, bf16, fp16"),
         ("seed=-1", "seed is -1"),
+        ("seed=18446744073709551616", "seed is 18446744073709551616; expected 0 or more"),
         ("nonsense", "expected KEY=VALUE"),
+        ("data.mean=[1,", "not YAML"),
+        ("output=${name", "output"),
+        ("data.mean=[nan,0,0]", "data.mean is .* expected three numbers"),
+        ("optim.clip_norm=-1", "optim.clip_norm is -1.0; expected more than 0, or null"),
+        ("optim.lr=inf", "optim.lr is inf; expected more than 0"),
+        ("optim.betas=[0.9]", "expected two numbers"),
+        ("optim.weight_decay=-1", "optim.weight_decay is -1"),
+        ("optim.warmup_epochs=20", "expected less than train.epochs, 20: the learning rate would never reach"),
+        ("model.num_heads=0", "model.num_heads is 0"),
+        ("model.num_heads=7", "model.embed_dim is 768; expected a multiple of model.num_heads, 7"),
+        ("model.patch_size=-16", "model.patch_size is -16"),
+        ("train.checkpoint_every_steps=-1", "or null"),
     ],
 )
 def test_errors_name_the_key(file, override, message):
     with pytest.raises(InputError, match=message):
         load_config(file, [override])
+
+
+def test_a_date_is_a_good_name(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: 2024-01-01\n")
+    assert load_config(str(tmp_path / "a.yaml")).output == "output/2024-01-01"
 
 
 def test_a_file_that_is_no_config(tmp_path):

@@ -33,8 +33,14 @@ def test_top_k():
     assert top_k_counts(scores, labels, ks=(1, 2, 3)).tolist() == [1, 2, 3]
 
 
-def test_a_network_that_says_nothing_is_not_right():
-    assert top_k_counts(torch.zeros(4, 8), torch.arange(4)).tolist() == [0, 0]
+def test_equal_scores_count_as_argmax_has_it():
+    scores = torch.randint(0, 4, (500, 8), generator=torch.Generator().manual_seed(0)).float()
+    labels = torch.arange(500) % 8
+    assert top_k_counts(scores, labels, ks=(1,))[0] == (scores.argmax(1) == labels).sum()
+    assert top_k_counts(torch.zeros(4, 8), torch.arange(4), ks=(1, 3)).tolist() == [1, 3]
+
+
+def test_what_is_no_number_is_not_right():
     assert top_k_counts(torch.full((4, 8), torch.nan), torch.arange(4)).tolist() == [0, 0]
 
 

@@ -46,7 +46,5 @@ def test_embeddings_and_the_heads_bias_do_not_decay(name):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     kept = {key for key, value in model.named_parameters() if (value == before[key]).all() and value.count_nonzero()}
-    assert kept == {"cls_token", "pos_embed", "time_embed"}
-    assert optimizer.param_groups[1]["weight_decay"] == 0
-    assert any(model.head.bias is parameter for parameter in optimizer.param_groups[1]["params"])
+    assert kept == {"cls_token", "pos_embed", "time_embed", "head.bias"}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
