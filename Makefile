@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT := output/demo
-VIDEO := data/demo/videos/val/00000_left.mp4
+VIDEO := data/demo/videos/val/00089_right.mp4
 
 # Runs $(2) and, where it fails, ends with one line that names the step $(1).
 step = { $(2); } || { code=$$?; echo "make $@: failed at: $(1)" >&2; exit $$code; }

@@ -24,11 +24,11 @@ def main() -> int:
 
     from training.checkpoints import load_weights
     from training.distributed import start_process
-    from training.evaluation import config_for, evaluate, report, test_manifest
+    from training.evaluation import config_for, evaluate, manifest_for, report
 
     weights = load_weights(arguments.weights)
     config = config_for(weights, arguments.config, arguments.override)
-    manifest = test_manifest(config, weights)
+    manifest = manifest_for(config, weights)
     with start_process(config.device) as process:
         torch.set_num_threads(process.cores)
         result = evaluate(config, weights, manifest, process, progress=process.is_main and sys.stderr.isatty())

@@ -8,6 +8,7 @@ nothing, and neither does where a run was resumed.
     rank r of R           every R-th entry of a step, starting at r
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,15 +113,13 @@ class Order:
         step, place = divmod(place, self.step_entries // self.world_size)
         entry = step * self.step_entries + place * self.world_size + self.rank
         if self.training:
-            return epoch, int(self._permutation(epoch)[entry])
+            return epoch, int(_permutation(self.seed, epoch, self.rows)[entry])
         return epoch, entry if entry < self.rows else PADDING
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        cached = self.__dict__.get("_cached")
-        if cached is None or cached[0] != epoch:
-            cached = epoch, _generator(self.seed, epoch, _ORDER, 0).permutation(self.rows)
-            self.__dict__["_cached"] = cached
-        return cached[1]
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return _generator(seed, epoch, _ORDER, 0).permutation(rows)
 
 
 def _generator(seed: int, epoch: int, purpose: int, sample_id: int) -> np.random.Generator:

@@ -21,62 +21,6 @@ from dali_pipelines.errors import InputError
 T = TypeVar("T")
 
 
-def _one_of(*allowed: str):
-    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
-
-
-def _optional(rule):
-    is_good, expected = rule
-    return lambda value: value is None or is_good(value), f"{expected}, or null"
-
-
-_COUNT = (lambda value: value >= 1, "1 or more")
-_POSITIVE = (lambda value: 0 < value < math.inf, "more than 0")
-_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more")
-_SHARE = (lambda value: 0 <= value < 1, "0 or more, less than 1")
-
-_VALUES = {
-    "seed": (lambda value: 0 <= value < 2**64, "0 or more, less than 2**64"),
-    "model.patch_size": _COUNT,
-    "model.embed_dim": _COUNT,
-    "model.depth": _COUNT,
-    "model.num_heads": _COUNT,
-    "model.attention": _one_of("divided_space_time", "joint_space_time", "space_only"),
-    "model.drop_path": _SHARE,
-    "model.embed_init_std": _NOT_NEGATIVE,
-    "data.num_frames": _COUNT,
-    "data.crop_size": _COUNT,
-    "data.short_side": (lambda value: value is None or len(value) == 2, "[low, high], or null"),
-    "data.stride": _optional(_POSITIVE),
-    "data.target_fps": _POSITIVE,
-    "data.past_end": _one_of("fit", "hold"),
-    "data.mean": (lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
-    "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
-    "data.batch_size": _optional(_COUNT),
-    "data.workers": _optional(_NOT_NEGATIVE),
-    "optim.name": _one_of("sgd", "adamw"),
-    "optim.lr": _POSITIVE,
-    "optim.warmup_start_lr": _NOT_NEGATIVE,
-    "optim.warmup_epochs": _NOT_NEGATIVE,
-    "optim.final_lr": _NOT_NEGATIVE,
-    "optim.momentum": _SHARE,
-    "optim.betas": (
-        lambda value: len(value) == 2 and all(0 <= v < 1 for v in value),
-        "two numbers, 0 or more, below 1",
-    ),
-    "optim.weight_decay": _NOT_NEGATIVE,
-    "optim.clip_norm": _optional(_POSITIVE),
-    "optim.global_batch_size": _COUNT,
-    "train.epochs": _COUNT,
-    "train.max_steps": _optional(_COUNT),
-    "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
-    "train.label_smoothing": _SHARE,
-    "train.checkpoint_every_steps": _optional(_COUNT),
-    "train.log_every_steps": _COUNT,
-}
-"""Which values are good, and how to say it."""
-
-
 @dataclass
 class ModelConfig:
     """Arguments of `model.TimeSformer`."""
@@ -247,6 +191,62 @@ def _dotted_keys() -> list[str]:
     for name, value in OmegaConf.to_container(OmegaConf.structured(Config)).items():
         keys.extend(f"{name}.{inner}" for inner in value) if isinstance(value, dict) else keys.append(name)
     return keys
+
+
+def _one_of(*allowed: str):
+    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+
+
+def _optional(rule):
+    is_good, expected = rule
+    return lambda value: value is None or is_good(value), f"{expected}, or null"
+
+
+_COUNT = (lambda value: value >= 1, "1 or more")
+_POSITIVE = (lambda value: 0 < value < math.inf, "more than 0")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more")
+_SHARE = (lambda value: 0 <= value < 1, "0 or more, less than 1")
+
+_VALUES = {
+    "seed": (lambda value: 0 <= value < 2**64, "0 or more, less than 2**64"),
+    "model.patch_size": _COUNT,
+    "model.embed_dim": _COUNT,
+    "model.depth": _COUNT,
+    "model.num_heads": _COUNT,
+    "model.attention": _one_of("divided_space_time", "joint_space_time", "space_only"),
+    "model.drop_path": _SHARE,
+    "model.embed_init_std": _NOT_NEGATIVE,
+    "data.num_frames": _COUNT,
+    "data.crop_size": _COUNT,
+    "data.short_side": (lambda value: value is None or len(value) == 2, "[low, high], or null"),
+    "data.stride": _optional(_POSITIVE),
+    "data.target_fps": _POSITIVE,
+    "data.past_end": _one_of("fit", "hold"),
+    "data.mean": (lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
+    "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
+    "data.batch_size": _optional(_COUNT),
+    "data.workers": _optional(_NOT_NEGATIVE),
+    "optim.name": _one_of("sgd", "adamw"),
+    "optim.lr": _POSITIVE,
+    "optim.warmup_start_lr": _NOT_NEGATIVE,
+    "optim.warmup_epochs": _NOT_NEGATIVE,
+    "optim.final_lr": _NOT_NEGATIVE,
+    "optim.momentum": _SHARE,
+    "optim.betas": (
+        lambda value: len(value) == 2 and all(0 <= v < 1 for v in value),
+        "two numbers, 0 or more, below 1",
+    ),
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip_norm": _optional(_POSITIVE),
+    "optim.global_batch_size": _COUNT,
+    "train.epochs": _COUNT,
+    "train.max_steps": _optional(_COUNT),
+    "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
+    "train.label_smoothing": _SHARE,
+    "train.checkpoint_every_steps": _optional(_COUNT),
+    "train.log_every_steps": _COUNT,
+}
+"""Which values are good, and how to say it."""
 
 
 def _check_values(config: Config) -> None:

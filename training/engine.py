@@ -19,7 +19,7 @@ from training import checkpoints
 from training.checkpoints import Weights
 from training.config import Config, clip_settings, preprocessing, to_yaml
 from training.distributed import Process
-from training.labels import check_labels, class_names
+from training.labels import check_labels, class_names, read_manifest
 from training.losses import summed_cross_entropy
 from training.metrics import top_k_counts
 from training.monitor import Monitor, Silent
@@ -46,7 +46,7 @@ class Trainer:
         self.output = Path(config.output)
         self.micro_steps, batch_size = _micro_batches(config, process)
 
-        manifests = {name: _read_manifest(config, name) for name in ("train", "val")}
+        manifests = {name: read_manifest(getattr(config.data, name), key=f"data.{name}") for name in ("train", "val")}
         self.classes = class_names(config.data.labels, manifests["train"])
         for name, manifest in manifests.items():
             check_labels(manifest, self.classes, name=getattr(config.data, name), renamed=bool(config.data.labels))
@@ -378,16 +378,6 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
-
-
-def _read_manifest(config: Config, name: str) -> Manifest:
-    path = getattr(config.data, name)
-    if path is None:
-        raise InputError(f"data.{name} is not set: name a manifest with -o data.{name}=FILE; prepare.py makes one")
-    manifest = Manifest.read(path)
-    if not len(manifest):
-        raise InputError(f"{path}: no videos in it")
-    return manifest
 
 
 def _micro_batches(config: Config, process: Process) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from training.checkpoints import Weights
 from training.config import PREPROCESSING, Config, clip_settings, load_config
 from training.distributed import Process
 from training.engine import autocast, resolve_precision
-from training.labels import check_labels
+from training.labels import check_labels, read_manifest
 from training.metrics import top_k_counts
 
 PROTOCOL = "test/top1_1x3_prob"
@@ -66,14 +66,10 @@ def config_for(weights: Weights, path: str | None, overrides: list[str]) -> Conf
     return config
 
 
-def test_manifest(config: Config, weights: Weights) -> Manifest:
+def manifest_for(config: Config, weights: Weights) -> Manifest:
     """The manifest to evaluate: `data.test`, else `data.val`."""
     path = config.data.test or config.data.val
-    if path is None:
-        raise InputError("nothing to evaluate: name a manifest with -o data.test=FILE")
-    manifest = Manifest.read(path)
-    if not len(manifest):
-        raise InputError(f"{path}: no videos in it")
+    manifest = read_manifest(path, key="data.test")
     check_labels(manifest, weights.classes, name=path)
     return manifest
 

@@ -1,4 +1,4 @@
-"""Names of classes, and whether a manifest's labels are among them."""
+"""Manifests that a config names, the names of classes, and whether the two fit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,16 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import Manifest
 
 _MOST_UNNAMED = 10_000  # classes without names: beyond that, a label is a mistake
+
+
+def read_manifest(path: str | None, *, key: str) -> Manifest:
+    """The manifest that a config names under `key`; refuses none, and one without videos."""
+    if path is None:
+        raise InputError(f"{key} is not set: name a manifest with -o {key}=FILE; prepare.py makes one")
+    manifest = Manifest.read(path)
+    if not len(manifest):
+        raise InputError(f"{path}: no videos in it")
+    return manifest
 
 
 def read_labels(path: str) -> tuple[str, ...]:

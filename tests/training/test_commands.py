@@ -44,7 +44,7 @@ CASES = [
     ("train.py -c tiny.yaml -o output=file/folder", "file"),
     ("train.py -c tiny.yaml -o device=tpu", "device is 'tpu'"),
     ("evaluate.py -w gone.safetensors", "gone.safetensors: no such weights file"),
-    ("evaluate.py -w two.safetensors", "nothing to evaluate: name a manifest with -o data.test=FILE"),
+    ("evaluate.py -w two.safetensors", "data.test is not set: name a manifest with -o data.test=FILE"),
     ("evaluate.py -w two.safetensors -o data.test=label7.csv", "has label 7, but there are 2 classes"),
     ("evaluate.py -w two.safetensors -c tiny.yaml", "its classes are not those in use: 3 there, 2 here"),
     ("evaluate.py -w two.safetensors -c tiny.yaml -o data.crop_size=64", "data.crop_size is 64, but these weights"),
