@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines import ClipLoader, InputError
 from dali_pipelines.loader import Batch, Fault
 from training import checkpoints
 from training.checkpoints import Weights
@@ -44,27 +44,8 @@ class Trainer:
         self.process = process
         self.precision = resolve_precision(config.train.precision, process.device)
         self.output = Path(config.output)
-        self.micro_steps, batch_size = _micro_batches(config, process)
-
-        manifests = {name: read_manifest(getattr(config.data, name), key=f"data.{name}") for name in ("train", "val")}
-        self.classes = class_names(config.data.labels, manifests["train"])
-        for name, manifest in manifests.items():
-            check_labels(manifest, self.classes, name=getattr(config.data, name), renamed=bool(config.data.labels))
-        if len(manifests["train"]) < config.optim.global_batch_size:
-            raise InputError(
-                f"{config.data.train}: {len(manifests['train'])} videos, fewer than one step takes; "
-                f"optim.global_batch_size is {config.optim.global_batch_size}"
-            )
-        workers = process.cores if config.data.workers is None else config.data.workers
-        shared = {"batch_size": batch_size, "device": process.device, "seed": config.seed, "workers": workers}
-        shared |= {"rank": process.rank, "world_size": process.world_size}
-        self.train_loader = ClipLoader(
-            manifests["train"],
-            **clip_settings(config.data, "train"),
-            step_entries=config.optim.global_batch_size,
-            **shared,
-        )
-        self.val_loader = ClipLoader(manifests["val"], **clip_settings(config.data, "validate"), **shared)
+        self.micro_steps, self.batch_size = _micro_batches(config, process)
+        self.train_loader, self.val_loader = self._make_loaders()
 
         torch.manual_seed(config.seed)  # equal initial weights on every process
         self.network = checkpoints.build_network(config.model, preprocessing(config.data), len(self.classes))
@@ -90,7 +71,33 @@ class Trainer:
             (self.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             self.monitor = Monitor(self.output, total_steps=self.last_step, step=self.step)
         self.monitor.log_config(to_yaml(config))
-        self._say_what_runs(batch_size, manifests, resumed_from)
+        self._say_what_runs(resumed_from)
+
+    def _make_loaders(self) -> tuple[ClipLoader, ClipLoader]:
+        """Training and validation; sets the names of the classes."""
+        data, process = self.config.data, self.process
+        train, val = (read_manifest(getattr(data, name), key=f"data.{name}") for name in ("train", "val"))
+        self.classes = class_names(data.labels, train)
+        for path, manifest in ((data.train, train), (data.val, val)):
+            check_labels(manifest, self.classes, name=path, renamed=data.labels is not None)
+        step_entries = self.config.optim.global_batch_size
+        if len(train) < step_entries:
+            raise InputError(
+                f"{data.train}: {len(train)} videos, fewer than one step takes; "
+                f"optim.global_batch_size is {step_entries}"
+            )
+        shared = {
+            "batch_size": self.batch_size,
+            "device": process.device,
+            "seed": self.config.seed,
+            "rank": process.rank,
+            "world_size": process.world_size,
+            "workers": process.cores if data.workers is None else data.workers,
+        }
+        return (
+            ClipLoader(train, **clip_settings(data, "train"), step_entries=step_entries, **shared),
+            ClipLoader(val, **clip_settings(data, "validate"), **shared),
+        )
 
     # -- the loop, one screen a level --
 
@@ -306,14 +313,14 @@ class Trainer:
         self.train_loader.load_state_dict(state["loader"])
         self.step, self.best_top1 = state["step"], state["best_top1"]
 
-    def _say_what_runs(self, batch_size: int, manifests: dict[str, Manifest], resumed_from: Path | None) -> None:
+    def _say_what_runs(self, resumed_from: Path | None) -> None:
         process, optim = self.process, self.config.optim
         implementation = "fused" if process.device.type == "cuda" else "foreach"
+        videos = (len(loader.manifest) for loader in (self.train_loader, self.val_loader))
         for line in (
             f"device {process.device}, precision {self.precision}, {optim.name} (torch {implementation})",
-            f"{len(manifests['train'])} training and {len(manifests['val'])} validation videos, "
-            f"{len(self.classes)} classes",
-            f"global batch {optim.global_batch_size} = {process.world_size} processes x {batch_size} clips x "
+            "{} training and {} validation videos, {} classes".format(*videos, len(self.classes)),
+            f"global batch {optim.global_batch_size} = {process.world_size} processes x {self.batch_size} clips x "
             f"{self.micro_steps} micro-steps; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all",
             f"output {self.output}" + (f", resumed from {resumed_from.name}" if resumed_from else ""),
         ):
