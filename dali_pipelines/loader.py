@@ -9,6 +9,7 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -366,6 +367,7 @@ def _device(name: str | torch.device) -> torch.device:
 @contextlib.contextmanager
 def _blocked_interrupt() -> Iterator[None]:
     """Processes that start within never see Ctrl-C: it is for this one to handle, and theirs would be tracebacks."""
+    resource_tracker.ensure_running()  # its own start, within the first spawn, would lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

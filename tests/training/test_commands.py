@@ -1,11 +1,14 @@
 """Bad input at the command line: one line that says what and what to do, exit code 2, never a traceback."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from dali_pipelines.manifest import Manifest
-from tests.training.conftest import run
+from tests.training.conftest import PROJECT, run
 from training.checkpoints import Weights, build_network, save_weights
 from training.config import load_config, preprocessing
 
@@ -82,3 +85,17 @@ def test_a_folder_that_cannot_be_written(place):
     """Root may write anywhere, so the folder is one that nobody can write."""
     done = run("train.py", "-c", "tiny.yaml", "-o", "output=/proc/nothing", cwd=place)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "/proc/nothing" in done.stderr
+
+
+@pytest.mark.parametrize("lines_before", [4, 5])
+def test_ctrl_c_is_one_line_also_with_workers(place, lines_before):
+    """While the loader's workers start, and once training has begun: they get the signal as well."""
+    command = [sys.executable, str(PROJECT / "train.py"), "-c", "tiny.yaml", "-o", "data.workers=2", "train.epochs=500"]
+    with subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        for _ in range(lines_before):
+            process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "train.py: stopped by Ctrl-C\n"
