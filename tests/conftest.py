@@ -13,7 +13,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

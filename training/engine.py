@@ -26,6 +26,7 @@ from training.monitor import Monitor, Silent
 from training.optimizer import learning_rate, make_optimizer
 
 _FAULTS_SHOWN = 5
+_BLIND_CLIPS = 16  # a run that can read none of so many stops
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -112,7 +113,8 @@ class Trainer:
     def _train_epoch(self) -> None:
         """To the end of the epoch that stands open, or to the last step; then validation, weights and a checkpoint."""
         epoch = self.step // self.steps_per_epoch
-        started, clips, faults = time.perf_counter(), 0.0, len(self.train_loader.stats.faults)
+        started, faults = time.perf_counter(), len(self.train_loader.stats.faults)
+        clips, planned = 0.0, 0
         window = _Window(self.train_loader)
         micro_batches = iter(self.train_loader)
         while micro_step_batches := list(itertools.islice(micro_batches, self.micro_steps)):
@@ -125,6 +127,13 @@ class Trainer:
             self.step += 1
             self.monitor.advance(loss=f"{window.mean_loss:.3f}", epoch=str(epoch + 1))
             is_last = self.step == self.last_step or self.step % self.steps_per_epoch == 0
+            planned += self.config.optim.global_batch_size
+            if not clips and (planned >= _BLIND_CLIPS or is_last):
+                fault = self.train_loader.stats.faults[-1]
+                raise InputError(
+                    f"none of the first {planned} videos can be read; {fault.path}: {fault.reason}; "
+                    f"is the line `# root:` in {self.config.data.train} right?"
+                )
             if is_last or self.step % self.config.train.log_every_steps == 0:
                 self.monitor.log(self.step, {"train/epoch": self.step / self.steps_per_epoch, **window.summary()})
                 window = _Window(self.train_loader)
@@ -159,19 +168,14 @@ class Trainer:
         )
         norm = self._finish_gradients(sums[3])
         loss_sum, top1, top5, valid, grad_norm = [*sums.tolist(), norm.item()]  # waits for the device
-        if not valid:
-            fault = self.train_loader.stats.faults[-1]
-            raise InputError(
-                f"step {self.step}: none of its videos can be read; {fault.path}: {fault.reason}. "
-                "Does the manifest's root fit?"
-            )
-        loss = loss_sum / valid
+        loss = loss_sum / max(valid, 1)
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self.precision != "fp16"):
             raise InputError(
                 f"step {self.step}: the loss is {loss} and the gradient norm {grad_norm} at a learning rate of {lr:g}; "
                 "try a lower optim.lr, a longer optim.warmup_epochs or train.precision=float32"
             )
-        self.scaler.step(self.optimizer)
+        if valid:  # momentum and weight decay would move the weights without any
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return _StepResult(loss, top1, top5, valid, lr, grad_norm)

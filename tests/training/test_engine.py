@@ -248,8 +248,16 @@ def test_a_manifest_whose_videos_are_elsewhere_stops_the_run(config_file, small_
     manifest = Manifest.read(small_data / "train.csv")
     videos = [manifest[n] for n in range(len(manifest))]
     Manifest(videos, root="/elsewhere", classes=manifest.classes).write(tmp_path / "lost.csv")
-    with pytest.raises(InputError, match="none of its videos can be read; /elsewhere/train_.* root fit"):
+    with pytest.raises(InputError, match="none of the first 12 videos can be read; /elsewhere/train_.*`# root:` in"):
         train(config_file, f"data.train={tmp_path}/lost.csv")
+
+
+def test_a_step_without_a_readable_video_changes_nothing(config_with_bad_videos, tmp_path):
+    """Batches of one: three of the thirteen steps have nothing to learn from, and the run goes on."""
+    changes = ["optim.global_batch_size=1", "train.epochs=1", "train.log_every_steps=1"]
+    trainer = train(config_with_bad_videos, *changes)
+    bad = [line["step"] for line in lines(tmp_path / "output") if line.get("train/loss") == 0]
+    assert trainer.step == 13 and len(bad) == 3
 
 
 def test_names_of_classes_may_be_replaced(config_file, tmp_path):
