@@ -4,9 +4,7 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 """
 
 import math
-import multiprocessing
 import os
-import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from dali_pipelines.host_decoder import DecodeError, decode_frames
 from dali_pipelines.manifest import Manifest, Video, coded_size
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
+from dali_pipelines.processes import end_with_parent
 
 DALI_CPU_CODECS = frozenset({"mjpeg", "vp8", "vp9"})
 DALI_GPU_CODECS = DALI_CPU_CODECS | {"av1", "h264", "hevc", "mpeg4"}
@@ -77,7 +76,7 @@ class ClipSource:
     def sample(self, place: int) -> Sample:
         """The sample at `place` in the order; a black one with its fault where it cannot be read."""
         if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
-            _end_with_parent()
+            end_with_parent()
             self._manifest = Manifest.map_arrays(self._table, self._root)
         epoch, sample_id = self._order.sample(place)
         if sample_id == PADDING:
@@ -145,18 +144,6 @@ class ClipSource:
             packets=np.array(packets, np.int64),
             fault=np.frombuffer(fault.encode(errors="replace"), np.uint8),
         )
-
-
-def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for it for ever, and hold its shared memory."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def wait() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
 
 
 def _bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import Manifest, Video, probe
+from dali_pipelines.processes import end_with_parent
 
 VIDEO_SUFFIXES = frozenset(
     [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
@@ -99,7 +100,7 @@ def index(
     if workers < 2:
         found = list(progress(map(_probe_or_reason, files)))
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
             found = list(progress(pool.map(_probe_or_reason, files, chunksize=min(64, len(files) // workers // 4 + 1))))
     good, rejected = [], []
     for (path, label), result in zip(listed, found, strict=True):
