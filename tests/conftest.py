@@ -28,7 +28,7 @@ def shared_videos() -> Path:
 def numbered_videos(tmp_path_factory) -> Manifest:
     """Videos whose pictures say their own number, in every codec, container and oddity that the loader meets."""
     folder = tmp_path_factory.mktemp("numbered")
-    size = {"height": 96, "width": 128}
+    size = {"height": 144, "width": 176}  # no smaller than NVDEC takes, whatever the codec
     long = numbered(100, **size)
     uneven = np.cumsum(np.random.default_rng(0).integers(1, 5, 100)).tolist()
     made = [

@@ -83,11 +83,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_probe_counts_pictures_and_applies_rotation(numbered_videos):
     found = {numbered_videos[index].path: numbered_videos[index] for index in range(len(numbered_videos))}
-    assert found["bframes.mp4"][2:] == (100, 25.0, 128, 96, "h264", 0)
+    assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0)
     assert found["bframes.mkv"].frames == 100  # the header of a Matroska file claims 0
     assert found["av1.mp4"].codec == "av1"
     assert found["odd_size.webm"][4:6] == (127, 95)
-    assert (found["turned_90.mp4"].width, found["turned_90.mp4"].height) == (96, 128)
+    assert (found["turned_90.mp4"].width, found["turned_90.mp4"].height) == (144, 176)
     assert [found[f"turned_{r}.mp4"].rotation for r in (90, 180, 270)] == [90, 180, 270]
     assert found["uneven.mp4"].frames == 100 and found["uneven.mp4"].fps < 15
 
