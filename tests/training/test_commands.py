@@ -91,9 +91,10 @@ def test_a_folder_that_cannot_be_written(place):
 def test_ctrl_c_is_one_line_also_with_workers(place, lines_before):
     """While the loader's workers start, and once training has begun: they get the signal as well."""
     command = [sys.executable, str(PROJECT / "train.py"), "-c", "tiny.yaml", "-o", "data.workers=2", "train.epochs=500"]
-    with subprocess.Popen(
-        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # A shell that runs the tests in the background has SIGINT ignored, and its children would inherit that.
+    settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=place, **settings) as process:
         for _ in range(lines_before):
             process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
