@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.sampling import PAST_END
+from model.timesformer import Attention
 
 T = TypeVar("T")
 
@@ -213,7 +215,7 @@ _VALUES = {
     "model.embed_dim": _COUNT,
     "model.depth": _COUNT,
     "model.num_heads": _COUNT,
-    "model.attention": _one_of("divided_space_time", "joint_space_time", "space_only"),
+    "model.attention": _one_of(*get_args(Attention)),
     "model.drop_path": _SHARE,
     "model.embed_init_std": _NOT_NEGATIVE,
     "data.num_frames": _COUNT,
@@ -221,7 +223,7 @@ _VALUES = {
     "data.short_side": (lambda value: value is None or len(value) == 2, "[low, high], or null"),
     "data.stride": _optional(_POSITIVE),
     "data.target_fps": _POSITIVE,
-    "data.past_end": _one_of("fit", "hold"),
+    "data.past_end": _one_of(*PAST_END),
     "data.mean": (lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
     "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
     "data.batch_size": _optional(_COUNT),

@@ -57,7 +57,7 @@ def predict(weights: Weights, videos: Sequence[str], process: Process) -> Iterat
     )
     network = weights.build(process.device)
     precision = resolve_precision(config.train.precision, process.device)
-    reported = 0
+    faults = iter(loader.stats.faults)  # in the order of the batches, as they come
     for batch in loader:
         probabilities = predict_views(network, batch.clips, precision).cpu()
         for index, sample_id in enumerate(batch.sample_ids.tolist()):
@@ -66,5 +66,4 @@ def predict(weights: Weights, videos: Sequence[str], process: Process) -> Iterat
             if batch.valid[index]:
                 yield Prediction(good[sample_id].path, None, probabilities[index], batch.clips[index])
             else:
-                yield Prediction(good[sample_id].path, loader.stats.faults[reported].reason)
-                reported += 1
+                yield Prediction(good[sample_id].path, next(faults).reason)
