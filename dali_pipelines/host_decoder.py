@@ -1,19 +1,28 @@
-"""Decodes chosen frames of a video with PyAV, for codecs that DALI has no decoder for on the device.
+"""Decodes chosen frames of a video with PyAV, from the packets that they need.
 
-It also is the decoder that can say what is wrong with a file: DALI's own gives up on a whole batch.
+It decodes where DALI has no decoder for the codec on the device, and where somebody must say what is wrong with a
+file: DALI's own decoder gives up on a whole batch.
 """
 
 import os
+import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import av
 import numpy as np
 
 from dali_pipelines.manifest import ffmpeg_url, size_mismatch
+from dali_pipelines.packets import PacketReader, UncertainError
 
 
 class DecodeError(Exception):
     """The planned frames cannot be had from this file; the message is the reason, for a person."""
+
+
+def too_few(last: int, count: int) -> str:
+    """What is wrong with a file of `count` pictures where number `last` is wanted."""
+    return f"frame {last} is planned, but only {count} come out; index the file again"
 
 
 class Decoded(NamedTuple):
@@ -21,6 +30,26 @@ class Decoded(NamedTuple):
     """uint8 [N, H, W, 3] RGB, one for each distinct position, as coded (not turned), within the region only."""
     packets_read: int
     packets_kept: int
+    """Those fed to the decoder."""
+    fallback: str
+    """Why everything up to the last frame was decoded; "" where only the packets that the frames need were."""
+
+
+def open_video(path: str | os.PathLike) -> av.container.InputContainer:
+    """Opens a file that has a video stream; raises `DecodeError` where it is none (a pipe would block for ever)."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise DecodeError("a folder" if stat.S_ISDIR(mode) else "not a regular file")
+        container = av.open(ffmpeg_url(path))
+    except av.error.FFmpegError as error:
+        raise DecodeError(error.strerror.lower()) from None
+    except OSError as error:
+        raise DecodeError(error.strerror.lower()) from None
+    if not container.streams.video:
+        container.close()
+        raise DecodeError("no video stream in it")
+    return container
 
 
 def decode_frames(
@@ -35,33 +64,89 @@ def decode_frames(
     `size` is the (height, width) that the pictures must have, `region` the rows and columns to return. One thread:
     the processes around this one decode other samples. Raises `DecodeError`.
     """
-    wanted = {int(position): index for index, position in enumerate(positions)}
-    last = int(positions[-1])
-    frames = None
-    position = packets = 0
     try:
-        with av.open(ffmpeg_url(path)) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            reformatter = av.video.reformatter.VideoReformatter()
-            for packet in container.demux(stream):
-                packets += bool(packet.size)
-                for frame in stream.decode(packet):
-                    if frame.is_corrupt:
-                        raise DecodeError(f"frame {position} is damaged")
-                    if position in wanted:
-                        if reason := size_mismatch((frame.height, frame.width), size):
-                            raise DecodeError(reason)
-                        picture = reformatter.reformat(frame, format="rgb24").to_ndarray()[region]
-                        if frames is None:
-                            frames = np.empty((len(positions), *picture.shape), np.uint8)
-                        frames[wanted[position]] = picture
-                    position += 1
-                    if position > last:
-                        return Decoded(frames, packets, packets)
-    except av.error.FFmpegError as error:
-        where = f" after frame {position - 1}" if position else ""
-        raise DecodeError(f"{error.strerror.lower()}{where}") from None
-    except IndexError:
-        raise DecodeError("no video stream in it") from None
-    raise DecodeError(f"frame {last} is planned, but only {position} come out; index the file again")
+        return _decode(path, positions, size, region, _Selected, "")
+    except UncertainError as error:
+        return _decode(path, positions, size, region, _Everything, str(error))
+
+
+def _decode(path, positions, size, region, feed, fallback) -> Decoded:
+    wanted = {int(position): index for index, position in enumerate(positions)}
+    frames, found, last = None, 0, -1
+    reformatter = av.video.reformatter.VideoReformatter()
+    with open_video(path) as container:
+        try:
+            pictures = feed(container, positions)
+            for position, frame in pictures:
+                if frame.is_corrupt:
+                    raise DecodeError(f"frame {position} is damaged")
+                if position <= last:
+                    raise UncertainError("pictures come out in another order than their headers say")
+                last = position
+                index = wanted.get(position)
+                if index is not None:
+                    if reason := size_mismatch((frame.height, frame.width), size):
+                        raise DecodeError(reason)
+                    picture = reformatter.reformat(frame, format="rgb24").to_ndarray()[region]
+                    if frames is None:
+                        frames = np.empty((len(positions), *picture.shape), np.uint8)
+                    frames[index] = picture
+                    found += 1
+        except av.error.FFmpegError as error:
+            where = f" after frame {last}" if last >= 0 else ""
+            raise DecodeError(f"{error.strerror.lower()}{where}") from None
+    if found < len(positions):
+        raise UncertainError("a picture does not come out of its packets")
+    return Decoded(frames, pictures.packets_read, pictures.packets_kept, fallback)
+
+
+class _Selected:
+    """(position, picture) from the packets that `positions` need, in the order in which they come out."""
+
+    def __init__(self, container: av.container.InputContainer, positions: np.ndarray):
+        self._context = container.streams.video[0].codec_context
+        self._reader = PacketReader(container)
+        self._selection = self._reader.select(positions)
+        self.packets_read = len(self._reader.packets)
+        self.packets_kept = sum(map(len, self._selection.runs))
+
+    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        positions = {number: position for position, number in enumerate(self._selection.shown)}
+        self._context.thread_count = 1
+        self._context.copy_opaque = True  # a picture comes out with the number of its packet
+        for run, numbers in enumerate(self._selection.runs):
+            if run:
+                self._context.flush_buffers()
+            for number in numbers:
+                packet = self._reader.packets[number]
+                packet.opaque = number
+                for frame in self._context.decode(packet):
+                    yield positions.get(frame.opaque, -1), frame
+            for frame in self._context.decode(None):
+                yield positions.get(frame.opaque, -1), frame
+
+
+class _Everything:
+    """(position, picture) from the start of the file to the last of `positions`."""
+
+    def __init__(self, container: av.container.InputContainer, positions: np.ndarray):
+        self._container = container
+        self._last = int(positions[-1])
+        self.packets_read = 0
+
+    @property
+    def packets_kept(self) -> int:
+        return self.packets_read
+
+    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        stream = self._container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        position = 0
+        for packet in self._container.demux(stream):
+            self.packets_read += bool(packet.size)
+            for frame in stream.decode(packet):
+                yield position, frame
+                position += 1
+                if position > self._last:
+                    return
+        raise DecodeError(too_few(self._last, position))

@@ -1,0 +1,755 @@
+"""Which packets of a video a decoder needs for the wanted pictures; reads headers, decodes nothing.
+
+Pictures are numbered in the order in which a decoder puts them out, and that order is the codec's own: picture order
+counts (H.264, HEVC), coding types (MPEG-4), hidden and shown frames (VP8, VP9, AV1). The file's timestamps play no
+part, so missing, doubled or wrong ones change nothing.
+
+Of the packets, only these are needed:
+
+- those of the groups of pictures that hold a wanted one; a group starts where the codec says that nothing later refers
+  to anything earlier (IDR and the like), never at the container's keyframe flag, which x264 also sets on open-GOP and
+  intra-refresh pictures;
+- within a group, those up to the last that is wanted, in decoding order;
+- of these, not those that no other picture refers to, unless they are wanted.
+
+What the headers do not settle is an `UncertainError`, and then everything is decoded and counted.
+
+Sources: ITU-T H.264 7.3, 8.2.1; H.265 7.3, 8.3.1; ISO/IEC 14496-2 6.2; RFC 6386 9.1 (VP8); VP9 bitstream specification
+6.2 and annex B; AV1 bitstream specification 5.5 and 5.9.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+
+
+class UncertainError(Exception):
+    """The headers do not say which picture a packet holds; the message is the reason."""
+
+
+class Picture(NamedTuple):
+    """What the headers of one packet say of its picture."""
+
+    order: tuple[int, int]
+    """Pictures are shown in ascending order of this."""
+    starts_group: bool = False
+    """Neither this picture nor a later one that is not `is_leading` refers to an earlier one."""
+    is_clean: bool = True
+    """Where it starts a group: a decoder that has just decoded another group need not be reset."""
+    is_leading: bool = False
+    """Refers, or may refer, to pictures before the start of its group."""
+    is_disposable: bool = False
+    """No other picture refers to it."""
+    is_shown: bool = True
+
+
+class Selection(NamedTuple):
+    """The packets to feed."""
+
+    runs: list[list[int]]
+    """Numbers of packets (in the order of the file, from 0), in decoding order; a decoder starts afresh at each run."""
+    shown: list[int]
+    """Number of the packet that holds picture 0, 1, 2, ... of the video, as far as it has been read."""
+
+
+class PacketReader:
+    """Reads the packets of a video up to the one that settles which are needed for some pictures.
+
+        reader = PacketReader(container)
+        selection = reader.select(positions)
+        reader.packets[selection.runs[0][0]]     # feed this first
+
+    `packets` are those with data that have been read, `pictures` what their headers say.
+    """
+
+    def __init__(self, container: av.container.InputContainer):
+        stream = container.streams.video[0]
+        self.packets: list[av.Packet] = []
+        self.pictures: list[Picture] = []
+        self._packets = container.demux(stream)
+        codec = stream.codec_context.codec.canonical_name
+        if codec not in _CODECS:
+            raise UncertainError(f"no rules for {codec}")
+        try:
+            self._codec = _CODECS[codec](bytes(stream.codec_context.extradata or b""))
+        except IndexError:
+            raise UncertainError("a header is cut off") from None
+
+    def select(self, positions: np.ndarray, *, in_one_go: bool = False) -> Selection:
+        """The packets for pictures number `positions` (ascending).
+
+        `in_one_go`: they are fed without a new start between two runs. Raises `UncertainError`.
+        """
+        self._read(int(positions[-1]) + 1)
+        shown = sorted(
+            (number for number, picture in enumerate(self.pictures) if picture.is_shown),
+            key=lambda number: self.pictures[number].order,
+        )
+        if len({self.pictures[number].order for number in shown}) < len(shown):
+            raise UncertainError("two pictures have the same place in the order")
+        if positions[-1] >= len(shown):
+            raise UncertainError("it has fewer pictures than are wanted")
+        wanted = {shown[position] for position in positions.tolist()}
+        return Selection(self._runs(wanted, in_one_go), shown)
+
+    def _read(self, count: int) -> None:
+        """Until `count` pictures are read, and with them every one that is shown before the last of them."""
+        missing = count + self._codec.reorder
+        for packet in self._packets:
+            if not packet.size:
+                continue
+            try:
+                picture = self._codec.picture(memoryview(packet))
+            except IndexError:
+                raise UncertainError("a header is cut off") from None
+            if not self.packets and not picture.starts_group:
+                raise UncertainError("the file does not begin with a picture that stands alone")
+            if packet.is_discard:  # an edit list cuts it out: it is decoded, never shown
+                picture = picture._replace(is_shown=False)
+            self.packets.append(packet)
+            self.pictures.append(picture)
+            missing -= picture.is_shown
+            if not missing:
+                return
+
+    def _runs(self, wanted: set[int], in_one_go: bool) -> list[list[int]]:
+        starts = [number for number, picture in enumerate(self.pictures) if picture.starts_group]
+        runs: list[list[int]] = []
+        is_continued = False  # the group that follows needs all of this one
+        for first, end in reversed(list(zip(starts, [*starts[1:], len(self.pictures)]))):
+            here = wanted.intersection(range(first, end))
+            if not here and not is_continued:
+                continue
+            continues = any(self.pictures[number].is_leading for number in here)
+            continues |= in_one_go and not self.pictures[first].is_clean
+            last = end - 1 if is_continued else max(here)
+            run = [
+                number
+                for number, picture in enumerate(self.pictures[first : last + 1], start=first)
+                if number in wanted or not (picture.is_disposable or (picture.is_leading and not continues))
+            ]
+            if is_continued:
+                runs[-1] = run + runs[-1]
+            else:
+                runs.append(run)
+            is_continued = continues
+        return runs[::-1]
+
+
+class Remuxed(NamedTuple):
+    encoded: np.ndarray
+    """uint8 [bytes]: a small file of the needed packets only."""
+    positions: np.ndarray
+    """int64: where the wanted pictures are among those that it holds."""
+
+
+def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remuxed:
+    """The packets for `positions` as a file of their own in memory: MP4, or Matroska where MP4 does not fit.
+
+    Its pictures are numbered anew from 0 and evenly spaced, whatever the timestamps were. Raises `UncertainError`.
+    """
+    reader = PacketReader(container)
+    selection = reader.select(positions, in_one_go=True)
+    numbers = [number for run in selection.runs for number in run]
+    if any(not reader.pictures[n].is_shown and not reader.packets[n].is_discard for n in numbers):
+        raise UncertainError("some of its pictures are not shown")
+    in_order = sorted(numbers, key=lambda number: reader.pictures[number].order)
+    ranks = {number: rank for rank, number in enumerate(in_order)}
+    delay = max(place - ranks[number] for place, number in enumerate(numbers))
+    source = container.streams.video[0]
+    in_matroska = source.codec_context.codec.canonical_name in ("vp8", "vp9", "mjpeg")
+    file = io.BytesIO()
+    # Without an edit list, which would say where the first picture is, the demuxer need not understand one.
+    options = {} if in_matroska else {"movflags": "+negative_cts_offsets", "use_editlist": "0"}
+    with av.open(file, "w", format="matroska" if in_matroska else "mp4", options=options) as out:
+        stream = out.add_stream_from_template(source, opaque=True)
+        stream.time_base = tick = Fraction(1, 25)
+        for place, number in enumerate(numbers):
+            packet = reader.packets[number]
+            packet.stream, packet.time_base, packet.duration = stream, tick, 1
+            packet.pts, packet.dts = ranks[number], place - delay
+            packet.is_keyframe = reader.pictures[number].starts_group
+            out.mux(packet)
+    wanted = [ranks[selection.shown[position]] for position in positions.tolist()]
+    return Remuxed(np.frombuffer(file.getbuffer(), np.uint8), np.array(wanted))
+
+
+# -- reading bits --
+
+
+class _Bits:
+    """Unsigned numbers from the start of some bytes."""
+
+    def __init__(self, data: bytes):
+        self._value = int.from_bytes(data)
+        self._left = 8 * len(data)
+
+    def u(self, count: int) -> int:
+        """The next `count` bits."""
+        self._left -= count
+        if self._left < 0:
+            raise UncertainError("a header is cut off")
+        return self._value >> self._left & ((1 << count) - 1)
+
+    def ue(self) -> int:
+        """An Exp-Golomb number."""
+        rest = self._value & ((1 << self._left) - 1)
+        zeros = self._left - rest.bit_length()
+        self.u(zeros)
+        return self.u(zeros + 1) - 1
+
+
+def _rbsp(nal: bytes) -> bytes:
+    """Without the bytes that keep start codes from appearing in it."""
+    return nal.replace(b"\0\0\3", b"\0\0")
+
+
+def _annex_b(data: bytes) -> Iterator[bytes]:
+    """The units between start codes."""
+    start = data.find(b"\0\0\1")
+    while start >= 0:
+        end = data.find(b"\0\0\1", start + 3)
+        yield data[start + 3 : end if end >= 0 else None].rstrip(b"\0")
+        start = end
+
+
+def _length_prefixed(data: memoryview, size: int) -> Iterator[memoryview]:
+    place = 0
+    while place < len(data):
+        end = place + size + int.from_bytes(data[place : place + size])
+        if end > len(data):
+            raise UncertainError("a packet is cut off")
+        yield data[place + size : end]
+        place = end
+
+
+_SLICE_HEADER = 32  # bytes, more than those read of one
+
+
+class _NalCodec:
+    """What H.264 and HEVC share: packets of NAL units, parameter sets, picture order counts."""
+
+    reorder = 16  # pictures that a decoder may hold back: the size of its buffer at most
+
+    def __init__(self, extradata: bytes):
+        self._sets: dict[tuple[str, int], Any] = {}  # ("sps" or "pps", id) -> what is needed of it
+        self._known: set[bytes] = set()
+        self._sequence = -1  # number of the last picture that restarted the order count
+        self._previous = 0  # order count that the next one is relative to
+        self._length_size = 0  # 0: start codes
+        units = _annex_b(extradata)
+        if extradata[:1] == b"\1":
+            self._length_size, units = self._read_configuration(extradata)
+        for unit in units:
+            self._keep_set(unit)
+
+    def _units(self, data: memoryview) -> Iterable[memoryview | bytes]:
+        return _length_prefixed(data, self._length_size) if self._length_size else _annex_b(bytes(data))
+
+    def _check_set(self, unit: bytes) -> None:
+        """A set within the stream must be one of those before it: a decoder that skips packets could miss it."""
+        if unit.rstrip(b"\0") not in self._known:
+            raise UncertainError("the parameters of the stream change")
+
+    def _parameters(self, number: int) -> tuple[Any, Any]:
+        """(PPS, its SPS)."""
+        try:
+            pps = self._sets["pps", number]
+            return pps, self._sets["sps", pps.sps]
+        except KeyError:
+            raise UncertainError("a picture without its parameters") from None
+
+    def _order_count(self, lsb: int, bits: int) -> int:
+        """The full count from its low bits: the one near the previous (H.264 8.2.1.1, H.265 8.3.1)."""
+        period = 1 << bits
+        previous_lsb = self._previous % period
+        count = self._previous - previous_lsb + lsb
+        if previous_lsb - lsb >= period // 2:
+            return count + period
+        if lsb - previous_lsb > period // 2:
+            return count - period
+        return count
+
+
+def _read_sets(data: bytes, place: int, count: int) -> Iterator[bytes]:
+    """`count` units with 16-bit lengths."""
+    for _ in range(count):
+        end = place + 2 + int.from_bytes(data[place : place + 2])
+        yield data[place + 2 : end]
+        place = end
+
+
+class _H264Sps(NamedTuple):
+    separate_planes: int
+    frame_number_bits: int
+    order_type: int
+    order_bits: int
+    frames_only: int
+
+
+class _H264Pps(NamedTuple):
+    sps: int
+
+
+class _H264(_NalCodec):
+    def __init__(self, extradata: bytes):
+        super().__init__(extradata)
+        self._count = 0
+
+    @staticmethod
+    def _read_configuration(data: bytes) -> tuple[int, list[bytes]]:
+        """avcC: bytes of a length, parameter sets."""
+        sps = list(_read_sets(data, 6, data[5] & 31))
+        place = 6 + sum(2 + len(unit) for unit in sps)
+        return (data[4] & 3) + 1, sps + list(_read_sets(data, place + 1, data[place]))
+
+    def _keep_set(self, unit: bytes) -> None:
+        self._known.add(unit.rstrip(b"\0"))
+        bits = _Bits(_rbsp(unit[1:]))
+        if unit[0] & 31 == 7:
+            profile = bits.u(24) >> 16
+            number = bits.ue()
+            self._sets["sps", number] = _h264_sps(profile, bits)
+        elif unit[0] & 31 == 8:
+            number = bits.ue()
+            self._sets["pps", number] = _H264Pps(bits.ue())
+
+    def picture(self, data: memoryview) -> Picture:
+        starts_group = is_reference = False
+        counts, fields = [], 0
+        for unit in self._units(data):
+            kind = unit[0] & 31 if len(unit) > 1 else 0
+            if kind in (1, 5):
+                is_reference |= unit[0] & 0x60 > 0
+                if unit[1] & 0x80:  # first_mb_in_slice 0: a frame or field begins
+                    if kind == 5 and not counts:
+                        starts_group = True
+                        self._sequence += 1
+                        self._previous = 0
+                    count, is_field = self._read_slice(unit)
+                    counts.append(count)
+                    fields += is_field
+            elif kind in (7, 8):
+                self._check_set(bytes(unit))
+            elif kind in (2, 3, 4):
+                raise UncertainError("data partitions")
+        if not counts:
+            raise UncertainError("a packet without the beginning of a picture")
+        if fields == 1:
+            raise UncertainError("packets of one field each")
+        if len(counts) > max(fields, 1) or fields > 2:
+            raise UncertainError("packets of several pictures")
+        return Picture((self._sequence, min(counts)), starts_group=starts_group, is_disposable=not is_reference)
+
+    def _read_slice(self, unit: memoryview | bytes) -> tuple[int, int]:
+        """(order count, 1 where it is of one field)."""
+        bits = _Bits(_rbsp(bytes(unit[1:_SLICE_HEADER])))
+        bits.ue(), bits.ue()  # first_mb_in_slice, slice_type
+        _, sps = self._parameters(bits.ue())
+        bits.u(2 * sps.separate_planes + sps.frame_number_bits)
+        is_field = 0 if sps.frames_only else bits.u(1)
+        bits.u(is_field)  # bottom_field_flag
+        if unit[0] & 31 == 5:
+            bits.ue()  # idr_pic_id
+        self._count += 1
+        if sps.order_type == 2:  # shown as decoded
+            return self._count, is_field
+        count = self._order_count(bits.u(sps.order_bits), sps.order_bits)
+        if unit[0] & 0x60:
+            self._previous = count
+        return count, is_field
+
+
+_H264_HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
+
+
+def _h264_sps(profile: int, bits: _Bits) -> _H264Sps:
+    """`bits` begin after seq_parameter_set_id."""
+    separate_planes = 0
+    if profile in _H264_HIGH:
+        chroma = bits.ue()
+        separate_planes = bits.u(1) if chroma == 3 else 0
+        bits.ue(), bits.ue(), bits.u(1)  # bit depths, lossless
+        if bits.u(1):  # scaling matrices
+            for index in range(12 if chroma == 3 else 8):
+                if bits.u(1):
+                    _skip_scaling_list(bits, 16 if index < 6 else 64)
+    frame_number_bits = bits.ue() + 4
+    order_type = bits.ue()
+    if order_type == 1:
+        raise UncertainError("picture order count type 1")
+    order_bits = bits.ue() + 4 if order_type == 0 else 0
+    bits.ue(), bits.u(1), bits.ue(), bits.ue()  # reference frames, gaps, width, height
+    return _H264Sps(separate_planes, frame_number_bits, order_type, order_bits, bits.u(1))
+
+
+def _skip_scaling_list(bits: _Bits, size: int) -> None:
+    last = following = 8
+    for _ in range(size):
+        if following:
+            code = bits.ue()
+            following = (last + (code + 1) // 2 * (1 if code % 2 else -1)) % 256
+        last = following or last
+
+
+class _HevcSps(NamedTuple):
+    top_layer: int
+    separate_planes: int
+    order_bits: int
+
+
+class _HevcPps(NamedTuple):
+    sps: int
+    has_output_flag: int
+    extra_bits: int
+
+
+class _Hevc(_NalCodec):
+    def __init__(self, extradata: bytes):
+        super().__init__(extradata)
+        self._ended = False
+        self._skips_leading = True  # RASL pictures of the last start of a group refer to what a decoder never had
+
+    @staticmethod
+    def _read_configuration(data: bytes) -> tuple[int, list[bytes]]:
+        """hvcC: bytes of a length, parameter sets."""
+        units: list[bytes] = []
+        place = 23
+        for _ in range(data[22]):
+            array = list(_read_sets(data, place + 3, int.from_bytes(data[place + 1 : place + 3])))
+            place += 3 + sum(2 + len(unit) for unit in array)
+            units += array
+        return (data[21] & 3) + 1, units
+
+    def _keep_set(self, unit: bytes) -> None:
+        if unit[0] & 1 or unit[1] >> 3:  # of another layer
+            return
+        self._known.add(unit.rstrip(b"\0"))
+        bits = _Bits(_rbsp(unit[2:]))
+        if unit[0] >> 1 == 33:
+            number, sps = _hevc_sps(bits)
+            self._sets["sps", number] = sps
+        elif unit[0] >> 1 == 34:
+            number, sps_number = bits.ue(), bits.ue()
+            self._sets["pps", number] = _HevcPps(sps_number, bits.u(2) & 1, bits.u(3))
+
+    def picture(self, data: memoryview) -> Picture:
+        found = None
+        for unit in self._units(data):
+            if len(unit) < 3 or unit[0] & 1 or unit[1] >> 3:  # of another layer
+                continue
+            kind = unit[0] >> 1
+            if kind < 32:
+                if unit[2] & 0x80:  # first_slice_segment_in_pic_flag
+                    if found:
+                        raise UncertainError("packets of several pictures")
+                    found = self._read_slice(kind, unit)
+            elif kind in (33, 34):
+                self._check_set(bytes(unit))
+            elif kind in (36, 37):
+                self._ended = True
+        if found is None:
+            raise UncertainError("a packet without the beginning of a picture")
+        return found
+
+    def _read_slice(self, kind: int, unit: memoryview | bytes) -> Picture:
+        if self._ended:
+            raise UncertainError("a sequence ends within the file")
+        if 10 <= kind < 16 or kind > 21:
+            raise UncertainError("a reserved kind of picture")
+        is_first, is_idr, is_rasl = self._sequence < 0, kind in (19, 20), kind in (8, 9)
+        bits = _Bits(_rbsp(bytes(unit[2:_SLICE_HEADER])))
+        bits.u(1)
+        if kind >= 16 and bits.u(1) and not is_first:
+            raise UncertainError("pictures that are decoded and thrown away")
+        pps, sps = self._parameters(bits.ue())
+        bits.u(pps.extra_bits)
+        bits.ue()  # slice_type
+        is_shown = bits.u(1) if pps.has_output_flag else 1
+        bits.u(2 * sps.separate_planes)
+        restarts = is_first or 16 <= kind <= 20  # IDR, BLA: the order count begins anew
+        if restarts:
+            self._sequence += 1
+            self._previous = 0
+        if kind >= 16:
+            self._skips_leading = restarts
+        lsb = 0 if is_idr else bits.u(sps.order_bits)
+        count = lsb if restarts else self._order_count(lsb, sps.order_bits)
+        layer = (unit[1] & 7) - 1
+        is_unreferenced = kind < 16 and kind % 2 == 0  # by pictures of its own temporal layer
+        if layer == 0 and not is_unreferenced and not 6 <= kind <= 9:
+            self._previous = count
+        is_skipped = is_rasl and self._skips_leading
+        return Picture(
+            (self._sequence, count),
+            starts_group=kind >= 16,
+            is_clean=restarts,
+            is_leading=is_rasl,
+            is_disposable=is_skipped or (is_unreferenced and layer == sps.top_layer),
+            is_shown=bool(is_shown) and not is_skipped,
+        )
+
+
+def _hevc_sps(bits: _Bits) -> tuple[int, _HevcSps]:
+    """(its number, what is needed of it)."""
+    bits.u(4)
+    top_layer = bits.u(3)
+    bits.u(1 + 88 + 8)
+    present = [(bits.u(1), bits.u(1)) for _ in range(top_layer)]
+    if top_layer:
+        bits.u(2 * (8 - top_layer))
+    for has_profile, has_level in present:
+        bits.u(88 * has_profile + 8 * has_level)
+    number = bits.ue()
+    separate_planes = bits.u(1) if bits.ue() == 3 else 0
+    bits.ue(), bits.ue()  # width, height
+    if bits.u(1):  # conformance window
+        bits.ue(), bits.ue(), bits.ue(), bits.ue()
+    bits.ue(), bits.ue()  # bit depths
+    return number, _HevcSps(top_layer, separate_planes, bits.ue() + 4)
+
+
+class _Mpeg4:
+    """MPEG-4 part 2. A reference picture is shown when the next one is decoded, a B picture at once."""
+
+    reorder = 1
+
+    def __init__(self, extradata: bytes):
+        self._layer = next(filter(_is_mpeg4_layer, _annex_b(extradata)), None)
+        if self._layer is None:
+            raise UncertainError("no header of the stream")
+        self._time_bits = _mpeg4_time_bits(_Bits(self._layer[1:]))
+        self._references = self._count = 0
+        self._follows_start = False
+
+    def picture(self, data: memoryview) -> Picture:
+        units = list(_annex_b(bytes(data)))
+        pictures = [unit for unit in units if unit[:1] == b"\xb6"]
+        if any(_is_mpeg4_layer(unit) and unit != self._layer for unit in units):
+            raise UncertainError("the parameters of the stream change")
+        if len(pictures) != 1:
+            raise UncertainError("packets of several pictures" if pictures else "a packet without a picture")
+        bits = _Bits(pictures[0][1:_SLICE_HEADER])
+        kind = bits.u(2)
+        while bits.u(1):  # seconds
+            pass
+        bits.u(2 + self._time_bits)
+        if not bits.u(1):
+            raise UncertainError("pictures that are not coded")
+        self._count += 1
+        if kind == 2:
+            if self._references < 2:
+                raise UncertainError("the file does not begin with a picture that stands alone")
+            # Shown before the reference that was decoded last.
+            order = (2 * self._references, self._count)
+            return Picture(order, is_leading=self._follows_start, is_disposable=True)
+        self._references += 1
+        self._follows_start = kind == 0
+        return Picture((2 * self._references + 1, 0), starts_group=kind == 0)
+
+
+def _is_mpeg4_layer(unit: bytes) -> bool:
+    return len(unit) > 1 and 0x20 <= unit[0] <= 0x2F
+
+
+def _mpeg4_time_bits(bits: _Bits) -> int:
+    """Width of vop_time_increment, from a video object layer."""
+    bits.u(1 + 8)
+    if bits.u(1):
+        bits.u(4 + 3)
+    if bits.u(4) == 15:  # aspect ratio
+        bits.u(16)
+    if bits.u(1):
+        bits.u(2 + 1)
+        if bits.u(1):
+            bits.u(79)
+    if bits.u(2):
+        raise UncertainError("pictures that are no rectangles")
+    bits.u(1)
+    return max((bits.u(16) - 1).bit_length(), 1)
+
+
+class _InOrder:
+    """Codecs that show pictures in the order of their packets."""
+
+    reorder = 0
+
+    def __init__(self, extradata: bytes):
+        self._count = 0
+
+    def picture(self, data: memoryview) -> Picture:
+        self._count += 1
+        return self._read(data)._replace(order=(0, self._count))
+
+    def _read(self, data: memoryview) -> Picture:
+        raise NotImplementedError
+
+
+class _Mjpeg(_InOrder):
+    def _read(self, data: memoryview) -> Picture:
+        return Picture((), starts_group=True, is_disposable=True)
+
+
+class _Vp8(_InOrder):
+    def _read(self, data: memoryview) -> Picture:
+        return Picture((), starts_group=not data[0] & 1, is_shown=bool(data[0] & 0x10))
+
+
+class _Vp9(_InOrder):
+    """Every picture may change the probabilities that the next ones are coded with: none is disposable."""
+
+    def _read(self, data: memoryview) -> Picture:
+        frames = [self._read_frame(frame) for frame in self._frames(data)]
+        shown = sum(is_shown for _, is_shown in frames)
+        if shown > 1:
+            raise UncertainError("packets of several pictures")
+        return Picture((), starts_group=frames[0][0], is_shown=bool(shown))
+
+    @staticmethod
+    def _frames(data: memoryview) -> Iterator[memoryview]:
+        """Those of a superframe: its index, the last bytes, has their sizes."""
+        marker = data[-1]
+        count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
+        index = data[-2 - count * width : -1]
+        if marker >> 5 != 6 or len(index) != 1 + count * width or index[0] != marker:
+            yield data
+            return
+        place = 0
+        for number in range(count):
+            size = int.from_bytes(index[1 + number * width : 1 + (number + 1) * width], "little")
+            if size:
+                yield data[place : place + size]
+            place += size
+
+    @staticmethod
+    def _read_frame(data: memoryview) -> tuple[bool, bool]:
+        """(is a key frame, is shown)."""
+        bits = _Bits(bytes(data[:2]))
+        bits.u(2)
+        low, high = bits.u(1), bits.u(1)
+        bits.u(low & high)  # profile 3
+        if bits.u(1):  # shows an earlier one
+            return False, True
+        return not bits.u(1), bool(bits.u(1))
+
+
+class _Av1Sequence(NamedTuple):
+    order_bits: int
+    screen_content: int
+    integer_vectors: int
+
+
+class _Av1(_InOrder):
+    """A packet is a temporal unit: one picture that is shown, and hidden ones."""
+
+    _header: bytes | None = None
+    _sequence: _Av1Sequence
+
+    def _read(self, data: memoryview) -> Picture:
+        frames, has_header = [], False
+        for kind, unit in _obus(data):
+            if kind == 1:
+                has_header = True
+                self._keep_header(bytes(unit))
+            elif kind in (3, 6):
+                frames.append(self._read_frame(unit))
+        shown = sum(frame.is_shown for frame in frames)
+        if shown != 1:
+            raise UncertainError("packets of several pictures" if shown else "a packet without a picture")
+        return Picture(
+            (),
+            starts_group=has_header and frames[0].starts_group,
+            is_disposable=all(frame.is_disposable for frame in frames),
+        )
+
+    def _keep_header(self, header: bytes) -> None:
+        """The stream's own; that of the file may say other things (SVT-AV1's does)."""
+        if self._header is None:
+            self._header, self._sequence = header, _av1_sequence(_Bits(header))
+        elif header != self._header:
+            raise UncertainError("the parameters of the stream change")
+
+    def _read_frame(self, data: memoryview) -> Picture:
+        if self._header is None:
+            raise UncertainError("the file does not begin with a picture that stands alone")
+        bits = _Bits(bytes(data[:16]))
+        if bits.u(1):  # shows an earlier one
+            return Picture(())
+        kind, is_shown = bits.u(2), bits.u(1)
+        bits.u(not is_shown)
+        is_key, is_switch = kind == 0 and is_shown, kind == 3
+        is_resilient = 1 if is_key or is_switch else bits.u(1)
+        bits.u(1)
+        choose = 2
+        allows = bits.u(1) if self._sequence.screen_content == choose else self._sequence.screen_content
+        bits.u(allows and self._sequence.integer_vectors == choose)
+        bits.u(not is_switch)  # size override
+        bits.u(self._sequence.order_bits)
+        bits.u(3 * (kind == 1 and not is_resilient))  # primary reference
+        refreshed = 255 if is_key or is_switch else bits.u(8)
+        return Picture((), starts_group=bool(is_key), is_disposable=not refreshed, is_shown=bool(is_shown))
+
+
+def _obus(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(type, payload) of the units of an AV1 packet."""
+    place = 0
+    while place < len(data):
+        head = data[place]
+        place += 1 + (head >> 2 & 1)
+        size, shift = len(data) - place, 0
+        if head & 2:
+            size = 0
+            while place < len(data):
+                byte = data[place]
+                place += 1
+                size |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    break
+        if place + size > len(data):
+            raise UncertainError("a packet is cut off")
+        yield head >> 3 & 15, data[place : place + size]
+        place += size
+
+
+def _av1_sequence(bits: _Bits) -> _Av1Sequence:
+    bits.u(3)
+    if bits.u(2):
+        raise UncertainError("a still picture")
+    if bits.u(1):
+        raise UncertainError("timing in the header of the stream")
+    has_delay = bits.u(1)
+    if bits.u(5):
+        raise UncertainError("several layers")
+    bits.u(12)
+    if bits.u(5) > 7:
+        bits.u(1)
+    if has_delay and bits.u(1):
+        bits.u(4)
+    width_bits, height_bits = bits.u(4) + 1, bits.u(4) + 1
+    bits.u(width_bits + height_bits)
+    if bits.u(1):
+        raise UncertainError("numbers of frames in their headers")
+    bits.u(3 + 4)
+    has_order = bits.u(1)
+    bits.u(2 * has_order)
+    screen_content = 2 if bits.u(1) else bits.u(1)
+    integer_vectors = 2
+    if screen_content:
+        integer_vectors = 2 if bits.u(1) else bits.u(1)
+    return _Av1Sequence(bits.u(3) + 1 if has_order else 0, screen_content, integer_vectors)
+
+
+_CODECS = {
+    "av1": _Av1,
+    "h264": _H264,
+    "hevc": _Hevc,
+    "mjpeg": _Mjpeg,
+    "mpeg4": _Mpeg4,
+    "vp8": _Vp8,
+    "vp9": _Vp9,
+}
