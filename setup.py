@@ -25,6 +25,6 @@ setup(
     ],
     extras_require={
         "pictures": ["matplotlib>=3.11"],
-        "test": ["matplotlib>=3.11", "pytest>=9.2", "ruff>=0.17"],
+        "test": ["hypothesis>=6.100", "matplotlib>=3.11", "pytest>=9.2", "ruff>=0.17"],
     },
 )

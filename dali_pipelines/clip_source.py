@@ -1,33 +1,45 @@
-"""What DALI's worker processes run for one sample: read it, decode it where DALI cannot, say what went wrong.
+"""What DALI's worker processes run for one sample: read it, decode it where DALI does not, say what went wrong.
 
 Nothing here imports torch, and nothing random happens here: the sample is decided by `plan`.
 """
 
 import math
 import os
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import av
 import numpy as np
 
-from dali_pipelines.host_decoder import DecodeError, decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size
+from dali_pipelines.errors import InputError
+from dali_pipelines.host_decoder import decode_frames
+from dali_pipelines.manifest import Manifest, Video, coded_size, open_video
+from dali_pipelines.packets import UncertainError, remux
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
+from dali_pipelines.watch import NOTHING, Progress
 
+Decode = Literal["auto", "dali", "host"]
+DECODES = ("auto", "dali", "host")
 DALI_CPU_CODECS = frozenset({"mjpeg", "vp8", "vp9"})
 DALI_GPU_CODECS = DALI_CPU_CODECS | {"av1", "h264", "hevc", "mpeg4"}
 """What `fn.decoders.video` reads (DALI 2.4 documentation)."""
 
+_NVDEC_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+_NVDEC_SIDES = range(144, 4097)
+"""Pixels a side that every generation of NVDEC takes in every codec (Video Codec SDK, decode support matrix)."""
+
 
 class Sample(NamedTuple):
-    """What the graph is fed for one sample; each field is an array. T frames, V views."""
+    """What the graph is fed for one sample; each field is an array. N pictures; W windows of T frames; V clips."""
 
     pictures: np.ndarray
-    """uint8 [T, H, W, 3], decoded here; one black pixel where `is_host` is false."""
+    """uint8 [N, H, W, 3], decoded here; one black pixel where `is_host` is false."""
     encoded: np.ndarray
-    """uint8 [bytes]: the file, for DALI's decoder; one zero byte where `is_host` is true."""
+    """uint8 [bytes]: a small file of the needed packets, for DALI's decoder; one zero byte where `is_host` is true."""
     positions: np.ndarray
-    """int32 [T]: frames for DALI's decoder."""
+    """int32 [N]: which pictures of that file."""
+    picks: np.ndarray
+    """int32 [W, T]: see `SamplePlan`."""
     rectangles: np.ndarray
     """float32 [V, 4]: y0, x0, y1, x1 in pixels of the pictures."""
     is_host: np.ndarray
@@ -37,17 +49,20 @@ class Sample(NamedTuple):
     sample_id: np.ndarray
     """int64: row of the manifest, -1 for padding."""
     packets: np.ndarray
-    """int64 [2]: packets read and packets kept (fed to the decoder), where decoded here."""
+    """int64 [2]: packets read and packets kept (fed to a decoder)."""
     fault: np.ndarray
     """uint8 [bytes]: why the sample cannot be read, UTF-8; empty for a good one."""
+    fallback: np.ndarray
+    """uint8 [bytes]: why it did not go the way that was meant for it, UTF-8; empty where it did."""
 
 
 class ClipSource:
     """DALI's external source: called with a running number, returns the fields of a `Sample`; never raises, never
     ends.
 
-    `table` is a folder written by `Manifest.save_arrays`; `start` the place in `order` of the first call;
-    `host_ids` are samples that DALI's decoder has failed on and that are decoded here instead.
+    `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `start` the place in
+    `order` of the first call; `dali_codecs` what DALI decodes, `host_ids` samples that it has failed on and that are
+    decoded here instead; `given_up` samples that are not tried (again), and why.
     """
 
     def __init__(
@@ -59,7 +74,9 @@ class ClipSource:
         order: Order,
         start: int,
         dali_codecs: frozenset[str],
+        on_gpu: bool,
         host_ids: frozenset[int],
+        given_up: dict[int, str],
     ):
         self._table = table
         self._root = root
@@ -67,8 +84,11 @@ class ClipSource:
         self._order = order
         self._start = start
         self._dali_codecs = dali_codecs
+        self._on_gpu = on_gpu
         self._host_ids = host_ids
-        self._manifest = None
+        self._given_up = given_up
+        self._manifest: Manifest | None = None
+        self._progress: Progress | None = None
 
     def __call__(self, info) -> tuple[np.ndarray, ...]:
         return tuple(self.sample(self._start + info.idx_in_epoch))  # DALI rebuilds what it gets: no named tuple
@@ -78,49 +98,73 @@ class ClipSource:
         if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
             end_with_parent()
             self._manifest = Manifest.map_arrays(self._table, self._root)
+            self._progress = Progress(self._table)
         epoch, sample_id = self._order.sample(place)
         if sample_id == PADDING:
             return self._black(PADDING, "")
-        video = self._manifest[sample_id]
-        path = os.path.join(self._root, video.path)
+        if reason := self._given_up.get(sample_id):
+            return self._black(sample_id, reason)
+        self._progress.at(sample_id)
         try:
-            plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id)
-            if video.codec in self._dali_codecs and sample_id not in self._host_ids:
-                return self._encoded(path, plan, sample_id)
-            return self._decoded(path, video, plan, sample_id)
-        except DecodeError as error:
+            return self._read(epoch, sample_id)
+        except InputError as error:
             return self._black(sample_id, str(error))
         except Exception as error:  # an exception here would end the pipeline: see `Sample.fault`
             return self._black(sample_id, f"{type(error).__name__}: {error}")
+        finally:
+            self._progress.at(NOTHING)
+
+    def _read(self, epoch: int, sample_id: int) -> Sample:
+        video = self._manifest[sample_id]
+        path = os.path.join(self._root, video.path)
+        plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id)
+        fallback = ""
+        if video.codec in self._dali_codecs and sample_id not in self._host_ids:
+            try:
+                return self._encoded(path, plan, sample_id)
+            except UncertainError as error:
+                fallback = f"not by DALI: {error}"
+        return self._decoded(path, video, plan, sample_id, fallback)
 
     def _encoded(self, path: str, plan: SamplePlan, sample_id: int) -> Sample:
-        try:
-            encoded = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise DecodeError(str(error.strerror or error).lower()) from None
-        if not len(encoded):
-            raise DecodeError("an empty file")
-        return self._sample(plan, sample_id, encoded=encoded)
+        with open_video(path) as container:
+            if self._on_gpu:
+                _check_nvdec(container.streams.video[0].codec_context)
+            try:
+                file = remux(container, plan.positions)
+            except av.error.FFmpegError as error:
+                raise InputError(error.strerror.lower()) from None
+        return self._sample(
+            plan,
+            sample_id,
+            encoded=file.encoded,
+            positions=file.positions,
+            packets=(file.packets_read, file.packets_kept),
+        )
 
-    def _decoded(self, path: str, video: Video, plan: SamplePlan, sample_id: int) -> Sample:
-        distinct, repeats = np.unique(plan.positions, return_inverse=True)
+    def _decoded(self, path: str, video: Video, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
         size = coded_size(video)
         region = _bounds(plan.rectangles, size)
-        decoded = decode_frames(path, distinct, size=size, region=region)
+        decoded = decode_frames(path, plan.positions, size=size, region=region)
         corner = [region[0].start, region[1].start]
         return self._sample(
             plan,
             sample_id,
-            pictures=decoded.frames if len(repeats) == len(distinct) else decoded.frames[repeats],
+            pictures=decoded.frames,
             rectangles=plan.rectangles - [*corner, *corner],
             packets=(decoded.packets_read, decoded.packets_kept),
+            fallback=fallback or decoded.fallback,
         )
 
     def _black(self, sample_id: int, fault: str) -> Sample:
-        num_frames = self._view.num_frames
-        plan = SamplePlan(np.zeros(num_frames), np.tile([0.0, 0, 1, 1], (self._view.count, 1)), False)
-        pictures = np.zeros((num_frames, 1, 1, 3), np.uint8)
-        return self._sample(plan, sample_id, pictures=pictures, fault=fault)
+        windows = self._view.count if self._view.mode == "train" else 1
+        plan = SamplePlan(
+            positions=np.zeros(1),
+            picks=np.zeros((windows, self._view.num_frames)),
+            rectangles=np.tile([0.0, 0, 1, 1], (self._view.count, 1)),
+            transpose=False,
+        )
+        return self._sample(plan, sample_id, pictures=np.zeros((1, 1, 1, 3), np.uint8), fault=fault)
 
     @staticmethod
     def _sample(
@@ -129,21 +173,32 @@ class ClipSource:
         *,
         pictures: np.ndarray | None = None,
         encoded: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
         rectangles: np.ndarray | None = None,
         packets: tuple[int, int] = (0, 0),
         fault: str = "",
+        fallback: str = "",
     ) -> Sample:
         return Sample(
             pictures=np.zeros((1, 1, 1, 3), np.uint8) if pictures is None else pictures,
             encoded=np.zeros(1, np.uint8) if encoded is None else encoded,
-            positions=plan.positions.astype(np.int32),
+            positions=(plan.positions if positions is None else positions).astype(np.int32),
+            picks=plan.picks.astype(np.int32),
             rectangles=(plan.rectangles if rectangles is None else rectangles).astype(np.float32),
             is_host=np.array(pictures is not None),
             transpose=np.array(plan.transpose),
             sample_id=np.array(sample_id, np.int64),
             packets=np.array(packets, np.int64),
             fault=np.frombuffer(fault.encode(errors="replace"), np.uint8),
+            fallback=np.frombuffer(fallback.encode(errors="replace"), np.uint8),
         )
+
+
+def _check_nvdec(context: av.VideoCodecContext) -> None:
+    if context.pix_fmt not in _NVDEC_FORMATS:
+        raise UncertainError(f"NVDEC may not take {context.pix_fmt}")
+    if context.width not in _NVDEC_SIDES or context.height not in _NVDEC_SIDES:
+        raise UncertainError(f"NVDEC may not take pictures smaller than {_NVDEC_SIDES[0]} or over {_NVDEC_SIDES[-1]}")
 
 
 def _bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:

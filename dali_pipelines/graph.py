@@ -13,12 +13,14 @@ _FEEDS = Sample(
     pictures=(types.UINT8, 4, "FHWC"),
     encoded=(types.UINT8, 1, ""),
     positions=(types.INT32, 1, ""),
+    picks=(types.INT32, 2, ""),
     rectangles=(types.FLOAT, 2, ""),
     is_host=(types.BOOL, 0, ""),
     transpose=(types.BOOL, 0, ""),
     sample_id=(types.INT64, 0, ""),
     packets=(types.INT64, 1, ""),
     fault=(types.UINT8, 1, ""),
+    fallback=(types.UINT8, 1, ""),
 )
 """DALI type, number of dimensions and layout of every field of a `Sample`."""
 
@@ -28,7 +30,8 @@ def clip_pipeline(
     *,
     batch_size: int,
     crop_size: int,
-    views: int,
+    clips: int,
+    windows: int,
     mean: Sequence[float],
     std: Sequence[float],
     half: bool,
@@ -36,15 +39,18 @@ def clip_pipeline(
     workers: int,
     prefetch: int,
 ) -> Pipeline:
-    """A pipeline, not built yet, whose outputs are clips, sample_id, packets, fault, is_host and the decoded shapes.
+    """A pipeline, not built yet, whose outputs are clips, sample_id, packets, fault, fallback, is_host and the shapes
+    of the decoded pictures.
 
     Clips are float32 (`half`: float16), (value / 255 - mean) / std: [C, T, H, W] a sample, or [V, C, T, H, W] where
-    there are several views. `device_id` None is the CPU. `workers` processes run the source; 0 runs it in this one.
+    there are several, from `windows` windows (1, or one for each clip). `device_id` None is the CPU. `workers`
+    processes run the source; 0 runs it in this one.
     """
     return _clip_pipeline(
         source,
         crop_size,
-        views,
+        clips,
+        windows,
         [255 * value for value in mean],
         [255 * value for value in std],
         types.FLOAT16 if half else types.FLOAT,
@@ -60,7 +66,7 @@ def clip_pipeline(
 
 
 @pipeline_def(enable_conditionals=True)
-def _clip_pipeline(source, crop_size, views, mean, std, dtype, device, parallel):
+def _clip_pipeline(source, crop_size, clips, windows, mean, std, dtype, device, parallel):
     sample = Sample(
         *fn.external_source(
             source=source,
@@ -82,17 +88,18 @@ def _clip_pipeline(source, crop_size, views, mean, std, dtype, device, parallel)
             frames=sample.positions,
             pad_mode="none",
         )
-    clips = [_view(frames, sample, view, crop_size, mean, std, dtype) for view in range(views)]
-    clips = clips[0] if views == 1 else fn.stack(*clips)
-    return clips, sample.sample_id, sample.packets, sample.fault, sample.is_host, frames.shape()
+    taken = [fn.sequence_rearrange(frames, new_order=sample.picks[window]) for window in range(windows)]
+    cut = [_clip(taken[clip % windows], sample, clip, crop_size, mean, std, dtype) for clip in range(clips)]
+    stacked = cut[0] if clips == 1 else fn.stack(*cut)
+    return stacked, sample.sample_id, sample.packets, sample.fault, sample.fallback, sample.is_host, frames.shape()
 
 
-def _view(frames, sample, view, crop_size, mean, std, dtype):
+def _clip(frames, sample, number, crop_size, mean, std, dtype):
     clip = fn.resize(
         frames,
         size=[crop_size, crop_size],
-        roi_start=sample.rectangles[view, 0:2],
-        roi_end=sample.rectangles[view, 2:4],
+        roi_start=sample.rectangles[number, 0:2],
+        roi_end=sample.rectangles[number, 2:4],
         interp_type=types.INTERP_LINEAR,
         antialias=False,  # PaddleVideo's resize has none
         dtype=types.FLOAT,  # the default rounds to uint8

@@ -5,24 +5,15 @@ file: DALI's own decoder gives up on a whole batch.
 """
 
 import os
-import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import av
 import numpy as np
 
-from dali_pipelines.manifest import ffmpeg_url, size_mismatch
+from dali_pipelines.errors import InputError
+from dali_pipelines.manifest import open_video, size_mismatch
 from dali_pipelines.packets import PacketReader, UncertainError
-
-
-class DecodeError(Exception):
-    """The planned frames cannot be had from this file; the message is the reason, for a person."""
-
-
-def too_few(last: int, count: int) -> str:
-    """What is wrong with a file of `count` pictures where number `last` is wanted."""
-    return f"frame {last} is planned, but only {count} come out; index the file again"
 
 
 class Decoded(NamedTuple):
@@ -35,23 +26,6 @@ class Decoded(NamedTuple):
     """Why everything up to the last frame was decoded; "" where only the packets that the frames need were."""
 
 
-def open_video(path: str | os.PathLike) -> av.container.InputContainer:
-    """Opens a file that has a video stream; raises `DecodeError` where it is none (a pipe would block for ever)."""
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise DecodeError("a folder" if stat.S_ISDIR(mode) else "not a regular file")
-        container = av.open(ffmpeg_url(path))
-    except av.error.FFmpegError as error:
-        raise DecodeError(error.strerror.lower()) from None
-    except OSError as error:
-        raise DecodeError(error.strerror.lower()) from None
-    if not container.streams.video:
-        container.close()
-        raise DecodeError("no video stream in it")
-    return container
-
-
 def decode_frames(
     path: str | os.PathLike,
     positions: np.ndarray,
@@ -62,7 +36,7 @@ def decode_frames(
     """Pictures number `positions` (ascending, distinct) of those the decoder puts out when it is fed from the start.
 
     `size` is the (height, width) that the pictures must have, `region` the rows and columns to return. One thread:
-    the processes around this one decode other samples. Raises `DecodeError`.
+    the processes around this one decode other samples. Raises `InputError`.
     """
     try:
         return _decode(path, positions, size, region, _Selected, "")
@@ -79,14 +53,14 @@ def _decode(path, positions, size, region, feed, fallback) -> Decoded:
             pictures = feed(container, positions)
             for position, frame in pictures:
                 if frame.is_corrupt:
-                    raise DecodeError(f"frame {position} is damaged")
+                    raise InputError(f"frame {position} is damaged")
                 if position <= last:
                     raise UncertainError("pictures come out in another order than their headers say")
                 last = position
                 index = wanted.get(position)
                 if index is not None:
                     if reason := size_mismatch((frame.height, frame.width), size):
-                        raise DecodeError(reason)
+                        raise InputError(reason)
                     picture = reformatter.reformat(frame, format="rgb24").to_ndarray()[region]
                     if frames is None:
                         frames = np.empty((len(positions), *picture.shape), np.uint8)
@@ -94,7 +68,7 @@ def _decode(path, positions, size, region, feed, fallback) -> Decoded:
                     found += 1
         except av.error.FFmpegError as error:
             where = f" after frame {last}" if last >= 0 else ""
-            raise DecodeError(f"{error.strerror.lower()}{where}") from None
+            raise InputError(f"{error.strerror.lower()}{where}") from None
     if found < len(positions):
         raise UncertainError("a picture does not come out of its packets")
     return Decoded(frames, pictures.packets_read, pictures.packets_kept, fallback)
@@ -149,4 +123,4 @@ class _Everything:
                 position += 1
                 if position > self._last:
                     return
-        raise DecodeError(too_few(self._last, position))
+        raise InputError(f"frame {self._last} is planned, but only {position} come out; index the file again")

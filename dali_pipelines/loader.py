@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,14 +18,16 @@ import torch
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 from dali_pipelines import crops
-from dali_pipelines.clip_source import DALI_CPU_CODECS, DALI_GPU_CODECS, ClipSource
+from dali_pipelines.clip_source import DALI_CPU_CODECS, DALI_GPU_CODECS, DECODES, ClipSource, Decode
 from dali_pipelines.errors import InputError
 from dali_pipelines.graph import clip_pipeline
 from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View
 from dali_pipelines.sampling import PAST_END
+from dali_pipelines.watch import NOTHING, Watchdog
 
 _PREFETCH = 2  # batches that DALI works ahead
+_RESTARTS = 3  # without a batch between them, before the loader gives up
 
 
 class Batch(NamedTuple):
@@ -60,9 +63,10 @@ class LoaderStats:
     """Of these, spent waiting for a batch."""
     packets_read: int = 0
     packets_kept: int = 0
-    """Both count host decoding only; DALI does not tell."""
+    """Fed to a decoder, of those read."""
     fallbacks: dict[str, int] = field(default_factory=dict)
-    """Reason -> how many samples did not go the way that was meant for them."""
+    """Reason -> how many samples did not go the way that was meant for them: all of a file decoded where some packets
+    were to do, host decoding where DALI was to decode, workers started again."""
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -91,8 +95,14 @@ class ClipLoader:
     mean, std: three numbers each, of values in 0..1.
     dtype: torch.float32 or torch.float16.
     device: "cpu", or a CUDA device: decode (NVDEC), resize and normalise happen there.
-    workers: processes that read files and decode what DALI cannot; 0 does it in this one; None: one a CPU core.
-    step_entries: entries an optimizer step over all ranks and micro-batches; default batch_size * world_size.
+    workers: processes that read files and decode what DALI does not; 0 does it in this one; None: one a CPU core.
+    step_entries: clips an optimizer step over all ranks and micro-batches; default batch_size * world_size.
+    decode: "dali" (NVDEC on a GPU; VP8, VP9 and MJPEG on the CPU), "host" (the workers decode, with PyAV), or "auto":
+        DALI for what NVDEC takes, the workers for everything else. Codecs that DALI does not decode go to the workers.
+    views_per_decode: clips that training cuts out of one decode of a video, each with a window, crop and flip of its
+        own; neighbours in a batch, with one sample id. It divides batch_size; an epoch has so many times more clips.
+    timeout_s: seconds that a worker may take for one sample. Then the workers are started again, and the sample is a
+        fault. Not with workers=0.
 
     Raises `InputError` for settings that cannot work.
     """
@@ -119,6 +129,9 @@ class ClipLoader:
         world_size: int = 1,
         workers: int | None = None,
         step_entries: int | None = None,
+        decode: Decode = "auto",
+        views_per_decode: int = 1,
+        timeout_s: float = 60,
     ):
         step_entries = step_entries or batch_size * world_size
         _check(mode in MODES, f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -139,17 +152,25 @@ class ClipLoader:
             step_entries % (batch_size * world_size) == 0,
             f"step_entries is {step_entries}; expected a multiple of {batch_size} clips x {world_size} ranks",
         )
+        _check(decode in DECODES, f"decode is {decode!r}; expected one of {', '.join(DECODES)}")
+        _check(timeout_s > 0, f"timeout_s is {timeout_s}; expected more than 0 seconds")
+        _check(views_per_decode >= 1, f"views_per_decode is {views_per_decode}; expected 1 or more")
+        views_per_decode = views_per_decode if mode == "train" else 1
+        _check(
+            batch_size % views_per_decode == 0,
+            f"batch_size is {batch_size}; expected a multiple of the {views_per_decode} views_per_decode",
+        )
         _check(len(manifest) > 0, "the manifest has no videos")
         if mode == "train":
             _check(
-                len(manifest) >= step_entries,
-                f"the manifest has {len(manifest)} videos, fewer than the {step_entries} of one training step; "
-                "use a smaller batch",
+                len(manifest) * views_per_decode >= step_entries,
+                f"the manifest has {len(manifest)} videos, fewer than the {step_entries // views_per_decode} of one "
+                "training step; use a smaller batch",
             )
         self.manifest = manifest
         self.device = _device(device)
         self.stats = LoaderStats()
-        self._batch_size = batch_size
+        self._batch_size = batch_size // views_per_decode  # in videos, as is the order
         self._mean, self._std, self._dtype = mean, std, dtype
         self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1).to(self.device)
         self._view = View(
@@ -161,30 +182,44 @@ class ClipLoader:
             past_end=past_end,
             short_sides=_short_sides(mode, crop_size, short_side),
             flip=flip,
+            per_decode=views_per_decode,
         )
         self._order = Order(
             rows=len(manifest),
             training=mode == "train",
             seed=seed,
-            step_entries=step_entries,
+            step_entries=step_entries // views_per_decode,
             rank=rank,
             world_size=world_size,
         )
         self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
-        self._dali_codecs = DALI_CPU_CODECS if self.device.type == "cpu" else DALI_GPU_CODECS
+        self._timeout_s = timeout_s
+        on_gpu = self.device.type == "cuda"
+        # On the CPU the workers are as fast, and can say which video is bad: docs/data.md has the figures.
+        by_dali = decode == "dali" or (decode == "auto" and on_gpu)
+        self._dali_codecs = (DALI_GPU_CODECS if on_gpu else DALI_CPU_CODECS) if by_dali else frozenset()
         self._labels = torch.from_numpy(np.append(manifest.labels, -1))  # the last one is padding's
         self._epoch = 0
         self._batches = 0  # consumed in this epoch
         self._iterator: object | None = None  # the one that is on its way through the epoch, or was left early
         self._pipeline = None
+        self._watchdog: Watchdog | None = None
         self._place: int | None = None  # of the next entry that the pipeline gives; None: not known
         self._host_ids: frozenset[int] = frozenset()
+        self._deaths: dict[int, int] = {}  # sample id -> how many workers have died at it
+        self._given_up: dict[int, str] = {}  # sample id -> why it is not tried again
         self._table = tempfile.TemporaryDirectory(prefix="clip_loader_")
         manifest.save_arrays(self._table.name)
 
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
         return self._order.rank_entries // self._batch_size
+
+    @property
+    def decoders(self) -> dict[str, str]:
+        """Codec -> what decodes it here: "DALI", "NVDEC" (by DALI) or "host"."""
+        dali = "NVDEC" if self.device.type == "cuda" else "DALI"
+        return {codec: dali if codec in self._dali_codecs else "host" for codec in self.manifest.codecs}
 
     def __iter__(self) -> Iterator[Batch]:
         if self._iterator is not None:
@@ -226,8 +261,12 @@ class ClipLoader:
         """The position: entries that the caller has received, over all ranks; never those decoded ahead."""
         if self._batches == len(self):  # the same place as the next epoch's start
             return {"epoch": self._epoch + 1, "entries": 0, **self._identity()}
-        entries = self._batches * self._batch_size * self._order.world_size
-        return {"epoch": self._epoch, "entries": entries, **self._identity()}
+        return {"epoch": self._epoch, "entries": self._batches * self._clips_a_batch, **self._identity()}
+
+    @property
+    def _clips_a_batch(self) -> int:
+        """Over all ranks."""
+        return self._batch_size * self._view.per_decode * self._order.world_size
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a position, without decoding what is skipped; other batch sizes, workers and ranks are fine."""
@@ -236,33 +275,69 @@ class ClipLoader:
                 state.get(key) == value,
                 f"the saved position has {key} {state.get(key)}, this loader {value}: the order would be another",
             )
-        batches, rest = divmod(state["entries"], self._batch_size * self._order.world_size)
+        batches, rest = divmod(state["entries"], self._clips_a_batch)
         _check(
             not rest,
-            f"the saved position, {state['entries']} entries, is within a batch of {self._batch_size} clips x "
-            f"{self._order.world_size} ranks",
+            f"the saved position, {state['entries']} clips, is within a batch of "
+            f"{self._clips_a_batch // self._order.world_size} clips x {self._order.world_size} ranks",
         )
         self._go_to(state["epoch"], batches)
 
     def _identity(self) -> dict[str, int | str]:
         order = self._order
-        return {"mode": self._view.mode, "seed": order.seed, "rows": order.rows, "step_entries": order.step_entries}
+        return {
+            "mode": self._view.mode,
+            "seed": order.seed,
+            "rows": order.rows,
+            "step_entries": order.step_entries * self._view.per_decode,
+            "views_per_decode": self._view.per_decode,
+        }
 
     def close(self) -> None:
         """Stops the workers; the next `iter` starts them again."""
+        if self._watchdog is not None:
+            self._watchdog.is_waited_for = True  # a worker that hangs would not end either
         self._pipeline = None
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
 
     def _next_batch(self) -> Batch:
         place = self._epoch * self._order.rank_entries + self._batches * self._batch_size
-        if self._pipeline is None or self._place != place:
-            self._start(place)
-        self._place = None  # an interrupt within `run` leaves it unknown
-        try:
-            outputs = self._pipeline.run()
-        except RuntimeError as error:
-            outputs = self._run_again(place, error)
+        restarts = 0
+        while True:
+            try:
+                if self._pipeline is None or self._place != place:
+                    self._start(place)
+                self._place = None  # an interrupt within `run` leaves it unknown
+                with self._watched():
+                    outputs = self._pipeline.run()
+                break
+            except RuntimeError as error:
+                # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
+                restarts = 0 if self._blame(place, error) else restarts + 1
+                died = self._watchdog is not None and "decoders.video" not in str(error)
+                self.close()
+                if restarts > _RESTARTS:
+                    _check(
+                        not died,
+                        f"the loader's processes end again and again: out of memory? {self._workers} workers, batches "
+                        f"of {self._batch_size} videos; /dev/shm has {_free_shared_memory() >> 20} MB free",
+                    )
+                    raise
         self._place = place + self._batch_size
         return self._receive(*outputs)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self._watchdog is None:
+            yield
+            return
+        self._watchdog.is_waited_for = True
+        try:
+            yield
+        finally:
+            self._watchdog.is_waited_for = False
 
     def _start(self, place: int) -> None:
         self.close()
@@ -273,13 +348,16 @@ class ClipLoader:
             order=self._order,
             start=place,
             dali_codecs=self._dali_codecs,
+            on_gpu=self.device.type == "cuda",
             host_ids=self._host_ids,
+            given_up=self._given_up,
         )
         self._pipeline = clip_pipeline(
             source,
             batch_size=self._batch_size,
             crop_size=self._view.crop_size,
-            views=self._view.count,
+            clips=self._view.count,
+            windows=self._view.per_decode,
             mean=self._mean,
             std=self._std,
             half=self._dtype == torch.float16,
@@ -287,35 +365,70 @@ class ClipLoader:
             workers=self._workers,
             prefetch=_PREFETCH,
         )
-        with _hidden_main(), _blocked_interrupt():
-            self._pipeline.start_py_workers()
-        self._pipeline.build()
+        if self._workers:
+            self._check_shared_memory()
+            with _hidden_main(), _blocked_interrupt():
+                self._pipeline.start_py_workers()
+            self._watchdog = Watchdog(self._table.name, self._pipeline._py_pool.pids(), self._timeout_s)
+        with self._watched():
+            self._pipeline.build()
         self._place = place
 
-    def _run_again(self, place: int, error: RuntimeError):
-        """The pipeline is gone: starts another. A second failure at the same place is raised."""
+    def _check_shared_memory(self) -> None:
+        """The workers hand over pictures in /dev/shm, and die without a word where it is full."""
+        free = _free_shared_memory()
+        pixels = float(np.median(self.manifest.areas))
+        # Half of a picture, in training, of as many as there are in the batches under way.
+        needed = 3 * pixels / 2 * self._view.num_frames * self._batch_size * (_PREFETCH + 1)
+        _check(
+            self._dali_codecs or free > needed,
+            f"/dev/shm has {free / 2**20:.0f} MB free, and batches of {self._batch_size} videos need about "
+            f"{needed / 2**20:.0f} MB: use a smaller batch, or more of it (in Docker: --shm-size 8g, or --ipc host)",
+        )
+
+    def _blame(self, place: int, error: RuntimeError) -> bool:
+        """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""
         if "decoders.video" in str(error):
-            # DALI's decoder cannot name the video that it failed on: the host decoder takes what was under way.
+            # DALI's decoder cannot name the video that it failed on: the workers decode what was under way. Those that
+            # they could decode before go back to DALI.
             ahead = range(place, place + self._batch_size * (_PREFETCH + 1))
-            under_way = {self._order.sample(entry)[1] for entry in ahead} - self._host_ids - {PADDING}
-            suspects = {row for row in under_way if self.manifest[row].codec in self._dali_codecs}
-            self._host_ids |= suspects
+            under_way = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
+            suspects = {row for row in under_way if self.manifest[row].codec in self._dali_codecs} - self._host_ids
+            bad = {fault.sample_id for fault in self.stats.faults}
+            self._host_ids = suspects | (self._host_ids & (bad | under_way))
             self._count_fallback("DALI's decoder failed on a batch", len(suspects))
+            return bool(suspects)
+        if self._watchdog is None:
+            return False
+        known = len(self._given_up)
+        for sample_id in self._watchdog.stuck:
+            self._given_up[sample_id] = f"not decoded within timeout_s = {self._timeout_s:g} seconds"
+        if self._watchdog.has_killed:
+            self._count_fallback("a worker process hung", 1)
         else:
             self._count_fallback("a worker process died", 1)
-        self._start(place)
-        return self._pipeline.run()
+            for process in self._pipeline._py_pool.pool._processes:
+                sample_id = self._watchdog.at(process.pid)
+                if process.exitcode not in (None, 0, -signal.SIGTERM) and sample_id != NOTHING:
+                    self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
+                    if self._deaths[sample_id] > 1:
+                        end = f"signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
+                        self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
+        self._watchdog.kill()  # DALI would wait for those that cannot end
+        return len(self._given_up) > known
 
     def _count_fallback(self, reason: str, count: int) -> None:
         self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + count
 
-    def _receive(self, clips, sample_ids, packets, faults, is_host, shapes) -> Batch:
+    def _receive(self, clips, sample_ids, packets, faults, fallbacks, is_host, shapes) -> Batch:
         sample_ids = torch.from_numpy(np.array(sample_ids.as_tensor()))
         valid = sample_ids != PADDING
         # A copy: DALI writes the next batches into the same memory.
         clips = to_torch_tensor(clips.as_tensor(), copy=True)
         for index, sample_id in enumerate(sample_ids.tolist()):
             reason = np.array(faults.at(index)).tobytes().decode()
+            if fallback := np.array(fallbacks.at(index)).tobytes().decode():
+                self._count_fallback(fallback, 1)
             if not np.array(is_host.at(index)):
                 height, width = np.array(shapes.at(index))[1:3].tolist()
                 reason = size_mismatch((height, width), coded_size(self.manifest[sample_id]))
@@ -327,12 +440,20 @@ class ClipLoader:
         read, kept = np.array(packets.as_tensor()).sum(axis=0)
         self.stats.packets_read += int(read)
         self.stats.packets_kept += int(kept)
+        if self._view.per_decode > 1:
+            clips = clips.flatten(0, 1)
+            sample_ids, valid = (each.repeat_interleave(self._view.per_decode) for each in (sample_ids, valid))
         return Batch(clips, self._labels[sample_ids], sample_ids, valid)
 
 
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
+
+
+def _free_shared_memory() -> int:
+    """Bytes."""
+    return shutil.disk_usage("/dev/shm").free
 
 
 def _short_sides(mode: Mode, crop_size: int, short_side: float | tuple[float, float] | None) -> tuple[float, float]:

@@ -125,6 +125,16 @@ class Manifest:
         return self._rows["label"]
 
     @property
+    def codecs(self) -> list[str]:
+        """Those that occur, sorted."""
+        return [codec.decode() for codec in np.unique(self._rows["codec"]).tolist()]
+
+    @property
+    def areas(self) -> np.ndarray:
+        """Pixels of a picture of each video, int64 [N]."""
+        return self._rows["width"].astype(np.int64) * self._rows["height"]
+
+    @property
     def listed(self) -> int:
         return len(self) + self.rejected
 
@@ -261,19 +271,35 @@ def probe(path: str | os.PathLike) -> Video:
 
     Raises `InputError` with a reason that a person understands where the file is no video that can be read.
     """
+    with open_video(path) as container:
+        try:
+            return _probe(container, os.fspath(path))
+        except av.error.FFmpegError as error:
+            raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+
+
+def open_video(path: str | os.PathLike) -> av.container.InputContainer:
+    """Opens a file that has a video stream of a known codec; `InputError` says why another cannot be."""
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:
-        raise InputError(error.strerror.lower()) from None
-    if not stat.S_ISREG(mode):
-        raise InputError("a folder" if stat.S_ISDIR(mode) else "not a regular file")
-    try:
-        with av.open(ffmpeg_url(path)) as container:
-            return _probe(container, os.fspath(path))
-    except av.error.PermissionError:
+        if not stat.S_ISREG(mode):  # a pipe would block for ever
+            raise InputError("a folder" if stat.S_ISDIR(mode) else "not a regular file")
+        container = av.open(ffmpeg_url(path), metadata_errors="replace")  # titles need not be UTF-8
+    except PermissionError:
         raise InputError("no permission to read it") from None
     except av.error.FFmpegError as error:
-        raise InputError(f"not a video that FFmpeg can read ({error.strerror})") from None
+        raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+    except OSError as error:
+        raise InputError(error.strerror.lower()) from None
+    reason = ""
+    if not container.streams.video:
+        reason = "no video stream in it"
+    elif container.streams.video[0].codec_context is None:
+        reason = "FFmpeg does not know the codec of its video stream"
+    if reason:
+        container.close()
+        raise InputError(reason)
+    return container
 
 
 def ffmpeg_url(path: str | os.PathLike) -> str:
@@ -282,16 +308,17 @@ def ffmpeg_url(path: str | os.PathLike) -> str:
 
 
 def _probe(container: av.container.InputContainer, path: str) -> Video:
-    if not container.streams.video:
-        raise InputError("no video stream in it")
     stream = container.streams.video[0]
     codec = stream.codec_context.codec.canonical_name
     first = None
     packets = decoded = 0
+    decodes_all = codec not in _PACKET_IS_PICTURE
     for packet in container.demux(stream):
-        if first is None or codec not in _PACKET_IS_PICTURE:
+        if first is None or decodes_all:
             pictures = stream.decode(packet)
-            first = first or (pictures[0] if pictures else None)
+            if pictures and first is None:
+                first = pictures[0]
+                decodes_all |= first.interlaced_frame  # a packet may hold one of its fields
             decoded += len(pictures)
         packets += bool(packet.size) and not packet.is_discard
     if first is None:
@@ -303,5 +330,5 @@ def _probe(container: av.container.InputContainer, path: str) -> Video:
     if rotation not in ROTATIONS:
         raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
-    count = packets if codec in _PACKET_IS_PICTURE else decoded
+    count = decoded if decodes_all else packets
     return Video(path, 0, count, float(fps), width, height, codec, rotation)

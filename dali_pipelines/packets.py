@@ -145,6 +145,8 @@ class Remuxed(NamedTuple):
     """uint8 [bytes]: a small file of the needed packets only."""
     positions: np.ndarray
     """int64: where the wanted pictures are among those that it holds."""
+    packets_read: int
+    packets_kept: int
 
 
 def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remuxed:
@@ -175,7 +177,7 @@ def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remu
             packet.is_keyframe = reader.pictures[number].starts_group
             out.mux(packet)
     wanted = [ranks[selection.shown[position]] for position in positions.tolist()]
-    return Remuxed(np.frombuffer(file.getbuffer(), np.uint8), np.array(wanted))
+    return Remuxed(np.frombuffer(file.getbuffer(), np.uint8), np.array(wanted), len(reader.packets), len(numbers))
 
 
 # -- reading bits --

@@ -40,11 +40,13 @@ class View:
     """Pixels: training draws the short side between them, evaluation uses the first."""
     flip: bool
     """Training only: mirror every second clip."""
+    per_decode: int = 1
+    """Training only: clips that are cut out of one decode, each with a window, crop and flip of its own."""
 
     @property
     def count(self) -> int:
-        """Views a sample: three crops in the test, one otherwise."""
-        return 3 if self.mode == "test" else 1
+        """Clips a sample: three crops in the test, `per_decode` in training, one otherwise."""
+        return 3 if self.mode == "test" else self.per_decode
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class SamplePlan:
     """One sample, fully decided."""
 
     positions: np.ndarray
-    """int64 [T], ascending, repeats where the video is short: the k-th picture that the decoder puts out."""
+    """int64 [N], ascending, distinct: the pictures to decode; k is the k-th that the decoder puts out."""
+    picks: np.ndarray
+    """int64 [W, T]: frames of each clip as indices into `positions`, ascending, repeated where the video is short. W is
+    1 where all V clips are crops of the same frames, otherwise V."""
     rectangles: np.ndarray
     """float64 [V, 4]: y0, x0, y1, x1 in pixels of the picture as coded; swapped ends flip."""
     transpose: bool
@@ -61,28 +66,34 @@ class SamplePlan:
 
 def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: int) -> SamplePlan:
     """Which frames and which pixels of `video` make the sample."""
-    training = view.mode == "train"
     # PaddleVideo's `valid` draws its window at random; ours starts at 0, so that two validations see the same clips.
-    draws = _generator(seed, epoch, _CLIP, sample_id).random(5) if training else np.zeros(5)
-    positions = frame_positions(
-        frames=video.frames,
-        fps=video.fps,
-        num_frames=view.num_frames,
-        stride=view.stride,
-        target_fps=view.target_fps,
-        past_end=view.past_end,
-        start=draws[0],
-    )
+    draws = np.zeros((1, 5))
+    if view.mode == "train":
+        draws = np.stack([_generator(seed, epoch, _CLIP, sample_id, clip).random(5) for clip in range(view.per_decode)])
+    windows = [
+        frame_positions(
+            frames=video.frames,
+            fps=video.fps,
+            num_frames=view.num_frames,
+            stride=view.stride,
+            target_fps=view.target_fps,
+            past_end=view.past_end,
+            start=start,
+        )
+        for start in draws[:, 0]
+    ]
+    positions, picks = np.unique(windows, return_inverse=True)
     frame = {"height": video.height, "width": video.width, "crop_size": view.crop_size}
-    if training:
-        shown = crops.random_crop(**frame, short_sides=view.short_sides, flip=view.flip, draws=draws[1:])
+    if view.mode == "train":
+        settings = {"short_sides": view.short_sides, "flip": view.flip}
+        shown = np.concatenate([crops.random_crop(**frame, **settings, draws=each[1:]) for each in draws])
     elif view.mode == "validate":
         shown = crops.centre_crop(**frame, short_side=round(view.short_sides[0]))
     else:
         shown = crops.uniform_crops(**frame, short_side=round(view.short_sides[0]))
     height, width = coded_size(video)
     rectangles, transpose = crops.to_coded(shown, rotation=video.rotation, height=height, width=width)
-    return SamplePlan(positions, rectangles, transpose)
+    return SamplePlan(positions, picks.reshape(len(windows), view.num_frames), rectangles, transpose)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +133,6 @@ def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     return _generator(seed, epoch, _ORDER, 0).permutation(rows)
 
 
-def _generator(seed: int, epoch: int, purpose: int, sample_id: int) -> np.random.Generator:
-    """A stream of its own for every sample of every epoch; counter-based, so none depends on another."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, sample_id, purpose]))
+def _generator(seed: int, epoch: int, purpose: int, sample_id: int, clip: int = 0) -> np.random.Generator:
+    """A stream of its own for every clip of every epoch; counter-based, so none depends on another."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, clip, sample_id, purpose]))

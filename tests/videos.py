@@ -28,6 +28,7 @@ def write_video(
     rotation: int = 0,
     times: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
+    pix_fmt: str | None = None,
 ) -> str:
     """Encodes uint8 [H, W, 3] pictures; `rotation` only tags the file; `times` are presentation times in 1/fps."""
     pictures = list(pictures)
@@ -35,7 +36,7 @@ def write_video(
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=fps, options=defaults | (options or {}))
         stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
         stream.codec_context.time_base = Fraction(1, 1) / fps
         stream.codec_context.thread_count = 1
         if rotation:
@@ -93,5 +94,5 @@ def textured(count: int, *, height: int, width: int, seed: int = 0) -> list[np.n
 
 def decode_all(path: str | Path) -> np.ndarray:
     """Every picture as PyAV puts it out, uint8 [N, H, W, 3], not turned."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -10,7 +10,14 @@ from dali_pipelines.clip_source import Sample
 from dali_pipelines.graph import clip_pipeline
 
 SETTINGS = dict(
-    crop_size=32, mean=(0.45, 0.4, 0.5), std=(0.225, 0.2, 0.3), half=False, device_id=None, workers=0, prefetch=1
+    crop_size=32,
+    mean=(0.45, 0.4, 0.5),
+    std=(0.225, 0.2, 0.3),
+    half=False,
+    device_id=None,
+    workers=0,
+    prefetch=1,
+    windows=1,
 )
 
 
@@ -24,20 +31,22 @@ def host_sample(pictures, rectangles, *, transpose=False, sample_id=0):
         pictures=pictures,
         encoded=np.zeros(1, np.uint8),
         positions=np.zeros(1, np.int32),
+        picks=np.arange(len(pictures), dtype=np.int32)[None],
         rectangles=np.array(rectangles, np.float32),
         is_host=np.array(True),
         transpose=np.array(transpose),
         sample_id=np.array(sample_id, np.int64),
         packets=np.zeros(2, np.int64),
         fault=np.zeros(0, np.uint8),
+        fallback=np.zeros(0, np.uint8),
     )
 
 
-def run(samples, *, views=1, **changes):
+def run(samples, *, clips=1, **changes):
     settings = SETTINGS | changes
-    pipeline = clip_pipeline(fixed(samples), batch_size=len(samples), views=views, **settings)
-    clips = pipeline.run()[0]
-    return torch.from_numpy(np.array((clips if settings["device_id"] is None else clips.as_cpu()).as_tensor()))
+    pipeline = clip_pipeline(fixed(samples), batch_size=len(samples), clips=clips, **settings)
+    out = pipeline.run()[0]
+    return torch.from_numpy(np.array((out if settings["device_id"] is None else out.as_cpu()).as_tensor()))
 
 
 def expected(pictures, size, y, x, flip=False):
@@ -87,7 +96,7 @@ def test_views_are_stacked_in_order_and_samples_may_differ_in_size():
             host_sample(big, [rectangle(big, (40, 60), y, x) for y, x in corners]),
             host_sample(small, [rectangle(small, (45, 40), y // 2, x // 4) for y, x in corners]),
         ],
-        views=3,
+        clips=3,
     )
     assert got.shape == (2, 3, 3, 3, 32, 32)
     for view, (y, x) in enumerate(corners):
@@ -116,7 +125,7 @@ def test_the_gpu_form_is_well_defined(views):
     back to the host after the decoder. Building or serialising it would need a GPU."""
     settings = SETTINGS | {"device_id": 0, "half": True}
     pipeline = clip_pipeline(
-        fixed([host_sample(noise(2, 4, 4), [[0, 0, 4, 4]] * views)]), batch_size=2, views=views, **settings
+        fixed([host_sample(noise(2, 4, 4), [[0, 0, 4, 4]] * views)]), batch_size=2, clips=views, **settings
     )
     pipeline._build_graph()
     devices = {}
@@ -129,7 +138,9 @@ def test_the_gpu_form_is_well_defined(views):
         elif "gpu" in found and not name.startswith("_conditional"):
             assert name in backend.RegisteredGPUOps()
         devices.setdefault(name, set()).update(found)
-    on_gpu = ["decoders__Video", "Resize", "Transpose", "CropMirrorNormalize"] + ["Stack"] * (views > 1)
+    on_gpu = ["decoders__Video", "SequenceRearrange", "Resize", "Transpose", "CropMirrorNormalize"] + ["Stack"] * (
+        views > 1
+    )
     assert all(devices[name] == {"gpu"} for name in on_gpu)
 
 

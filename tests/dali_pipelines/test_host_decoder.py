@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dali_pipelines.host_decoder import DecodeError, decode_frames
+from dali_pipelines import InputError
+from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import coded_size
 from tests.videos import decode_all, numbered, textured, write_video
 
@@ -33,14 +34,14 @@ def test_decoding_stops_at_the_last_wanted_picture(video):
 
 
 def test_reasons(video, tmp_path):
-    with pytest.raises(DecodeError, match="frame 60 is planned, but only 60 come out; index the file again"):
+    with pytest.raises(InputError, match="frame 60 is planned, but only 60 come out; index the file again"):
         decode_frames(video, np.array([0, 60]), size=SIZE)
-    with pytest.raises(DecodeError, match="the pictures are 96x72, the manifest says 40x30; index the file again"):
+    with pytest.raises(InputError, match="the pictures are 96x72, the manifest says 40x30; index the file again"):
         decode_frames(video, np.array([0]), size=(30, 40))
-    with pytest.raises(DecodeError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         decode_frames(tmp_path / "gone.mp4", np.array([0]), size=SIZE)
     (tmp_path / "text.mp4").write_text("no video" * 100)
-    with pytest.raises(DecodeError, match="invalid data"):
+    with pytest.raises(InputError, match="invalid data"):
         decode_frames(tmp_path / "text.mp4", np.array([0]), size=SIZE)
 
 
@@ -55,7 +56,7 @@ def test_damage_is_a_fault(tmp_path):
         (tmp_path / "damaged.mp4").write_bytes(data[:start] + rng.bytes(500) + data[start + 500 :])
         try:
             decode_frames(tmp_path / "damaged.mp4", np.arange(0, 40, 5), size=(240, 320))
-        except DecodeError:
+        except InputError:
             faults += 1
     assert faults >= 9
 
