@@ -3,6 +3,8 @@
 python evaluate.py -w output/demo/best.safetensors -c configs/demo.yaml
 python evaluate.py -w best.safetensors -o data.test=my_videos.csv
 torchrun --nproc-per-node 8 evaluate.py -w best.safetensors -c configs/pptimesformer_k400.yaml
+
+Exits with 1 where a video could not be read, unless --allow-missing is given; it counts as wrong either way.
 """
 
 import argparse
@@ -18,6 +20,9 @@ def main() -> int:
     parser.add_argument(
         "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
     )
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="exit with 0 although videos cannot be read, unless none can"
+    )
     arguments = parser.parse_args()
 
     import torch
@@ -32,9 +37,18 @@ def main() -> int:
     with start_process(config.device) as process:
         torch.set_num_threads(process.cores)
         result = evaluate(config, weights, manifest, process, progress=process.is_main and sys.stderr.isatty())
+        failed = not (result.valid.any() if arguments.allow_missing else result.valid.all())
         if process.is_main:
-            print(report(result, weights.classes, manifest))
-    return 0 if result.valid.any() else 1
+            print(report(result, weights.classes, manifest), flush=True)
+            if failed:
+                remedy = "makes it 0" if result.valid.any() else "does not help where none can"
+                print(
+                    f"evaluate.py: exit status 1: {len(result.faults)} of {len(manifest)} videos cannot be read and "
+                    f"count as wrong; --allow-missing {remedy}",
+                    file=sys.stderr,
+                )
+        process.barrier()  # torchrun ends the others with the first that fails: not before all is said
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ class ClipLoader:
             self._check_shared_memory()
             with _hidden_main(), _blocked_interrupt():
                 self._pipeline.start_py_workers()
-            self._watchdog = Watchdog(self._table.name, self._pipeline._py_pool.pids(), self._timeout_s)
+            self._watchdog = Watchdog(self._table.name, self._pipeline._py_pool, self._timeout_s)
         with self._watched():
             self._pipeline.build()
         self._place = place
@@ -407,13 +407,11 @@ class ClipLoader:
             self._count_fallback("a worker process hung", 1)
         else:
             self._count_fallback("a worker process died", 1)
-            for process in self._pipeline._py_pool.pool._processes:
-                sample_id = self._watchdog.at(process.pid)
-                if process.exitcode not in (None, 0, -signal.SIGTERM) and sample_id != NOTHING:
-                    self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
-                    if self._deaths[sample_id] > 1:
-                        end = f"signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
-                        self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
+            for status, sample_id in self._watchdog.dead():
+                self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
+                if self._deaths[sample_id] > 1 and sample_id != NOTHING:
+                    end = f"signal {-status}" if status < 0 else f"status {status}"
+                    self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
         self._watchdog.kill()  # DALI would wait for those that cannot end
         return len(self._given_up) > known
 

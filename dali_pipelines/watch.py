@@ -5,7 +5,7 @@ at these notes. It counts its own looks, not the clock: a machine that slept, or
 not hung.
 """
 
-import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -29,31 +29,38 @@ class Progress:
 
 
 class Watchdog:
-    """Kills the workers when one of them has been at the same sample for `timeout_s`, or when somebody has waited for
-    them so long and none has done anything."""
+    """Watches the workers of a DALI pipeline, and ends them all when one of them has been at the same sample for
+    `timeout_s`, or when somebody has waited for them so long and none has done anything.
 
-    def __init__(self, folder: str, pids: list[int], timeout_s: float):
+    Then `Pipeline.run` raises, as it does where a worker dies by itself.
+    """
+
+    def __init__(self, folder: str, pool, timeout_s: float):
         self.is_waited_for = False
         """Set while somebody waits for the workers."""
         self.has_killed = False
         self.stuck: list[int] = []
         """Sample ids that the workers were at which hung."""
         self._folder = folder
-        self._pids = pids
+        self._processes = pool.pool._processes
+        tasks = [context.dedicated_task_queue for context in pool.pool._workers_contexts]
+        queues = [pool.pool._result_queue, pool.pool._general_task_queue, *tasks]
+        self._queues = [queue for queue in queues if queue is not None]
+        self._shut = [0] * len(self._queues)  # looks at which the lock of each was held
         self._tick = min(timeout_s / 8, 0.5)
         self._patience = timeout_s / self._tick
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def at(self, pid: int) -> int:
-        """The sample that a worker is at, or was at when it died; `NOTHING`."""
-        return self._notes(pid)[0]
+    def dead(self) -> list[tuple[int, int]]:
+        """(exit status, sample id that it was at or `NOTHING`) of the workers that have ended by themselves."""
+        found = [(process.exitcode, self._notes(process.pid)[0]) for process in self._processes]
+        return [(status, sample_id) for status, sample_id in found if status not in (None, 0, -signal.SIGTERM)]
 
     def kill(self) -> None:
-        for pid in self._pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for process in self._processes:
+            process.kill()
 
     def stop(self) -> None:
         self._stop.set()
@@ -61,20 +68,32 @@ class Watchdog:
 
     def _watch(self) -> None:
         last: dict[int, tuple[int, int]] = {}
-        looks = dict.fromkeys(self._pids, 0)  # at which a worker was where it had been before
+        looks = {process.pid: 0 for process in self._processes}  # at which a worker was where it had been before
         idle_looks = 0  # at which somebody was waiting
         while not self._stop.wait(self._tick):
-            notes = {pid: self._notes(pid) for pid in self._pids}
-            for pid in self._pids:
-                looks[pid] = looks[pid] + 1 if notes[pid] == last.get(pid) else 0
-            last = notes
-            stuck = [pid for pid in self._pids if notes[pid][0] != NOTHING and looks[pid] >= self._patience]
+            notes = {pid: self._notes(pid) for pid in looks}
+            looks = {pid: count + 1 if notes[pid] == last.get(pid) else 0 for pid, count in looks.items()}
             idle_looks = idle_looks + 1 if self.is_waited_for else 0
-            if stuck or (min(idle_looks, *looks.values()) >= self._patience):
+            last = notes
+            if self.has_killed or (idle_looks > 1 and not all(process.is_alive() for process in self._processes)):
+                self._free()
+                continue
+            stuck = [pid for pid, count in looks.items() if count >= self._patience and notes[pid][0] != NOTHING]
+            if stuck or min(idle_looks, *looks.values()) >= self._patience:
+                self.stuck = [notes[pid][0] for pid in stuck]
                 self.has_killed = True
-                self.stuck += [notes[pid][0] for pid in stuck]
                 self.kill()
-                return
+
+    def _free(self) -> None:
+        """Opens what a dead worker has left shut: DALI would wait for it in `run`, for ever."""
+        self.kill()
+        for number, queue in enumerate(self._queues):
+            lock = queue.lock._semlock
+            self._shut[number] = self._shut[number] + 1 if lock._is_zero() else 0
+            if self._shut[number] < 2:  # somebody alive may hold it just now
+                continue
+            # Held in this process: by a thread that has woken a worker, who was to say so. Otherwise by a dead one.
+            _post(queue.cv_not_empty._woken_count._semlock if lock._count() else lock)
 
     def _notes(self, pid: int) -> tuple[int, int]:
         try:
@@ -82,6 +101,11 @@ class Watchdog:
             return int(sample_id), int(count)
         except (FileNotFoundError, ValueError):  # not begun
             return NOTHING, 0
+
+
+def _post(semaphore) -> None:
+    """Releases it, without its Python object's idea of who holds it."""
+    ctypes.CDLL(None).sem_post(ctypes.c_void_p(semaphore.handle))
 
 
 def _file(folder: str, pid: int) -> str:

@@ -67,6 +67,8 @@ class DataConfig:
     """Clips a process takes at once; default: its share of the global batch."""
     workers: int | None = None
     """Processes that read and decode, for each training process; default: its share of the CPU cores."""
+    max_fault_fraction: float = 0.05
+    """Training stops when more than this share of an epoch's videos, 0 to 1, cannot be read."""
 
 
 @dataclass
@@ -228,6 +230,7 @@ _VALUES = {
     "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
     "data.batch_size": _optional(_COUNT),
     "data.workers": _optional(_NOT_NEGATIVE),
+    "data.max_fault_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
     "optim.name": _one_of("sgd", "adamw"),
     "optim.lr": _POSITIVE,
     "optim.warmup_start_lr": _NOT_NEGATIVE,

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines import ClipLoader, InputError
-from dali_pipelines.loader import Batch, Fault
+from dali_pipelines.loader import Batch
 from training import checkpoints
 from training.checkpoints import Weights
 from training.config import Config, clip_settings, preprocessing, to_yaml
 from training.distributed import Process
+from training.faults import FaultLog
 from training.labels import check_labels, class_names, read_manifest
 from training.losses import summed_cross_entropy
 from training.metrics import top_k_counts
@@ -37,7 +38,8 @@ class Trainer:
             Trainer(config, process, resume=False).train()
 
     Writes below `config.output`: best.safetensors, last.safetensors, checkpoints/, tensorboard/, metrics.jsonl,
-    config.yaml. Raises `InputError` for settings and data that cannot work.
+    config.yaml and, where videos cannot be read, faults.csv. Raises `InputError` for settings and data that cannot
+    work, such as more unreadable videos than `data.max_fault_fraction`.
     """
 
     def __init__(self, config: Config, process: Process, *, resume: bool):
@@ -64,12 +66,16 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.step = 0  # optimizer steps done
         self.best_top1 = -1.0
+        self.failed = 0  # training clips of this epoch that could not be read, on all processes
+        self.faults = FaultLog(self.output / "faults.csv", process)
+        self._fault_bytes = 0  # of faults.csv that stand
         resumed_from = self._open_output(resume)
         process.barrier()  # nobody looks for an earlier run once the first has begun to write
         self.monitor: Monitor | Silent = Silent()
         if process.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            self.faults.cut(self._fault_bytes)
             self.monitor = Monitor(self.output, total_steps=self.last_step, step=self.step)
         self.monitor.log_config(to_yaml(config))
         self._say_what_runs(resumed_from)
@@ -113,8 +119,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         """To the end of the epoch that stands open, or to the last step; then validation, weights and a checkpoint."""
         epoch = self.step // self.steps_per_epoch
-        started, faults = time.perf_counter(), len(self.train_loader.stats.faults)
-        clips, planned = 0.0, 0
+        started, clips = time.perf_counter(), 0.0
         window = _Window(self.train_loader)
         micro_batches = iter(self.train_loader)
         while micro_step_batches := list(itertools.islice(micro_batches, self.micro_steps)):
@@ -124,27 +129,21 @@ class Trainer:
             result = self._train_step(micro_step_batches)
             window.add(result)
             clips += result.valid
+            self.failed += self.config.optim.global_batch_size - round(result.valid)
             self.step += 1
             self.monitor.advance(loss=f"{window.mean_loss:.3f}", epoch=str(epoch + 1))
             is_last = self.step == self.last_step or self.step % self.steps_per_epoch == 0
-            planned += self.config.optim.global_batch_size
-            if not clips and (planned >= _BLIND_CLIPS or is_last):
-                fault = self.train_loader.stats.faults[-1]
-                raise InputError(
-                    f"none of the first {planned} videos can be read; {fault.path}: {fault.reason}; "
-                    f"is the line `# root:` in {self.config.data.train} right?"
-                )
+            self._check_faults(epoch, is_last=is_last)
             if is_last or self.step % self.config.train.log_every_steps == 0:
-                self.monitor.log(self.step, {"train/epoch": self.step / self.steps_per_epoch, **window.summary()})
+                progress = {"train/epoch": self.step / self.steps_per_epoch, "train/faults": self.failed}
+                self.monitor.log(self.step, progress | window.summary())
                 window = _Window(self.train_loader)
             if self.step == self.last_step:
                 break
             every = self.config.train.checkpoint_every_steps
             if every and self.step % every == 0 and not is_last:
-                self._save_checkpoint()
-        clips_per_second = clips / (time.perf_counter() - started)
-        self._say_faults(self.train_loader.stats.faults[faults:])
-        self._finish_epoch(epoch, clips_per_second)
+                self._save_checkpoint(epoch)
+        self._finish_epoch(epoch, clips / (time.perf_counter() - started))
 
     def _train_step(self, batches: list[Batch]) -> "_StepResult":
         """One optimizer step from this process's micro-batches of it."""
@@ -209,10 +208,32 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), clip_norm, norm, foreach=True)
         return norm
 
+    def _check_faults(self, epoch: int, *, is_last: bool) -> None:
+        """Stops a run that cannot read too much of its data. All processes know the same sums, so all stop here."""
+        in_epoch = self.steps_per_epoch * self.config.optim.global_batch_size
+        seen = self.step * self.config.optim.global_batch_size - epoch * in_epoch
+        allowed = self.config.data.max_fault_fraction
+        too_many = self.failed / in_epoch > allowed
+        none_read = self.failed == seen and (seen >= _BLIND_CLIPS or is_last)
+        if not (too_many or none_read):
+            return
+        faults = self.faults.take(self.train_loader, epoch=epoch, mode="train")
+        self.process.barrier()  # torchrun ends the others with the first: not before all is written
+        named = "; ".join(f"{fault.path}: {fault.reason}" for fault in faults[:_FAULTS_SHOWN])
+        limit = f", more than data.max_fault_fraction={allowed:g} allows of the epoch's {in_epoch}" if too_many else ""
+        root = f"; is the line `# root:` in {self.config.data.train} right?" if self.failed == seen else ""
+        raise InputError(
+            f"epoch {epoch + 1}: {self.failed} of the first {seen} videos cannot be read{limit}: {named}; all are in "
+            f"{self.faults.path}{root}; repair them, make the manifest anew without them (prepare.py)"
+            + (", or raise data.max_fault_fraction" if too_many else "")
+        )
+
     # -- what follows an epoch --
 
     def _finish_epoch(self, epoch: int, clips_per_second: float) -> None:
+        self._say_faults(self.train_loader, epoch, mode="train")
         top1, top5, loss, unreadable = self.validate()
+        self._say_faults(self.val_loader, epoch, mode="validate")
         self.monitor.log(self.step, {"val/top1": top1, "val/top5": top5, "val/loss": loss})
         is_best = top1 > self.best_top1
         self.best_top1 = max(top1, self.best_top1)
@@ -221,19 +242,22 @@ class Trainer:
             names = ["last.safetensors"] + ["best.safetensors"] * is_best
             for name in names:
                 checkpoints.save_weights(self.output / name, self.weights())
-        self._save_checkpoint()
+        if self.step % self.steps_per_epoch == 0:
+            self.failed = 0
+        self._save_checkpoint(epoch)
         verdict = f"best so far, saved to {self.output}/best.safetensors" if is_best else f"best {self.best_top1:.4f}"
         bad = f", {unreadable} unreadable videos counted as wrong" if unreadable else ""
         speed = f"{clips_per_second:.1f} training clips/s"
         self.monitor.say(f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict} ({speed}{bad})")
 
-    def _say_faults(self, mine: list[Fault]) -> None:
-        """Names the training videos of this epoch that could not be read, on all processes."""
-        faults = [fault for theirs in self.process.gather(mine) for fault in theirs]
+    def _say_faults(self, loader: ClipLoader, epoch: int, *, mode: str) -> None:
+        """Writes down and names what `loader` could not read since the last call, on all processes."""
+        faults = self.faults.take(loader, epoch=epoch, mode=mode)
         for fault in faults[:_FAULTS_SHOWN]:
-            self.monitor.say(f"{fault.path}: {fault.reason}; left out")
+            treatment = "left out" if mode == "train" else "counted as wrong"
+            self.monitor.say(f"{fault.path}: {fault.reason}; {treatment}")
         if len(faults) > _FAULTS_SHOWN:
-            self.monitor.say(f"... and {len(faults) - _FAULTS_SHOWN} more of this epoch's training videos")
+            self.monitor.say(f"... and {len(faults) - _FAULTS_SHOWN} more, in {self.faults.path}")
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float, float, int]:
@@ -260,7 +284,8 @@ class Trainer:
 
     # -- where the run stands --
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, epoch: int) -> None:
+        self._say_faults(self.train_loader, epoch, mode="train")
         if self.process.is_main:
             state = {
                 "step": self.step,
@@ -269,6 +294,8 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "loader": self.train_loader.state_dict(),
+                "failed": self.failed,
+                "fault_bytes": self.faults.size(),
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
             }
@@ -316,6 +343,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.train_loader.load_state_dict(state["loader"])
         self.step, self.best_top1 = state["step"], state["best_top1"]
+        self.failed, self._fault_bytes = state.get("failed", 0), state.get("fault_bytes", 0)
 
     def _say_what_runs(self, resumed_from: Path | None) -> None:
         process, optim = self.process, self.config.optim
@@ -373,7 +401,6 @@ class _Window:
             "train/grad_norm": self._results[-1].grad_norm,
             "train/clips_per_second": self._clips / seconds,
             "train/data_wait_share": (self._loader.stats.wait_seconds - self._waited) / seconds,
-            "train/faults": len(self._loader.stats.faults),
         }
 
 

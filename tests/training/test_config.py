@@ -63,6 +63,8 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("model.num_heads=7", "model.embed_dim is 768; expected a multiple of model.num_heads, 7"),
         ("model.patch_size=-16", "model.patch_size is -16"),
         ("train.checkpoint_every_steps=-1", "or null"),
+        ("data.max_fault_fraction=5", "data.max_fault_fraction is 5.0; expected 0 to 1"),
+        ("data.max_fault_fraction=-0.1", "expected 0 to 1"),
     ],
 )
 def test_errors_name_the_key(file, override, message):

@@ -1,6 +1,8 @@
 """Training: it learns, it is the same however it is shared out, it goes on where it stood."""
 
+import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -30,6 +32,11 @@ def lines(folder):
 
 def losses(folder):
     return [line["train/loss"] for line in lines(folder) if "train/loss" in line]
+
+
+def faults_by_step(folder):
+    """Of each epoch so far."""
+    return [line["train/faults"] for line in lines(folder) if "train/loss" in line]
 
 
 def assert_equal_weights(one, two, *, within=0.0):
@@ -111,11 +118,21 @@ def config_with_bad_videos(config_file, small_data, tmp_path):
         manifest = Manifest.read(small_data / f"{name}.csv")
         videos = [manifest[n]._replace(path=f"gone{n}" if n in bad else manifest[n].path) for n in range(len(manifest))]
         Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / f"{name}.csv")
-    config_file.write_text(config_file.read_text().replace(f"{small_data}/", f"{tmp_path}/"))
+    text = config_file.read_text().replace(f"{small_data}/", f"{tmp_path}/")
+    config_file.write_text(text.replace("workers: 0", "workers: 0, max_fault_fraction: 1"))
     return config_file
 
 
-def test_two_processes_train_as_one_does_also_with_unreadable_videos(config_with_bad_videos, tmp_path):
+def fault_rows(folder):
+    """[epoch, mode, sample id, path] of every row of faults.csv."""
+    with open(folder / "faults.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["epoch", "mode", "sample_id", "path", "reason"]
+    assert all(len(row) == 5 and row[4] == "no such file or directory" for row in rows)
+    return [[int(epoch), mode, int(sample_id), path] for epoch, mode, sample_id, path, _ in rows]
+
+
+def test_two_processes_train_as_one_does_also_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
     settings = ["-c", config_with_bad_videos, "-o", "model.drop_path=0"]
     one = run("train.py", *settings, "data.batch_size=2")
     assert one.returncode == 0, one.stderr
@@ -129,6 +146,16 @@ def test_two_processes_train_as_one_does_also_with_unreadable_videos(config_with
         [line["val/top1"] for line in lines(tmp_path / name) if "val/top1" in line] for name in ("output", "two")
     ]
     assert validations[0] == validations[1] and max(validations[0]) <= 6 / 7
+    rows = fault_rows(tmp_path / "output")
+    assert rows == fault_rows(tmp_path / "two")
+    assert [row[0] for row in rows if row[1] == "validate"] == [1, 2, 3] and {row[0] for row in rows} == {1, 2, 3}
+    assert {tuple(row[1:]) for row in rows} == {
+        ("validate", 5, str(small_data / "gone5")),
+        *(("train", bad, str(small_data / f"gone{bad}")) for bad in (2, 3, 11)),
+    }
+    assert f"{small_data}/gone5: no such file or directory; counted as wrong" in one.stdout
+    counts = [sum(row[:2] == [epoch, "train"] for row in rows) for epoch in (1, 2, 3)]
+    assert faults_by_step(tmp_path / "two")[2::3] == counts
 
 
 def test_the_loss_of_a_step_is_the_mean_over_valid_clips(config_with_bad_videos, tmp_path):
@@ -248,8 +275,69 @@ def test_a_manifest_whose_videos_are_elsewhere_stops_the_run(config_file, small_
     manifest = Manifest.read(small_data / "train.csv")
     videos = [manifest[n] for n in range(len(manifest))]
     Manifest(videos, root="/elsewhere", classes=manifest.classes).write(tmp_path / "lost.csv")
-    with pytest.raises(InputError, match="none of the first 12 videos can be read; /elsewhere/train_.*`# root:` in"):
+    message = "epoch 1: 4 of the first 4 videos cannot be read, .*: /elsewhere/train_.*`# root:` in"
+    with pytest.raises(InputError, match=message):
         train(config_file, f"data.train={tmp_path}/lost.csv")
+    message = "epoch 1: 12 of the first 12 videos cannot be read: /elsewhere/train_.*`# root:` in"
+    with pytest.raises(InputError, match=message):
+        train(config_file, f"data.train={tmp_path}/lost.csv", "data.max_fault_fraction=1")
+    assert len(fault_rows(tmp_path / "output")) == 12  # of this run only
+
+
+def test_a_run_stops_at_the_step_where_too_many_videos_cannot_be_read(config_with_bad_videos, tmp_path):
+    """Batches of one; the second of three bad ones is more than a tenth of thirteen."""
+    settings = ["optim.global_batch_size=1", "train.epochs=1"]
+    train(config_with_bad_videos, *settings, "data.max_fault_fraction=0.24", f"output={tmp_path}/whole")
+    assert max(faults_by_step(tmp_path / "whole")) == 3
+    message = (
+        r"epoch 1: 2 of the first \d+ videos cannot be read, more than data.max_fault_fraction=0.1 allows of the "
+        r"epoch's 13: .*gone\d+: no such file or directory; .*gone\d+: .*; all are in .*/faults.csv; repair .* raise "
+    )
+    with pytest.raises(InputError, match=message):
+        train(config_with_bad_videos, *settings, "data.max_fault_fraction=0.1")
+    steps = faults_by_step(tmp_path / "whole")
+    assert faults_by_step(tmp_path / "output") == steps[: steps.index(2)]
+    assert [row[:2] for row in fault_rows(tmp_path / "output")] == [[1, "train"]] * 2
+    assert not (tmp_path / "output" / "checkpoints").exists()
+
+
+def test_faults_of_before_a_checkpoint_count_and_are_not_written_twice(config_with_bad_videos, tmp_path):
+    """Killed just before a checkpoint was complete, then resumed with a limit that is passed, then with none."""
+    settings = ["optim.global_batch_size=1", "train.epochs=2", "train.checkpoint_every_steps=1", "seed=1"]
+    train(config_with_bad_videos, *settings, f"output={tmp_path}/unbroken")
+    expected = fault_rows(tmp_path / "unbroken")
+    steps = faults_by_step(tmp_path / "unbroken")
+    third = steps.index(3) + 1
+    train(config_with_bad_videos, *settings, f"train.max_steps={third}")
+    folder = tmp_path / "output"
+    sorted((folder / "checkpoints").iterdir())[-1].unlink()
+    assert len([row for row in fault_rows(folder) if row[1] == "train"]) == 3
+    with pytest.raises(InputError, match=f"epoch 1: 3 of the first {third} videos"):
+        train(config_with_bad_videos, *settings, "data.max_fault_fraction=0.2", resume=True)
+    assert len(fault_rows(folder)) == 3
+    train(config_with_bad_videos, *settings, resume=True)
+    assert fault_rows(folder) == expected and len(expected) == 8
+    assert faults_by_step(folder)[-13:] == steps[-13:]
+
+
+def test_two_processes_stop_together(config_with_bad_videos, tmp_path):
+    settings = ["-c", config_with_bad_videos, "-o", "data.max_fault_fraction=0.1", "data.workers=1"]
+    done = run("train.py", *settings, processes=2)
+    assert done.returncode != 0
+    found = re.findall(r"error: epoch 1: (\d) of the first (\d+) videos cannot be read, more than .*", done.stderr)
+    assert found and int(found[0][0]) >= 2
+    assert len(fault_rows(tmp_path / "output")) == int(found[0][0])
+
+
+def test_names_of_every_kind_stand_in_the_list_of_faults(config_file, small_data, tmp_path):
+    manifest = Manifest.read(small_data / "train.csv")
+    odd = ['a, "b".mp4', "c\nd.mp4", "e\udcff.mp4", "f ü.mp4"]
+    videos = [manifest[n]._replace(path=odd[n] if n < 4 else manifest[n].path) for n in range(13)]
+    Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / "odd.csv")
+    settings = [f"data.train={tmp_path}/odd.csv", "optim.global_batch_size=13", "data.max_fault_fraction=0.5"]
+    train(config_file, *settings, "train.epochs=1")
+    expected = [[1, "train", n, str(small_data / name)] for n, name in enumerate(odd)]
+    assert fault_rows(tmp_path / "output") == expected
 
 
 def test_a_step_without_a_readable_video_changes_nothing(config_with_bad_videos, tmp_path):
@@ -305,6 +393,6 @@ def test_fp16_resumes_with_its_loss_scale(config_file, tmp_path):
     train(config_file, *settings, f"output={tmp_path}/unbroken")
     trainer = train(config_file, *settings, "train.max_steps=4")
     trainer.scaler.update(2.0**10)  # as after overflows
-    trainer._save_checkpoint()
+    trainer._save_checkpoint(epoch=1)
     resumed = Trainer(trainer.config, trainer.process, resume=True)
     assert resumed.scaler.get_scale() == 2.0**10

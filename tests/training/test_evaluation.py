@@ -97,6 +97,30 @@ def test_two_processes_report_what_one_does(weights_file, small_data):
     assert "13 videos evaluated, 0 unreadable; the manifest left out 0 of 13 listed" in one.stdout
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_unreadable_videos_make_the_exit_status_1_unless_allowed(weights_file, small_data, tmp_path, processes):
+    manifest = Manifest.read(small_data / "val.csv")
+    for name, bad in (("one", {3}), ("all", set(range(7)))):
+        videos = [manifest[n]._replace(path=f"gone{n}" if n in bad else manifest[n].path) for n in range(7)]
+        Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / f"{name}.csv")
+
+    def evaluated(name, *flags):
+        settings = ["-w", weights_file, "-o", f"data.test={tmp_path}/{name}.csv", "device=cpu", *flags]
+        return run("evaluate.py", *settings, processes=processes)
+
+    strict = evaluated("one")
+    assert strict.returncode == 1
+    assert f"{small_data}/gone3: no such file or directory; counted as wrong" in strict.stdout
+    assert "7 videos evaluated, 1 unreadable" in strict.stdout
+    reason = "evaluate.py: exit status 1: 1 of 7 videos cannot be read and count as wrong; --allow-missing makes it 0\n"
+    assert reason in strict.stderr and (processes > 1 or strict.stderr == reason)
+    lenient = evaluated("one", "--allow-missing")
+    assert (lenient.returncode, lenient.stdout) == (0, strict.stdout), lenient.stderr
+    if processes == 1:
+        none = evaluated("all", "--allow-missing")
+        assert none.returncode == 1 and "7 of 7 videos" in none.stderr and "does not help" in none.stderr
+
+
 def test_predictions_agree_with_evaluation_for_every_video(weights_file, small_data):
     result = result_of(weights_file, small_data / "val.csv")
     manifest = Manifest.read(small_data / "val.csv")

@@ -1,0 +1,38 @@
+"""Measures how fast things are, against others that do the same.
+
+python benchmark.py loader my_videos
+python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out output/benchmark
+"""
+
+import argparse
+from pathlib import Path
+
+from dali_pipelines.errors import InputError, run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure speed and memory.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    loader = commands.add_parser("loader", help="clips per second of the loader, its peers and the floor")
+    loader.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
+    loader.add_argument("--contestants", nargs="+", metavar="NAME", help="which to time (default: all)")
+    loader.add_argument("--workers", type=int, default=2, help="processes that decode (default 2)")
+    loader.add_argument("--clips", type=int, default=96, help="clips to time in a run, rounded up (default 96)")
+    loader.add_argument("--rounds", type=int, default=5, help="runs of each (default 5)")
+    loader.add_argument("--num-frames", type=int, default=8, help="frames a clip (default 8)")
+    loader.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
+    loader.add_argument("--batch-size", type=int, default=8, help="clips a batch (default 8)")
+    loader.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON and PNG")
+    arguments = vars(parser.parse_args())
+    for name, value in arguments.items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+
+    del arguments["command"]  # there is one so far
+    from benchmarks.loader import benchmark_loader
+
+    benchmark_loader(**arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,203 @@
+"""The loaders that are timed: each an endless iterator of the same batches, float32 [B, 3, T, S, S] in 0..1.
+
+The peers are written as their documentation advises for throughput: one decoding thread a worker, pixels cut out
+before they are resized, uint8 until the batch is in the main process.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import grid_sample, interpolate
+
+from benchmarks.floor import decode_floor
+from benchmarks.work import Clip, Work, needed_packets
+from dali_pipelines import ClipLoader
+from dali_pipelines.manifest import ffmpeg_url
+
+Decode = Callable[[Clip], torch.Tensor]
+"""The pictures of a clip: uint8 [T, H, W, 3] RGB."""
+
+_FLOOR_TASKS = 64  # clips that the floor goes round
+
+
+class Contestant(NamedTuple):
+    what: str
+    """For the table."""
+    batches: Callable[[Work], Iterator[torch.Tensor | None]]
+    """None in place of a batch: nothing but decoding is timed."""
+    package: str = "av"
+    """What must be installed."""
+    is_peer: bool = False
+    device: str = "cpu"
+
+
+def _clip_loader(work: Work, **settings: Any) -> Iterator[torch.Tensor]:
+    view = work.view
+    loader = ClipLoader(
+        work.manifest,
+        mode="train",
+        batch_size=work.batch_size,
+        num_frames=view.num_frames,
+        crop_size=view.crop_size,
+        stride=view.stride,
+        target_fps=view.target_fps,
+        past_end=view.past_end,
+        short_side=view.short_sides,
+        flip=view.flip,
+        seed=work.seed,
+        workers=work.workers,
+        **settings,
+    )
+    while True:
+        for batch in loader:
+            if not batch.valid.all():
+                fault = loader.stats.faults[-1]
+                raise CannotReadError(f"cannot read {fault.path}: {fault.reason}")
+            yield batch.clips
+
+
+def _data_loader(work: Work, *, decode: Decode) -> Iterator[torch.Tensor]:
+    batches = torch.utils.data.DataLoader(
+        _Clips(work, decode),
+        batch_size=work.batch_size,
+        num_workers=work.workers,
+        prefetch_factor=2,
+    )
+    return map(to_float, batches)
+
+
+def _spdl_pipeline(work: Work) -> Iterator[torch.Tensor]:
+    from spdl.pipeline import PipelineBuilder
+
+    clips = _Clips(work, _spdl)
+    clips[0]  # what it raises in the pipeline is hard to read
+    pipeline = (
+        PipelineBuilder()
+        .add_source(itertools.count())
+        .pipe(clips.__getitem__, concurrency=work.workers, output_order="input")
+        .aggregate(work.batch_size)
+        .pipe(torch.stack)
+        .add_sink(2)
+        .build(num_threads=work.workers, max_failures=0)
+    )
+    with pipeline.auto_stop():
+        yield from map(to_float, pipeline)
+
+
+def _floor(work: Work) -> Iterator[None]:
+    tasks = [needed_packets(work.clip(place)) for place in range(_FLOOR_TASKS)]
+    return decode_floor(tasks, workers=work.workers, batch_size=work.batch_size)
+
+
+class CannotReadError(Exception):
+    """A contestant cannot read a file that we can; the message says which and why."""
+
+
+class _Clips(torch.utils.data.Dataset):
+    """Clips without end, decoded by `decode` and cut out: uint8 [T, S, S, 3]."""
+
+    def __init__(self, work: Work, decode: Decode):
+        self._work = work
+        self._decode = decode
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        clip = self._work.clip(place)
+        try:
+            frames = self._decode(clip)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CannotReadError(f"cannot read {clip.path}: {reason or type(error).__name__}") from None
+        return cut(frames, clip.rectangle, self._work.view.crop_size)
+
+
+def cut(frames: torch.Tensor, rectangle: np.ndarray, size: int) -> torch.Tensor:
+    """Crop (to whole pixels, as torch's transforms do), resize and flip: uint8 [T, H, W, 3] -> [T, S, S, 3]."""
+    y0, x0, y1, x1 = rectangle.round().astype(int).tolist()
+    frames = frames[:, y0:y1, min(x0, x1) : max(x0, x1)]
+    if x0 > x1:
+        frames = frames.flip(2)
+    resized = interpolate(frames.permute(0, 3, 1, 2), size=(size, size), mode="bilinear")  # uint8: its fastest way
+    return resized.permute(0, 2, 3, 1)
+
+
+def cut_exactly(frames: torch.Tensor, rectangle: np.ndarray, size: int) -> torch.Tensor:
+    """The same without rounding the rectangle: slow, for comparisons."""
+    steps = (torch.arange(size) + 0.5) / size
+    y, x = (
+        (low + steps * (high - low)) / side * 2 - 1
+        for low, high, side in zip(rectangle[:2].tolist(), rectangle[2:].tolist(), frames.shape[1:3])
+    )
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).expand(len(frames), -1, -1, -1)
+    pictures = frames.permute(0, 3, 1, 2).to(torch.float32)
+    return grid_sample(pictures, grid, padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
+
+
+def to_float(batch: torch.Tensor) -> torch.Tensor:
+    """[B, T, S, S, 3] of 0..255 -> float32 [B, 3, T, S, S] of 0..1."""
+    return batch.permute(0, 4, 1, 2, 3).contiguous().to(torch.float32).div_(255)
+
+
+def _decord(clip: Clip) -> torch.Tensor:
+    import decord
+
+    return torch.from_numpy(decord.VideoReader(clip.path, num_threads=1).get_batch(clip.positions).asnumpy())
+
+
+def _torchcodec(clip: Clip) -> torch.Tensor:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(clip.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+    return decoder.get_frames_at(clip.positions.tolist()).data
+
+
+def _spdl(clip: Clip) -> torch.Tensor:
+    import spdl.io
+
+    distinct, repeats = np.unique(clip.positions, return_inverse=True)
+    packets = spdl.io.demux_video(clip.path)
+    frames = spdl.io.sample_decode_video(packets, distinct.tolist())
+    pictures = spdl.io.to_torch(spdl.io.convert_frames(frames))
+    return pictures if len(repeats) == len(distinct) else pictures[repeats]
+
+
+def _pyav_every_frame(clip: Clip) -> torch.Tensor:
+    import av
+
+    frames = []
+    with av.open(ffmpeg_url(clip.path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for frame in itertools.islice(container.decode(video=0), int(clip.positions[-1]) + 1):
+            frames.append(frame.to_ndarray(format="rgb24"))
+    return torch.from_numpy(np.stack([frames[position] for position in clip.positions]))
+
+
+OURS = "ours"
+REFERENCE = "reference"
+FLOOR = "floor"
+CONTESTANTS = {
+    OURS: Contestant("this loader", _clip_loader),
+    "decord": Contestant("decord, DataLoader", partial(_data_loader, decode=_decord), "decord", is_peer=True),
+    "torchcodec": Contestant(
+        "torchcodec, DataLoader", partial(_data_loader, decode=_torchcodec), "torchcodec", is_peer=True
+    ),
+    "spdl": Contestant("SPDL, threads", _spdl_pipeline, "spdl", is_peer=True),
+    REFERENCE: Contestant("PyAV decodes every frame, DataLoader", partial(_data_loader, decode=_pyav_every_frame)),
+    FLOOR: Contestant("decode of the needed packets, nothing else", _floor),
+}
+if torch.cuda.is_available():
+    CONTESTANTS |= {
+        f"gpu {decode}": Contestant(what, partial(_clip_loader, device="cuda", decode=decode), device="cuda")
+        for decode, what in (("dali", "this loader, NVDEC"), ("host", "this loader, host decode for a GPU"))
+    }
+
+
+def is_installed(contestant: Contestant) -> bool:
+    return importlib.util.find_spec(contestant.package) is not None

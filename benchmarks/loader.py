@@ -1,0 +1,425 @@
+"""`benchmark.py loader`: clips per second of this loader, of its peers, of the reference way and of the floor.
+
+Why it is fair:
+
+- Everybody decodes the same list: the videos, frame positions, rectangles and flips of a training epoch, from `plan`.
+  Before the clock, the first clips of everybody are compared with ours, and every frame with its neighbours.
+- Everybody has `workers` processes (SPDL: threads) and gives float32 batches to a consumer that does nothing.
+- Everybody's work has no end, and the clock runs within it. What was decoded ahead while the contestant started is
+  consumed before the clock starts (more batches than any of them prefetches), and as the consumer is then always the
+  one that waits, the queues are as empty when the clock stops as when it started. The same places of the list are
+  timed for all, and a multiple of `workers` batches, as a DataLoader's workers finish theirs at the same time.
+- Every run is a new process; contestants take turns, and ratios are taken within a turn, then their median.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from benchmarks.contestants import (
+    CONTESTANTS,
+    FLOOR,
+    OURS,
+    REFERENCE,
+    CannotReadError,
+    cut,
+    cut_exactly,
+    is_installed,
+    to_float,
+)
+from benchmarks.work import Work, needed_packets
+from dali_pipelines import crops
+from dali_pipelines.errors import InputError
+from dali_pipelines.manifest import Manifest, Video, ffmpeg_url
+from dali_pipelines.plan import View
+from dali_pipelines.processes import end_with_parent
+from preparation.index import VIDEO_SUFFIXES, index
+
+TARGETS = {"best peer": 1.35, REFERENCE: 3.0, FLOOR: 0.9}
+_PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "decord2", "torchcodec", "spdl", "numpy")
+_CHECKED_BATCHES = 2
+_LISTED_VIDEOS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one contestant."""
+
+    clips_per_second: float
+    cpu_ms_per_clip: float
+    """Processor time of all its processes together."""
+    worker_mib: float
+    """The largest of its processes but the first; 0 where there are none. Shared memory is counted in parts (PSS)."""
+    main_mib: float
+
+
+def benchmark_loader(
+    videos: Sequence[str],
+    *,
+    contestants: Sequence[str] | None = None,
+    workers: int,
+    clips: int,
+    rounds: int,
+    num_frames: int,
+    crop_size: int,
+    batch_size: int,
+    out: Path,
+) -> None:
+    """Measures, prints the table and writes loader.json and loader.png into `out`. Raises `InputError`.
+
+    contestants: names out of `CONTESTANTS`; None: all.
+    workers, clips, rounds: processes, clips that a run times, runs of each.
+    """
+    contestants = list(CONTESTANTS) if contestants is None else list(dict.fromkeys(contestants))
+    for name in contestants:
+        if name not in CONTESTANTS:
+            raise InputError(f"--contestants {name}: expected some of {', '.join(CONTESTANTS)}")
+    found = find_videos(videos)
+    out.mkdir(parents=True, exist_ok=True)
+    work = Work(
+        manifest=Manifest(found * -(-batch_size // len(found))),
+        view=View(
+            mode="train",
+            num_frames=num_frames,
+            crop_size=crop_size,
+            stride=32,
+            target_fps=30,
+            past_end="fit",
+            short_sides=(crops.JITTER[0] * crop_size, crops.JITTER[1] * crop_size),
+            flip=True,
+        ),
+        seed=0,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    batches = workers * -(-clips // (workers * batch_size))
+    results, checked = {}, {}
+    for name in contestants:
+        results[name] = {"what": CONTESTANTS[name].what, "failure": None, "runs": []}
+        if not is_installed(CONTESTANTS[name]):
+            results[name]["failure"] = "not installed"
+        elif name != FLOOR and (first := _attempt(results[name], first_clips, name, work)) is not None:
+            checked[name] = torch.from_numpy(first)
+    for name, difference in compare(work, checked).items():
+        results[name] |= difference
+    for turn in range(rounds):
+        for name in contestants:
+            if results[name]["failure"] is None:
+                if (run := _attempt(results[name], time_run, name, work, batches)) is not None:
+                    results[name]["runs"].append(asdict(run))
+                print(f"turn {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+    report = {
+        "command": " ".join(sys.argv),
+        "machine": machine(),
+        "settings": {
+            "workers": workers,
+            "clips_per_run": batches * batch_size,
+            "rounds": rounds,
+            "num_frames": num_frames,
+            "crop_size": crop_size,
+            "batch_size": batch_size,
+        },
+        "videos": [describe(video) for video in found],
+        "packets": count_packets(work),
+        "contestants": results,
+        "ratios": ratios(results),
+    }
+    (out / "loader.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    print(f"\n{draw(report, out / 'loader.png')}, {out / 'loader.json'}")
+
+
+def find_videos(paths: Sequence[str]) -> list[Video]:
+    """Videos of files, folders and manifests, with absolute paths. Raises `InputError` for one that cannot be read."""
+    videos, files = [], []
+    for path in map(Path, paths):
+        if path.suffix == ".csv":
+            manifest = Manifest.read(path)
+            videos += [manifest[n]._replace(path=os.path.abspath(manifest.file(n))) for n in range(len(manifest))]
+        elif path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+        else:
+            files.append(path)
+    if files:
+        probed, rejected = index([(os.path.abspath(file), 0) for file in files], root="/")
+        if rejected:
+            raise InputError(f"{rejected[0].path}: {rejected[0].reason}")
+        videos += [probed[n] for n in range(len(probed))]
+    if not videos:
+        raise InputError(f"{', '.join(map(str, paths))}: no videos there")
+    for video in videos:
+        if video.rotation:
+            raise InputError(f"{video.path}: is turned by {video.rotation} degrees, which not all contestants can undo")
+    return videos
+
+
+# -- one contestant, in a process of its own --
+
+
+def first_clips(name: str, work: Work) -> np.ndarray:
+    """float32 [N, 3, T, S, S]: the clips of the first batches."""
+    batches = CONTESTANTS[name].batches(work)
+    return torch.cat([next(batches).cpu() for _ in range(_CHECKED_BATCHES)]).numpy()
+
+
+def time_run(name: str, work: Work, count: int) -> Run:
+    """Times `count` batches, then looks at the memory while as many as were prefetched go by."""
+    prefetched = 2 * work.workers + 2
+    batches = CONTESTANTS[name].batches(work)
+    for _ in range(prefetched):
+        next(batches)
+    cpu_seconds, seconds = _cpu_seconds(), time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    if CONTESTANTS[name].device == "cuda":
+        torch.cuda.synchronize()
+    seconds, cpu_seconds = time.perf_counter() - seconds, _cpu_seconds() - cpu_seconds
+    worker_mib = main_mib = 0.0
+    for _ in range(prefetched):
+        next(batches)
+        main, *others = map(_mib, _processes())
+        worker_mib, main_mib = max(worker_mib, *others, 0), max(main_mib, main)
+    clips = count * work.batch_size
+    return Run(clips / seconds, 1000 * cpu_seconds / clips, worker_mib, main_mib)
+
+
+def _processes() -> list[int]:
+    """This process and all that it has started, directly or not."""
+    found = [os.getpid()]
+    for process in found:
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with contextlib.suppress(OSError):  # it may end meanwhile
+                found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def _cpu_seconds() -> float:
+    ticks = 0
+    for process in _processes():
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user, system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _mib(process: int) -> float:
+    return int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)[1]) / 1024
+
+
+def _attempt(result: dict[str, Any], function: Callable, name: str, *arguments: Any) -> Any:
+    """What `function` returns in a new process; None, and the reason in `result`, where the contestant fails."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, name, *arguments))
+    process.start()
+    sender.close()
+    try:
+        answer, result["failure"] = receiver.recv()
+        process.join()
+    except EOFError:
+        process.join()
+        answer, result["failure"] = None, f"its process ended with exit code {process.exitcode}"
+    except BaseException:  # Ctrl-C
+        process.kill()
+        raise
+    return answer
+
+
+def _answer(sender, function: Callable, name: str, *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+    end_with_parent()
+    logging.disable()  # SPDL logs what it raises
+    torch.set_num_threads(1)
+    try:
+        sender.send((function(name, *arguments), None))
+    except Exception as error:
+        # A DataLoader puts the traceback of its worker in front of the message.
+        message = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        sender.send((None, message.removeprefix(f"{CannotReadError.__module__}.{CannotReadError.__name__}: ")))
+
+
+# -- what was decoded --
+
+
+def compare(work: Work, clips: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """For each contestant its mean difference from ours, of 255, and how many frames are nearer to a neighbour."""
+    if not clips:
+        return {}
+    wrong = dict.fromkeys(clips, 0)
+    for place in range(_CHECKED_BATCHES * work.batch_size):
+        clip = work.clip(place)
+        with av.open(ffmpeg_url(clip.path)) as container:
+            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        for t, position in enumerate(clip.positions.tolist()):
+            near = [position, max(position - 1, 0), min(position + 1, len(pictures) - 1)]
+            frames = torch.from_numpy(np.stack([pictures[n] for n in near]))
+            expected = torch.stack([c(frames, clip.rectangle, work.view.crop_size) for c in (cut, cut_exactly)])
+            for name, contestant in clips.items():
+                differences = (to_float(expected) - contestant[place, :, t, None]).abs().mean(dim=(1, 3, 4))
+                right, *others = differences.amin(dim=0).tolist()
+                wrong[name] += right > min(others)
+    return {
+        name: {
+            "wrong_frames": wrong[name],
+            "mean_difference_of_255": 255 * (contestant - clips[OURS]).abs().mean().item() if OURS in clips else None,
+        }
+        for name, contestant in clips.items()
+    }
+
+
+def count_packets(work: Work) -> dict[str, float]:
+    """Packets a clip: in the file, in the window (up to the last wanted picture), and fed after selection."""
+    clips = [work.clip(place) for place in range(_CHECKED_BATCHES * work.batch_size)]
+    needed = [needed_packets(clip) for clip in clips]
+    return {
+        "in_window": statistics.mean(packets.in_window for packets in needed),
+        "fed": statistics.mean(sum(map(len, packets.runs)) for packets in needed),
+    }
+
+
+def describe(video: Video) -> dict[str, Any]:
+    """A video's row, its bytes, and how far its keyframes are apart, in packets."""
+    with av.open(ffmpeg_url(video.path)) as container:
+        is_keyframe = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    spacing = np.diff([*np.flatnonzero(is_keyframe), len(is_keyframe)])
+    return video._asdict() | {
+        "bytes": os.path.getsize(video.path),
+        "keyframes": len(spacing),
+        "mean_keyframe_spacing": float(np.mean(spacing)),
+        "largest_keyframe_spacing": int(np.max(spacing)),
+    }
+
+
+# -- what is reported --
+
+
+def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Ours over each other, and over the best peer of each turn: median, lowest and highest of the turns."""
+    speeds = {
+        name: [run["clips_per_second"] for run in result["runs"]]
+        for name, result in results.items()
+        if result["failure"] is None
+    }
+    peers = [speeds[name] for name in speeds if CONTESTANTS[name].is_peer]
+    if peers:
+        speeds["best peer"] = [max(turn) for turn in zip(*peers)]
+    found = {}
+    for name, others in speeds.items():
+        if OURS in speeds and name != OURS:
+            turns = [ours / other for ours, other in zip(speeds[OURS], others)]
+            found[name] = {"median": statistics.median(turns), "low": min(turns), "high": max(turns)}
+            if name in TARGETS:
+                found[name]["target"] = TARGETS[name]
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Versions, and the processor."""
+    versions = {"python": platform.python_version(), "ffmpeg (av)": av.ffmpeg_version_info}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    videos, packets, settings = report["videos"], report["packets"], report["settings"]
+    lines = [f"{report['machine']['cpu']}, {report['machine']['cores']} cores; GPU: {report['machine']['gpu']}"]
+    lines.append(", ".join(f"{name} {version}" for name, version in report["machine"]["versions"].items()))
+    lines.append(", ".join(f"{name} {value}" for name, value in settings.items()))
+    for video in videos[:_LISTED_VIDEOS]:
+        lines.append(
+            f"{video['path']}: {video['codec']}, {video['width']}x{video['height']}, {video['frames']} frames, "
+            f"a keyframe every {video['mean_keyframe_spacing']:.0f} (at most {video['largest_keyframe_spacing']})"
+        )
+    if len(videos) > _LISTED_VIDEOS:
+        lines.append(f"and {len(videos) - _LISTED_VIDEOS} more videos")
+    lines.append(f"packets a clip: {packets['in_window']:.0f} up to the last frame, {packets['fed']:.0f} needed")
+    header = ["", "clips/s", "ours is", "(turns)", "CPU ms/clip", "MiB/worker", "MiB main", "diff/255", "wrong frames"]
+    rows = [header]
+    for name, result in report["contestants"].items():
+        if result["failure"] is not None:
+            rows.append([name, result["failure"]])
+            continue
+        ratio = report["ratios"].get(name)
+        rows.append(
+            [
+                name,
+                f"{_median(result, 'clips_per_second'):.1f}",
+                f"x {ratio['median']:.2f}" if ratio else "",
+                f"{ratio['low']:.2f} .. {ratio['high']:.2f}" if ratio else "",
+                f"{_median(result, 'cpu_ms_per_clip'):.1f}",
+                f"{max(run['worker_mib'] for run in result['runs']):.0f}",
+                f"{max(run['main_mib'] for run in result['runs']):.0f}",
+                f"{result['mean_difference_of_255']:.2f}" if result.get("mean_difference_of_255") is not None else "",
+                str(result.get("wrong_frames", "")),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows if len(row) > 2) for column in range(len(header))]
+    lines.append("")
+    for name, *cells in rows:
+        lines.append("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))]).rstrip())
+    lines.append("")
+    for name, ratio in report["ratios"].items():
+        if "target" in ratio:
+            lines.append(
+                f"ours / {name}: {ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f}), "
+                f"target {ratio['target']}"
+            )
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any], path: Path) -> str:
+    """Draws the speeds as bars; returns what became of it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no picture: matplotlib is not installed"
+    timed = {name: result for name, result in report["contestants"].items() if result["failure"] is None}
+    speeds = np.array([[run["clips_per_second"] for run in result["runs"]] for result in timed.values()])
+    middle = np.median(speeds, axis=1)
+    figure = Figure(figsize=(7, 0.6 + 0.5 * len(timed)), layout="constrained")
+    axes = figure.subplots()
+    colours = ["tab:blue" if name.startswith((OURS, "gpu")) else "tab:gray" for name in timed]
+    bars = axes.barh(
+        [f"{name}: {result['what']}" for name, result in timed.items()],
+        middle,
+        xerr=[middle - speeds.min(axis=1), speeds.max(axis=1) - middle],
+        color=colours,
+    )
+    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("clips per second: median and range")
+    figure.savefig(path, dpi=120)
+    return str(path)
+
+
+def _median(result: dict[str, Any], name: str) -> float:
+    return statistics.median(run[name] for run in result["runs"])

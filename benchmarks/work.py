@@ -1,0 +1,90 @@
+"""What every contestant is given: the same clips, decided beforehand."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from dali_pipelines.manifest import Manifest, ffmpeg_url
+from dali_pipelines.packets import PacketReader, UncertainError
+from dali_pipelines.plan import Order, View, plan_sample
+
+
+class Clip(NamedTuple):
+    """One clip to decode."""
+
+    path: str
+    positions: np.ndarray
+    """int64 [T], ascending: the k-th picture that the decoder puts out."""
+    rectangle: np.ndarray
+    """float64 [4]: y0, x0, y1, x1 in pixels; x0 > x1 flips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An endless list of clips, those of a training `ClipLoader`, and how they are to be had."""
+
+    manifest: Manifest
+    view: View
+    seed: int
+    batch_size: int
+    workers: int
+    """Processes, or threads, that decode."""
+
+    def clip(self, place: int) -> Clip:
+        order = Order(
+            rows=len(self.manifest),
+            training=True,
+            seed=self.seed,
+            step_entries=self.batch_size,
+            rank=0,
+            world_size=1,
+        )
+        epoch, row = order.sample(place)
+        plan = plan_sample(self.manifest[row], self.view, seed=self.seed, epoch=epoch, sample_id=row)
+        return Clip(self.manifest.file(row), plan.positions[plan.picks[0]], plan.rectangles[0])
+
+
+class Packets(NamedTuple):
+    """Which packets of a file give the pictures of a clip; numbers count those with data, as they lie in it."""
+
+    path: str
+    runs: list[list[int]]
+    """Those to feed; the decoder starts afresh at each run."""
+    wanted: set[int]
+    """Of these, the ones that hold the pictures."""
+    in_window: int
+    """Packets from the start of the file to the last wanted picture: what is fed without a selection."""
+
+
+def needed_packets(clip: Clip) -> Packets:
+    """What our loader feeds: a selection where the headers allow one, all up to the last wanted otherwise."""
+    shown, fed_until = _decode_all(clip.path)
+    in_window = fed_until[int(clip.positions[-1])]
+    try:
+        with av.open(ffmpeg_url(clip.path)) as container:
+            runs, shown = PacketReader(container).select(np.unique(clip.positions))
+    except UncertainError:
+        runs = [list(range(in_window))]
+    wanted = {shown[position] for position in clip.positions.tolist()}
+    return Packets(clip.path, runs, wanted, in_window)
+
+
+@lru_cache
+def _decode_all(path: str) -> tuple[list[int], list[int]]:
+    """For every picture that comes out: the number of its packet, and how many had been fed by then."""
+    shown, fed_until = [], []
+    fed = 0
+    with av.open(ffmpeg_url(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.copy_opaque = True
+        for packet in container.demux(stream):
+            if packet.size:
+                packet.opaque = fed
+                fed += 1
+            for frame in stream.decode(packet):
+                shown.append(frame.opaque)
+                fed_until.append(fed)
+    return shown, fed_until

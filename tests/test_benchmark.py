@@ -1,0 +1,90 @@
+"""benchmark.py as a person runs it; what it measures is not judged here, only that it measures."""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.loader import find_videos
+from dali_pipelines.errors import InputError
+from tests.training.conftest import run
+from tests.videos import textured, write_video
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(2):
+        pictures = textured(30, height=64, width=80, seed=number)
+        write_video(folder / f"{number}.mp4", pictures, options={"x264-params": "keyint=12:scenecut=0"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(videos):
+    settings = ["--workers", 1, "--clips", 8, "--rounds", 1, "--num-frames", 4, "--crop-size", 32, "--batch-size", 4]
+    done = run("benchmark.py", "loader", videos, *settings, "--out", videos / "out")
+    assert done.returncode == 0, done.stderr
+    return json.loads((videos / "out" / "loader.json").read_text()) | {"stdout": done.stdout}
+
+
+def test_every_contestant_is_timed_or_says_why_not(report):
+    assert set(report["contestants"]) == set(CONTESTANTS)
+    for name, result in report["contestants"].items():
+        if importlib.util.find_spec(CONTESTANTS[name].package) is None:
+            assert result["failure"] == "not installed" and not result["runs"]
+        elif not CONTESTANTS[name].is_peer:  # a peer may be installed without the libraries that it needs
+            assert result["failure"] is None and len(result["runs"]) == 1
+        for measured in result["runs"]:
+            assert measured["clips_per_second"] > 0 and measured["cpu_ms_per_clip"] > 0 and measured["main_mib"] > 1
+    assert report["contestants"]["ours"]["runs"][0]["worker_mib"] > 1
+
+
+def test_all_decode_the_same(report):
+    for result in report["contestants"].values():
+        assert result.get("wrong_frames", 0) == 0
+        assert result.get("mean_difference_of_255", 0) < 8  # rectangles of whole pixels against exact ones
+    assert report["contestants"]["ours"]["mean_difference_of_255"] == 0
+
+
+def test_says_what_was_measured(report, videos):
+    assert report["settings"]["clips_per_run"] == 8
+    assert [video["path"] for video in report["videos"]] == [str(videos / "0.mp4"), str(videos / "1.mp4")]
+    assert report["videos"][0]["codec"] == "h264" and report["videos"][0]["largest_keyframe_spacing"] == 12
+    assert 0 < report["packets"]["fed"] <= report["packets"]["in_window"] <= 30
+    assert report["machine"]["versions"]["av"] and report["machine"]["cores"] >= 1
+    ratio = report["ratios"]["floor"]
+    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["target"] == 0.9
+    assert "ours / floor: " in report["stdout"]
+
+
+CASES = [
+    ("text.mp4", "text.mp4: not a video that FFmpeg can read"),
+    ("gone.mp4", "gone.mp4: no such file or directory"),
+    ("gone.csv", "gone.csv: no such manifest"),
+    ("empty", "empty: no videos there"),
+    ("turned.mp4", "turned.mp4: is turned by 90 degrees"),
+]
+
+
+@pytest.mark.parametrize("name, message", CASES, ids=[name for name, _ in CASES])
+def test_videos_that_cannot_be_used(tmp_path, name, message):
+    (tmp_path / "text.mp4").write_text("no video " * 50)
+    (tmp_path / "empty").mkdir()
+    write_video(tmp_path / "turned.mp4", textured(3, height=32, width=32), rotation=90)
+    with pytest.raises(InputError, match=message):
+        find_videos([str(tmp_path / name)])
+
+
+def test_bad_input_is_one_line(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video " * 50)
+    for arguments, message in (
+        (["text.mp4"], "text.mp4: not a video that FFmpeg can read"),
+        (["text.mp4", "--rounds", "0"], "--rounds is 0; expected 1 or more"),
+        (["text.mp4", "--contestants", "ours", "theirs"], "--contestants theirs: expected some of ours, decord"),
+    ):
+        done = run("benchmark.py", "loader", *arguments, cwd=tmp_path)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2 and len(lines) == 1, done.stderr
+        assert lines[0].startswith("benchmark.py: error: ") and message in lines[0]
