@@ -73,6 +73,8 @@ def _clip_pipeline(source, crop_size, clips, windows, mean, std, dtype, device, 
             num_outputs=len(_FEEDS),
             batch=False,
             parallel=parallel,
+            # Samples are dealt to the workers batch by batch: with two batches under way, none waits for the slowest.
+            **({"prefetch_queue_depth": 2} if parallel else {}),
             dtype=[feed[0] for feed in _FEEDS],
             ndim=[feed[1] for feed in _FEEDS],
             layout=[feed[2] for feed in _FEEDS],

@@ -13,7 +13,7 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import open_video, size_mismatch
-from dali_pipelines.packets import PacketReader, UncertainError
+from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError
 
 
 class Decoded(NamedTuple):
@@ -39,16 +39,24 @@ def decode_frames(
     the processes around this one decode other samples. Raises `InputError`.
     """
     try:
-        return _decode(path, positions, size, region, _Selected, "")
+        return _decode(path, positions, size, region, _Selected)
+    except MissingPictureError as error:
+        # FFmpeg puts something in its place, and only says so when it is told to be strict. (Always for HEVC, whose
+        # headers do not tell.)
+        return _decode(path, positions, size, region, _Everything, fallback=str(error), is_strict=True)
     except UncertainError as error:
-        return _decode(path, positions, size, region, _Everything, str(error))
+        return _decode(path, positions, size, region, _Everything, fallback=str(error))
 
 
-def _decode(path, positions, size, region, feed, fallback) -> Decoded:
+def _decode(path, positions, size, region, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
     wanted = {int(position): index for index, position in enumerate(positions)}
     frames, found, last = None, 0, -1
     reformatter = av.video.reformatter.VideoReformatter()
     with open_video(path) as container:
+        context = container.streams.video[0].codec_context
+        context.thread_count = 1
+        if is_strict or context.codec.canonical_name == "hevc":
+            context.options = {"err_detect": "explode"}
         try:
             pictures = feed(container, positions)
             for position, frame in pictures:
@@ -86,7 +94,6 @@ class _Selected:
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
         positions = {number: position for position, number in enumerate(self._selection.shown)}
-        self._context.thread_count = 1
         self._context.copy_opaque = True  # a picture comes out with the number of its packet
         for run, numbers in enumerate(self._selection.runs):
             if run:
@@ -114,7 +121,6 @@ class _Everything:
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
         stream = self._container.streams.video[0]
-        stream.codec_context.thread_count = 1
         position = 0
         for packet in self._container.demux(stream):
             self.packets_read += bool(packet.size)

@@ -31,6 +31,10 @@ class UncertainError(Exception):
     """The headers do not say which picture a packet holds; the message is the reason."""
 
 
+class MissingPictureError(UncertainError):
+    """A picture that others refer to seems to be missing."""
+
+
 class Picture(NamedTuple):
     """What the headers of one packet say of its picture."""
 
@@ -288,6 +292,7 @@ def _read_sets(data: bytes, place: int, count: int) -> Iterator[bytes]:
 class _H264Sps(NamedTuple):
     separate_planes: int
     frame_number_bits: int
+    gaps_allowed: int
     order_type: int
     order_bits: int
     frames_only: int
@@ -301,6 +306,7 @@ class _H264(_NalCodec):
     def __init__(self, extradata: bytes):
         super().__init__(extradata)
         self._count = 0
+        self._frame_number = 0  # of the last picture that others may refer to
 
     @staticmethod
     def _read_configuration(data: bytes) -> tuple[int, list[bytes]]:
@@ -331,7 +337,7 @@ class _H264(_NalCodec):
                     if kind == 5 and not counts:
                         starts_group = True
                         self._sequence += 1
-                        self._previous = 0
+                        self._previous = self._frame_number = 0
                     count, is_field = self._read_slice(unit)
                     counts.append(count)
                     fields += is_field
@@ -352,7 +358,12 @@ class _H264(_NalCodec):
         bits = _Bits(_rbsp(bytes(unit[1:_SLICE_HEADER])))
         bits.ue(), bits.ue()  # first_mb_in_slice, slice_type
         _, sps = self._parameters(bits.ue())
-        bits.u(2 * sps.separate_planes + sps.frame_number_bits)
+        bits.u(2 * sps.separate_planes)
+        frame_number = bits.u(sps.frame_number_bits)
+        if (frame_number - self._frame_number) % (1 << sps.frame_number_bits) > 1 and not sps.gaps_allowed:
+            raise MissingPictureError("a picture that others refer to is missing")
+        if unit[0] & 0x60:
+            self._frame_number = frame_number
         is_field = 0 if sps.frames_only else bits.u(1)
         bits.u(is_field)  # bottom_field_flag
         if unit[0] & 31 == 5:
@@ -385,8 +396,10 @@ def _h264_sps(profile: int, bits: _Bits) -> _H264Sps:
     if order_type == 1:
         raise UncertainError("picture order count type 1")
     order_bits = bits.ue() + 4 if order_type == 0 else 0
-    bits.ue(), bits.u(1), bits.ue(), bits.ue()  # reference frames, gaps, width, height
-    return _H264Sps(separate_planes, frame_number_bits, order_type, order_bits, bits.u(1))
+    bits.ue()  # reference frames
+    gaps_allowed = bits.u(1)
+    bits.ue(), bits.ue()  # width, height
+    return _H264Sps(separate_planes, frame_number_bits, gaps_allowed, order_type, order_bits, bits.u(1))
 
 
 def _skip_scaling_list(bits: _Bits, size: int) -> None:

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dali_pipelines.clip_source import DECODES
 from dali_pipelines.errors import InputError
 from dali_pipelines.sampling import PAST_END
 from model.timesformer import Attention
@@ -67,6 +68,13 @@ class DataConfig:
     """Clips a process takes at once; default: its share of the global batch."""
     workers: int | None = None
     """Processes that read and decode, for each training process; default: its share of the CPU cores."""
+    decode: str = "auto"
+    """auto: NVDEC (by DALI) on a GPU for what it takes, the workers (PyAV) for everything else; dali: DALI also on the
+    CPU (VP8, VP9, MJPEG); host: the workers."""
+    views_per_decode: int = 1
+    """Training clips cut out of one decode of a video, each with a window, crop and flip of its own."""
+    timeout_s: float = 60
+    """Seconds that a worker may take for one video, which is unreadable then."""
     max_fault_fraction: float = 0.05
     """Training stops when more than this share of an epoch's videos, 0 to 1, cannot be read."""
 
@@ -230,6 +238,9 @@ _VALUES = {
     "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
     "data.batch_size": _optional(_COUNT),
     "data.workers": _optional(_NOT_NEGATIVE),
+    "data.decode": _one_of(*DECODES),
+    "data.views_per_decode": _COUNT,
+    "data.timeout_s": _POSITIVE,
     "data.max_fault_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
     "optim.name": _one_of("sgd", "adamw"),
     "optim.lr": _POSITIVE,
@@ -277,7 +288,7 @@ def _check_values(config: Config) -> None:
 
 
 def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
-    """The arguments of `ClipLoader` that decide what a clip is, for a mode of it."""
+    """The arguments of `ClipLoader` that follow from `data`, for a mode of it."""
     short_side = None
     if data.short_side is not None:
         short_side = {"train": tuple(data.short_side), "validate": data.short_side[0], "test": None}[mode]
@@ -292,6 +303,9 @@ def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
         "flip": data.flip,
         "mean": data.mean,
         "std": data.std,
+        "decode": data.decode,
+        "views_per_decode": data.views_per_decode,
+        "timeout_s": data.timeout_s,
     }
 
 

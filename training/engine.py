@@ -88,7 +88,7 @@ class Trainer:
         for path, manifest in ((data.train, train), (data.val, val)):
             check_labels(manifest, self.classes, name=path, renamed=data.labels is not None)
         step_entries = self.config.optim.global_batch_size
-        if len(train) < step_entries:
+        if len(train) * data.views_per_decode < step_entries:
             raise InputError(
                 f"{data.train}: {len(train)} videos, fewer than one step takes; "
                 f"optim.global_batch_size is {step_entries}"
@@ -352,6 +352,7 @@ class Trainer:
         for line in (
             f"device {process.device}, precision {self.precision}, {optim.name} (torch {implementation})",
             "{} training and {} validation videos, {} classes".format(*videos, len(self.classes)),
+            "decoders: " + ", ".join(f"{codec} {by}" for codec, by in self.train_loader.decoders.items()),
             f"global batch {optim.global_batch_size} = {process.world_size} processes x {self.batch_size} clips x "
             f"{self.micro_steps} micro-steps; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all",
             f"output {self.output}" + (f", resumed from {resumed_from.name}" if resumed_from else ""),
