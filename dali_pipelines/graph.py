@@ -90,6 +90,7 @@ def _clip_pipeline(source, crop_size, clips, windows, mean, std, dtype, device, 
             frames=sample.positions,
             pad_mode="none",
         )
+    # Windows hold pictures again where a video is short, and share them where there are several.
     taken = [fn.sequence_rearrange(frames, new_order=sample.picks[window]) for window in range(windows)]
     cut = [_clip(taken[clip % windows], sample, clip, crop_size, mean, std, dtype) for clip in range(clips)]
     stacked = cut[0] if clips == 1 else fn.stack(*cut)

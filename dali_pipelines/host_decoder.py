@@ -41,8 +41,7 @@ def decode_frames(
     try:
         return _decode(path, positions, size, region, _Selected)
     except MissingPictureError as error:
-        # FFmpeg puts something in its place, and only says so when it is told to be strict. (Always for HEVC, whose
-        # headers do not tell.)
+        # FFmpeg puts something in its place, and only says so when it is told to be strict.
         return _decode(path, positions, size, region, _Everything, fallback=str(error), is_strict=True)
     except UncertainError as error:
         return _decode(path, positions, size, region, _Everything, fallback=str(error))
@@ -51,11 +50,10 @@ def decode_frames(
 def _decode(path, positions, size, region, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
     wanted = {int(position): index for index, position in enumerate(positions)}
     frames, found, last = None, 0, -1
-    reformatter = av.video.reformatter.VideoReformatter()
     with open_video(path) as container:
         context = container.streams.video[0].codec_context
         context.thread_count = 1
-        if is_strict or context.codec.canonical_name == "hevc":
+        if is_strict:
             context.options = {"err_detect": "explode"}
         try:
             pictures = feed(container, positions)
@@ -69,7 +67,7 @@ def _decode(path, positions, size, region, feed, *, fallback: str = "", is_stric
                 if index is not None:
                     if reason := size_mismatch((frame.height, frame.width), size):
                         raise InputError(reason)
-                    picture = reformatter.reformat(frame, format="rgb24").to_ndarray()[region]
+                    picture = _rgb(frame)[region]
                     if frames is None:
                         frames = np.empty((len(positions), *picture.shape), np.uint8)
                     frames[index] = picture
@@ -80,6 +78,15 @@ def _decode(path, positions, size, region, feed, *, fallback: str = "", is_stric
     if found < len(positions):
         raise UncertainError("a picture does not come out of its packets")
     return Decoded(frames, pictures.packets_read, pictures.packets_kept, fallback)
+
+
+_reformatter = av.video.reformatter.VideoReformatter()  # keeps its tables from one frame to the next
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 [H, W, 3], a view of memory that the next call may overwrite."""
+    plane = _reformatter.reformat(frame, format="rgb24").planes[0]
+    return np.ndarray((frame.height, frame.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
 
 
 class _Selected:

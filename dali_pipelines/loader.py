@@ -421,11 +421,8 @@ class ClipLoader:
     def _receive(self, clips, sample_ids, packets, faults, fallbacks, is_host, shapes) -> Batch:
         sample_ids = torch.from_numpy(np.array(sample_ids.as_tensor()))
         valid = sample_ids != PADDING
-        # A copy: DALI writes the next batches into the same memory.
-        if self.device.type == "cpu":
-            clips = torch.from_numpy(np.array(clips.as_tensor()))  # half the time of torch's own copy
-        else:
-            clips = to_torch_tensor(clips.as_tensor(), copy=True)
+        # On the CPU the batch keeps DALI's memory; on a GPU, a copy spares it from knowing DALI's streams.
+        clips = to_torch_tensor(clips.as_tensor(), copy=self.device.type != "cpu" or not self._pipeline.exec_dynamic)
         for index, sample_id in enumerate(sample_ids.tolist()):
             reason = np.array(faults.at(index)).tobytes().decode()
             if fallback := np.array(fallbacks.at(index)).tobytes().decode():

@@ -6,7 +6,6 @@ import re
 import threading
 from collections.abc import Iterator
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch.nn.functional import interpolate
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, probe
-from dali_pipelines.packets import PacketReader
 from tests.bad_files import GOOD, Kind, copy_packets, flip_bits, make_kinds
 from tests.videos import decode_all, textured, write_video
 
@@ -123,15 +121,11 @@ def test_odd_files_alone_leave_dalis_decoder_at_work(kinds):
     assert not [row.path for row, clip in zip(rows, clips) if not is_exact(row, clip)]
 
 
-@pytest.mark.parametrize("codec, suffix", [("h264", "mkv"), ("h264", "ts"), ("hevc", "mkv")])
-def test_a_lost_reference_picture_is_a_fault(tmp_path, codec, suffix):
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_a_lost_reference_picture_is_a_fault(tmp_path, suffix):
     """The decoder puts something else in its place, which differs from run to run."""
-    whole = write_video(tmp_path / "whole.mp4", textured(40, height=96, width=128), codec=codec)
-    with av.open(whole) as container:
-        reader = PacketReader(container)
-        reader.select(np.array([39]))
-    lost = next(number for number in range(12, 40) if not reader.pictures[number].is_disposable)
-    video = probe(copy_packets(whole, tmp_path / f"lost.{suffix}", lost=lost))
+    whole = write_video(tmp_path / "whole.mp4", textured(40, height=96, width=128))
+    video = probe(copy_packets(whole, tmp_path / f"lost.{suffix}", lost=13))
     _, reasons = read(loader([video], batch_size=1))
     assert reasons[0]
 
