@@ -2,6 +2,7 @@
 
 python benchmark.py loader my_videos
 python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out output/benchmark
+python benchmark.py soak my_videos --clips 10000
 """
 
 import argparse
@@ -23,15 +24,25 @@ def main() -> None:
     loader.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
     loader.add_argument("--batch-size", type=int, default=8, help="clips a batch (default 8)")
     loader.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON and PNG")
+    soak = commands.add_parser("soak", help="many clips: memory, open files and shared memory must stay flat")
+    soak.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
+    soak.add_argument("--clips", type=int, default=10_000, help="how many (default 10000)")
+    soak.add_argument("--workers", type=int, default=2, help="processes that decode (default 2)")
+    soak.add_argument("--batch-size", type=int, default=8, help="clips a batch (default 8)")
+    soak.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
     arguments = vars(parser.parse_args())
     for name, value in arguments.items():
         if isinstance(value, int) and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
 
-    del arguments["command"]  # there is one so far
-    from benchmarks.loader import benchmark_loader
+    if arguments.pop("command") == "loader":
+        from benchmarks.loader import benchmark_loader
 
-    benchmark_loader(**arguments)
+        benchmark_loader(**arguments)
+    else:
+        from benchmarks.soak import soak as soak_loader
+
+        soak_loader(**arguments)
 
 
 if __name__ == "__main__":

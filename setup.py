@@ -10,8 +10,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["dali_pipelines", "model", "preparation", "training"],
-    py_modules=["evaluate", "predict", "prepare", "train"],
+    packages=["benchmarks", "dali_pipelines", "model", "preparation", "training"],
+    py_modules=["benchmark", "evaluate", "predict", "prepare", "train"],
     install_requires=[
         "av>=18.1,<19",
         "numpy>=2.4",

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
+import dali_pipelines.loader
 from benchmarks.floor import decode_floor
-from benchmarks.work import Clip, Work, needed_packets
+from benchmarks.work import Clip, WholeFileSource, Work, needed_packets
 from dali_pipelines import ClipLoader
 from dali_pipelines.manifest import ffmpeg_url
 
@@ -59,6 +60,12 @@ def _clip_loader(work: Work, **settings: Any) -> Iterator[torch.Tensor]:
                 fault = loader.stats.faults[-1]
                 raise CannotReadError(f"cannot read {fault.path}: {fault.reason}")
             yield batch.clips
+
+
+def _whole_files(work: Work) -> Iterator[torch.Tensor]:
+    """Without selection of packets: DALI's decoder is fed the files as they are."""
+    dali_pipelines.loader.ClipSource = WholeFileSource  # this process has no other loader
+    return _clip_loader(work, device="cuda", decode="dali")
 
 
 def _data_loader(work: Work, *, decode: Decode) -> Iterator[torch.Tensor]:
@@ -174,9 +181,10 @@ def _pyav_every_frame(clip: Clip) -> torch.Tensor:
     frames = []
     with av.open(ffmpeg_url(clip.path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        for frame in itertools.islice(container.decode(video=0), int(clip.positions[-1]) + 1):
+        first, last = clip.positions[[0, -1]].tolist()
+        for frame in itertools.islice(container.decode(video=0), first, last + 1):
             frames.append(frame.to_ndarray(format="rgb24"))
-    return torch.from_numpy(np.stack([frames[position] for position in clip.positions]))
+    return torch.from_numpy(np.stack([frames[position - first] for position in clip.positions]))
 
 
 OURS = "ours"
@@ -189,7 +197,9 @@ CONTESTANTS = {
         "torchcodec, DataLoader", partial(_data_loader, decode=_torchcodec), "torchcodec", is_peer=True
     ),
     "spdl": Contestant("SPDL, threads", _spdl_pipeline, "spdl", is_peer=True),
-    REFERENCE: Contestant("PyAV decodes every frame, DataLoader", partial(_data_loader, decode=_pyav_every_frame)),
+    REFERENCE: Contestant(
+        "PyAV, all frames of the window, DataLoader", partial(_data_loader, decode=_pyav_every_frame)
+    ),
     FLOOR: Contestant("decode of the needed packets, nothing else", _floor),
 }
 if torch.cuda.is_available():
@@ -197,6 +207,7 @@ if torch.cuda.is_available():
         f"gpu {decode}": Contestant(what, partial(_clip_loader, device="cuda", decode=decode), device="cuda")
         for decode, what in (("dali", "this loader, NVDEC"), ("host", "this loader, host decode for a GPU"))
     }
+    CONTESTANTS["gpu dali, whole files"] = Contestant("NVDEC without selection", _whole_files, device="cuda")
 
 
 def is_installed(contestant: Contestant) -> bool:

@@ -194,13 +194,13 @@ def time_run(name: str, work: Work, count: int) -> Run:
     worker_mib = main_mib = 0.0
     for _ in range(prefetched):
         next(batches)
-        main, *others = map(_mib, _processes())
+        main, *others = map(proportional_mib, processes())
         worker_mib, main_mib = max(worker_mib, *others, 0), max(main_mib, main)
     clips = count * work.batch_size
     return Run(clips / seconds, 1000 * cpu_seconds / clips, worker_mib, main_mib)
 
 
-def _processes() -> list[int]:
+def processes() -> list[int]:
     """This process and all that it has started, directly or not."""
     found = [os.getpid()]
     for process in found:
@@ -212,13 +212,14 @@ def _processes() -> list[int]:
 
 def _cpu_seconds() -> float:
     ticks = 0
-    for process in _processes():
+    for process in processes():
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # user, system
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _mib(process: int) -> float:
+def proportional_mib(process: int) -> float:
+    """Its memory, where what it shares with others counts in parts (PSS)."""
     return int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)[1]) / 1024
 
 

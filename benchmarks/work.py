@@ -7,9 +7,10 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from dali_pipelines.clip_source import ClipSource, Sample
 from dali_pipelines.manifest import Manifest, ffmpeg_url
 from dali_pipelines.packets import PacketReader, UncertainError
-from dali_pipelines.plan import Order, View, plan_sample
+from dali_pipelines.plan import Order, SamplePlan, View, plan_sample
 
 
 class Clip(NamedTuple):
@@ -45,6 +46,13 @@ class Work:
         epoch, row = order.sample(place)
         plan = plan_sample(self.manifest[row], self.view, seed=self.seed, epoch=epoch, sample_id=row)
         return Clip(self.manifest.file(row), plan.positions[plan.picks[0]], plan.rectangles[0])
+
+
+class WholeFileSource(ClipSource):
+    """Feeds DALI's decoder whole files."""
+
+    def _encoded(self, path: str, plan: SamplePlan, sample_id: int) -> Sample:
+        return self._sample(plan, sample_id, encoded=np.fromfile(path, np.uint8))
 
 
 class Packets(NamedTuple):

@@ -5,9 +5,12 @@ import json
 
 import pytest
 
+import dali_pipelines.loader
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.loader import find_videos
-from dali_pipelines.errors import InputError
+from benchmarks.work import WholeFileSource
+from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.manifest import probe
 from tests.training.conftest import run
 from tests.videos import textured, write_video
 
@@ -39,6 +42,21 @@ def test_every_contestant_is_timed_or_says_why_not(report):
         for measured in result["runs"]:
             assert measured["clips_per_second"] > 0 and measured["cpu_ms_per_clip"] > 0 and measured["main_mib"] > 1
     assert report["contestants"]["ours"]["runs"][0]["worker_mib"] > 1
+
+
+def test_whole_files_for_dalis_decoder(tmp_path, monkeypatch):
+    """As they are fed to NVDEC; here to what DALI decodes on the CPU."""
+    video = probe(write_video(tmp_path / "a.webm", textured(20, height=64, width=80), codec="vp9"))
+    settings = dict(mode="validate", batch_size=1, num_frames=4, crop_size=32, decode="dali", workers=0)
+    selected, whole = (ClipLoader(Manifest([video]), **settings) for _ in range(2))
+    expected = next(iter(selected)).clips
+    monkeypatch.setattr(dali_pipelines.loader, "ClipSource", WholeFileSource)
+    assert (next(iter(whole)).clips == expected).all() and whole.stats.packets_read == 0
+
+
+def test_soak(videos):
+    done = run("benchmark.py", "soak", videos, "--clips", 200, "--workers", 1, "--crop-size", 32)
+    assert done.returncode == 0 and "flat; 0 faults, fall-backs none" in done.stdout, done.stderr + done.stdout
 
 
 def test_all_decode_the_same(report):
