@@ -45,6 +45,8 @@ CASES = [
     ),
     ("train.py -c tiny.yaml -o data.val=beech.csv", "class 1 is 'beech' there, 'birch' here"),
     ("train.py -c tiny.yaml -o output=file/folder", "file"),
+    ("train.py -c tiny.yaml -o data.views_per_decode=3", "batch_size is 4; expected a multiple of the 3 views_per"),
+    ("train.py -c tiny.yaml -o data.decode=gpu", "data.decode is gpu; expected one of auto, dali, host"),
     ("train.py -c tiny.yaml -o device=tpu", "device is 'tpu'"),
     ("evaluate.py -w gone.safetensors", "gone.safetensors: no such weights file"),
     ("evaluate.py -w two.safetensors", "data.test is not set: name a manifest with -o data.test=FILE"),
@@ -100,3 +102,11 @@ def test_ctrl_c_is_one_line_also_with_workers(place, lines_before):
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == "train.py: stopped by Ctrl-C\n"
+
+
+def test_training_with_several_views_of_a_decode_says_what_it_does(config_file):
+    """13 videos, two views each: 26 clips, six steps of four."""
+    settings = ["data.views_per_decode=2", "data.decode=dali", "train.epochs=1", "data.workers=1"]
+    done = run("train.py", "-c", config_file, "-o", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "6 steps an epoch" in done.stdout and "decoders: h264 host, vp9 DALI" in done.stdout
