@@ -13,6 +13,7 @@ import av
 
 from benchmarks.work import Packets
 from dali_pipelines.manifest import ffmpeg_url
+from dali_pipelines.packets import video_stream
 from dali_pipelines.processes import end_with_parent
 
 
@@ -49,7 +50,7 @@ def _decode(task: Packets) -> None:
     reformatter = av.video.reformatter.VideoReformatter()
     left = len(task.wanted)
     with av.open(ffmpeg_url(task.path)) as container:
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         decoder = stream.codec_context
         decoder.thread_count = 1
         decoder.copy_opaque = True

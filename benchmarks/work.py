@@ -9,7 +9,7 @@ import numpy as np
 
 from dali_pipelines.clip_source import ClipSource, Sample
 from dali_pipelines.manifest import Manifest, ffmpeg_url
-from dali_pipelines.packets import PacketReader, UncertainError
+from dali_pipelines.packets import PacketReader, UncertainError, video_stream
 from dali_pipelines.plan import Order, SamplePlan, View, plan_sample
 
 
@@ -86,7 +86,7 @@ def _decode_all(path: str) -> tuple[list[int], list[int]]:
     shown, fed_until = [], []
     fed = 0
     with av.open(ffmpeg_url(path)) as container:
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         stream.codec_context.copy_opaque = True
         for packet in container.demux(stream):
             if packet.size:

@@ -13,7 +13,7 @@ import numpy as np
 from dali_pipelines.errors import InputError
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, Video, coded_size, open_video
-from dali_pipelines.packets import UncertainError, remux
+from dali_pipelines.packets import UncertainError, remux, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
 from dali_pipelines.watch import NOTHING, Progress
@@ -129,7 +129,7 @@ class ClipSource:
     def _encoded(self, path: str, plan: SamplePlan, sample_id: int) -> Sample:
         with open_video(path) as container:
             if self._on_gpu:
-                _check_nvdec(container.streams.video[0].codec_context)
+                _check_nvdec(video_stream(container).codec_context)
             try:
                 file = remux(container, plan.positions)
             except av.error.FFmpegError as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import open_video, size_mismatch
-from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError
+from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, video_stream
 
 
 class Decoded(NamedTuple):
@@ -51,7 +51,7 @@ def _decode(path, positions, size, region, feed, *, fallback: str = "", is_stric
     wanted = {int(position): index for index, position in enumerate(positions)}
     frames, found, last = None, 0, -1
     with open_video(path) as container:
-        context = container.streams.video[0].codec_context
+        context = video_stream(container).codec_context
         context.thread_count = 1
         if is_strict:
             context.options = {"err_detect": "explode"}
@@ -93,7 +93,7 @@ class _Selected:
     """(position, picture) from the packets that `positions` need, in the order in which they come out."""
 
     def __init__(self, container: av.container.InputContainer, positions: np.ndarray):
-        self._context = container.streams.video[0].codec_context
+        self._context = video_stream(container).codec_context
         self._reader = PacketReader(container)
         self._selection = self._reader.select(positions)
         self.packets_read = len(self._reader.packets)
@@ -127,7 +127,7 @@ class _Everything:
         return self.packets_read
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        stream = self._container.streams.video[0]
+        stream = video_stream(self._container)
         position = 0
         for packet in self._container.demux(stream):
             self.packets_read += bool(packet.size)

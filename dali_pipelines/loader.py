@@ -297,7 +297,7 @@ class ClipLoader:
         """Stops the workers; the next `iter` starts them again."""
         if self._watchdog is not None:
             self._watchdog.is_waited_for = True  # a worker that hangs would not end either
-        self._pipeline = None
+        self._pipeline = self._place = None
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
@@ -313,7 +313,10 @@ class ClipLoader:
                 with self._watched():
                     outputs = self._pipeline.run()
                 break
-            except RuntimeError as error:
+            except InputError:
+                raise
+            except (RuntimeError, AssertionError, ValueError, OSError, EOFError) as error:
+                # The first from DALI; the others from its queues, where a worker died in the midst of using them.
                 # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
                 restarts = 0 if self._blame(place, error) else restarts + 1
                 died = self._watchdog is not None and "decoders.video" not in str(error)
@@ -386,7 +389,7 @@ class ClipLoader:
             f"{needed / 2**20:.0f} MB: use a smaller batch, or more of it (in Docker: --shm-size 8g, or --ipc host)",
         )
 
-    def _blame(self, place: int, error: RuntimeError) -> bool:
+    def _blame(self, place: int, error: Exception) -> bool:
         """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""
         if "decoders.video" in str(error):
             # DALI's decoder cannot name the video that it failed on: the workers decode what was under way. Those that
@@ -424,6 +427,7 @@ class ClipLoader:
         # On the CPU the batch keeps DALI's memory; on a GPU, a copy spares it from knowing DALI's streams.
         clips = to_torch_tensor(clips.as_tensor(), copy=self.device.type != "cpu" or not self._pipeline.exec_dynamic)
         for index, sample_id in enumerate(sample_ids.tolist()):
+            self._deaths.pop(sample_id, None)
             reason = np.array(faults.at(index)).tobytes().decode()
             if fallback := np.array(fallbacks.at(index)).tobytes().decode():
                 self._count_fallback(fallback, 1)

@@ -26,13 +26,14 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.packets import PacketReader, UncertainError, video_stream
 
 ROTATIONS = (0, 90, 180, 270)
 _LARGEST = 2**31 - 1
 
 _PACKET_IS_PICTURE = frozenset({"av1", "h264", "mjpeg"})
-"""Codecs whose packets each give one picture. Others have some that give none: MPEG-4 (not-coded VOPs, in Xvid
-files), VP8 (hidden reference frames), HEVC (leading pictures of a first open group)."""
+"""Codecs whose pictures are counted by their packets, where `PacketReader` is certain of them; those of others, and of
+files that it is not certain of, by decoding."""
 
 
 class Video(NamedTuple):
@@ -271,11 +272,46 @@ def probe(path: str | os.PathLike) -> Video:
 
     Raises `InputError` with a reason that a person understands where the file is no video that can be read.
     """
-    with open_video(path) as container:
-        try:
-            return _probe(container, os.fspath(path))
-        except av.error.FFmpegError as error:
-            raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+    try:
+        with open_video(path) as container:
+            first = next(container.decode(video_stream(container)), None)
+        if first is None:
+            raise InputError("no picture comes out of its video stream")
+        with open_video(path) as container:
+            stream = video_stream(container)
+            codec = stream.codec_context.codec.canonical_name
+            fps = stream.average_rate or stream.guessed_rate
+            frames = _count_packets(container) if codec in _PACKET_IS_PICTURE else None
+        if frames is None:
+            with open_video(path) as container:
+                frames = _count_pictures(container, until_damage=codec in _PACKET_IS_PICTURE)
+    except av.error.FFmpegError as error:
+        raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+    if not fps:
+        raise InputError("no frame rate in it")
+    rotation = first.rotation % 360
+    if rotation not in ROTATIONS:
+        raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
+    width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
+    return Video(os.fspath(path), 0, frames, float(fps), width, height, codec, rotation)
+
+
+def _count_packets(container: av.container.InputContainer) -> int | None:
+    try:
+        return PacketReader(container).count()
+    except UncertainError:
+        return None
+
+
+def _count_pictures(container: av.container.InputContainer, *, until_damage: bool) -> int:
+    count = 0
+    try:
+        for _ in container.decode(video_stream(container)):
+            count += 1
+    except av.error.FFmpegError:
+        if not (until_damage and count):  # a file that is cut off is good up to there
+            raise
+    return count
 
 
 def open_video(path: str | os.PathLike) -> av.container.InputContainer:
@@ -292,9 +328,10 @@ def open_video(path: str | os.PathLike) -> av.container.InputContainer:
     except OSError as error:
         raise InputError(error.strerror.lower()) from None
     reason = ""
-    if not container.streams.video:
+    stream = video_stream(container)
+    if stream is None:
         reason = "no video stream in it"
-    elif container.streams.video[0].codec_context is None:
+    elif stream.codec_context is None:
         reason = "FFmpeg does not know the codec of its video stream"
     if reason:
         container.close()
@@ -305,30 +342,3 @@ def open_video(path: str | os.PathLike) -> av.container.InputContainer:
 def ffmpeg_url(path: str | os.PathLike) -> str:
     """The path in a form that FFmpeg takes for a file and nothing else: "a:b.mp4" alone would be a protocol."""
     return f"file:{os.fspath(path)}"
-
-
-def _probe(container: av.container.InputContainer, path: str) -> Video:
-    stream = container.streams.video[0]
-    codec = stream.codec_context.codec.canonical_name
-    first = None
-    packets = decoded = 0
-    decodes_all = codec not in _PACKET_IS_PICTURE
-    for packet in container.demux(stream):
-        if first is None or decodes_all:
-            pictures = stream.decode(packet)
-            if pictures and first is None:
-                first = pictures[0]
-                decodes_all |= first.interlaced_frame  # a packet may hold one of its fields
-            decoded += len(pictures)
-        packets += bool(packet.size) and not packet.is_discard
-    if first is None:
-        raise InputError("no picture comes out of its video stream")
-    fps = stream.average_rate or stream.guessed_rate
-    if not fps:
-        raise InputError("no frame rate in it")
-    rotation = first.rotation % 360
-    if rotation not in ROTATIONS:
-        raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
-    width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
-    count = decoded if decodes_all else packets
-    return Video(path, 0, count, float(fps), width, height, codec, rotation)

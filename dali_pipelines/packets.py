@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 
 class UncertainError(Exception):
@@ -71,10 +72,11 @@ class PacketReader:
     """
 
     def __init__(self, container: av.container.InputContainer):
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         self.packets: list[av.Packet] = []
         self.pictures: list[Picture] = []
         self._packets = container.demux(stream)
+        self._held_back = stream.codec_context.reorder_depth  # pictures, says the stream
         codec = stream.codec_context.codec.canonical_name
         if codec not in _CODECS:
             raise UncertainError(f"no rules for {codec}")
@@ -89,23 +91,37 @@ class PacketReader:
         `in_one_go`: they are fed without a new start between two runs. Raises `UncertainError`.
         """
         self._read(int(positions[-1]) + 1)
-        shown = sorted(
-            (number for number, picture in enumerate(self.pictures) if picture.is_shown),
-            key=lambda number: self.pictures[number].order,
-        )
-        if len({self.pictures[number].order for number in shown}) < len(shown):
-            raise UncertainError("two pictures have the same place in the order")
+        shown = self._shown()
         if positions[-1] >= len(shown):
             raise UncertainError("it has fewer pictures than are wanted")
         wanted = {shown[position] for position in positions.tolist()}
         return Selection(self._runs(wanted, in_one_go), shown)
 
-    def _read(self, count: int) -> None:
+    def count(self) -> int:
+        """How many pictures a decoder puts out for the whole video. Raises `UncertainError`."""
+        self._read(None)
+        return len(self._shown())
+
+    def _shown(self) -> list[int]:
+        """The numbers of the packets of the pictures that are shown, in their order."""
+        decoded = [number for number, picture in enumerate(self.pictures) if picture.is_shown]
+        shown = sorted(decoded, key=lambda number: self.pictures[number].order)
+        if len({self.pictures[number].order for number in shown}) < len(shown):
+            raise UncertainError("two pictures have the same place in the order")
+        ranks = {number: rank for rank, number in enumerate(shown)}
+        if any(place - ranks[number] > self._held_back for place, number in enumerate(decoded)):
+            # A decoder that was not told would throw them away.
+            raise UncertainError("pictures are held back for longer than the stream says")
+        return shown
+
+    def _read(self, count: int | None) -> None:
         """Until `count` pictures are read, and with them every one that is shown before the last of them."""
-        missing = count + self._codec.reorder
+        missing = -1 if count is None else count + self._codec.reorder
         for packet in self._packets:
             if not packet.size:
                 continue
+            if packet.has_sidedata("new_extradata"):
+                raise UncertainError("the parameters of the stream change")
             try:
                 picture = self._codec.picture(memoryview(packet))
             except IndexError:
@@ -144,6 +160,12 @@ class PacketReader:
         return runs[::-1]
 
 
+def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
+    """The first video that is not a cover picture."""
+    videos = (stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic)
+    return next(videos, None)
+
+
 class Remuxed(NamedTuple):
     encoded: np.ndarray
     """uint8 [bytes]: a small file of the needed packets only."""
@@ -166,7 +188,7 @@ def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remu
     in_order = sorted(numbers, key=lambda number: reader.pictures[number].order)
     ranks = {number: rank for rank, number in enumerate(in_order)}
     delay = max(place - ranks[number] for place, number in enumerate(numbers))
-    source = container.streams.video[0]
+    source = video_stream(container)
     in_matroska = source.codec_context.codec.canonical_name in ("vp8", "vp9", "mjpeg")
     file = io.BytesIO()
     # Without an edit list, which would say where the first picture is, the demuxer need not understand one.
@@ -290,7 +312,6 @@ def _read_sets(data: bytes, place: int, count: int) -> Iterator[bytes]:
 
 
 class _H264Sps(NamedTuple):
-    separate_planes: int
     frame_number_bits: int
     gaps_allowed: int
     order_type: int
@@ -358,7 +379,6 @@ class _H264(_NalCodec):
         bits = _Bits(_rbsp(bytes(unit[1:_SLICE_HEADER])))
         bits.ue(), bits.ue()  # first_mb_in_slice, slice_type
         _, sps = self._parameters(bits.ue())
-        bits.u(2 * sps.separate_planes)
         frame_number = bits.u(sps.frame_number_bits)
         if (frame_number - self._frame_number) % (1 << sps.frame_number_bits) > 1 and not sps.gaps_allowed:
             raise MissingPictureError("a picture that others refer to is missing")
@@ -382,13 +402,13 @@ _H264_HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
 
 def _h264_sps(profile: int, bits: _Bits) -> _H264Sps:
     """`bits` begin after seq_parameter_set_id."""
-    separate_planes = 0
     if profile in _H264_HIGH:
         chroma = bits.ue()
-        separate_planes = bits.u(1) if chroma == 3 else 0
+        if chroma == 3:  # FFmpeg decodes it by the version of x264 that only the first packet names
+            raise UncertainError("4:4:4")
         bits.ue(), bits.ue(), bits.u(1)  # bit depths, lossless
         if bits.u(1):  # scaling matrices
-            for index in range(12 if chroma == 3 else 8):
+            for index in range(8):
                 if bits.u(1):
                     _skip_scaling_list(bits, 16 if index < 6 else 64)
     frame_number_bits = bits.ue() + 4
@@ -399,7 +419,7 @@ def _h264_sps(profile: int, bits: _Bits) -> _H264Sps:
     bits.ue()  # reference frames
     gaps_allowed = bits.u(1)
     bits.ue(), bits.ue()  # width, height
-    return _H264Sps(separate_planes, frame_number_bits, gaps_allowed, order_type, order_bits, bits.u(1))
+    return _H264Sps(frame_number_bits, gaps_allowed, order_type, order_bits, bits.u(1))
 
 
 def _skip_scaling_list(bits: _Bits, size: int) -> None:
@@ -455,7 +475,7 @@ class _Hevc(_NalCodec):
     def picture(self, data: memoryview) -> Picture:
         found = None
         for unit in self._units(data):
-            if len(unit) < 3 or unit[0] & 1 or unit[1] >> 3:  # of another layer
+            if len(unit) < 2 or unit[0] & 1 or unit[1] >> 3:  # of another layer
                 continue
             kind = unit[0] >> 1
             if kind < 32:
@@ -537,9 +557,11 @@ class _Mpeg4:
         self._layer = next(filter(_is_mpeg4_layer, _annex_b(extradata)), None)
         if self._layer is None:
             raise UncertainError("no header of the stream")
-        self._time_bits = _mpeg4_time_bits(_Bits(self._layer[1:]))
+        self._resolution, self._has_b = _mpeg4_layer(_Bits(self._layer[1:]))
         self._references = self._count = 0
         self._follows_start = False
+        self._seconds = self._previous_seconds = 0  # that times of the next reference, and of B pictures, count from
+        self._times = (0, 0)  # of the last two references
 
     def picture(self, data: memoryview) -> Picture:
         units = list(_annex_b(bytes(data)))
@@ -550,9 +572,10 @@ class _Mpeg4:
             raise UncertainError("packets of several pictures" if pictures else "a packet without a picture")
         bits = _Bits(pictures[0][1:_SLICE_HEADER])
         kind = bits.u(2)
-        while bits.u(1):  # seconds
-            pass
-        bits.u(2 + self._time_bits)
+        for unit in units:
+            if unit[:1] == b"\xb3":
+                self._seconds = _mpeg4_seconds(_Bits(unit[1:]))
+        self._read_time(bits, is_b=kind == 2)
         if not bits.u(1):
             raise UncertainError("pictures that are not coded")
         self._count += 1
@@ -566,26 +589,55 @@ class _Mpeg4:
         self._follows_start = kind == 0
         return Picture((2 * self._references + 1, 0), starts_group=kind == 0)
 
+    def _read_time(self, bits: _Bits, *, is_b: bool) -> None:
+        """FFmpeg throws B pictures away whose times are not between those of the two references, and shows references
+        at once where no B pictures are announced."""
+        seconds = 0
+        while bits.u(1):
+            seconds += 1
+        bits.u(1)
+        increment = bits.u(max((self._resolution - 1).bit_length(), 1))
+        bits.u(1)
+        if not is_b:
+            self._previous_seconds, self._seconds = self._seconds, self._seconds + seconds
+            self._times = self._times[1], self._seconds * self._resolution + increment
+            return
+        before, after = self._times
+        time = (self._previous_seconds + seconds) * self._resolution + increment
+        if not (before < time < after < before + 65536):
+            raise UncertainError("the times of its pictures disagree with their order")
+        if not self._has_b:
+            raise UncertainError("pictures are held back for longer than the stream says")
+
 
 def _is_mpeg4_layer(unit: bytes) -> bool:
     return len(unit) > 1 and 0x20 <= unit[0] <= 0x2F
 
 
-def _mpeg4_time_bits(bits: _Bits) -> int:
-    """Width of vop_time_increment, from a video object layer."""
+def _mpeg4_seconds(bits: _Bits) -> int:
+    """The time code of a group of pictures."""
+    hours, minutes = bits.u(5), bits.u(6)
+    bits.u(1)
+    return bits.u(6) + 60 * (minutes + 60 * hours)
+
+
+def _mpeg4_layer(bits: _Bits) -> tuple[int, bool]:
+    """(units of time a second, whether B pictures are announced), from a video object layer."""
     bits.u(1 + 8)
     if bits.u(1):
         bits.u(4 + 3)
     if bits.u(4) == 15:  # aspect ratio
         bits.u(16)
+    has_b = False
     if bits.u(1):
-        bits.u(2 + 1)
+        bits.u(2)
+        has_b = not bits.u(1)
         if bits.u(1):
             bits.u(79)
     if bits.u(2):
         raise UncertainError("pictures that are no rectangles")
     bits.u(1)
-    return max((bits.u(16) - 1).bit_length(), 1)
+    return bits.u(16), has_b
 
 
 class _InOrder:

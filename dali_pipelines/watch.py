@@ -5,6 +5,7 @@ at these notes. It counts its own looks, not the clock: a machine that slept, or
 not hung.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -65,6 +66,9 @@ class Watchdog:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
+        for process in self._processes:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(_file(self._folder, process.pid))
 
     def _watch(self) -> None:
         last: dict[int, tuple[int, int]] = {}

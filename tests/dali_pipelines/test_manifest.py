@@ -1,11 +1,14 @@
 """The manifest file, there and back, and what probing a file finds."""
 
+import io
+
+import av
 import numpy as np
 import pytest
 
-from dali_pipelines import InputError, Manifest
+from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, probe
-from tests.videos import numbered, write_video
+from tests.videos import decode_all, numbered, read_numbers, textured, write_video
 
 HEADER = "path,label,frames,fps,width,height,codec,rotation\n"
 VIDEOS = [
@@ -117,3 +120,42 @@ def test_probe_names_what_is_no_video(tmp_path):
         with pytest.raises(InputError, match=reason):
             probe(tmp_path / name)
     assert probe(good).frames == 5
+
+
+@pytest.mark.parametrize("suffix", ["ts", "h264"])
+def test_a_file_that_begins_in_the_middle_has_the_pictures_that_come_out(tmp_path, suffix):
+    options = {"x264-params": "keyint=20:scenecut=0:bframes=2"}
+    whole = write_video(tmp_path / f"whole.{suffix}", textured(60, height=64, width=80), options=options)
+    data = open(whole, "rb").read()
+    (tmp_path / f"cut.{suffix}").write_bytes(data[len(data) // 188 // 4 * 188 :])
+    path = tmp_path / f"cut.{suffix}"
+    assert 0 < probe(path).frames == len(decode_all(path)) < 60
+
+
+def test_a_cover_picture_is_not_the_video(tmp_path):
+    """MP4 files may have it in front of the track."""
+
+    def box(name, *parts):
+        body = b"".join(parts)
+        return (8 + len(body)).to_bytes(4) + name + body
+
+    picture = io.BytesIO()
+    with av.open(picture, "w", format="image2pipe") as out:
+        stream = out.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 80, 64, "rgb24"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(textured(1, height=64, width=80)[0], format="rgb24")))
+        out.mux(stream.encode())
+    data = open(write_video(tmp_path / "a.mp4", numbered(30, height=64, width=80)), "rb").read()
+    cover = box(b"covr", box(b"data", (14).to_bytes(4), bytes(4), picture.getvalue()))
+    handler = box(b"hdlr", bytes(8), b"mdirappl", bytes(9))
+    metadata = box(b"udta", box(b"meta", bytes(4), handler, box(b"ilst", cover)))
+    moov, trak = data.rindex(b"moov") - 4, data.rindex(b"trak") - 4  # the index is at the end, nothing points behind it
+    size = int.from_bytes(data[moov : moov + 4]) + len(metadata)
+    with_cover = data[:moov] + size.to_bytes(4) + data[moov + 4 : trak] + metadata + data[trak:]
+    (tmp_path / "cover.mp4").write_bytes(with_cover)
+    with av.open(str(tmp_path / "cover.mp4")) as container:
+        assert [stream.codec_context.name for stream in container.streams.video] == ["png", "h264"]
+    video = probe(tmp_path / "cover.mp4")
+    assert (video.codec, video.frames) == ("h264", 30)
+    loader = ClipLoader(Manifest([video]), mode="validate", batch_size=1, num_frames=4, crop_size=32, workers=0)
+    assert read_numbers(next(iter(loader)).clips[0].numpy()) == [0, 9, 19, 29]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -273,6 +274,65 @@ def test_parameters_that_change_within_the_file(tmp_path):
     ]
     (tmp_path / "both.h264").write_bytes(b"".join(parts[0] + parts[1]))
     assert fallback(str(tmp_path / "both.h264")) == "the parameters of the stream change"
+
+
+def test_a_recording_that_went_on_with_other_parameters(tmp_path):
+    """FLV has them in a packet of its own, which the demuxer hands over beside the next."""
+
+    def tags(data):
+        place = 13
+        while place < len(data):
+            size = int.from_bytes(data[place + 1 : place + 4])
+            yield data[place : place + 11], data[place + 11 : place + 11 + size]
+            place += 11 + size + 4
+
+    joined = b""
+    for part, params in enumerate(["keyint=10:bframes=0", "keyint=250:bframes=3:ref=5:qp=30"]):
+        path = write_video(tmp_path / "a.flv", PICTURES[30 * part :][:30], options={"x264-params": params})
+        data = Path(path).read_bytes()
+        joined = joined or data[:13]
+        for head, body in tags(data):
+            if head[0] == 9 and not (part == 0 and body[1] == 2):  # video, but for the end of the first
+                time = int.from_bytes(head[4:7]) + 1300 * part
+                joined += head[:4] + time.to_bytes(3) + head[7:] + body + (11 + len(body)).to_bytes(4)
+    (tmp_path / "joined.flv").write_bytes(joined)
+    assert fallback(str(tmp_path / "joined.flv")) == "the parameters of the stream change"
+
+
+def test_an_hevc_sequence_that_ends_within_the_file(tmp_path):
+    params = "log-level=none:keyint=12:min-keyint=12:bframes=3:open-gop=1:scenecut=0"
+    whole = write_video(tmp_path / "a.hevc", PICTURES, codec="hevc", options={"x265-params": params})
+    units = [unit.rstrip(b"\0") for unit in Path(whole).read_bytes().split(b"\0\0\1")[1:]]
+    third = [number for number, unit in enumerate(units) if unit[0] >> 1 == 21][2]
+    units.insert(third, bytes([36 << 1, 1]))  # end of sequence: the pictures before the next CRA have no references
+    (tmp_path / "ended.hevc").write_bytes(b"".join(b"\0\0\0\1" + unit for unit in units))
+    assert fallback(str(tmp_path / "ended.hevc")) == "a sequence ends within the file"
+
+
+def test_mpeg4_b_pictures_that_were_not_announced(tmp_path):
+    """Old encoders set low_delay in spite of them: FFmpeg then shows a reference before the B pictures that follow."""
+    whole = write_video(tmp_path / "a.m4v", PICTURES, codec="mpeg4", options={"bf": "2", "g": "100"})
+    data = bytearray(Path(whole).read_bytes())
+    start = data.index(b"\0\0\1\x20") + 4
+    bits = packets._Bits(bytes(data[start : start + 20]))
+    bits.u(9)
+    place = 10 + 7 * bits.u(1)
+    bits.u(place - 10)
+    assert bits.u(4) != 15 and bits.u(1) == 1  # no aspect ratio of its own; vol_control_parameters
+    place += 4 + 1 + 2
+    data[start + place // 8] |= 0x80 >> place % 8
+    (tmp_path / "low_delay.m4v").write_bytes(data)
+    assert fallback(str(tmp_path / "low_delay.m4v")) == "pictures are held back for longer than the stream says"
+
+
+def test_pictures_that_are_held_back_for_longer_than_a_decoder_was_told(tmp_path):
+    """FFmpeg throws late ones away where a stream claims to need no such delay."""
+    with av.open(write_video(tmp_path / "a.mp4", PICTURES)) as container:
+        reader = PacketReader(container)
+        assert reader._held_back >= 1
+        reader._held_back = 0
+        with pytest.raises(UncertainError, match="held back"):
+            reader.select(np.array([30]))
 
 
 def test_a_codec_without_rules(tmp_path):
