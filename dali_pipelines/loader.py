@@ -24,7 +24,7 @@ from dali_pipelines.graph import clip_pipeline
 from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View
 from dali_pipelines.sampling import PAST_END
-from dali_pipelines.watch import NOTHING, Watchdog
+from dali_pipelines.watch import Watchdog
 
 _PREFETCH = 2  # batches that DALI works ahead
 _RESTARTS = 3  # without a batch between them, before the loader gives up
@@ -206,6 +206,7 @@ class ClipLoader:
         self._watchdog: Watchdog | None = None
         self._place: int | None = None  # of the next entry that the pipeline gives; None: not known
         self._host_ids: frozenset[int] = frozenset()
+        self._bad_ids: set[int] = set()
         self._deaths: dict[int, int] = {}  # sample id -> how many workers have died at it
         self._given_up: dict[int, str] = {}  # sample id -> why it is not tried again
         self._table = tempfile.TemporaryDirectory(prefix="clip_loader_")
@@ -318,12 +319,12 @@ class ClipLoader:
             except (RuntimeError, AssertionError, ValueError, OSError, EOFError) as error:
                 # The first from DALI; the others from its queues, where a worker died in the midst of using them.
                 # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
+                have_ended = self._watchdog is not None and self._watchdog.have_ended
                 restarts = 0 if self._blame(place, error) else restarts + 1
-                died = self._watchdog is not None and "decoders.video" not in str(error)
                 self.close()
                 if restarts > _RESTARTS:
                     _check(
-                        not died,
+                        not have_ended,
                         f"the loader's processes end again and again: out of memory? {self._workers} workers, batches "
                         f"of {self._batch_size} videos; /dev/shm has {_free_shared_memory() >> 20} MB free",
                     )
@@ -397,11 +398,10 @@ class ClipLoader:
             ahead = range(place, place + self._batch_size * (_PREFETCH + 2))
             under_way = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
             suspects = {row for row in under_way if self.manifest[row].codec in self._dali_codecs} - self._host_ids
-            bad = {fault.sample_id for fault in self.stats.faults}
-            self._host_ids = suspects | (self._host_ids & (bad | under_way))
+            self._host_ids = suspects | (self._host_ids & (self._bad_ids | under_way))
             self._count_fallback("DALI's decoder failed on a batch", len(suspects))
             return bool(suspects)
-        if self._watchdog is None:
+        if self._watchdog is None or not self._watchdog.have_ended:
             return False
         known = len(self._given_up)
         for sample_id in self._watchdog.stuck:
@@ -412,7 +412,7 @@ class ClipLoader:
             self._count_fallback("a worker process died", 1)
             for status, sample_id in self._watchdog.dead():
                 self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
-                if self._deaths[sample_id] > 1 and sample_id != NOTHING:
+                if self._deaths[sample_id] > 1:
                     end = f"signal {-status}" if status < 0 else f"status {status}"
                     self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
         self._watchdog.kill()  # DALI would wait for those that cannot end
@@ -438,6 +438,7 @@ class ClipLoader:
                     clips[index] = self._black
             if reason:
                 valid[index] = False
+                self._bad_ids.add(sample_id)
                 self.stats.faults.append(Fault(self._epoch, sample_id, self.manifest.file(sample_id), reason))
         read, kept = np.array(packets.as_tensor()).sum(axis=0)
         self.stats.packets_read += int(read)

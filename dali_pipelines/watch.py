@@ -54,10 +54,16 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    @property
+    def have_ended(self) -> bool:
+        """Whether a worker has hung or died."""
+        return self.has_killed or any(process.exitcode not in (None, 0) for process in self._processes)
+
     def dead(self) -> list[tuple[int, int]]:
-        """(exit status, sample id that it was at or `NOTHING`) of the workers that have ended by themselves."""
+        """(exit status, sample id that it was at) of the workers that have died at a sample; DALI ends the others with
+        SIGTERM."""
         found = [(process.exitcode, self._notes(process.pid)[0]) for process in self._processes]
-        return [(status, sample_id) for status, sample_id in found if status not in (None, 0, -signal.SIGTERM)]
+        return [each for each in found if each[0] not in (None, 0, -signal.SIGTERM) and each[1] != NOTHING]
 
     def kill(self) -> None:
         for process in self._processes:
