@@ -48,6 +48,7 @@ class Watchdog:
         queues = [pool.pool._result_queue, pool.pool._general_task_queue, *tasks]
         self._queues = [queue for queue in queues if queue is not None]
         self._shut = [0] * len(self._queues)  # looks at which the lock of each was held
+        self._frees = 0
         self._tick = min(timeout_s / 8, 0.5)
         self._patience = timeout_s / self._tick
         self._stop = threading.Event()
@@ -95,15 +96,22 @@ class Watchdog:
                 self.kill()
 
     def _free(self) -> None:
-        """Opens what a dead worker has left shut: DALI would wait for it in `run`, for ever."""
+        """Opens what a dead worker has left shut: DALI would wait for it in `run`, for ever. Nobody needs these queues
+        any more, so where the gentle way does not help, everything is opened, and DALI fails in one way or another."""
         self.kill()
+        self._frees += 1
         for number, queue in enumerate(self._queues):
-            lock = queue.lock._semlock
+            lock, woken = queue.lock._semlock, queue.cv_not_empty._woken_count._semlock
             self._shut[number] = self._shut[number] + 1 if lock._is_zero() else 0
-            if self._shut[number] < 2:  # somebody alive may hold it just now
-                continue
-            # Held in this process: by a thread that has woken a worker, who was to say so. Otherwise by a dead one.
-            _post(queue.cv_not_empty._woken_count._semlock if lock._count() else lock)
+            if self._frees > 8:
+                queue._read_meta()
+                queue.meta.is_closed = 1
+                queue._write_meta()
+                for semaphore in (woken, queue.cv_not_empty._wait_semaphore._semlock, lock):
+                    _post(semaphore)
+            elif self._shut[number] > 1:  # not just now, by somebody alive
+                # Held in this process: by a thread that has woken a worker, who was to say so. Otherwise by a dead one.
+                _post(woken if lock._count() else lock)
 
     def _notes(self, pid: int) -> tuple[int, int]:
         try:
