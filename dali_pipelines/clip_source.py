@@ -5,7 +5,7 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 
 import math
 import os
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import av
 import numpy as np
@@ -19,7 +19,7 @@ from dali_pipelines.processes import end_with_parent
 from dali_pipelines.watch import NOTHING, Progress
 
 Decode = Literal["auto", "dali", "host"]
-DECODES = ("auto", "dali", "host")
+DECODES = get_args(Decode)
 DALI_CPU_CODECS = frozenset({"mjpeg", "vp8", "vp9"})
 DALI_GPU_CODECS = DALI_CPU_CODECS | {"av1", "h264", "hevc", "mpeg4"}
 """What `fn.decoders.video` reads (DALI 2.4 documentation)."""
@@ -157,10 +157,9 @@ class ClipSource:
         )
 
     def _black(self, sample_id: int, fault: str) -> Sample:
-        windows = self._view.count if self._view.mode == "train" else 1
         plan = SamplePlan(
             positions=np.zeros(1),
-            picks=np.zeros((windows, self._view.num_frames)),
+            picks=np.zeros((self._view.per_decode, self._view.num_frames)),
             rectangles=np.tile([0.0, 0, 1, 1], (self._view.count, 1)),
             transpose=False,
         )

@@ -274,14 +274,16 @@ def probe(path: str | os.PathLike) -> Video:
     """
     try:
         with open_video(path) as container:
-            first = next(container.decode(video_stream(container)), None)
-        if first is None:
-            raise InputError("no picture comes out of its video stream")
-        with open_video(path) as container:
             stream = video_stream(container)
             codec = stream.codec_context.codec.canonical_name
             fps = stream.average_rate or stream.guessed_rate
-            frames = _count_packets(container) if codec in _PACKET_IS_PICTURE else None
+            first = next(container.decode(stream), None)
+        if first is None:
+            raise InputError("no picture comes out of its video stream")
+        frames = None
+        if codec in _PACKET_IS_PICTURE:
+            with open_video(path) as container:
+                frames = _count_packets(container)
         if frames is None:
             with open_video(path) as container:
                 frames = _count_pictures(container, until_damage=codec in _PACKET_IS_PICTURE)

@@ -18,6 +18,7 @@ Sources: ITU-T H.264 7.3, 8.2.1; H.265 7.3, 8.3.1; ISO/IEC 14496-2 6.2; RFC 6386
 6.2 and annex B; AV1 bitstream specification 5.5 and 5.9.
 """
 
+import abc
 import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -39,7 +40,7 @@ class MissingPictureError(UncertainError):
 class Picture(NamedTuple):
     """What the headers of one packet say of its picture."""
 
-    order: tuple[int, int]
+    order: tuple[int, int] = (0, 0)
     """Pictures are shown in ascending order of this."""
     starts_group: bool = False
     """Neither this picture nor a later one that is not `is_leading` refers to an earlier one."""
@@ -640,7 +641,7 @@ def _mpeg4_layer(bits: _Bits) -> tuple[int, bool]:
     return bits.u(16), has_b
 
 
-class _InOrder:
+class _InOrder(abc.ABC):
     """Codecs that show pictures in the order of their packets."""
 
     reorder = 0
@@ -652,18 +653,19 @@ class _InOrder:
         self._count += 1
         return self._read(data)._replace(order=(0, self._count))
 
+    @abc.abstractmethod
     def _read(self, data: memoryview) -> Picture:
-        raise NotImplementedError
+        """The picture of a packet, but for its order."""
 
 
 class _Mjpeg(_InOrder):
     def _read(self, data: memoryview) -> Picture:
-        return Picture((), starts_group=True, is_disposable=True)
+        return Picture(starts_group=True, is_disposable=True)
 
 
 class _Vp8(_InOrder):
     def _read(self, data: memoryview) -> Picture:
-        return Picture((), starts_group=not data[0] & 1, is_shown=bool(data[0] & 0x10))
+        return Picture(starts_group=not data[0] & 1, is_shown=bool(data[0] & 0x10))
 
 
 class _Vp9(_InOrder):
@@ -674,7 +676,7 @@ class _Vp9(_InOrder):
         shown = sum(is_shown for _, is_shown in frames)
         if shown > 1:
             raise UncertainError("packets of several pictures")
-        return Picture((), starts_group=frames[0][0], is_shown=bool(shown))
+        return Picture(starts_group=frames[0][0], is_shown=bool(shown))
 
     @staticmethod
     def _frames(data: memoryview) -> Iterator[memoryview]:
@@ -728,7 +730,6 @@ class _Av1(_InOrder):
         if shown != 1:
             raise UncertainError("packets of several pictures" if shown else "a packet without a picture")
         return Picture(
-            (),
             starts_group=has_header and frames[0].starts_group,
             is_disposable=all(frame.is_disposable for frame in frames),
         )
@@ -745,7 +746,7 @@ class _Av1(_InOrder):
             raise UncertainError("the file does not begin with a picture that stands alone")
         bits = _Bits(bytes(data[:16]))
         if bits.u(1):  # shows an earlier one
-            return Picture(())
+            return Picture()
         kind, is_shown = bits.u(2), bits.u(1)
         bits.u(not is_shown)
         is_key, is_switch = kind == 0 and is_shown, kind == 3
@@ -758,7 +759,7 @@ class _Av1(_InOrder):
         bits.u(self._sequence.order_bits)
         bits.u(3 * (kind == 1 and not is_resilient))  # primary reference
         refreshed = 255 if is_key or is_switch else bits.u(8)
-        return Picture((), starts_group=bool(is_key), is_disposable=not refreshed, is_shown=bool(is_shown))
+        return Picture(starts_group=bool(is_key), is_disposable=not refreshed, is_shown=bool(is_shown))
 
 
 def _obus(data: memoryview) -> Iterator[tuple[int, memoryview]]:

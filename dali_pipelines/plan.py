@@ -41,7 +41,7 @@ class View:
     flip: bool
     """Training only: mirror every second clip."""
     per_decode: int = 1
-    """Training only: clips that are cut out of one decode, each with a window, crop and flip of its own."""
+    """Clips that training cuts out of one decode, each with a window, crop and flip of its own; 1 in evaluation."""
 
     @property
     def count(self) -> int:

@@ -68,6 +68,12 @@ CASES = [
     ("predict.py -w two.safetensors text.mp4 --picture nodir/p.png", "nodir/p.png: no such folder"),
     ("predict.py -w two.safetensors text.mp4 --device mps", "device is 'mps'"),
     ("prepare.py demo --out file/demo --train-videos 1 --val-videos 1", "file"),
+    ("benchmark.py loader text.mp4", "text.mp4: not a video that FFmpeg can read"),
+    ("benchmark.py loader text.mp4 --rounds 0", "--rounds is 0; expected 1 or more"),
+    (
+        "benchmark.py loader text.mp4 --contestants ours theirs",
+        "--contestants theirs: expected some of ours, decord",
+    ),
 ]
 
 
