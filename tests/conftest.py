@@ -10,10 +10,26 @@ from dali_pipelines.manifest import Manifest, probe
 from tests.videos import numbered, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"
+DATA = Path(__file__).parent / "data"
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def torchvision_loads() -> torch.library.Library:
+    """transformers and timm import torchvision where it is installed. The package index has its CUDA build only, whose
+    operators do not load beside a CPU build of torch: it stops at the names of two that nobody here calls."""
+    library = torch.library.Library("torchvision", "FRAGMENT")  # forgets its operators when it is forgotten
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,383 @@
+"""Weights in: files of PaddleVideo, timm, facebookresearch/TimeSformer, Hugging Face and our own, into a `TimeSformer`.
+
+Every tensor of the file and of the network is accounted for: loaded, adapted, left at its initialisation or left out,
+each with its reason; anything else is a `WeightsError` and leaves the network as it was. Nothing in a file is executed.
+"""
+
+import collections
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from model.pdparams import read_pdparams
+from model.timesformer import TimeSformer
+
+
+class WeightsError(ValueError):
+    """A file that cannot be read, or that does not fit the network: says which, and what would."""
+
+
+@dataclass
+class LoadReport:
+    """What `load_pretrained` did; `str()` of it is a few lines for people."""
+
+    source: str
+    origin: str
+    """Whose file it is, such as "Hugging Face"."""
+    loaded: list[str] = field(default_factory=list)
+    """Parameters that are as in the file."""
+    adapted: dict[str, str] = field(default_factory=dict)
+    """Parameter -> how it was made from the file."""
+    initial: dict[str, str] = field(default_factory=dict)
+    """Parameter that was left as it was -> why."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Tensor of the file that has no place in the network -> why."""
+    preprocessing: dict[str, list[float]] = field(default_factory=dict)
+    """mean and std of the clips these weights were trained on (values 0..1), where the file says it."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} ({self.origin}): {len(self.loaded)} tensors loaded as they are"]
+        for verb, entries in (("adapted", self.adapted), ("not loaded", self.initial), ("left out", self.left_out)):
+            by_reason = collections.defaultdict(dict)  # a dict for its order: blocks.0.x and blocks.1.x say it once
+            for name, reason in entries.items():
+                by_reason[reason][re.sub(r"\.\d+\.", ".*.", name)] = None
+            lines += [f"  {verb}: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        return "\n".join(lines)
+
+
+def load_pretrained(
+    model: TimeSformer, source: str | os.PathLike, *, classes: Sequence[str] | None = None
+) -> LoadReport:
+    """Fills `model` from a file, a folder of Hugging Face's `save_pretrained`, or a repository on the Hugging Face Hub.
+
+    source: a file (.pdparams, .safetensors; .pth, .pyth, .pt, .bin by `torch.load(weights_only=True)`), a folder, or a
+        name such as "timm/vit_base_patch16_224_miil.in21k" or "facebook/timesformer-base-finetuned-k400".
+    classes: names of the model's classes. A file that names others gets no say in the head, however many they are.
+
+    What differs and can be adapted is: another number of frames or patches (embeddings are resized), another number of
+    classes, and weights without attention over time, such as an image ViT's. That starts then as a copy of the
+    attention over space behind a zero `temporal_fc`: the network begins as the image network applied to every frame
+    (PaddleVideo save_load.py, pretrain_vit_param_trans; vit_tweaks.py, init_weights). Raises `WeightsError`.
+    """
+    file = _read(os.fspath(source))
+    origin, theirs, is_image = _our_names(file)
+    report = LoadReport(os.fspath(source), origin, preprocessing=file.preprocessing)
+    ours = model.state_dict()
+    _check_settings(file, model)
+    if is_image:
+        for name in [name for name in theirs if name.startswith("pre_logits.")]:
+            report.left_out[name] = "part of the image classifier"
+            del theirs[name]
+    _adapt_head(report, theirs, ours, file.classes, classes, is_image)
+    _resize_embeddings(report, theirs, ours)
+    _begin_time(report, theirs, ours)
+    _check_explained(report, theirs, ours)
+    for name, value in theirs.items():
+        if not value.isfinite().all():
+            raise WeightsError(f"{source}: {name} holds values that are not finite; the file is damaged")
+    report.loaded = [name for name in theirs if name not in report.adapted]
+    model.load_state_dict(ours | theirs)
+    return report
+
+
+# -- from a file to tensors --
+
+
+class _File(NamedTuple):
+    path: str
+    tensors: dict[str, Tensor]
+    classes: tuple[str, ...] | None = None
+    """Names, where the file tells them."""
+    preprocessing: Mapping[str, list[float]] = {}
+    num_heads: int | None = None
+    is_ours: bool = False
+
+
+SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pyth", ".pt", ".bin")
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def _read(source: str) -> _File:
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in _HUB_FILES if (path / name).is_file()]
+        if not found:
+            raise WeightsError(f"{source}: a folder without {' or '.join(_HUB_FILES)}")
+        return _read_repository(found[0], lambda name: path / name)
+    if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", source) and not source.endswith(SUFFIXES):
+        return _read_repository(_download(source, *_HUB_FILES), lambda name: _download(source, name, optional=True))
+    if not path.is_file():
+        raise WeightsError(f"{source}: no such weights file")
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"{source}: not a weights file; expected a name that ends in {', '.join(SUFFIXES)}")
+    if path.suffix == ".pdparams":
+        try:
+            return _File(source, read_pdparams(path))
+        except ValueError as error:
+            raise WeightsError(str(error)) from None
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _File(source, _read_torch(path))
+
+
+def _read_repository(weights: Path, locate: Callable[[str], Path | None]) -> _File:
+    """A folder or repository of Hugging Face: timm's, or of transformers."""
+    file = _read_safetensors(weights) if weights.suffix == ".safetensors" else _File(str(weights), _read_torch(weights))
+    config, processor = (_read_json(locate(name)) for name in ("config.json", "preprocessor_config.json"))
+    timm = config.get("pretrained_cfg", {})
+    mean = processor.get("image_mean") or timm.get("mean")
+    std = processor.get("image_std") or timm.get("std")
+    return file._replace(
+        preprocessing={"mean": list(mean), "std": list(std)} if mean and std else file.preprocessing,
+        num_heads=config.get("num_attention_heads"),
+    )
+
+
+def _read_json(path: Path | None) -> dict[str, Any]:
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: not JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _download(repository: str, *names: str, optional: bool = False) -> Path | None:
+    """The first of the files that the repository has, from the cache or the Hub."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise WeightsError(
+            f"{repository}: no such file or folder; to fetch it from the Hugging Face Hub: pip install huggingface_hub"
+        ) from None
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError as error:  # offline and not in the cache
+            if not optional:
+                raise WeightsError(f"{repository}: {name} cannot be fetched: {error}") from None
+            return None
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the Hub's and the network's, of several libraries
+            raise WeightsError(f"{repository}: cannot be fetched from the Hugging Face Hub: {error}") from None
+    if not optional:
+        raise WeightsError(f"{repository}: has none of {', '.join(names)}")
+    return None
+
+
+def _read_safetensors(path: Path) -> _File:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+    if "preprocessing" not in metadata:
+        return _File(str(path), tensors)
+    try:
+        settings, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
+        normalisation = {key: preprocessing[key] for key in ("mean", "std")}
+        return _File(str(path), tensors, tuple(classes), normalisation, settings["num_heads"], is_ours=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its header is not what train.py writes ({error})") from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds, whose text suggests to trust the file
+        raise WeightsError(
+            f"{path}: no file of torch.save, damaged, or with more in it than tensors, which would have to be run "
+            f"({type(error).__name__})"
+        ) from None
+    while isinstance(content, dict):  # checkpoints hold the weights beside other things
+        inner = next(
+            (content[key] for key in ("model_state", "state_dict", "model", "network") if key in content), None
+        )
+        if not isinstance(inner, dict):
+            break
+        content = inner
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path}: expected a dictionary of tensors, or one under 'model_state' or 'state_dict'")
+    return dict(content)
+
+
+# -- from their names to ours --
+
+HUGGING_FACE_NAMES = {
+    "timesformer.": "",
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.time_embeddings": "time_embed",
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "encoder.layer.": "blocks.",
+    "temporal_attention.attention.": "temporal_attn.",
+    "temporal_attention.output.dense.": "temporal_attn.proj.",
+    "temporal_layernorm.": "temporal_norm1.",
+    "temporal_dense.": "temporal_fc.",
+    "attention.attention.": "attn.",
+    "attention.output.dense.": "attn.proj.",
+    "layernorm_before.": "norm1.",
+    "layernorm_after.": "norm2.",
+    "layernorm.": "norm.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+    "classifier.": "head.",
+}
+"""Parts of names in transformers' TimeSformer -> ours, replaced in this order."""
+
+
+def _our_names(file: _File) -> tuple[str, dict[str, Tensor], bool]:
+    """(whose file it is, its tensors under our names, whether they are an image classifier's)."""
+    tensors = {name.removeprefix("module."): value for name, value in file.tensors.items()}  # of DataParallel
+    is_image = False
+    if any("encoder.layer." in name for name in tensors):
+        origin = "Hugging Face"
+        tensors = {_translated(name): value for name, value in tensors.items()}
+    elif any(name.startswith("backbone.") for name in tensors):
+        origin = "PaddleVideo"
+        tensors = {
+            re.sub(r"^head\.fc\.", "head.", name.removeprefix("backbone.")): value for name, value in tensors.items()
+        }
+    elif all(name.startswith("model.") for name in tensors):
+        origin = "facebookresearch/TimeSformer"
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    else:
+        is_image = not file.is_ours and not any("time_embed" in name or "temporal" in name for name in tensors)
+        origin = "ours" if file.is_ours else "an image ViT" if is_image else "a TimeSformer"
+    if "blocks.0.attn.qkv.weight" not in tensors:
+        some = ", ".join(sorted(file.tensors)[:3]) or "nothing"
+        raise WeightsError(
+            f"{file.path}: not weights of a vision transformer that are known here; it holds {some}, ..."
+        )
+    return origin, tensors, is_image
+
+
+def _translated(name: str) -> str:
+    for theirs, ours in HUGGING_FACE_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+# -- what differs, and can be adapted --
+
+
+def _adapt_head(
+    report: LoadReport,
+    theirs: dict[str, Tensor],
+    ours: dict[str, Tensor],
+    their_classes: Sequence[str] | None,
+    classes: Sequence[str] | None,
+    is_image: bool,
+) -> None:
+    head = [name for name in ours if name.startswith("head.")]
+    number = len(theirs["head.weight"]) if "head.weight" in theirs else 0
+    if not number:
+        reason = "no head in the file"
+    elif is_image:
+        reason = f"the file's {number} classes are of images"
+    elif number != len(ours["head.weight"]):
+        reason = f"{number} classes in the file, {len(ours['head.weight'])} here"
+    elif classes is not None and their_classes is not None and tuple(classes) != tuple(their_classes):
+        reason = f"the file's {number} classes have other names"
+    else:
+        return
+    for name in head:
+        report.initial[name] = f"a new head: {reason}"
+        theirs.pop(name, None)
+
+
+def _resize_embeddings(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Position by bilinear interpolation with corners aligned (PaddleVideo, by scipy.ndimage.zoom of order 1, which for
+    some sizes writes zeros into the last row and column; not here), time by the nearest (as all of them do)."""
+    pos, target = theirs.get("pos_embed"), ours["pos_embed"]
+    if pos is not None and _may_resize(pos, target):
+        side, new_side = (math.isqrt(value.shape[1] - 1) for value in (pos, target))
+        if side**2 + 1 == pos.shape[1]:
+            grid = pos[:, 1:].double().transpose(1, 2).unflatten(2, (side, side))
+            grid = interpolate(grid, (new_side, new_side), mode="bilinear", align_corners=True)
+            theirs["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
+            report.adapted["pos_embed"] = f"resized from {side} x {side} to {new_side} x {new_side} patches"
+    time, target = theirs.get("time_embed"), ours.get("time_embed")
+    if time is not None and target is not None and _may_resize(time, target):
+        theirs["time_embed"] = interpolate(time.float().transpose(1, 2), target.shape[1]).transpose(1, 2)
+        report.adapted["time_embed"] = f"resized from {time.shape[1]} to {target.shape[1]} frames, to the nearest"
+
+
+def _may_resize(value: Tensor, target: Tensor) -> bool:
+    return value.ndim == 3 and value.shape[::2] == target.shape[::2] and value.shape[1] != target.shape[1]
+
+
+def _begin_time(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """What weights without time need to begin as they are."""
+    if any("temporal" in name for name in theirs):
+        return
+    for name, value in ours.items():
+        if "temporal_fc" in name:
+            theirs[name] = torch.zeros_like(value)
+            report.adapted[name] = "zero: at first, other frames change nothing"
+        elif "temporal" in name and (spatial := name.replace("temporal_", "")) in theirs:
+            theirs[name] = theirs[spatial].clone()
+            report.adapted[name] = "started from the attention over space and its norm"
+    if "time_embed" in ours and "time_embed" not in theirs:
+        theirs["time_embed"] = torch.zeros_like(ours["time_embed"])
+        report.adapted["time_embed"] = "zero: not in the file"
+
+
+# -- what differs, and cannot --
+
+
+def _check_settings(file: _File, model: TimeSformer) -> None:
+    num_heads = model.blocks[0].attn.num_heads
+    if file.num_heads not in (None, num_heads):
+        raise WeightsError(f"{file.path}: has {file.num_heads} attention heads, the network {num_heads}; set num_heads")
+
+
+def _check_explained(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    missing = [name for name in ours if name not in theirs and name not in report.initial]
+    unknown = [name for name in theirs if name not in ours]
+    problems = [
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("it lacks", missing), ("the network has no", unknown))
+        if names
+    ]
+    problems += [
+        f"{name} is {_shape(theirs[name])} there, {_shape(ours[name])} here"
+        for name in ours
+        if name in theirs and theirs[name].shape != ours[name].shape
+    ][:3]
+    if not problems:
+        return
+    hints = [
+        hint
+        for has_bias, names, hint in (
+            (True, unknown, "its queries, keys and values have a bias: set qkv_bias to true"),
+            (False, missing, "its queries, keys and values have no bias: set qkv_bias to false"),
+        )
+        if any(name.endswith("attn.qkv.bias") for name in names)
+    ]
+    if any("temporal" in name for name in unknown) and not any("temporal" in name for name in ours):
+        hints.append("it attends over time and space in turn: set attention to divided_space_time")
+    depth, our_depth = (
+        1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks.")) for names in (theirs, ours)
+    )
+    if depth != our_depth:
+        hints.append(f"it has {depth} blocks, the network {our_depth}: set depth")
+    raise WeightsError(f"{report.source} ({report.origin}) does not fit the network: {'; '.join(problems + hints)}")
+
+
+def _shape(value: Tensor) -> str:
+    return " x ".join(map(str, value.shape))

@@ -1,0 +1,496 @@
+"""Weights of others: the logits of the libraries they come from, and every difference told or refused."""
+
+import collections
+import contextlib
+import http.server
+import json
+import os
+import pickle
+import threading
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model import TimeSformer, WeightsError, load_pretrained
+from tests.conftest import DATA
+
+SIZES = dict(embed_dim=24, depth=2, num_heads=3)
+KINDS = ["divided_space_time", "joint_space_time", "space_only"]
+
+
+def network(*, num_frames=4, image_size=32, num_classes=5, **changes):
+    return TimeSformer(
+        num_frames=num_frames, image_size=image_size, num_classes=num_classes, **(SIZES | changes)
+    ).eval()
+
+
+def scatter(module, seed=0):
+    """Random numbers in every parameter: none hides behind a zero or a one."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return module.eval()
+
+
+# -- PaddleVideo --
+
+
+def golden_network(**changes):
+    return network(**(dict(num_frames=4, image_size=64, num_classes=11, embed_dim=48, depth=3, num_heads=3) | changes))
+
+
+def test_paddlevideos_logits_and_three_view_probabilities():
+    model = golden_network()
+    report = load_pretrained(model, DATA / "tiny.pdparams")
+    assert report.origin == "PaddleVideo" and sorted(report.loaded) == sorted(model.state_dict())
+    assert not (report.adapted or report.initial or report.left_out)
+    golden = {key: torch.from_numpy(value) for key, value in np.load(DATA / "tiny.npz").items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model(golden["clip"]), golden["logits"], atol=1e-5, rtol=0)
+        views = golden["views"].unflatten(2, (3, 4)).transpose(1, 2).flatten(0, 1)  # [3, 3, 4, 64, 64]
+        torch.testing.assert_close(model(views).softmax(1).mean(0), golden["view_probs"][0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_pdparams_of_every_pickle_protocol(tmp_path, protocol):
+    state = scatter(network()).state_dict()
+    # Linear weights are [in, out], the head is `head.fc`; some versions name a tensor beside its numbers.
+    theirs = {}
+    for number, (name, value) in enumerate(state.items()):
+        array = (value.T if value.ndim == 2 else value).numpy().copy(order="KAC"[number % 3])
+        name = name.replace("head.", "head.fc.") if name.startswith("head.") else f"backbone.{name}"
+        theirs[name] = (f"linear_{number}.w_0", array) if number % 5 == 0 else array
+    theirs["StructuredToParameterName@@"] = dict.fromkeys(theirs, "w")
+    (tmp_path / "w.pdparams").write_bytes(pickle.dumps(theirs, protocol))
+    model = network()
+    load_pretrained(model, tmp_path / "w.pdparams")
+    assert all((model.state_dict()[name] == value).all() for name, value in state.items())
+
+
+class Calls:
+    """Pickles to a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def crafted_array(dtype_state, array_state):
+    """An array whose type lies about itself: numpy would take raw bytes for pointers to objects."""
+
+    class Type:
+        def __reduce__(self):
+            return np.dtype, ("O8", False, True), dtype_state
+
+    class Array:
+        def __reduce__(self):
+            make = np._core.multiarray._reconstruct
+            return make, (np.ndarray, (0,), b"b"), (1, (1,), Type(), False, array_state)
+
+    return Array()
+
+
+OBJECT = (3, "|", None, None, None, 8, 8, 0)
+MALICIOUS = {
+    "system": Calls(os.system, "touch made"),
+    "open": Calls(open, "made", "w"),
+    "eval": Calls(eval, "open('made', 'w')"),
+    "getattr": Calls(getattr, "text", "upper"),
+    "numpy.load": Calls(np.load, "made.npy", None, True),
+    "numpy.fromfile": Calls(np.fromfile, "made"),
+    "memmap": Calls(np.memmap, "made", "u1", "w+", 0, (4,)),
+    "partial": Calls(__import__("functools").partial, os.system, "touch made"),
+    "pointers": crafted_array(OBJECT, b"\1" * 8),
+    "objects": np.array([Calls(os.system, "touch made")], dtype=object),
+    "structured": np.zeros(2, dtype=[("a", "f4")]),
+    "text": np.array(["a", "b"]),
+    "big endian": np.zeros(4, ">f4"),
+}
+
+
+@pytest.mark.parametrize("name", MALICIOUS)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_wants_more_than_arrays_is_refused(tmp_path, monkeypatch, name, protocol):
+    monkeypatch.chdir(tmp_path)
+    for content in ({"backbone.cls_token": MALICIOUS[name]}, MALICIOUS[name], [MALICIOUS[name]]):
+        (tmp_path / "w.pdparams").write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(WeightsError, match="w.pdparams: not weights of PaddlePaddle, or damaged"):
+            load_pretrained(network(), "w.pdparams")
+    assert os.listdir(tmp_path) == ["w.pdparams"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"cnumpy\ndtype\n(dS'__call__'\nS'x'\nsb.",
+        b"cnumpy\ndtype\n(N(dS'_function'\nI1\nstb.",
+        b"c_codecs\nencode\n(N(dS'__defaults__'\n(I1\ntstb.",
+        b"cbuiltins\ntuple\n(N(dS'__call__'\nI1\nstb.",
+    ],
+)
+def test_a_pickle_cannot_change_the_names_it_may_use(tmp_path, program):
+    """BUILD sets attributes of whatever find_class and REDUCE gave; nothing must stay changed."""
+    (tmp_path / "w.pdparams").write_bytes(program)
+    with pytest.raises(WeightsError, match=r"w.pdparams"):
+        load_pretrained(network(), tmp_path / "w.pdparams")
+    assert sorted(load_pretrained(golden_network(), DATA / "tiny.pdparams").loaded) == sorted(
+        golden_network().state_dict()
+    )
+
+
+@pytest.mark.parametrize("form", ["slices", "checkpoint", "bfloat16"])
+def test_other_forms_of_pdparams(tmp_path, form):
+    state = scatter(network()).state_dict()
+    theirs = {name: (value.T if value.ndim == 2 else value).contiguous().numpy() for name, value in state.items()}
+    if form == "slices":
+        whole = theirs.pop("blocks.0.mlp.fc1.weight")
+        first, second = np.split(whole.flatten(), [100])
+        theirs |= {"blocks.0.mlp.fc1.weight@@.0": first, "blocks.0.mlp.fc1.weight@@.1": second}
+        slices = ["blocks.0.mlp.fc1.weight@@.0", "blocks.0.mlp.fc1.weight@@.1"]
+        theirs["UnpackBigParamInfor@@"] = {"blocks.0.mlp.fc1.weight": {"OriginShape": whole.shape, "slices": slices}}
+    elif form == "checkpoint":
+        theirs = {"model": collections.OrderedDict(theirs), "epoch": 3, "LR_Scheduler": {"last_lr": 0.1}}
+    else:
+        theirs["norm.bias"] = state["norm.bias"].bfloat16().view(torch.uint16).numpy()
+        state["norm.bias"] = state["norm.bias"].bfloat16().float()
+    (tmp_path / "w.pdparams").write_bytes(pickle.dumps(theirs, 2))
+    model = network()
+    load_pretrained(model, tmp_path / "w.pdparams")
+    assert all((model.state_dict()[name] == value).all() for name, value in state.items())
+
+
+def test_damaged_pdparams_are_named_and_change_nothing(tmp_path):
+    whole = (DATA / "tiny.pdparams").read_bytes()
+    random = np.random.default_rng(0)
+    model = golden_network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    refused = 0
+    for case in range(200):
+        content = bytearray(whole)
+        if case % 2:
+            content = content[: random.integers(len(whole))]
+        else:
+            content[random.integers(5000)] ^= 1 << random.integers(8)  # where the program is
+        path = tmp_path / "w.pdparams"
+        path.write_bytes(content)
+        with contextlib.suppress(WeightsError):
+            load_pretrained(model, path)
+            model.load_state_dict(before)
+            continue
+        refused += 1
+        assert all((value == before[name]).all() for name, value in model.state_dict().items())
+    assert refused >= 100
+
+
+# -- timm --
+
+
+@pytest.fixture(scope="module")
+def timm(torchvision_loads):
+    return pytest.importorskip("timm")
+
+
+def image_vit(timm, **changes):
+    sizes = dict(embed_dim=24, depth=2, num_heads=3, img_size=32, num_classes=21) | changes
+    return scatter(timm.create_model("vit_base_patch16_224_miil.in21k", pretrained=False, **sizes))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize("num_frames", [1, 4])
+def test_an_image_network_begins_as_itself_on_every_frame(timm, tmp_path, suffix, num_frames):
+    vit = image_vit(timm)
+    path = tmp_path / f"vit.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(vit.state_dict(), path)
+    model = scatter(network(num_frames=num_frames), seed=1)
+    report = load_pretrained(model, path)
+    model.head = vit.head
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = model(images.unsqueeze(2).expand(-1, -1, num_frames, -1, -1))
+        torch.testing.assert_close(logits, vit(images), atol=1e-5, rtol=1e-5)
+    assert report.initial == dict.fromkeys(
+        ("head.weight", "head.bias"), "a new head: the file's 21 classes are of images"
+    )
+    block = model.blocks[1]
+    assert (block.temporal_attn.qkv.weight == vit.blocks[1].attn.qkv.weight).all()
+    assert (block.temporal_norm1.bias == vit.blocks[1].norm1.bias).all()
+    assert not block.temporal_fc.weight.any() and not block.temporal_fc.bias.any() and not model.time_embed.any()
+    text = str(report)
+    assert "adapted: blocks.*.temporal_fc.weight, blocks.*.temporal_fc.bias: zero" in text
+    assert "blocks.*.temporal_norm1.weight" in text and "started from the attention over space" in text
+    assert sorted([*report.loaded, *report.adapted, *report.initial]) == sorted(model.state_dict())
+
+
+def test_an_image_network_of_another_size_and_with_biases(timm, tmp_path):
+    vit = scatter(timm.create_model("vit_tiny_patch16_224", img_size=48, embed_dim=24, depth=2, num_heads=3))
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    model = network(image_size=32, qkv_bias=True)
+    report = load_pretrained(model, tmp_path / "vit.pth")
+    assert report.adapted["pos_embed"] == "resized from 3 x 3 to 2 x 2 patches"
+    assert (model.blocks[0].temporal_attn.qkv.bias == vit.blocks[0].attn.qkv.bias).all()
+    with pytest.raises(WeightsError, match="keys and values have a bias: set qkv_bias to true"):
+        load_pretrained(network(image_size=32), tmp_path / "vit.pth")
+
+
+# -- Hugging Face and facebookresearch --
+
+
+@pytest.fixture(scope="module")
+def hugging_face(torchvision_loads):
+    return pytest.importorskip("transformers")
+
+
+def their_model(transformers, attention="divided_space_time", **changes):
+    settings = dict(
+        image_size=32, patch_size=16, num_frames=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+        intermediate_size=96, num_labels=5, attention_type=attention,
+    )  # fmt: skip
+    return scatter(
+        transformers.TimesformerForVideoClassification(transformers.TimesformerConfig(**(settings | changes)))
+    )
+
+
+def their_logits(theirs, clips):
+    with torch.no_grad():
+        return theirs(clips.transpose(1, 2)).logits
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("attention", KINDS)
+def test_logits_of_hugging_face(hugging_face, tmp_path, attention, qkv_bias):
+    num_frames = 1 if attention == "space_only" else 4  # theirs forgets to average the frames
+    theirs = their_model(hugging_face, attention, qkv_bias=qkv_bias, num_frames=num_frames)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.45, 0.45, 0.45], "image_std": [0.2, 0.2, 0.2]}'
+    )
+    torch.save(theirs.state_dict(), tmp_path / "w.bin")
+    clips = torch.rand(2, 3, num_frames, 32, 32)
+    for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "w.bin"):
+        model = network(attention=attention, qkv_bias=qkv_bias, num_frames=num_frames)
+        report = load_pretrained(model, source)
+        assert report.origin == "Hugging Face" and sorted(report.loaded) == sorted(model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(model(clips), their_logits(theirs, clips), atol=1e-5, rtol=1e-5)
+    assert load_pretrained(model, tmp_path).preprocessing == {"mean": [0.45] * 3, "std": [0.2] * 3}
+
+
+def test_a_network_of_hugging_face_without_a_head(hugging_face, tmp_path):
+    theirs = their_model(hugging_face)
+    theirs.timesformer.save_pretrained(tmp_path)
+    model = network(qkv_bias=True)
+    report = load_pretrained(model, tmp_path)
+    assert set(report.initial.values()) == {"a new head: no head in the file"}
+    assert (model.blocks[1].mlp.fc2.weight == theirs.timesformer.encoder.layer[1].output.dense.weight).all()
+
+
+def test_another_number_of_heads_is_noticed_where_the_file_tells_it(hugging_face, tmp_path):
+    their_model(hugging_face).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="has 3 attention heads, the network 4; set num_heads"):
+        load_pretrained(network(qkv_bias=True, num_heads=4), tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model."])
+def test_checkpoints_of_facebookresearch(hugging_face, tmp_path, prefix):
+    theirs = their_model(hugging_face)
+    theirs.save_pretrained(tmp_path)
+    source = network(qkv_bias=True)
+    load_pretrained(source, tmp_path)  # shown to be right above
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    content = {"epoch": 14, "model_state": state, "optimizer_state": {"state": {}}, "cfg": "TRAIN:\n"}
+    torch.save(content, tmp_path / "w.pyth")
+    model = network(qkv_bias=True)
+    report = load_pretrained(model, tmp_path / "w.pyth")
+    clips = torch.rand(2, 3, 4, 32, 32)
+    assert report.origin == "facebookresearch/TimeSformer"
+    with torch.no_grad():
+        torch.testing.assert_close(model(clips), their_logits(theirs, clips), atol=1e-5, rtol=1e-5)
+
+
+def test_a_torch_file_with_a_program_in_it_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a.pyth", {"model_state": Calls(os.system, "touch made")}), ("b.pth", {"x": 1})):
+        torch.save(content, name)
+        with pytest.raises(WeightsError, match=name):
+            load_pretrained(network(), name)
+    assert sorted(os.listdir(tmp_path)) == ["a.pyth", "b.pth"]
+
+
+# -- the Hugging Face Hub --
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The two requests that huggingface_hub makes for a file."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self):
+        self.do_GET(head=True)
+
+    def do_GET(self, head=False):
+        content = self.files.get(self.path)
+        self.send_response(200 if content is not None else 404)
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound" if self.path.startswith("/timm/") else "RepoNotFound")
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{abs(hash(content))}"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if not head:
+            self.wfile.write(content or b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    constants = pytest.importorskip("huggingface_hub").constants
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "files", {})
+    yield Hub.files
+    server.shutdown()
+
+
+def test_by_name_from_the_hub(hub, tmp_path):
+    vit = {name: value for name, value in scatter(network()).state_dict().items() if "temporal" not in name}
+    del vit["time_embed"]
+    save_file(vit, tmp_path / "m")
+    hub["/timm/vit_tiny.in21k/resolve/main/model.safetensors"] = (tmp_path / "m").read_bytes()
+    config = {"pretrained_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3}}
+    hub["/timm/vit_tiny.in21k/resolve/main/config.json"] = json.dumps(config).encode()
+    model = network()
+    report = load_pretrained(model, "timm/vit_tiny.in21k")
+    assert report.origin == "an image ViT" and report.preprocessing == {"mean": [0.0] * 3, "std": [1.0] * 3}
+    assert (model.blocks[1].attn.qkv.weight == vit["blocks.1.attn.qkv.weight"]).all()
+
+
+def test_names_that_the_hub_does_not_know(hub):
+    for name, message in (
+        ("timm/nothing", "has none of model.safetensors, pytorch_model.bin"),
+        ("nobody/nothing", "cannot be fetched from the Hugging Face Hub"),
+        ("gone.pth", "no such weights file"),
+        ("folder/gone.safetensors", "no such weights file"),
+    ):
+        with pytest.raises(WeightsError, match=f"{name}: {message}"):
+            load_pretrained(network(), name)
+
+
+# -- our own, and what can be adapted --
+
+
+def our_file(path, model, classes=("ash", "birch", "cedar", "fir", "oak")):
+    metadata = {
+        "model": json.dumps({"num_heads": 3}),
+        "preprocessing": json.dumps({"mean": [0.0] * 3, "std": [1.0] * 3}),
+        "classes": json.dumps(classes),
+    }
+    save_file(model.state_dict(), path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("theirs, ours", [(8, 16), (16, 8), (3, 7)])
+def test_another_number_of_frames(tmp_path, theirs, ours):
+    source = scatter(network(num_frames=theirs))
+    model = network(num_frames=ours)
+    report = load_pretrained(model, our_file(tmp_path / "w.safetensors", source))
+    assert report.adapted == {"time_embed": f"resized from {theirs} to {ours} frames, to the nearest"}
+    picks = [k * theirs // ours for k in range(ours)]
+    assert (model.time_embed[0] == source.time_embed[0, picks]).all()
+    assert (model.pos_embed == source.pos_embed).all() and (model.head.weight == source.head.weight).all()
+
+
+def test_another_image_size_keeps_the_corners_and_what_is_linear(tmp_path):
+    source = network(image_size=64)  # 4 x 4 patches
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    with torch.no_grad():
+        scatter(source)
+        source.pos_embed[0, 1:, 0] = (10 * rows + columns).flatten()
+    for size, side in ((112, 7), (32, 2)):
+        model = network(image_size=size)
+        report = load_pretrained(model, our_file(tmp_path / "w.safetensors", source))
+        assert report.adapted == {"pos_embed": f"resized from 4 x 4 to {side} x {side} patches"}
+        rows, columns = torch.meshgrid(torch.linspace(0, 3, side), torch.linspace(0, 3, side), indexing="ij")
+        torch.testing.assert_close(model.pos_embed[0, 1:, 0].unflatten(0, (side, side)), 10 * rows + columns)
+        assert (model.pos_embed[0, 0] == source.pos_embed[0, 0]).all()
+        corners = [1, side, 1 + side * (side - 1), side * side]
+        torch.testing.assert_close(model.pos_embed[0, corners], source.pos_embed[0, [1, 4, 13, 16]])
+
+
+def test_other_classes_get_a_new_head(tmp_path):
+    source = scatter(network())
+    path = our_file(tmp_path / "w.safetensors", source)
+    names = ("ash", "birch", "cedar", "fir", "oak")
+    for classes, number, reason in (
+        (None, 30, "5 classes in the file, 30 here"),
+        (names[::-1], 5, "the file's 5 classes have other names"),
+    ):
+        model = network(num_classes=number)
+        before = model.head.weight.clone()
+        report = load_pretrained(model, path, classes=classes)
+        assert report.initial == dict.fromkeys(("head.weight", "head.bias"), f"a new head: {reason}")
+        assert (model.head.weight == before).all() and (model.norm.weight == source.norm.weight).all()
+    for classes in (None, names):
+        model = network()
+        assert not load_pretrained(model, path, classes=classes).initial
+        assert (model.head.weight == source.head.weight).all()
+
+
+def test_weights_without_attention_over_time_start_one_with(tmp_path):
+    source = scatter(network(attention="space_only"))
+    model = network()
+    report = load_pretrained(model, our_file(tmp_path / "w.safetensors", source))
+    clips = torch.rand(2, 3, 1, 32, 32).expand(-1, -1, 4, -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clips), source(clips), atol=1e-5, rtol=1e-5)
+    assert not report.initial and "time_embed" in report.adapted
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(depth=3),
+            "it lacks blocks.2.temporal_norm1.weight, .* and 15 more; it has 2 blocks, the network 3: set depth",
+        ),
+        (dict(depth=1), "the network has no blocks.1.*it has 2 blocks, the network 1: set depth"),
+        (dict(qkv_bias=True), "have no bias: set qkv_bias to false"),
+        (dict(embed_dim=48), "cls_token is 1 x 1 x 24 there, 1 x 1 x 48 here"),
+        (dict(patch_size=8), "patch_embed.proj.weight is 24 x 3 x 16 x 16 there, 24 x 3 x 8 x 8 here"),
+        (dict(attention="space_only"), "the network has no .*temporal.*set attention to divided_space_time"),
+        (dict(num_heads=4), "has 3 attention heads, the network 4"),
+    ],
+)
+def test_what_does_not_fit_is_said_and_changes_nothing(tmp_path, changes, message):
+    path = our_file(tmp_path / "w.safetensors", scatter(network()))
+    model = network(**changes)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=message):
+        load_pretrained(model, path)
+    assert all((value == before[name]).all() for name, value in model.state_dict().items())
+
+
+def test_tensors_that_nobody_knows_and_numbers_that_are_none(tmp_path):
+    state = collections.OrderedDict(scatter(network()).state_dict())
+    save_file(state | {"blocks.0.ls1.gamma": torch.ones(24)}, tmp_path / "more.safetensors")
+    save_file({"conv1.weight": torch.ones(3)}, tmp_path / "resnet.safetensors")
+    save_file(state | {"norm.bias": torch.full((24,), torch.nan)}, tmp_path / "nan.safetensors")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("more.safetensors", "the network has no blocks.0.ls1.gamma"),
+        ("resnet.safetensors", "not weights of a vision transformer that are known here; it holds conv1.weight"),
+        ("nan.safetensors", "norm.bias holds values that are not finite"),
+        ("folder", "a folder without model.safetensors or pytorch_model.bin"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            load_pretrained(network(), tmp_path / name)
