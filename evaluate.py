@@ -2,7 +2,8 @@
 
 python evaluate.py -w output/demo/best.safetensors -c configs/demo.yaml
 python evaluate.py -w best.safetensors -o data.test=my_videos.csv
-torchrun --nproc-per-node 8 evaluate.py -w best.safetensors -c configs/pptimesformer_k400.yaml
+python evaluate.py -w best.safetensors -o data.num_frames=16
+torchrun --nproc-per-node 8 evaluate.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml
 
 Exits with 1 where a video could not be read, unless --allow-missing is given; it counts as wrong either way.
 """
@@ -15,7 +16,7 @@ from dali_pipelines.errors import run_command
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Evaluate weights on the videos of a manifest.")
-    parser.add_argument("-w", "--weights", required=True, help="best.safetensors or last.safetensors of a run")
+    parser.add_argument("-w", "--weights", required=True, help="a run's best.safetensors; with -c also those of others")
     parser.add_argument("-c", "--config", help="YAML file; default: what the weights file says")
     parser.add_argument(
         "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
@@ -27,14 +28,15 @@ def main() -> int:
 
     import torch
 
-    from training.checkpoints import load_weights
     from training.distributed import start_process
-    from training.evaluation import config_for, evaluate, manifest_for, report
+    from training.evaluation import evaluate, manifest_for, report
+    from training.weights import open_weights
 
-    weights = load_weights(arguments.weights)
-    config = config_for(weights, arguments.config, arguments.override)
+    weights, config, adapted = open_weights(arguments.weights, arguments.config, arguments.override)
     manifest = manifest_for(config, weights)
     with start_process(config.device) as process:
+        if process.is_main and adapted:
+            print(adapted, flush=True)
         torch.set_num_threads(process.cores)
         result = evaluate(config, weights, manifest, process, progress=process.is_main and sys.stderr.isatty())
         failed = not (result.valid.any() if arguments.allow_missing else result.valid.all())

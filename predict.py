@@ -3,6 +3,7 @@
 python predict.py -w output/demo/best.safetensors video.mp4
 python predict.py -w best.safetensors *.mp4 --json
 python predict.py -w best.safetensors video.mp4 --picture out.png
+python predict.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml video.mp4
 """
 
 import argparse
@@ -17,7 +18,11 @@ _PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Predict the classes of videos.")
-    parser.add_argument("-w", "--weights", required=True, help="best.safetensors or last.safetensors of a run")
+    parser.add_argument("-w", "--weights", required=True, help="a run's best.safetensors; with -c also those of others")
+    parser.add_argument("-c", "--config", help="YAML file; default: what the weights file says")
+    parser.add_argument(
+        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
+    )
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to print (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each video")
@@ -33,11 +38,13 @@ def main() -> int:
     if arguments.picture and arguments.picture.suffix.lower() not in _PICTURE_SUFFIXES:
         raise InputError(f"--picture {arguments.picture}: expected a name that ends in {', '.join(_PICTURE_SUFFIXES)}")
 
-    from training.checkpoints import load_weights
     from training.distributed import start_process
     from training.prediction import predict
+    from training.weights import open_weights
 
-    weights = load_weights(arguments.weights)
+    weights, _, adapted = open_weights(arguments.weights, arguments.config, arguments.override)
+    if adapted:
+        print(adapted, file=sys.stderr)
     failed = 0
     with start_process(arguments.device) as process:
         for prediction in predict(weights, arguments.videos, process):

@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["benchmarks", "dali_pipelines", "model", "preparation", "training"],
-    py_modules=["benchmark", "evaluate", "predict", "prepare", "train"],
+    py_modules=["benchmark", "evaluate", "predict", "prepare", "train", "weights"],
     install_requires=[
         "av>=18.1,<19",
         "numpy>=2.4",

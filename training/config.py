@@ -1,7 +1,7 @@
 """An experiment's settings: a YAML file over these dataclasses, and `-o KEY=VALUE` over that.
 
-Precedence: `-o` > file > defaults here. An unknown key is an error. Every value stands once: the network's
-num_frames, image_size and num_classes follow from `data`.
+Precedence: `-o` > file > the file it names as its `base` > defaults here. An unknown key is an error. Every value
+stands once: the network's num_frames, image_size and num_classes follow from `data`.
 """
 
 import dataclasses
@@ -89,6 +89,8 @@ class OptimConfig:
     warmup_epochs: float = 2
     final_lr: float = 0.0
     """At the end of the cosine."""
+    decay_epochs: list[float] = field(default_factory=list)
+    """Where given: no cosine, but a rate that stays, and falls to a tenth after each of these epochs."""
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 7e-5
@@ -100,6 +102,31 @@ class OptimConfig:
 
 
 @dataclass
+class MixConfig:
+    """VideoMix: see `training.mixing`."""
+
+    cutmix_prob: float = 0.0
+    """Share of micro-batches that CutMix is done to, 0 to 1; Mixup is done to the others."""
+    cutmix_alpha: float = 1.0
+    """The clip's own share is drawn from Beta(alpha, alpha)."""
+    mixup_alpha: float = 0.0
+    """The same for Mixup; 0: none."""
+    cutmix_box: str = "space"
+    """space: rows and columns of all frames, as the paper says; reference: what PaddleVideo's code does."""
+
+
+@dataclass
+class DistillConfig:
+    """Learning from a teacher besides the labels: see `training.losses.summed_distillation`."""
+
+    teacher: str | None = None
+    """Weights file of ours with the same classes, crop size, mean and std, and as many frames or a multiple of them."""
+    temperature: float = 3.0
+    weight: float = 0.5
+    """Of the teacher, 0 to 1; the labels have the rest."""
+
+
+@dataclass
 class TrainConfig:
     epochs: int = 20
     max_steps: int | None = None
@@ -108,6 +135,14 @@ class TrainConfig:
     """float32, bf16, fp16 (with dynamic loss scaling); auto: bf16 on a GPU that has it, float32 elsewhere; amp (as
     --amp): bf16, fp16 on a GPU without it."""
     label_smoothing: float = 0.1
+    pretrained: str | None = None
+    """Weights to begin with: a file, folder or name on the Hugging Face Hub, see `model.load_pretrained`."""
+    swa_epochs: int = 0
+    """The weights after each of so many last epochs are averaged, into swa.safetensors."""
+    activation_checkpointing: bool = False
+    """Less memory for a third more computing: activations of a block are computed again when they are needed."""
+    compile: bool = False
+    """torch.compile the network."""
     checkpoint_every_steps: int | None = None
     """Besides one at the end of every epoch."""
     log_every_steps: int = 10
@@ -124,6 +159,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -135,7 +172,7 @@ def load_config(path: str | None, overrides: list[str] = (), *, defaults: dict[s
     merged = OmegaConf.structured(Config)
     layers = [("defaults", OmegaConf.create(defaults or {}))]
     if path is not None:
-        layers.append((path, _read_yaml(path)))
+        layers.extend(_read_layers(path))
     for override in overrides:
         if "=" not in override:
             raise InputError(f"-o {override}: expected KEY=VALUE, such as -o optim.lr=0.001")
@@ -152,6 +189,19 @@ def load_config(path: str | None, overrides: list[str] = (), *, defaults: dict[s
 
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
+    """The file and, before it, the one that its key `base` names, from its own folder; and so on."""
+    layers = []
+    while path is not None:
+        if path in [name for name, _ in layers]:
+            raise InputError(f"{path}: its `base` leads back to itself")
+        content = _read_yaml(path)
+        layers.insert(0, (path, content))
+        base = content.pop("base", None)
+        path = None if base is None else str(Path(path).parent / str(base))
+    return layers
 
 
 def _read_yaml(path: str) -> DictConfig:
@@ -218,6 +268,7 @@ _COUNT = (lambda value: value >= 1, "1 or more")
 _POSITIVE = (lambda value: 0 < value < math.inf, "more than 0")
 _NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more")
 _SHARE = (lambda value: 0 <= value < 1, "0 or more, less than 1")
+_FRACTION = (lambda value: 0 <= value <= 1, "0 to 1")
 
 _VALUES = {
     "seed": (lambda value: 0 <= value < 2**64, "0 or more, less than 2**64"),
@@ -241,12 +292,13 @@ _VALUES = {
     "data.decode": _one_of(*DECODES),
     "data.views_per_decode": _COUNT,
     "data.timeout_s": _POSITIVE,
-    "data.max_fault_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
+    "data.max_fault_fraction": _FRACTION,
     "optim.name": _one_of("sgd", "adamw"),
     "optim.lr": _POSITIVE,
     "optim.warmup_start_lr": _NOT_NEGATIVE,
     "optim.warmup_epochs": _NOT_NEGATIVE,
     "optim.final_lr": _NOT_NEGATIVE,
+    "optim.decay_epochs": (lambda value: value == sorted(value) and min(value, default=1) > 0, "rising, above 0"),
     "optim.momentum": _SHARE,
     "optim.betas": (
         lambda value: len(value) == 2 and all(0 <= v < 1 for v in value),
@@ -255,10 +307,17 @@ _VALUES = {
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.clip_norm": _optional(_POSITIVE),
     "optim.global_batch_size": _COUNT,
+    "mix.cutmix_prob": _FRACTION,
+    "mix.cutmix_alpha": _POSITIVE,
+    "mix.mixup_alpha": _NOT_NEGATIVE,
+    "mix.cutmix_box": _one_of("space", "reference"),
+    "distill.temperature": _POSITIVE,
+    "distill.weight": _FRACTION,
     "train.epochs": _COUNT,
     "train.max_steps": _optional(_COUNT),
     "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
     "train.label_smoothing": _SHARE,
+    "train.swa_epochs": _NOT_NEGATIVE,
     "train.checkpoint_every_steps": _optional(_COUNT),
     "train.log_every_steps": _COUNT,
 }
@@ -282,6 +341,8 @@ def _check_values(config: Config) -> None:
         (config.optim.warmup_epochs < config.train.epochs,
          f"optim.warmup_epochs is {config.optim.warmup_epochs:g}; expected less than train.epochs, "
          f"{config.train.epochs}: the learning rate would never reach optim.lr"),
+        (config.train.swa_epochs <= config.train.epochs,
+         f"train.swa_epochs is {config.train.swa_epochs}; expected at most train.epochs, {config.train.epochs}"),
     ]:  # fmt: skip
         if not holds:
             raise InputError(message)

@@ -12,19 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from dali_pipelines import ClipLoader, InputError
 from dali_pipelines.loader import Batch
+from model import TimeSformer
 from training import checkpoints
-from training.checkpoints import Weights
 from training.config import Config, clip_settings, preprocessing, to_yaml
 from training.distributed import Process
 from training.faults import FaultLog
 from training.labels import check_labels, class_names, read_manifest
-from training.losses import summed_cross_entropy
+from training.losses import summed_cross_entropy, summed_distillation
 from training.metrics import top_k_counts
+from training.mixing import Mixed, mix_clips
 from training.monitor import Monitor, Silent
 from training.optimizer import learning_rate, make_optimizer
+from training.weights import Weights, build_network, load_into, load_weights, save_weights
 
 _FAULTS_SHOWN = 5
 _BLIND_CLIPS = 16  # a run that can read none of so many stops
@@ -38,8 +41,8 @@ class Trainer:
             Trainer(config, process, resume=False).train()
 
     Writes below `config.output`: best.safetensors, last.safetensors, checkpoints/, tensorboard/, metrics.jsonl,
-    config.yaml and, where videos cannot be read, faults.csv. Raises `InputError` for settings and data that cannot
-    work, such as more unreadable videos than `data.max_fault_fraction`.
+    config.yaml and, where asked for, swa.safetensors, where videos cannot be read, faults.csv. Raises `InputError` for
+    settings and data that cannot work, such as more unreadable videos than `data.max_fault_fraction`.
     """
 
     def __init__(self, config: Config, process: Process, *, resume: bool):
@@ -48,11 +51,19 @@ class Trainer:
         self.precision = resolve_precision(config.train.precision, process.device)
         self.output = Path(config.output)
         self.micro_steps, self.batch_size = _micro_batches(config, process)
-        self.train_loader, self.val_loader = self._make_loaders()
+        teacher = self._read_teacher()
+        self.teacher_frames = 1 if teacher is None else teacher.preprocessing["num_frames"] // config.data.num_frames
+        """Frames of the training clips for each one that the network takes."""
+        self.train_loader, self.val_loader = self._make_loaders(teacher)
+        self.teacher = None if teacher is None else teacher.build(process.device).requires_grad_(False)
 
         torch.manual_seed(config.seed)  # equal initial weights on every process
-        self.network = checkpoints.build_network(config.model, preprocessing(config.data), len(self.classes))
+        self.network = build_network(config.model, preprocessing(config.data), len(self.classes))
+        self.network.activation_checkpointing = config.train.activation_checkpointing
         self.network.to(process.device)
+        self.average = AveragedModel(self.network) if config.train.swa_epochs else None
+        if config.train.compile:
+            self.network.compile()
         self.model = self.network
         if process.world_size > 1:
             # The gradient buckets hold sums of a step's micro-batches; `_finish_gradients` divides.
@@ -70,6 +81,7 @@ class Trainer:
         self.faults = FaultLog(self.output / "faults.csv", process)
         self._fault_bytes = 0  # of faults.csv that stand
         resumed_from = self._open_output(resume)
+        loaded = "" if resumed_from else self._load_pretrained()
         process.barrier()  # nobody looks for an earlier run once the first has begun to write
         self.monitor: Monitor | Silent = Silent()
         if process.is_main:
@@ -79,8 +91,41 @@ class Trainer:
             self.monitor = Monitor(self.output, total_steps=self.last_step, step=self.step)
         self.monitor.log_config(to_yaml(config))
         self._say_what_runs(resumed_from)
+        if loaded:
+            self.monitor.say(loaded)
 
-    def _make_loaders(self) -> tuple[ClipLoader, ClipLoader]:
+    def _load_pretrained(self) -> str:
+        """What there is to say of it."""
+        source, data = self.config.train.pretrained, self.config.data
+        if source is None:
+            return ""
+        report = load_into(self.network, source, classes=self.classes)
+        notes = [
+            f"  note: trained with data.{key}={theirs}, which is {getattr(data, key)} here"
+            for key, theirs in report.preprocessing.items()
+            if theirs != getattr(data, key)
+        ]
+        return "\n".join([str(report), *notes])
+
+    def _read_teacher(self) -> Weights | None:
+        path, data = self.config.distill.teacher, self.config.data
+        if path is None:
+            return None
+        weights = load_weights(path)
+        theirs = weights.preprocessing
+        for key in ("crop_size", "mean", "std"):
+            if theirs[key] != getattr(data, key):
+                raise InputError(
+                    f"distill.teacher {path} was trained with data.{key}={theirs[key]}; here it is {getattr(data, key)}"
+                )
+        if theirs["num_frames"] % data.num_frames:
+            raise InputError(
+                f"distill.teacher {path} takes {theirs['num_frames']} frames; expected data.num_frames, "
+                f"{data.num_frames}, or a multiple of it"
+            )
+        return weights
+
+    def _make_loaders(self, teacher: Weights | None) -> tuple[ClipLoader, ClipLoader]:
         """Training and validation; sets the names of the classes."""
         data, process = self.config.data, self.process
         train, val = (read_manifest(getattr(data, name), key=f"data.{name}") for name in ("train", "val"))
@@ -101,8 +146,16 @@ class Trainer:
             "world_size": process.world_size,
             "workers": process.cores if data.workers is None else data.workers,
         }
+        if teacher is not None and teacher.classes != self.classes:
+            raise InputError(
+                f"distill.teacher {self.config.distill.teacher} knows {len(teacher.classes)} classes "
+                f"({teacher.classes[0]}, ...); expected the {len(self.classes)} here ({self.classes[0]}, ...)"
+            )
+        clips = clip_settings(data, "train")
+        clips["num_frames"] *= self.teacher_frames  # the frames of the teacher, within the window of ours
+        clips["stride"] = data.stride and data.stride / self.teacher_frames
         return (
-            ClipLoader(train, **clip_settings(data, "train"), step_entries=step_entries, **shared),
+            ClipLoader(train, **clips, step_entries=step_entries, **shared),
             ClipLoader(val, **clip_settings(data, "validate"), **shared),
         )
 
@@ -123,9 +176,6 @@ class Trainer:
         window = _Window(self.train_loader)
         micro_batches = iter(self.train_loader)
         while micro_step_batches := list(itertools.islice(micro_batches, self.micro_steps)):
-            if self.step == 0:
-                data = self.config.data
-                self.monitor.log_clips(0, micro_step_batches[0].clips, mean=data.mean, std=data.std)
             result = self._train_step(micro_step_batches)
             window.add(result)
             clips += result.valid
@@ -147,15 +197,8 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch]) -> "_StepResult":
         """One optimizer step from this process's micro-batches of it."""
-        optim = self.config.optim
-        lr = learning_rate(
-            self.step,
-            steps=self.total_steps,
-            warmup_steps=optim.warmup_epochs * self.steps_per_epoch,
-            lr=optim.lr,
-            warmup_start_lr=optim.warmup_start_lr,
-            final_lr=optim.final_lr,
-        )
+        epochs = self.config.train.epochs
+        lr = learning_rate(self.step, self.config.optim, steps_per_epoch=self.steps_per_epoch, epochs=epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
@@ -182,18 +225,39 @@ class Trainer:
     def _forward_backward(self, batch: Batch, micro_step: int, *, is_last: bool) -> Tensor:
         """Adds the gradients of the batch's summed loss; returns that, top-1, top-5 and valid clips: float64 [4]."""
         labels, valid = (value.to(self.process.device, non_blocking=True) for value in (batch.labels, batch.valid))
-        # Drop path draws from (seed, step, rank, micro-step): a resumed run draws what an unbroken one does.
+        # Mixing and drop path draw from (seed, step, rank, micro-step): a resumed run draws what an unbroken one does.
         key = np.random.SeedSequence([self.config.seed, self.step, self.process.rank, micro_step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        mixed = mix_clips(batch.clips, batch.valid, self.config.mix, np.random.default_rng(key.spawn(1)[0]))
+        clips = mixed.clips[:, :, :: self.teacher_frames]
+        if self.step == micro_step == 0:
+            self.monitor.log_clips(0, clips, mean=self.config.data.mean, std=self.config.data.std)
         gradients_wait = contextlib.nullcontext() if is_last or self.model is self.network else self.model.no_sync()
         with gradients_wait:
             with autocast(self.process.device, self.precision):
-                logits = self.model(batch.clips)
-            loss = summed_cross_entropy(logits, labels, valid, label_smoothing=self.config.train.label_smoothing)
+                logits = self.model(clips)
+            loss = self._loss(logits, mixed, labels, valid)
             # The sum over a whole step overflows fp16 sooner than its mean; `_finish_gradients` knows the true count.
             self.scaler.scale(loss / self.config.optim.global_batch_size).backward()
-        counts = top_k_counts(logits.detach().float(), torch.where(valid, labels, -1))
+        scores = logits.detach().float()
+        counts = sum(
+            share * top_k_counts(scores, torch.where(valid, each, -1)) for share, each in _shares(mixed, labels)
+        )
         return torch.cat([loss.detach().double()[None], counts, valid.sum()[None]])
+
+    def _loss(self, logits: Tensor, mixed: Mixed, labels: Tensor, valid: Tensor) -> Tensor:
+        """Of the labels, each with its share, and of the teacher; summed over valid clips."""
+        smoothing, distill = self.config.train.label_smoothing, self.config.distill
+        loss = sum(
+            share * summed_cross_entropy(logits, each, valid, label_smoothing=smoothing)
+            for share, each in _shares(mixed, labels)
+        )
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), autocast(self.process.device, self.precision):
+            teacher_logits = self.teacher(mixed.clips)
+        soft = summed_distillation(logits, teacher_logits, valid, temperature=distill.temperature)
+        return torch.lerp(loss, soft, distill.weight)
 
     def _finish_gradients(self, valid: Tensor) -> Tensor:
         """Makes the gradients those of the mean loss over all valid clips of the step, and clips them; their norm."""
@@ -232,23 +296,39 @@ class Trainer:
 
     def _finish_epoch(self, epoch: int, clips_per_second: float) -> None:
         self._say_faults(self.train_loader, epoch, mode="train")
-        top1, top5, loss, unreadable = self.validate()
+        networks = [self.network]
+        is_whole = self.step % self.steps_per_epoch == 0
+        if is_whole and epoch >= self.config.train.epochs - self.config.train.swa_epochs:
+            self.average.update_parameters(self.network)
+            networks.append(self.average.module)
+        (result, *averaged), unreadable = self.validate(*networks)
         self._say_faults(self.val_loader, epoch, mode="validate")
-        self.monitor.log(self.step, {"val/top1": top1, "val/top5": top5, "val/loss": loss})
+        top1, top5 = result["top1"], result["top5"]
         is_best = top1 > self.best_top1
         self.best_top1 = max(top1, self.best_top1)
-        if self.process.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            names = ["last.safetensors"] + ["best.safetensors"] * is_best
-            for name in names:
-                checkpoints.save_weights(self.output / name, self.weights())
-        if self.step % self.steps_per_epoch == 0:
-            self.failed = 0
-        self._save_checkpoint(epoch)
         verdict = f"best so far, saved to {self.output}/best.safetensors" if is_best else f"best {self.best_top1:.4f}"
         bad = f", {unreadable} unreadable videos counted as wrong" if unreadable else ""
         speed = f"{clips_per_second:.1f} training clips/s"
-        self.monitor.say(f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict} ({speed}{bad})")
+        lines = [f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict} ({speed}{bad})"]
+        files = {"last": self.network} | ({"best": self.network} if is_best else {})
+        scalars = {f"val/{name}": value for name, value in result.items()}
+        if averaged:
+            files["swa"] = self.average.module
+            scalars |= {f"swa/{name}": value for name, value in averaged[0].items()}
+            lines.append(
+                f"average of {int(self.average.n_averaged)} epochs: val top-1 {averaged[0]['top1']:.4f}, "
+                f"top-5 {averaged[0]['top5']:.4f}, saved to {self.output}/swa.safetensors"
+            )
+        self.monitor.log(self.step, scalars)
+        if self.process.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for name, network in files.items():
+                save_weights(self.output / f"{name}.safetensors", self.weights(network))
+        if is_whole:
+            self.failed = 0
+        self._save_checkpoint(epoch)
+        for line in lines:
+            self.monitor.say(line)
 
     def _say_faults(self, loader: ClipLoader, epoch: int, *, mode: str) -> None:
         """Writes down and names what `loader` could not read since the last call, on all processes."""
@@ -260,26 +340,32 @@ class Trainer:
             self.monitor.say(f"... and {len(faults) - _FAULTS_SHOWN} more, in {self.faults.path}")
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float, float, int]:
-        """Top-1 and top-5 over all videos (unreadable ones are wrong), mean loss of the readable, number unreadable."""
-        self.model.eval()
-        sums = torch.zeros(5, dtype=torch.float64)  # top-1, top-5, loss, valid, all
+    def validate(self, *networks: TimeSformer) -> tuple[list[dict[str, float]], int]:
+        """For each network: top1 and top5 over all videos (unreadable ones are wrong), mean loss of the readable ones;
+        and how many are unreadable."""
+        sums = torch.zeros(len(networks), 3, dtype=torch.float64)  # top-1, top-5, loss
+        counts = torch.zeros(1, 3, dtype=torch.float64)
         for batch in self.val_loader:
-            with autocast(self.process.device, self.precision):
-                logits = self.network(batch.clips)
-            logits = logits.float().cpu()
-            loss = summed_cross_entropy(logits, batch.labels, batch.valid, label_smoothing=0)
-            counts = top_k_counts(logits, torch.where(batch.valid, batch.labels, -1))
-            sums += torch.cat([counts, loss[None], batch.valid.sum()[None], (batch.sample_ids >= 0).sum()[None]])
-        top1, top5, loss, valid, everything = self.process.sum(sums).tolist()
-        return top1 / everything, top5 / everything, loss / max(valid, 1), round(everything - valid)
+            for row, network in zip(sums, networks, strict=True):
+                with autocast(self.process.device, self.precision):
+                    logits = network.eval()(batch.clips)
+                logits = logits.float().cpu()
+                loss = summed_cross_entropy(logits, batch.labels, batch.valid, label_smoothing=0)
+                row += torch.cat([top_k_counts(logits, torch.where(batch.valid, batch.labels, -1)), loss[None]])
+            counts[0, :2] += torch.stack([batch.valid.sum(), (batch.sample_ids >= 0).sum()])
+        *rows, (valid, everything, _) = self.process.sum(torch.cat([sums, counts])).tolist()
+        results = [
+            {"top1": top1 / everything, "top5": top5 / everything, "loss": loss / max(valid, 1)}
+            for top1, top5, loss in rows
+        ]
+        return results, round(everything - valid)
 
-    def weights(self) -> Weights:
+    def weights(self, network: TimeSformer) -> Weights:
         return Weights(
             model=dataclasses.asdict(self.config.model),
             preprocessing=preprocessing(self.config.data),
             classes=self.classes,
-            state=self.network.state_dict(),
+            state=network.state_dict(),
         )
 
     # -- where the run stands --
@@ -293,6 +379,7 @@ class Trainer:
                 "network": self.network.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
                 "loader": self.train_loader.state_dict(),
                 "failed": self.failed,
                 "fault_bytes": self.faults.size(),
@@ -341,6 +428,8 @@ class Trainer:
             group.update(wanted)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None and state.get("average"):
+            self.average.load_state_dict(state["average"])
         self.train_loader.load_state_dict(state["loader"])
         self.step, self.best_top1 = state["step"], state["best_top1"]
         self.failed, self._fault_bytes = state.get("failed", 0), state.get("fault_bytes", 0)
@@ -360,6 +449,13 @@ class Trainer:
             self.monitor.say(line)
         if self.step >= self.last_step:
             self.monitor.say(f"all {self.last_step} steps are done already")
+
+
+def _shares(mixed: Mixed, labels: Tensor) -> list[tuple[float, Tensor]]:
+    """What each clip is made of: shares, and labels [B]."""
+    if mixed.share == 1:
+        return [(1.0, labels)]
+    return [(mixed.share, labels), (1 - mixed.share, labels[mixed.partners])]
 
 
 @dataclasses.dataclass(frozen=True)

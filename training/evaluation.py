@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines import ClipLoader, Manifest
 from dali_pipelines.loader import Fault
 from model import TimeSformer
-from training.checkpoints import Weights
-from training.config import PREPROCESSING, Config, clip_settings, load_config
+from training.config import Config, clip_settings
 from training.distributed import Process
 from training.engine import autocast, resolve_precision
 from training.labels import check_labels, read_manifest
 from training.metrics import top_k_counts
+from training.weights import Weights
 
 PROTOCOL = "test/top1_1x3_prob"
 """One window, three crops, mean of probabilities."""
@@ -51,19 +51,6 @@ class Result:
             int(label): (int(found[self.labels == label].sum()), int((self.labels == label).sum()))
             for label in self.labels.unique()
         }
-
-
-def config_for(weights: Weights, path: str | None, overrides: list[str]) -> Config:
-    """The config at `path`, or what the weights say, with overrides; refuses another preprocessing than theirs."""
-    defaults = weights.config()
-    config = load_config(path, overrides, defaults=defaults)
-    theirs = load_config(None, defaults=defaults)
-    keys = [("data", key) for key in PREPROCESSING] + [("model", key) for key in weights.model]
-    for section, key in keys:
-        given, expected = (getattr(getattr(each, section), key) for each in (config, theirs))
-        if given != expected and key not in ("drop_path", "embed_init_std"):  # those matter in training only
-            raise InputError(f"{section}.{key} is {given}, but these weights were trained with {expected}")
-    return config
 
 
 def manifest_for(config: Config, weights: Weights) -> Manifest:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, *, label_smoothing: float) -> Tensor:
@@ -13,3 +13,15 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, *, label
     """
     labels = torch.where(valid, labels, -100)
     return cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum", ignore_index=-100)
+
+
+def summed_distillation(logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, temperature: float) -> Tensor:
+    """How far logits [B, K] are from the teacher's, summed over the clips that are valid [B]; a scalar.
+
+    Kullback-Leibler divergence of softmax(logits / temperature), times temperature**2, which keeps its gradients as
+    large as those of the labels at any temperature (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural
+    Network, 2015, section 2).
+    """
+    student, teacher = ((value.float() / temperature).log_softmax(1) for value in (logits, teacher_logits))
+    divergence = kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    return torch.where(valid, divergence, 0).sum() * temperature**2

@@ -25,18 +25,21 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, betas=tuple(optim.betas), **common)
 
 
-def learning_rate(
-    step: float, *, steps: int, warmup_steps: float, lr: float, warmup_start_lr: float, final_lr: float = 0.0
-) -> float:
-    """The rate of optimizer step `step` (from 0) of `steps`.
+def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:
+    """The rate of optimizer step `step` (from 0).
 
-    A cosine from `lr` at step 0 to `final_lr` at the end, whose first `warmup_steps` are replaced by a straight line
-    from `warmup_start_lr` up to the cosine (PaddleVideo solver/custom_lr.py, CustomWarmupCosineDecay).
+    A cosine from `lr` at step 0 to `final_lr` at the end of the epochs (PaddleVideo solver/custom_lr.py,
+    CustomWarmupCosineDecay), or a tenth of `lr` after each of `decay_epochs` (facebookresearch/TimeSformer, LR_POLICY
+    steps_with_relative_lrs); the first `warmup_epochs` are a straight line from `warmup_start_lr` up to it.
     """
 
-    def cosine(at: float) -> float:
-        return final_lr + (lr - final_lr) * 0.5 * (1 + math.cos(math.pi * at / steps))
+    def decayed(epoch: float) -> float:
+        if optim.decay_epochs:
+            return optim.lr * 0.1 ** sum(epoch >= end for end in optim.decay_epochs)
+        return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
 
-    if step < warmup_steps:
-        return warmup_start_lr + (cosine(warmup_steps) - warmup_start_lr) * step / warmup_steps
-    return cosine(min(step, steps))
+    epoch = step / steps_per_epoch
+    if epoch < optim.warmup_epochs:
+        start = optim.warmup_start_lr
+        return start + (decayed(optim.warmup_epochs) - start) * epoch / optim.warmup_epochs
+    return decayed(epoch)

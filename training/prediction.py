@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import probe
-from training.checkpoints import Weights
 from training.config import clip_settings, load_config
 from training.distributed import Process
 from training.engine import resolve_precision
 from training.evaluation import predict_views
+from training.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,8 @@
-"""Weights files tell everything; checkpoints are whole or not there."""
+"""Checkpoints are whole or not there."""
 
-import pickle
-
-import pytest
 import torch
 
-from dali_pipelines import InputError
-from model import TimeSformer
 from training import checkpoints
-from training.checkpoints import Weights, load_weights, save_weights
-
-MODEL = dict(patch_size=16, embed_dim=24, depth=1, num_heads=3)
-PREPROCESSING = dict(num_frames=2, crop_size=32, mean=[0.0] * 3, std=[1.0] * 3)
-CLASSES = ("ash", "Birke, ü", "3")
-
-
-@pytest.fixture
-def weights():
-    model = TimeSformer(**MODEL, num_frames=2, image_size=32, num_classes=3)
-    return Weights(MODEL, PREPROCESSING, CLASSES, model.state_dict())
-
-
-def test_there_and_back(weights, tmp_path):
-    save_weights(tmp_path / "w.safetensors", weights)
-    read = load_weights(tmp_path / "w.safetensors")
-    assert (read.model, read.preprocessing, read.classes) == (MODEL, PREPROCESSING, CLASSES)
-    assert read.state.keys() == weights.state.keys()
-    assert all((read.state[name] == weights.state[name]).all() for name in read.state)
-    assert list(tmp_path.iterdir()) == [tmp_path / "w.safetensors"]
-    clips = torch.rand(1, 3, 2, 32, 32)
-    assert (read.build()(clips) == weights.build()(clips)).all() and not read.build().training
-
-
-def test_other_files_are_refused(weights, tmp_path):
-    from safetensors.torch import save_file
-
-    save_weights(tmp_path / "whole", weights)
-    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
-    (tmp_path / "pickle").write_bytes(pickle.dumps({"a": 1}))
-    (tmp_path / "empty").touch()
-    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
-    for name, message in [
-        ("cut", "damaged"),
-        ("pickle", "not a safetensors file"),
-        ("empty", "not a safetensors file"),
-        ("foreign", "not the weights that train.py writes"),
-        ("gone", "no such weights file"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            load_weights(tmp_path / name)
 
 
 def test_the_newest_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):

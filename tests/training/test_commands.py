@@ -9,8 +9,8 @@ import pytest
 
 from dali_pipelines.manifest import Manifest
 from tests.training.conftest import PROJECT, run
-from training.checkpoints import Weights, build_network, save_weights
 from training.config import load_config, preprocessing
+from training.weights import Weights, build_network, save_weights
 
 
 @pytest.fixture

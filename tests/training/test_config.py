@@ -1,9 +1,9 @@
 """Configs: precedence, and errors that name the key."""
 
+import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dali_pipelines import ClipLoader, InputError
 from training.config import ModelConfig, clip_settings, load_config, preprocessing, to_yaml
@@ -63,6 +63,13 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("model.num_heads=7", "model.embed_dim is 768; expected a multiple of model.num_heads, 7"),
         ("model.patch_size=-16", "model.patch_size is -16"),
         ("train.checkpoint_every_steps=-1", "or null"),
+        ("optim.decay_epochs=[3,2]", "optim.decay_epochs is .* expected rising, above 0"),
+        ("mix.cutmix_box=time", "expected one of space, reference"),
+        ("mix.cutmix_prob=2", "mix.cutmix_prob is 2.0; expected 0 to 1"),
+        ("mix.cutmix_alpha=0", "mix.cutmix_alpha is 0.0; expected more than 0"),
+        ("distill.temperature=0", "expected more than 0"),
+        ("train.swa_epochs=21", "train.swa_epochs is 21; expected at most train.epochs, 20"),
+        ("base=a.yaml", "unknown key base"),
         ("data.max_fault_fraction=5", "data.max_fault_fraction is 5.0; expected 0 to 1"),
         ("data.max_fault_fraction=-0.1", "expected 0 to 1"),
     ],
@@ -93,9 +100,26 @@ def test_every_config_of_the_project_loads_and_says_what_it_is_for(path):
     config = load_config(str(path))
     text = path.read_text()
     assert config.name == path.stem and text.startswith("#") and "train.py -c configs/" in text
+    assert "Reaches: " in text or ("Reproduces: " in text and "Not run here" in text)
     keys = [line.split(":")[0].strip() for line in text.splitlines() if ":" in line and not line.startswith("#")]
-    assert keys.count("num_frames") <= 1
-    assert yaml.safe_load(text)["data"]
+    assert keys.count("num_frames") <= 1 and config.data.train and config.data.val
+    for file in (config.data.labels, *re.findall(r"configs/\S+\.(?:yaml|txt)", text.split("Command: ")[1])):
+        assert file is None or (CONFIGS[0].parents[1] / file).is_file() or file.startswith("configs/recognition")
+
+
+def test_a_file_stands_on_its_base(file, tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "b.yaml").write_text("base: ../a.yaml\noptim: {momentum: 0.5}\ndata: {num_frames: 16}\n")
+    (tmp_path / "c.yaml").write_text("base: inner/b.yaml\nname: c\n")
+    config = load_config(str(tmp_path / "c.yaml"), ["optim.lr=2.0"])
+    assert (config.name, config.data.num_frames, config.optim.momentum, config.optim.lr) == ("c", 16, 0.5, 2.0)
+    assert config.data.stride is None  # from the lowest
+    (tmp_path / "round.yaml").write_text("base: round.yaml\n")
+    with pytest.raises(InputError, match=r"round.yaml: its `base` leads back to itself"):
+        load_config(str(tmp_path / "round.yaml"))
+    (tmp_path / "bad.yaml").write_text("base: gone.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"gone.yaml"):
+        load_config(str(tmp_path / "bad.yaml"))
 
 
 def test_clip_settings_fit_the_loader(numbered_videos):

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from dali_pipelines import InputError, Manifest
 from tests.training.conftest import run
-from training.checkpoints import load_weights
 from training.config import load_config
 from training.distributed import start_process
 from training.engine import Trainer
+from training.weights import load_weights
 
 
 def train(config_file, *overrides, resume=False):

@@ -6,13 +6,13 @@ import re
 import pytest
 import torch
 
-from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines import ClipLoader, Manifest
 from tests.training.conftest import run
-from training.checkpoints import Weights, build_network, load_weights, save_weights
 from training.config import clip_settings, load_config, preprocessing
 from training.distributed import start_process
-from training.evaluation import Result, config_for, evaluate, predict_views
+from training.evaluation import Result, evaluate, predict_views
 from training.prediction import predict
+from training.weights import Weights, build_network, load_weights, open_weights, save_weights
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def weights_file(config_file, tmp_path):
 
 
 def result_of(weights_file, manifest_file, *overrides):
-    weights = load_weights(weights_file)
-    config = config_for(weights, None, [f"data.test={manifest_file}", "device=cpu", "data.workers=0", *overrides])
+    settings = [f"data.test={manifest_file}", "device=cpu", "data.workers=0", *overrides]
+    weights, config, _ = open_weights(str(weights_file), None, settings)
     with start_process("cpu") as process:
         return evaluate(config, weights, Manifest.read(manifest_file), process)
 
@@ -151,16 +151,6 @@ def test_predict_as_a_user_runs_it(weights_file, small_data, tmp_path):
         r"^    0\.\d{4}  (ash|birch|cedar) \([012]\)$", plain.stdout, re.MULTILINE
     )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_another_preprocessing_than_the_weights_is_refused(weights_file, config_file, small_data):
-    weights = load_weights(weights_file)
-    assert config_for(weights, str(config_file), []).data.crop_size == 32
-    assert config_for(weights, str(config_file), ["model.drop_path=0.5"]).model.drop_path == 0.5
-    changes = "data.mean=[0.5,0.5,0.5]", "data.crop_size=64", "data.stride=8", "data.past_end=hold", "model.depth=5"
-    for override in changes:
-        with pytest.raises(InputError, match=r"but these weights were trained with"):
-            config_for(weights, str(config_file), [override])
 
 
 def test_views_are_averaged_after_the_softmax():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training.losses import summed_cross_entropy
+from training.losses import summed_cross_entropy, summed_distillation
 from training.metrics import top_k_counts
 
 
@@ -25,6 +25,21 @@ def test_no_valid_clip_at_all_is_zero():
     loss = summed_cross_entropy(logits, torch.tensor([-1, -1]), torch.tensor([False, False]), label_smoothing=0.1)
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_distillation_by_hand():
+    """Twice the temperature, a quarter of the divergence: times temperature**2 that is what Hinton's gradients are."""
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    teacher = torch.tensor([[0.0, 1.0, 0.0], [5.0, -5.0, 0.0], [1.0, 2.0, 3.0]])
+    valid = torch.tensor([True, False, True])
+    loss = summed_distillation(logits, teacher, valid, temperature=2.0)
+    p, q = (teacher[0] / 2).softmax(0), (logits[0] / 2).softmax(0)
+    assert loss.item() == pytest.approx(
+        4 * (p * (p / q).log()).sum().item()
+    )  # the third agrees, the second is left out
+    loss.backward()
+    torch.testing.assert_close(logits.grad[0], 2 * (q - p))
+    assert not logits.grad[1].any() and logits.grad[2].abs().max() < 1e-6
 
 
 def test_top_k():

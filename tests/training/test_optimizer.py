@@ -12,8 +12,12 @@ PADDLEVIDEO = [0.005, 0.013125, 0.02125, 0.029375, 0.0375, 0.031470476127563, 0.
 PADDLEVIDEO += [0.007322330470336, 0.003349364905389, 0.000851854342773]
 
 
+def rate(step, *, steps_per_epoch=4, epochs=3, **optim):
+    return learning_rate(step, OptimConfig(**optim), steps_per_epoch=steps_per_epoch, epochs=epochs)
+
+
 def test_the_schedule_is_paddlevideos():
-    rates = [learning_rate(step, steps=12, warmup_steps=4, lr=0.05, warmup_start_lr=0.005) for step in range(12)]
+    rates = [rate(step, warmup_epochs=1, lr=0.05, warmup_start_lr=0.005) for step in range(12)]
     assert rates == pytest.approx(PADDLEVIDEO, abs=1e-12)
 
 
@@ -22,19 +26,27 @@ def test_the_schedule_is_paddlevideos():
     [
         (0, 0.1),  # where the warm-up starts
         (2, 0.8),  # half-way: (0.1 + 1.5) / 2, the cosine at step 4 being 1.5
-        (4, 1.5),  # the cosine, a quarter of the way... (1 + cos(pi / 3)) = 1.5
+        (4, 1.5),  # the cosine, a third of the way: 1 + cos(pi / 3)
         (6, 1.0),  # half-way down
         (12, 0.0),
         (20, 0.0),  # stays there
     ],
 )
 def test_the_schedule_by_hand(step, expected):
-    assert learning_rate(step, steps=12, warmup_steps=4, lr=2.0, warmup_start_lr=0.1) == pytest.approx(expected)
+    assert rate(step, warmup_epochs=1, lr=2.0, warmup_start_lr=0.1) == pytest.approx(expected)
 
 
 def test_without_warmup_and_with_a_floor():
-    rates = [learning_rate(s, steps=4, warmup_steps=0, lr=1.0, warmup_start_lr=9.0, final_lr=0.2) for s in range(5)]
+    rates = [rate(step, epochs=1, warmup_epochs=0, lr=1.0, final_lr=0.2) for step in range(5)]
     assert rates == pytest.approx([1.0, 0.8828427, 0.6, 0.3171573, 0.2])
+
+
+def test_decay_in_steps():
+    rates = [
+        rate(step, steps_per_epoch=2, warmup_epochs=0.5, warmup_start_lr=0.1, lr=1.0, decay_epochs=[1, 2.5])
+        for step in range(6)
+    ]
+    assert rates == pytest.approx([0.1, 1.0, 0.1, 0.1, 0.1, 0.01])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -1,0 +1,157 @@
+"""Weights files tell everything; weights of others go in with a config."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dali_pipelines import InputError
+from model import TimeSformer
+from tests.conftest import DATA
+from tests.training.conftest import run
+from training.weights import Weights, average_weights, load_weights, open_weights, save_weights
+
+MODEL = dict(patch_size=16, embed_dim=24, depth=1, num_heads=3)
+PREPROCESSING = dict(num_frames=2, crop_size=32, mean=[0.0] * 3, std=[1.0] * 3)
+CLASSES = ("ash", "Birke, ü", "3")
+
+
+@pytest.fixture
+def weights():
+    model = TimeSformer(**MODEL, num_frames=2, image_size=32, num_classes=3)
+    return Weights(MODEL, PREPROCESSING, CLASSES, model.state_dict())
+
+
+def test_there_and_back(weights, tmp_path):
+    save_weights(tmp_path / "w.safetensors", weights)
+    read = load_weights(tmp_path / "w.safetensors")
+    assert (read.model, read.preprocessing, read.classes) == (MODEL, PREPROCESSING, CLASSES)
+    assert read.state.keys() == weights.state.keys()
+    assert all((read.state[name] == weights.state[name]).all() for name in read.state)
+    assert list(tmp_path.iterdir()) == [tmp_path / "w.safetensors"]
+    clips = torch.rand(1, 3, 2, 32, 32)
+    assert (read.build()(clips) == weights.build()(clips)).all() and not read.build().training
+
+
+def test_other_files_are_refused(weights, tmp_path):
+    from safetensors.torch import save_file
+
+    save_weights(tmp_path / "whole", weights)
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
+    (tmp_path / "pickle").write_bytes(pickle.dumps({"a": 1}))
+    (tmp_path / "empty").touch()
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    for name, message in [
+        ("cut", "damaged"),
+        ("pickle", "not a safetensors file"),
+        ("empty", "not a safetensors file"),
+        ("foreign", "not the weights that train.py writes"),
+        ("gone", "no such weights file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_weights(tmp_path / name)
+
+
+def test_another_preprocessing_than_the_weights_is_refused(tmp_path, config_file):
+    model = TimeSformer(num_frames=4, image_size=32, num_classes=3, embed_dim=24, depth=2, num_heads=3)
+    config = open_config(config_file)
+    save_weights(tmp_path / "w.safetensors", Weights(*config, CLASSES, model.state_dict()))
+    path = str(tmp_path / "w.safetensors")
+    assert open_weights(path, str(config_file))[1].data.crop_size == 32
+    assert open_weights(path, str(config_file), ["model.drop_path=0.5"])[1].model.drop_path == 0.5
+    changes = "data.mean=[0.5,0.5,0.5]", "data.crop_size=64", "data.stride=8", "data.past_end=hold", "model.depth=5"
+    for override in changes:
+        with pytest.raises(InputError, match=r"but these weights were trained with"):
+            open_weights(path, str(config_file), [override])
+    # Only the number of frames may differ, as in PaddleVideo's test with 16.
+    weights, config, said = open_weights(path, None, ["data.num_frames=8"])
+    assert config.data.num_frames == weights.preprocessing["num_frames"] == 8
+    assert "time_embed: resized from 4 to 8 frames" in said
+    assert weights.build()(torch.rand(1, 3, 8, 32, 32)).shape == (1, 3)
+    assert (weights.state["time_embed"][0, ::2] == model.time_embed[0]).all()
+
+
+def open_config(config_file):
+    from training.config import load_config, preprocessing
+
+    config = load_config(str(config_file))
+    return dataclasses.asdict(config.model), preprocessing(config.data)
+
+
+@pytest.fixture
+def golden_config(tmp_path):
+    (tmp_path / "labels.txt").write_text("".join(f"class {n}\n" for n in range(11)))
+    (tmp_path / "golden.yaml").write_text(
+        f"data: {{num_frames: 4, crop_size: 64, stride: null, workers: 0, labels: {tmp_path}/labels.txt}}\n"
+        "model: {embed_dim: 48, depth: 3, num_heads: 3}\n"
+    )
+    return str(tmp_path / "golden.yaml")
+
+
+def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
+    path = str(DATA / "tiny.pdparams")
+    weights, config, said = open_weights(path, golden_config)
+    assert said == f"{path} (PaddleVideo): 63 tensors loaded as they are"
+    assert weights.classes[10] == "class 10" and weights.preprocessing["crop_size"] == config.data.crop_size == 64
+    foreign = {name: torch.zeros(3) for name in ("a", "b")}
+    save_file(foreign, tmp_path / "x.safetensors")
+    (tmp_path / "ten.txt").write_text("a\n" * 10)
+    vit = {name: value for name, value in weights.state.items() if "temporal" not in name and name != "time_embed"}
+    save_file(vit, tmp_path / "vit.safetensors")
+    for file, config_path, overrides, message in [
+        (path, None, [], "does not say how clips are cut and which classes there are; name a config with -c"),
+        (
+            tmp_path / "x.safetensors",
+            None,
+            [],
+            "x.safetensors: not the weights that train.py writes; for those of others",
+        ),
+        (tmp_path / "x.safetensors", golden_config, [], "not weights of a vision transformer that are known here"),
+        (path, golden_config, ["data.labels=null"], "tiny.pdparams: names no classes; name a file that does"),
+        (
+            path,
+            golden_config,
+            [f"data.labels={tmp_path}/ten.txt"],
+            "(?s)not trained for these .*11 classes in the file, 10",
+        ),
+        (path, golden_config, ["model.qkv_bias=true"], "set qkv_bias to false"),
+        (tmp_path / "vit.safetensors", golden_config, [], "vit.safetensors: not trained for these classes of videos"),
+        ("gone.pdparams", golden_config, [], "gone.pdparams: no such weights file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_weights(str(file), config_path, overrides)
+
+
+def test_the_mean_of_weights(weights, tmp_path):
+    paths = []
+    for number in range(3):
+        state = {name: torch.full_like(value, 3.0 * number) for name, value in weights.state.items()}
+        paths.append(str(tmp_path / f"{number}.safetensors"))
+        save_weights(paths[-1], dataclasses.replace(weights, state=state))
+    averaged = average_weights(paths)
+    assert all((value == 3).all() for value in averaged.state.values())
+    assert (averaged.model, averaged.classes) == (weights.model, weights.classes)
+    save_weights(tmp_path / "other.safetensors", dataclasses.replace(weights, classes=("a", "b", "c")))
+    with pytest.raises(InputError, match=r"other.safetensors: its classes is not that of .*0.safetensors"):
+        average_weights([paths[0], str(tmp_path / "other.safetensors")])
+
+
+def test_the_commands_as_a_user_runs_them(golden_config, weights, tmp_path, small_data):
+    out = tmp_path / "converted.safetensors"
+    done = run("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "63 tensors loaded as they are" in done.stdout and f"saved to {out}: 11 classes" in done.stdout
+    video = small_data / "val_0.mp4"
+    ours = run("predict.py", "-w", out, video, "--device", "cpu", "--json")
+    theirs = run("predict.py", "-w", DATA / "tiny.pdparams", "-c", golden_config, video, "--device", "cpu", "--json")
+    assert ours.stdout == theirs.stdout and "class " in ours.stdout, theirs.stderr
+    assert "63 tensors loaded" in theirs.stderr
+    again = run("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)
+    assert again.returncode == 2 and "converted.safetensors: is there already" in again.stderr
+    average = run("weights.py", "average", out, out, "--out", tmp_path / "mean.safetensors")
+    assert average.returncode == 0 and "mean of 2 files" in average.stdout
+    assert (
+        load_weights(tmp_path / "mean.safetensors").state["head.bias"] == load_weights(out).state["head.bias"]
+    ).all()

@@ -1,0 +1,177 @@
+"""Weights files, which tell all that is needed to use them, and the ways in for weights of others."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from dali_pipelines.errors import InputError
+from model import LoadReport, TimeSformer, WeightsError, load_pretrained
+from model.pretrained import SUFFIXES
+from training.config import PREPROCESSING, Config, ModelConfig, load_config, preprocessing
+from training.labels import read_labels
+
+_FORMAT = "dali-timesformer 1"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weights file holds: enough to predict without a config."""
+
+    model: dict[str, Any]
+    """Arguments of `TimeSformer`, as in the section `model` of a config."""
+    preprocessing: dict[str, Any]
+    """How clips were cut: keys of the section `data`."""
+    classes: tuple[str, ...]
+    state: dict[str, torch.Tensor]
+
+    def config(self) -> dict[str, Any]:
+        """What the weights say of a config, for `load_config(defaults=...)`."""
+        return {"model": self.model, "data": self.preprocessing}
+
+    def build(self, device: torch.device | str = "cpu") -> TimeSformer:
+        """The network with these weights, ready to predict."""
+        network = build_network(self.model, self.preprocessing, len(self.classes))
+        network.load_state_dict(self.state)
+        return network.to(device).eval()
+
+
+def build_network(model: dict[str, Any] | ModelConfig, preprocessing: dict[str, Any], num_classes: int) -> TimeSformer:
+    settings = dataclasses.asdict(model) if isinstance(model, ModelConfig) else model
+    return TimeSformer(
+        **settings,
+        num_frames=preprocessing["num_frames"],
+        image_size=preprocessing["crop_size"],
+        num_classes=num_classes,
+    )
+
+
+def save_weights(path: str | os.PathLike, weights: Weights) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    metadata = {
+        "format": _FORMAT,
+        "model": json.dumps(weights.model),
+        "preprocessing": json.dumps(weights.preprocessing),
+        "classes": json.dumps(weights.classes, ensure_ascii=False),
+    }
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.state.items()}
+    with whole_file(Path(path)) as file:
+        file.write(safetensors.torch.save(state, metadata))
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` once it is complete and on disk, and not at all otherwise."""
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error}") from None
+    unfinished.replace(path)
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether a file is one that `save_weights` wrote, by its header."""
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (OSError, safetensors.SafetensorError, UnicodeDecodeError):
+        return False
+
+
+def load_weights(path: str | os.PathLike) -> Weights:
+    """Reads what `save_weights` wrote; `InputError` says what is wrong with another file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such weights file; train.py writes best.safetensors and last.safetensors")
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+    if metadata.get("format") != _FORMAT:
+        raise InputError(f"{path}: not the weights that train.py writes; for those of others, name a config with -c")
+    try:
+        model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: its header is not what train.py writes ({error})") from None
+    return Weights(model, preprocessing, tuple(classes), state)
+
+
+def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = ()) -> tuple[Weights, Config, str]:
+    """Weights to evaluate or predict with, the config for that, and what had to be done to them, in words.
+
+    Files of ours tell everything. A config may not contradict them, but for `data.num_frames`, to which the time
+    embedding is resized. What `model.load_pretrained` reads besides needs a config that tells the rest, `data.labels`
+    included.
+    """
+    if is_ours(path):
+        weights = load_weights(path)
+        config = _agreeing_config(weights, config_path, overrides)
+        if config.data.num_frames == weights.preprocessing["num_frames"]:
+            return weights, config, ""
+        model, classes = weights.model, weights.classes
+    elif config_path is None or (os.path.isfile(path) and not path.endswith(SUFFIXES)):
+        if path.endswith(".safetensors") or not path.endswith(SUFFIXES):
+            load_weights(path)  # says what is wrong with it
+        raise InputError(f"{path}: does not say how clips are cut and which classes there are; name a config with -c")
+    else:
+        config = load_config(config_path, overrides)
+        if config.data.labels is None:
+            raise InputError(f"{path}: names no classes; name a file that does, a name a line: -o data.labels=FILE")
+        model, classes = dataclasses.asdict(config.model), read_labels(config.data.labels)
+    network = build_network(model, preprocessing(config.data), len(classes))
+    report = load_into(network, path, classes=classes)
+    for key, theirs in report.preprocessing.items():
+        if theirs != getattr(config.data, key):
+            raise InputError(f"{path}: trained with data.{key}={theirs}; here it is {getattr(config.data, key)}")
+    if report.initial or any("temporal" in name for name in report.adapted):
+        raise InputError(f"{path}: not trained for these classes of videos: {report}")
+    return Weights(model, preprocessing(config.data), tuple(classes), network.state_dict()), config, str(report)
+
+
+def _agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]) -> Config:
+    """The config at `path`, or what the weights say, with overrides; refuses another preprocessing than theirs."""
+    config = load_config(path, overrides, defaults=weights.config())
+    theirs = load_config(None, defaults=weights.config())
+    keys = [("data", key) for key in PREPROCESSING] + [("model", key) for key in weights.model]
+    for section, key in keys:
+        given, expected = (getattr(getattr(each, section), key) for each in (config, theirs))
+        # Drop path and the initial spread matter in training only.
+        if given != expected and key not in ("num_frames", "drop_path", "embed_init_std"):
+            raise InputError(f"{section}.{key} is {given}, but these weights were trained with {expected}")
+    return config
+
+
+def load_into(network: TimeSformer, source: str, *, classes: Sequence[str]) -> LoadReport:
+    """`model.load_pretrained`, with an `InputError` for what it cannot load."""
+    try:
+        return load_pretrained(network, source, classes=classes)
+    except WeightsError as error:
+        raise InputError(str(error)) from None
+
+
+def average_weights(paths: Sequence[str]) -> Weights:
+    """The mean of weights files of one network, such as those of the last epochs (SWA, Izmailov et al. 2018)."""
+    first = load_weights(paths[0])
+    average = AveragedModel(first.build())
+    for path in paths:
+        weights = load_weights(path)
+        for what in ("model", "preprocessing", "classes"):
+            if getattr(weights, what) != getattr(first, what):
+                raise InputError(f"{path}: its {what} is not that of {paths[0]}; only weights of one network average")
+        average.update_parameters(weights.build())
+    return dataclasses.replace(first, state=average.module.state_dict())
