@@ -24,7 +24,16 @@ setup(
         "tqdm>=4.70",
     ],
     extras_require={
+        "hub": ["huggingface_hub>=2.4"],
         "pictures": ["matplotlib>=3.11"],
-        "test": ["hypothesis>=6.100", "matplotlib>=3.11", "pytest>=9.2", "ruff>=0.17"],
+        "test": [
+            "huggingface_hub>=2.4",
+            "hypothesis>=6.100",
+            "matplotlib>=3.11",
+            "pytest>=9.2",
+            "ruff>=0.17",
+            "timm>=1.0.31",
+            "transformers>=5.23",
+        ],
     },
 )
