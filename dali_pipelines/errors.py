@@ -30,8 +30,17 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(141)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if not _is_ctrl_c(error):
+            raise
         print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _is_ctrl_c(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came first: DALI's own clean-up fails where it comes while a graph is being defined."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
