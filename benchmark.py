@@ -3,6 +3,7 @@
 python benchmark.py loader my_videos
 python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out output/benchmark
 python benchmark.py soak my_videos --clips 10000
+python benchmark.py model --size small --batch-size 4 --compile
 """
 
 import argparse
@@ -30,15 +31,29 @@ def main() -> None:
     soak.add_argument("--workers", type=int, default=2, help="processes that decode (default 2)")
     soak.add_argument("--batch-size", type=int, default=8, help="clips a batch (default 8)")
     soak.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
+    model = commands.add_parser("model", help="seconds and memory of the network and its peers")
+    model.add_argument("--size", default="base", help="base (default), small or tiny")
+    model.add_argument("--batch-size", type=int, default=2, help="clips a batch (default 2)")
+    model.add_argument("--num-frames", type=int, default=8, help="frames a clip (default 8)")
+    model.add_argument("--image-size", type=int, default=224, help="pixels a side (default 224)")
+    model.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    model.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    model.add_argument("--compile", action="store_true", help="also time torch.compile of ours (takes minutes)")
+    model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON")
     arguments = vars(parser.parse_args())
     for name, value in arguments.items():
-        if isinstance(value, int) and value < 1:
+        if type(value) is int and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
 
-    if arguments.pop("command") == "loader":
+    command = arguments.pop("command")
+    if command == "loader":
         from benchmarks.loader import benchmark_loader
 
         benchmark_loader(**arguments)
+    elif command == "model":
+        from benchmarks.model import benchmark_model
+
+        benchmark_model(**arguments)
     else:
         from benchmarks.soak import soak as soak_loader
 

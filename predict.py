@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to print (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each video")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what the network saw and said (one video)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the config's, auto)")
     arguments = parser.parse_args()
     if arguments.top_k < 1:
         raise InputError(f"--top-k is {arguments.top_k}; expected 1 or more")
@@ -42,12 +42,12 @@ def main() -> int:
     from training.prediction import predict
     from training.weights import open_weights
 
-    weights, _, adapted = open_weights(arguments.weights, arguments.config, arguments.override)
+    weights, config, adapted = open_weights(arguments.weights, arguments.config, arguments.override)
     if adapted:
         print(adapted, file=sys.stderr)
     failed = 0
-    with start_process(arguments.device) as process:
-        for prediction in predict(weights, arguments.videos, process):
+    with start_process(arguments.device or config.device) as process:
+        for prediction in predict(weights, config, arguments.videos, process):
             if prediction.reason is not None:
                 failed += 1
                 print(f"{prediction.video}: {prediction.reason}", file=sys.stderr)

@@ -33,11 +33,11 @@ def main() -> None:
 
     if arguments.command == "average":
         weights = average_weights(arguments.weights)
-        print(f"mean of {len(arguments.weights)} files")
+        said = f"mean of {len(arguments.weights)} files"
     else:
         weights, _, said = open_weights(arguments.weights, arguments.config, arguments.override)
-        print(said)
     save_weights(arguments.out, weights)
+    print(said or "one of ours already")
     print(f"saved to {arguments.out}: {len(weights.classes)} classes")
 
 

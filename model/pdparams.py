@@ -1,18 +1,23 @@
 """Reads .pdparams, the pickles of `paddle.save`, without believing anything in them but numbers.
 
-A pickle is a program. This one may put together dictionaries, tuples and what stands for numpy arrays. numpy itself
-trusts the type and flags that a pickle gives an array: it comes in last, and sees bytes whose number has been checked.
+A pickle is a program. This one may use the operations that Paddle's files consist of, put together dictionaries, lists
+and tuples, and name a handful of makers of arrays, none of which is the real one. numpy, which trusts the type and
+flags that a pickle gives an array, comes in last, and sees bytes whose number has been checked.
 """
 
 import collections
+import io
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_MOST_DIMENSIONS = 8
 
 
 def read_pdparams(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -22,106 +27,164 @@ def read_pdparams(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     try:
         with open(path, "rb") as file:
-            content = _Unpickler(file, encoding="latin1").load()
-        if isinstance(content, dict) and isinstance(content.get("model"), dict):
-            content = content["model"]  # a checkpoint
-        if not isinstance(content, dict):
-            raise ValueError("it is no dictionary")
-        tensors = _joined(dict(_tensors(content)), content.get("UnpackBigParamInfor@@", {}))
-    except Exception as error:  # a damaged pickle raises any kind
-        raise ValueError(f"{path}: not weights of PaddlePaddle, or damaged: {error}") from None
-    return {
-        name: value.T.contiguous() if value.ndim == 2 and name.endswith(".weight") else value
-        for name, value in tensors.items()
-    }
+            content = _Unpickler(io.BytesIO(file.read()), encoding="latin1").load()
+        tensors = _state_dict(content)
+    except Exception as error:  # a damaged pickle raises any kind; what it says may be of any length
+        reason = str(error)[:200] or type(error).__name__
+        raise ValueError(f"{path}: not weights of PaddlePaddle, or damaged: {reason}") from None
+    return {name: value.T if value.ndim == 2 and name.endswith(".weight") else value for name, value in tensors.items()}
 
 
-def _tensors(content: dict) -> Iterator[tuple[str, Tensor]]:
-    for name, value in content.items():
-        if isinstance(value, tuple) and len(value) == 2:  # its name inside Paddle, and itself
-            value = value[1]
-        if isinstance(value, _Array):
-            yield name, value.tensor()
-        elif not isinstance(value, int | float | str | None) and not str(name).endswith("@@"):
-            raise ValueError(f"{name} is no array")
-
-
-def _joined(tensors: dict[str, Tensor], split: dict[str, dict]) -> dict[str, Tensor]:
-    """Before protocol 4, tensors of more than 1 GiB come in slices."""
-    for name, how in split.items():
+def _state_dict(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise ValueError("it is no dictionary")
+    if isinstance(content.get("model"), dict):  # a checkpoint
+        if any(isinstance(_unnamed(value), _Array) for value in content.values()):
+            raise ValueError("there are arrays beside its model")
+        content = content["model"]
+    tensors = dict(_tensors(content))
+    # Before protocol 4, tensors of more than 1 GiB come in slices.
+    for name, how in content.get("UnpackBigParamInfor@@", {}).items():
         tensors[name] = torch.cat([tensors.pop(part).flatten() for part in how["slices"]]).reshape(how["OriginShape"])
     return tensors
 
 
+def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in content.items():
+        value = _unnamed(value)
+        if isinstance(value, _Array):
+            yield name, value.tensor()
+        elif not isinstance(value, int | float | str | None) and not name.endswith("@@"):
+            raise ValueError(f"{name} is no array")
+
+
+def _unnamed(value: object) -> object:
+    """Some versions put the name that a tensor has inside Paddle before it."""
+    return value[1] if isinstance(value, tuple) and len(value) == 2 else value
+
+
+class _Dtype:
+    """What a pickle says of a type of numbers."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def set(self, state: tuple) -> None:
+        if not isinstance(state[1], str) or state[1] not in ("<", "|", "="):
+            raise ValueError("an array of another byte order")
+
+
 class _Array:
-    """What a pickle says of a numpy array. Real arrays and dtypes trust their pickles too far."""
+    """What a pickle says of an array."""
 
-    __slots__ = ("state",)
+    def __init__(self):
+        self._state, self._tensor = None, None
 
-    def __setstate__(self, state: object) -> None:
-        self.state = state
+    def set(self, state: tuple) -> None:
+        self._state = state
 
     def tensor(self) -> Tensor:
-        _, shape, dtype, is_fortran, data = self.state
-        if dtype.name not in _TYPES:
-            raise ValueError(f"an array of {dtype.name}")
+        if self._tensor is None:
+            self._tensor = self._made()
+        return self._tensor
+
+    def _made(self) -> Tensor:
+        _, shape, dtype, is_fortran, data = self._state
+        if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError("an array without a proper shape")
+        if not isinstance(dtype, _Dtype) or dtype.name not in _TYPES:
+            raise ValueError("an array of something else than numbers")
         dtype = np.dtype(_TYPES[dtype.name])
-        if isinstance(data, str):
-            data = data.encode("latin1")
+        data = data.encode("latin1") if isinstance(data, str) else data
         count = math.prod(shape)
-        if min(shape, default=0) < 0 or len(data) != count * dtype.itemsize:
-            raise ValueError(f"an array of shape {shape} in {len(data)} bytes")
+        if len(data) != count * dtype.itemsize:
+            raise ValueError(f"an array of {count} numbers in {len(data)} bytes")
         array = np.frombuffer(data, dtype, count).reshape(shape, order="F" if is_fortran else "C")
         tensor = torch.from_numpy(np.array(array, order="C"))
         return tensor.view(torch.bfloat16) if dtype == np.uint16 else tensor  # numpy has no bfloat16
 
 
-class _Dtype:
-    __slots__ = ("name",)
-
-    def __init__(self, name: str, *_: object):
-        self.name = name
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("<", "|", "="):
-            raise ValueError(f"byte order {state[1]}")
+_TYPES = {"u2": "<u2", "f2": "<f2", "f4": "<f4", "f8": "<f8"}
 
 
-class _Permitted:
-    """A name that a pickle may use. It has nothing that a pickle could change."""
+class _Maker(NamedTuple):
+    """A name that a pickle may call."""
 
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable):
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *arguments: object) -> object:
-        return self._function(*arguments)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(name)
-
-    def __setstate__(self, state: object) -> None:
-        raise AttributeError("state")
+    name: str
 
 
-_TYPES = {"u2": "<u2", "f2": "<f2", "f4": "<f4", "f8": "<f8", "i4": "<i4", "i8": "<i8"}
-_NAMES = {
-    "multiarray._reconstruct": lambda *_: _Array(),
-    "ndarray": lambda *_: _Array(),
-    "dtype": _Dtype,
-    "encode": lambda text, coding: text.encode("latin1"),  # how protocol 2 writes bytes
-    "OrderedDict": collections.OrderedDict,
-    "tuple": tuple,
-    "bytes": lambda *_: b"",
+_MODULES = {
+    "_reconstruct": ("numpy.core.multiarray", "numpy._core.multiarray"),
+    "ndarray": ("numpy",),
+    "dtype": ("numpy",),
+    "encode": ("_codecs",),
+    "OrderedDict": ("collections",),
+    "tuple": ("builtins", "__builtin__"),
+    "bytes": ("builtins", "__builtin__"),
 }
-_MODULES = ("numpy", "numpy.core", "numpy._core", "_codecs", "collections", "builtins", "__builtin__")
+_OPERATIONS = (
+    "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 BINFLOAT BINUNICODE "
+    "SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8 BINSTRING SHORT_BINSTRING EMPTY_DICT EMPTY_LIST EMPTY_TUPLE "
+    "TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE"
+)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable:
-        if module.endswith(".multiarray"):
-            module, name = module.removesuffix(".multiarray"), f"multiarray.{name}"
-        if module not in _MODULES or name not in _NAMES:
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: its operations are a dictionary, and its memory is no larger than what was put there."""
+
+    dispatch: ClassVar[dict] = {
+        code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, n) for n in _OPERATIONS.split())
+    }
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self._encoded: dict[int, tuple[str, bytes]] = {}
+
+    def find_class(self, module: str, name: str) -> _Maker:
+        if module not in _MODULES.get(name, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, and weights need no such thing")
-        return _Permitted(_NAMES[name])
+        return _Maker(name)
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        maker = self.stack.pop()
+        if not isinstance(maker, _Maker) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("it calls something else than a maker of arrays")
+        self.append(self._make(maker.name, arguments))
+
+    def _make(self, name: str, arguments: tuple) -> object:
+        if name == "_reconstruct":
+            return _Array()
+        if name == "dtype" and isinstance(arguments[0], str):
+            return _Dtype(arguments[0])
+        if name == "encode" and isinstance(arguments[0], str):  # how protocol 2 writes bytes; once for each text
+            return self._encoded.setdefault(id(arguments[0]), (arguments[0], arguments[0].encode("latin1")))[1]
+        if name == "tuple" and isinstance(arguments[0], tuple):
+            return arguments[0]
+        if name in ("OrderedDict", "bytes") and not arguments:
+            return collections.OrderedDict() if name == "OrderedDict" else b""
+        raise pickle.UnpicklingError(f"it calls {name} as Paddle does not")
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _Array | _Dtype):
+            raise pickle.UnpicklingError("it changes something else than an array")
+        self.stack[-1].set(state)
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set(items)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def _set(self, items: list) -> None:
+        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str) for key in items[::2]):
+            raise pickle.UnpicklingError("its names are no text")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems

@@ -82,9 +82,6 @@ def load_pretrained(
     _resize_embeddings(report, theirs, ours)
     _begin_time(report, theirs, ours)
     _check_explained(report, theirs, ours)
-    for name, value in theirs.items():
-        if not value.isfinite().all():
-            raise WeightsError(f"{source}: {name} holds values that are not finite; the file is damaged")
     report.loaded = [name for name in theirs if name not in report.adapted]
     model.load_state_dict(ours | theirs)
     return report
@@ -104,43 +101,84 @@ class _File(NamedTuple):
 
 
 SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pyth", ".pt", ".bin")
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_REPOSITORY_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def _read(source: str) -> _File:
     path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in _HUB_FILES if (path / name).is_file()]
+    if os.path.isdir(source):
+        found = [path / name for name in _REPOSITORY_FILES if (path / name).is_file()]
         if not found:
-            raise WeightsError(f"{source}: a folder without {' or '.join(_HUB_FILES)}")
+            raise WeightsError(f"{source}: a folder without {' or '.join(_REPOSITORY_FILES)}, whole and not in parts")
         return _read_repository(found[0], lambda name: path / name)
-    if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", source) and not source.endswith(SUFFIXES):
-        return _read_repository(_download(source, *_HUB_FILES), lambda name: _download(source, name, optional=True))
-    if not path.is_file():
-        raise WeightsError(f"{source}: no such weights file")
-    if path.suffix not in SUFFIXES:
-        raise WeightsError(f"{source}: not a weights file; expected a name that ends in {', '.join(SUFFIXES)}")
-    if path.suffix == ".pdparams":
+    if os.path.isfile(source):
+        if path.suffix not in SUFFIXES:
+            raise WeightsError(f"{source}: not a weights file; expected a name that ends in {', '.join(SUFFIXES)}")
+        if path.name in _REPOSITORY_FILES:
+            return _read_repository(path, path.with_name)
+        return _read_file(path)
+    if re.fullmatch(r"[\w-]+/[\w.-]+", source) and not source.endswith(SUFFIXES):
+        weights = _download(source, *_REPOSITORY_FILES)
+        return _read_repository(weights, lambda name: _download(source, name, optional=True))
+    raise WeightsError(f"{source}: no such weights file")
+
+
+def _read_file(path: Path) -> _File:
+    if path.suffix == ".safetensors":
+        file = _read_safetensors(path)
+    elif path.suffix == ".pdparams":
         try:
-            return _File(source, read_pdparams(path))
+            file = _File(str(path), read_pdparams(path))
         except ValueError as error:
             raise WeightsError(str(error)) from None
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _File(source, _read_torch(path))
+    else:
+        file = _File(str(path), _read_torch(path))
+    for name, value in file.tensors.items():
+        is_plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not is_plain or value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise WeightsError(f"{path}: {name} is no array of numbers as weights are ({value.dtype})")
+        if value.untyped_storage().nbytes() < value.nbytes:
+            raise WeightsError(f"{path}: {name} is larger than what the file holds of it")
+        if not value.float().isfinite().all():
+            raise WeightsError(f"{path}: {name} holds values that are not finite; the file is damaged")
+    return file
 
 
 def _read_repository(weights: Path, locate: Callable[[str], Path | None]) -> _File:
     """A folder or repository of Hugging Face: timm's, or of transformers."""
-    file = _read_safetensors(weights) if weights.suffix == ".safetensors" else _File(str(weights), _read_torch(weights))
+    file = _read_file(weights)
     config, processor = (_read_json(locate(name)) for name in ("config.json", "preprocessor_config.json"))
-    timm = config.get("pretrained_cfg", {})
-    mean = processor.get("image_mean") or timm.get("mean")
-    std = processor.get("image_std") or timm.get("std")
-    return file._replace(
-        preprocessing={"mean": list(mean), "std": list(std)} if mean and std else file.preprocessing,
-        num_heads=config.get("num_attention_heads"),
+    for key, expected in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6), ("global_pool", "token")):
+        if config.get(key, expected) != expected:
+            raise WeightsError(f"{weights.parent}: its config.json has {key} {config[key]!r}; here it is {expected!r}")
+    timm = config.get("pretrained_cfg")
+    timm = timm if isinstance(timm, dict) else {}
+    mean, std = (
+        _three_numbers(processor.get(f"image_{name}", timm.get(name)), f"{weights.parent}: {name} in its JSON files")
+        for name in ("mean", "std")
     )
+    return file._replace(
+        classes=file.classes or _class_names(config.get("id2label")),
+        preprocessing={"mean": mean, "std": std} if mean and std else file.preprocessing,
+        num_heads=file.num_heads or config.get("num_attention_heads"),
+    )
+
+
+def _three_numbers(value: object, what: str) -> list[float] | None:
+    """One for each colour; a single one is for all."""
+    if value is None:
+        return None
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3 or not all(type(each) in (int, float) and math.isfinite(each) for each in values):
+        raise WeightsError(f"{what} is no list of three numbers")
+    return [float(each) for each in values]
+
+
+def _class_names(names: object) -> tuple[str, ...] | None:
+    """From transformers' id2label, where somebody has given names."""
+    if not isinstance(names, dict) or not names or all(str(name).startswith("LABEL_") for name in names.values()):
+        return None
+    return tuple(str(names.get(str(label))) for label in range(len(names)))
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:
@@ -148,7 +186,7 @@ def _read_json(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not JSON: {error}") from None
     return content if isinstance(content, dict) else {}
 
@@ -156,12 +194,13 @@ def _read_json(path: Path | None) -> dict[str, Any]:
 def _download(repository: str, *names: str, optional: bool = False) -> Path | None:
     """The first of the files that the repository has, from the cache or the Hub."""
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, logging
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise WeightsError(
             f"{repository}: no such file or folder; to fetch it from the Hugging Face Hub: pip install huggingface_hub"
         ) from None
+    logging.set_verbosity_error()  # it would tell of every attempt
     for name in names:
         try:
             return Path(hf_hub_download(repository, name))
@@ -189,9 +228,9 @@ def _read_safetensors(path: Path) -> _File:
         return _File(str(path), tensors)
     try:
         settings, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
-        normalisation = {key: preprocessing[key] for key in ("mean", "std")}
-        return _File(str(path), tensors, tuple(classes), normalisation, settings["num_heads"], is_ours=True)
-    except (KeyError, TypeError, ValueError) as error:
+        normalisation = {key: _three_numbers(preprocessing[key], f"{path}: {key}") for key in ("mean", "std")}
+        return _File(str(path), tensors, tuple(map(str, classes)), normalisation, settings["num_heads"], is_ours=True)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: its header is not what train.py writes ({error})") from None
 
 
@@ -203,14 +242,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"{path}: no file of torch.save, damaged, or with more in it than tensors, which would have to be run "
             f"({type(error).__name__})"
         ) from None
-    while isinstance(content, dict):  # checkpoints hold the weights beside other things
-        inner = next(
-            (content[key] for key in ("model_state", "state_dict", "model", "network") if key in content), None
-        )
-        if not isinstance(inner, dict):
-            break
-        content = inner
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    for key in ("model_state", "state_dict", "model", "network"):  # checkpoints hold them beside other things
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            if any(isinstance(value, Tensor) for value in content.values()):
+                raise WeightsError(f"{path}: holds tensors beside its {key!r}; which are the weights?")
+            content = content[key]
+    is_state = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+    if not is_state:
         raise WeightsError(f"{path}: expected a dictionary of tensors, or one under 'model_state' or 'state_dict'")
     return dict(content)
 
@@ -242,28 +282,32 @@ HUGGING_FACE_NAMES = {
 
 def _our_names(file: _File) -> tuple[str, dict[str, Tensor], bool]:
     """(whose file it is, its tensors under our names, whether they are an image classifier's)."""
-    tensors = {name.removeprefix("module."): value for name, value in file.tensors.items()}  # of DataParallel
+    tensors = _renamed(file.path, file.tensors, lambda name: name.removeprefix("module."))  # of DataParallel
     is_image = False
     if any("encoder.layer." in name for name in tensors):
-        origin = "Hugging Face"
-        tensors = {_translated(name): value for name, value in tensors.items()}
+        origin, rename = "Hugging Face", _translated
     elif any(name.startswith("backbone.") for name in tensors):
-        origin = "PaddleVideo"
-        tensors = {
-            re.sub(r"^head\.fc\.", "head.", name.removeprefix("backbone.")): value for name, value in tensors.items()
-        }
+        origin, rename = "PaddleVideo", lambda name: re.sub(r"^head\.fc\.", "head.", name.removeprefix("backbone."))
     elif all(name.startswith("model.") for name in tensors):
-        origin = "facebookresearch/TimeSformer"
-        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+        origin, rename = "facebookresearch/TimeSformer", lambda name: name.removeprefix("model.")
     else:
         is_image = not file.is_ours and not any("time_embed" in name or "temporal" in name for name in tensors)
-        origin = "ours" if file.is_ours else "an image ViT" if is_image else "a TimeSformer"
+        origin, rename = "ours" if file.is_ours else "an image ViT" if is_image else "a TimeSformer", str
+    tensors = _renamed(file.path, tensors, rename)
     if "blocks.0.attn.qkv.weight" not in tensors:
-        some = ", ".join(sorted(file.tensors)[:3]) or "nothing"
+        some = ", ".join(sorted(file.tensors)[:3])[:200] or "nothing"
         raise WeightsError(
             f"{file.path}: not weights of a vision transformer that are known here; it holds {some}, ..."
         )
     return origin, tensors, is_image
+
+
+def _renamed(path: str, tensors: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    renamed = {rename(name): value for name, value in tensors.items()}
+    if len(renamed) < len(tensors):
+        first = next(name for name, count in collections.Counter(map(rename, tensors)).items() if count > 1)
+        raise WeightsError(f"{path}: holds several tensors for {first}")
+    return renamed
 
 
 def _translated(name: str) -> str:
@@ -284,14 +328,18 @@ def _adapt_head(
     is_image: bool,
 ) -> None:
     head = [name for name in ours if name.startswith("head.")]
-    number = len(theirs["head.weight"]) if "head.weight" in theirs else 0
+    if not any(name.startswith("head.") for name in theirs):
+        for name in head:
+            report.initial[name] = "a new head: none in the file"
+        return
+    number = len(theirs["head.weight"]) if "head.weight" in theirs and theirs["head.weight"].ndim == 2 else 0
     if not number:
-        reason = "no head in the file"
-    elif is_image:
+        return  # half a head, which nothing explains
+    if is_image:
         reason = f"the file's {number} classes are of images"
     elif number != len(ours["head.weight"]):
         reason = f"{number} classes in the file, {len(ours['head.weight'])} here"
-    elif classes is not None and their_classes is not None and tuple(classes) != tuple(their_classes):
+    elif classes is not None and their_classes is not None and not _same_names(classes, their_classes):
         reason = f"the file's {number} classes have other names"
     else:
         return
@@ -300,13 +348,19 @@ def _adapt_head(
         theirs.pop(name, None)
 
 
+def _same_names(one: Sequence[str], other: Sequence[str]) -> bool:
+    """But for how they are written: "playing_guitar" is "Playing guitar"."""
+    plain = [[re.sub(r"[\W_]+", "", name).casefold() for name in names] for names in (one, other)]
+    return plain[0] == plain[1]
+
+
 def _resize_embeddings(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
     """Position by bilinear interpolation with corners aligned (PaddleVideo, by scipy.ndimage.zoom of order 1, which for
     some sizes writes zeros into the last row and column; not here), time by the nearest (as all of them do)."""
     pos, target = theirs.get("pos_embed"), ours["pos_embed"]
     if pos is not None and _may_resize(pos, target):
         side, new_side = (math.isqrt(value.shape[1] - 1) for value in (pos, target))
-        if side**2 + 1 == pos.shape[1]:
+        if side and side**2 + 1 == pos.shape[1]:
             grid = pos[:, 1:].double().transpose(1, 2).unflatten(2, (side, side))
             grid = interpolate(grid, (new_side, new_side), mode="bilinear", align_corners=True)
             theirs["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
@@ -318,7 +372,8 @@ def _resize_embeddings(report: LoadReport, theirs: dict[str, Tensor], ours: dict
 
 
 def _may_resize(value: Tensor, target: Tensor) -> bool:
-    return value.ndim == 3 and value.shape[::2] == target.shape[::2] and value.shape[1] != target.shape[1]
+    is_one = value.ndim == 3 and value.shape[::2] == target.shape[::2] and min(value.numel(), target.numel()) > 0
+    return is_one and value.shape[1] != target.shape[1]
 
 
 def _begin_time(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
@@ -346,6 +401,9 @@ def _check_settings(file: _File, model: TimeSformer) -> None:
         raise WeightsError(f"{file.path}: has {file.num_heads} attention heads, the network {num_heads}; set num_heads")
 
 
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
 def _check_explained(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
     missing = [name for name in ours if name not in theirs and name not in report.initial]
     unknown = [name for name in theirs if name not in ours]
@@ -362,18 +420,13 @@ def _check_explained(report: LoadReport, theirs: dict[str, Tensor], ours: dict[s
     if not problems:
         return
     hints = [
-        hint
-        for has_bias, names, hint in (
-            (True, unknown, "its queries, keys and values have a bias: set qkv_bias to true"),
-            (False, missing, "its queries, keys and values have no bias: set qkv_bias to false"),
-        )
+        f"its queries, keys and values have {'a' if bias else 'no'} bias: set qkv_bias to {str(bias).lower()}"
+        for names, bias in ((unknown, True), (missing, False))
         if any(name.endswith("attn.qkv.bias") for name in names)
     ]
     if any("temporal" in name for name in unknown) and not any("temporal" in name for name in ours):
         hints.append("it attends over time and space in turn: set attention to divided_space_time")
-    depth, our_depth = (
-        1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks.")) for names in (theirs, ours)
-    )
+    depth, our_depth = (len({found[1] for found in map(_BLOCK.match, names) if found}) for names in (theirs, ours))
     if depth != our_depth:
         hints.append(f"it has {depth} blocks, the network {our_depth}: set depth")
     raise WeightsError(f"{report.source} ({report.origin}) does not fit the network: {'; '.join(problems + hints)}")

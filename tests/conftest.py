@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.model import let_torchvision_load
 from dali_pipelines.manifest import Manifest, probe
 from tests.videos import numbered, write_video
 
@@ -18,18 +19,8 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def torchvision_loads() -> torch.library.Library:
-    """transformers and timm import torchvision where it is installed. The package index has its CUDA build only, whose
-    operators do not load beside a CPU build of torch: it stops at the names of two that nobody here calls."""
-    library = torch.library.Library("torchvision", "FRAGMENT")  # forgets its operators when it is forgotten
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+def torchvision_loads() -> None:
+    let_torchvision_load()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import benchmarks.model
 import dali_pipelines.loader
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.loader import find_videos
@@ -75,6 +76,77 @@ def test_says_what_was_measured(report, videos):
     ratio = report["ratios"]["floor"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["target"] == 0.9
     assert "ours / floor: " in report["stdout"]
+
+
+@pytest.fixture(scope="module")
+def model_report(tmp_path_factory):
+    out = tmp_path_factory.mktemp("model")
+    settings = ["--size", "tiny", "--batch-size", 1, "--num-frames", 2, "--image-size", 32, "--rounds", 1]
+    done = run("benchmark.py", "model", *settings, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "model.json").read_text()) | {"stdout": done.stdout}
+
+
+def test_network_is_timed_beside_its_peers_or_says_why_not(model_report):
+    contestants, failures = model_report["contestants"], model_report["not_measured"]
+    named = set(benchmarks.model.CONTESTANTS) - {benchmarks.model.COMPILED}
+    assert set(contestants) | set(failures) == named and not set(contestants) & set(failures)
+    for name, reason in failures.items():
+        assert name not in ("ours", "ours checkpointed") and f"{name}: not measured: {reason}" in model_report["stdout"]
+    for result in contestants.values():
+        for measured in result.values():
+            assert measured["training_mib"] >= 0
+            for task in ("forward", "training"):
+                assert measured[task]["seconds"] > 0 and measured[task]["gflops"] > 0
+    assert contestants["ours"]["bf16"]["training"]["ours_is"] == {"median": 1, "low": 1, "high": 1}
+    assert set(model_report["matmul_gflops"]) == {"float32", "bf16"}
+
+
+def test_targets_of_the_network(model_report):
+    for peer in set(benchmarks.model.PEERS) & set(model_report["contestants"]):
+        found = [target for target in model_report["targets"] if target["what"].endswith(peer)]
+        assert len(found) == 5
+        for target in found:
+            low, high = target.get("at_least", 0), target.get("at_most", float("inf"))
+            met = low <= target["value"] <= high
+            assert target["met"] == met and target["what"] in model_report["stdout"]
+
+
+def test_hugging_face_has_our_names():
+    """Every one of our weights has a place in Hugging Face's network, and the other way round: loading is strict."""
+    pytest.importorskip("transformers")
+    work = benchmarks.model.Work("tiny", batch_size=1, num_frames=2, image_size=32, device="cpu")
+    expected = benchmarks.model.ours(work).logits()
+    for fused in (False, True):
+        assert (benchmarks.model.hugging_face(work, fused=fused).logits() - expected).abs().max() < 1e-4
+
+
+def test_network_that_computes_something_else_is_refused(monkeypatch, tmp_path):
+    class Other(benchmarks.model.TorchContestant):
+        def logits(self):
+            return super().logits() + 1e-3
+
+    def other(work):
+        return Other(work.network(), work.clips(), work)
+
+    monkeypatch.setitem(benchmarks.model.CONTESTANTS, "huggingface eager", other)
+    settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, device="cpu", compile=False)
+    with pytest.raises(InputError, match=r"huggingface eager: its logits are 1.0e-03 from ours"):
+        benchmarks.model.benchmark_model(**settings, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(size="huge"), "--size huge: expected one of base, small, tiny"),
+        (dict(image_size=40), "image_size 40 is not a multiple of patch_size 16"),
+        (dict(device="tpu"), "--device tpu: expected cpu or cuda"),
+    ],
+)
+def test_networks_that_cannot_be_measured(tmp_path, changes, message):
+    settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, device="cpu", compile=False)
+    with pytest.raises(InputError, match=message):
+        benchmarks.model.benchmark_model(**(settings | changes), out=tmp_path)
 
 
 CASES = [

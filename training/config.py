@@ -7,6 +7,7 @@ stands once: the network's num_frames, image_size and num_classes follow from `d
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,10 +198,12 @@ def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
     while path is not None:
         if path in [name for name, _ in layers]:
             raise InputError(f"{path}: its `base` leads back to itself")
-        content = _read_yaml(path)
-        layers.insert(0, (path, content))
+        content = OmegaConf.to_container(_read_yaml(path))
         base = content.pop("base", None)
-        path = None if base is None else str(Path(path).parent / str(base))
+        layers.insert(0, (path, OmegaConf.create(content)))
+        if base is not None and (not isinstance(base, str) or not base.endswith((".yaml", ".yml"))):
+            raise InputError(f"{path}: base is {base!r}; expected the name of a YAML file, from this one's folder")
+        path = None if base is None else os.path.normpath(Path(path).parent / base)
     return layers
 
 

@@ -62,6 +62,7 @@ class Trainer:
         self.network.activation_checkpointing = config.train.activation_checkpointing
         self.network.to(process.device)
         self.average = AveragedModel(self.network) if config.train.swa_epochs else None
+        self.average_from = config.train.epochs - config.train.swa_epochs  # the first epoch of those averaged
         if config.train.compile:
             self.network.compile()
         self.model = self.network
@@ -298,7 +299,7 @@ class Trainer:
         self._say_faults(self.train_loader, epoch, mode="train")
         networks = [self.network]
         is_whole = self.step % self.steps_per_epoch == 0
-        if is_whole and epoch >= self.config.train.epochs - self.config.train.swa_epochs:
+        if is_whole and epoch >= self.average_from:
             self.average.update_parameters(self.network)
             networks.append(self.average.module)
         (result, *averaged), unreadable = self.validate(*networks)
@@ -380,6 +381,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
+                "average_from": self.average_from,
                 "loader": self.train_loader.state_dict(),
                 "failed": self.failed,
                 "fault_bytes": self.faults.size(),
@@ -428,7 +430,12 @@ class Trainer:
             group.update(wanted)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None and state.get("average"):
+        if state.get("average") and state["average"]["n_averaged"]:
+            if state["average_from"] != self.average_from:
+                raise InputError(
+                    f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the "
+                    "train.epochs and train.swa_epochs of then, or name another folder with -o output=DIR"
+                )
             self.average.load_state_dict(state["average"])
         self.train_loader.load_state_dict(state["loader"])
         self.step, self.best_top1 = state["step"], state["best_top1"]

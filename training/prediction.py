@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import probe
-from training.config import clip_settings, load_config
+from training.config import Config, clip_settings
 from training.distributed import Process
 from training.engine import resolve_precision
 from training.evaluation import predict_views
@@ -37,7 +37,7 @@ class Prediction:
         ]
 
 
-def predict(weights: Weights, videos: Sequence[str], process: Process) -> Iterator[Prediction]:
+def predict(weights: Weights, config: Config, videos: Sequence[str], process: Process) -> Iterator[Prediction]:
     """A prediction for each video as it comes, first those that cannot be opened, then the others in their order."""
     good = []
     for path in videos:
@@ -47,13 +47,12 @@ def predict(weights: Weights, videos: Sequence[str], process: Process) -> Iterat
             yield Prediction(path, reason=str(error))
     if not good:
         return
-    config = load_config(None, defaults=weights.config())
     loader = ClipLoader(
         Manifest(good),
         **clip_settings(config.data, "test"),
         batch_size=min(4, len(good)),
         device=process.device,
-        workers=0 if len(good) == 1 else min(process.cores, len(good)),
+        workers=0 if len(good) == 1 else min(config.data.workers or process.cores, len(good)),
     )
     network = weights.build(process.device)
     precision = resolve_precision(config.train.precision, process.device)

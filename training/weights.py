@@ -106,9 +106,15 @@ def load_weights(path: str | os.PathLike) -> Weights:
         raise InputError(f"{path}: not the weights that train.py writes; for those of others, name a config with -c")
     try:
         model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
-    except (KeyError, ValueError) as error:
+        with torch.device("meta"):
+            expected = build_network(model, preprocessing, len(classes)).state_dict()
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: its header is not what train.py writes ({error})") from None
-    return Weights(model, preprocessing, tuple(classes), state)
+    wrong = expected.keys() ^ state.keys() or [name for name in state if state[name].shape != expected[name].shape]
+    wrong = wrong or [name for name in state if not state[name].isfinite().all()]
+    if wrong:
+        raise InputError(f"{path}: damaged: {min(wrong)} is not what its header speaks of, or not finite")
+    return Weights(model, preprocessing, tuple(map(str, classes)), state)
 
 
 def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = ()) -> tuple[Weights, Config, str]:
@@ -125,7 +131,7 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
             return weights, config, ""
         model, classes = weights.model, weights.classes
     elif config_path is None or (os.path.isfile(path) and not path.endswith(SUFFIXES)):
-        if path.endswith(".safetensors") or not path.endswith(SUFFIXES):
+        if path.endswith(".safetensors") or (os.path.isfile(path) and not path.endswith(SUFFIXES)):
             load_weights(path)  # says what is wrong with it
         raise InputError(f"{path}: does not say how clips are cut and which classes there are; name a config with -c")
     else:
@@ -138,7 +144,7 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     for key, theirs in report.preprocessing.items():
         if theirs != getattr(config.data, key):
             raise InputError(f"{path}: trained with data.{key}={theirs}; here it is {getattr(config.data, key)}")
-    if report.initial or any("temporal" in name for name in report.adapted):
+    if report.initial or not all(how.startswith("resized") for how in report.adapted.values()):
         raise InputError(f"{path}: not trained for these classes of videos: {report}")
     return Weights(model, preprocessing(config.data), tuple(classes), network.state_dict()), config, str(report)
 
@@ -166,6 +172,8 @@ def load_into(network: TimeSformer, source: str, *, classes: Sequence[str]) -> L
 
 def average_weights(paths: Sequence[str]) -> Weights:
     """The mean of weights files of one network, such as those of the last epochs (SWA, Izmailov et al. 2018)."""
+    if len(paths) < 2:
+        raise InputError(f"{paths[0]}: one file has no mean; name several")
     first = load_weights(paths[0])
     average = AveragedModel(first.build())
     for path in paths:

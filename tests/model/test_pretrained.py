@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pickle
+import struct
 import threading
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import TimeSformer, WeightsError, load_pretrained
+from model.pdparams import read_pdparams
 from tests.conftest import DATA
 
 SIZES = dict(embed_dim=24, depth=2, num_heads=3)
@@ -141,6 +143,65 @@ def test_a_pickle_cannot_change_the_names_it_may_use(tmp_path, program):
     assert sorted(load_pretrained(golden_network(), DATA / "tiny.pdparams").loaded) == sorted(
         golden_network().state_dict()
     )
+
+
+def doubled(depth):
+    """A tuple of a tuple of a tuple, each twice the same: small to write, endless to walk through."""
+    links = b"".join(
+        b"0h" + bytes([n - 1]) + b"h" + bytes([n - 1]) + b"\x86q" + bytes([n]) for n in range(1, depth + 1)
+    )
+    return b")q\0" + links
+
+
+BOMBS = {
+    "memo": b"\x80\x02}r" + struct.pack("<I", 2**32 - 1) + b".",
+    "key": b"\x80\x02" + doubled(60) + b"0}h" + bytes([60]) + b"Ns.",
+    "byte order": b"\x80\x02"
+    + doubled(60)
+    + b"0cnumpy\ndtype\n(X\x02\0\0\0f4K\0K\x01tR(K\x03h"
+    + bytes([60])
+    + b"NNNK\0K\0K\0tb.",
+    "long": b"\x80\x02}X\x01\0\0\0a\x8a\xff" + b"\x7f" * 255 + b"s.",
+    "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**50) + b"x.",
+    "buffer": b"\x80\x05\x96" + struct.pack("<Q", 2**50) + b"x.",
+    "extension": b"\x80\x02}\x82\x01s.",
+    "persistent": b"\x80\x02}X\x01\0\0\0aPx\ns.",
+    "deep": b"\x80\x02" + b"]" * 200000 + b"a" * 199999 + b".",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_that_want_much(tmp_path, name):
+    (tmp_path / "w.pdparams").write_bytes(BOMBS[name])
+    with pytest.raises(WeightsError) as error:
+        load_pretrained(network(), tmp_path / "w.pdparams")
+    assert len(str(error.value)) < 500
+
+
+def test_a_small_file_of_many_names_for_one_array_takes_no_more_memory(tmp_path):
+    array = np.zeros(100_000, "f4")
+    shared = {f"a{number}": array for number in range(300)}
+    (tmp_path / "w.pdparams").write_bytes(pickle.dumps(shared, 2))
+    tensors = read_pdparams(tmp_path / "w.pdparams")
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == 1 and len(tensors) == 300
+
+
+@pytest.mark.parametrize(
+    "content", [{5: "x"}, {(1, 2): "x"}, {None: "x"}, {b"a": "x"}, {"model": {"a": "x"}, "b": "x"}]
+)
+@pytest.mark.parametrize("suffix", ["pdparams", "pth"])
+def test_names_that_are_no_text_and_tensors_beside_the_model(tmp_path, content, suffix):
+    def filled(value):
+        array = np.zeros((2, 2), "f4") if suffix == "pdparams" else torch.zeros(2, 2)
+        return {k: filled(v) for k, v in value.items()} if isinstance(value, dict) else array
+
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "pth":
+        torch.save(filled(content), path)
+    else:
+        path.write_bytes(pickle.dumps(filled(content), 2))
+    with pytest.raises(WeightsError, match=f"w.{suffix}"):
+        load_pretrained(network(), path)
 
 
 @pytest.mark.parametrize("form", ["slices", "checkpoint", "bfloat16"])
@@ -285,7 +346,7 @@ def test_a_network_of_hugging_face_without_a_head(hugging_face, tmp_path):
     theirs.timesformer.save_pretrained(tmp_path)
     model = network(qkv_bias=True)
     report = load_pretrained(model, tmp_path)
-    assert set(report.initial.values()) == {"a new head: no head in the file"}
+    assert set(report.initial.values()) == {"a new head: none in the file"}
     assert (model.blocks[1].mlp.fc2.weight == theirs.timesformer.encoder.layer[1].output.dense.weight).all()
 
 
@@ -312,13 +373,63 @@ def test_checkpoints_of_facebookresearch(hugging_face, tmp_path, prefix):
         torch.testing.assert_close(model(clips), their_logits(theirs, clips), atol=1e-5, rtol=1e-5)
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(hidden_act="relu"), "config.json has hidden_act 'relu'; here it is 'gelu'"),
+        (dict(layer_norm_eps=1e-2), "config.json has layer_norm_eps 0.01; here it is 1e-06"),
+        (dict(global_pool="avg"), "config.json has global_pool 'avg'; here it is 'token'"),
+        (dict(num_attention_heads=4), "has 4 attention heads, the network 3"),
+        (dict(pretrained_cfg={"mean": "abc", "std": [1, 1, 1]}), "mean in its JSON files is no list of three numbers"),
+        (dict(pretrained_cfg={"mean": [0.5], "std": [1, 1, 1]}), "mean in its JSON files is no list of three numbers"),
+    ],
+)
+def test_a_network_that_computes_something_else_is_noticed(hugging_face, tmp_path, changes, message):
+    their_model(hugging_face).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(WeightsError, match=message):
+            load_pretrained(network(qkv_bias=True), source)
+
+
+def test_odd_json_is_no_traceback(hugging_face, tmp_path):
+    their_model(hugging_face).save_pretrained(tmp_path)
+    for pretrained in (None, "x", [1]):
+        edit_json(tmp_path / "config.json", pretrained_cfg=pretrained)
+        load_pretrained(network(qkv_bias=True), tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": 0.25}')
+    report = load_pretrained(network(qkv_bias=True), tmp_path)
+    assert report.preprocessing == {"mean": [0.5] * 3, "std": [0.25] * 3}
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match=r"config.json: not JSON"):
+        load_pretrained(network(qkv_bias=True), tmp_path)
+
+
+def test_class_names_of_hugging_face(hugging_face, tmp_path):
+    names = ["ash", "big birch", "cedar", "fir", "oak"]
+    their_model(hugging_face, id2label=dict(enumerate(names))).save_pretrained(tmp_path)
+    for classes, is_new in (
+        (names, False), (["Ash", "big_birch", "cedar", "fir", "Oak"], False), (names[::-1], True), (None, False),
+    ):  # fmt: skip
+        assert bool(load_pretrained(network(qkv_bias=True), tmp_path, classes=classes).initial) == is_new
+    their_model(hugging_face).save_pretrained(tmp_path / "unnamed")
+    assert not load_pretrained(network(qkv_bias=True), tmp_path / "unnamed", classes=names).initial
+
+
 def test_a_torch_file_with_a_program_in_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("a.pyth", {"model_state": Calls(os.system, "touch made")}), ("b.pth", {"x": 1})):
+    endless = {}
+    endless["model"] = endless
+    program = {"model_state": Calls(os.system, "touch made")}
+    for name, content in (("a.pyth", program), ("b.pth", {"x": 1}), ("c.pth", endless)):
         torch.save(content, name)
         with pytest.raises(WeightsError, match=name):
             load_pretrained(network(), name)
-    assert sorted(os.listdir(tmp_path)) == ["a.pyth", "b.pth"]
+    assert sorted(os.listdir(tmp_path)) == ["a.pyth", "b.pth", "c.pth"]
 
 
 # -- the Hugging Face Hub --
@@ -478,6 +589,45 @@ def test_what_does_not_fit_is_said_and_changes_nothing(tmp_path, changes, messag
     with pytest.raises(WeightsError, match=message):
         load_pretrained(model, path)
     assert all((value == before[name]).all() for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"blocks.x.y": torch.ones(2)}, "the network has no blocks.x.y"),
+        ({"blocks.": torch.ones(2)}, "the network has no blocks.;|the network has no blocks."),
+        ({"module.norm.bias": torch.ones(24)}, "holds several tensors for norm.bias"),
+        ({"head.weight": None}, "it lacks head.weight"),
+        ({"head.weight": torch.tensor(1.0)}, "head.weight is  there|does not fit"),
+        ({"pos_embed": torch.ones(1, 1, 24)}, "pos_embed is 1 x 1 x 24 there"),
+        ({"pos_embed": torch.ones(1, 0, 24)}, "pos_embed is 1 x 0 x 24 there"),
+        ({"time_embed": torch.ones(1, 0, 24)}, "time_embed is 1 x 0 x 24 there"),
+        ({"norm.bias": torch.ones(24, dtype=torch.int64)}, "norm.bias is no array of numbers as weights are"),
+        ({"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is no array of numbers as weights are"),
+        ({"norm.bias": torch.ones(24).to(torch.float8_e4m3fn)}, "norm.bias is no array of numbers as weights are"),
+        ({"norm.bias": torch.ones(24).to_sparse()}, "norm.bias is no array of numbers as weights are"),
+        ({"norm.bias": torch.full((24,), 1e300, dtype=torch.float64)}, "norm.bias holds values that are not finite"),
+        ({"pos_embed": torch.ones(1, 1, 1).expand(1, 2**30, 24)}, "pos_embed is larger than what the file holds"),
+    ],
+)
+def test_odd_tensors_are_told_and_change_nothing(tmp_path, changes, message):
+    state = {name: value for name, value in (network().state_dict() | changes).items() if value is not None}
+    torch.save(state, tmp_path / "w.pth")
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=message):
+        load_pretrained(model, tmp_path / "w.pth")
+    assert all((value == before[name]).all() for name, value in model.state_dict().items())
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    source = scatter(network())
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        torch.save({name: value.to(dtype) for name, value in source.state_dict().items()}, tmp_path / "w.pth")
+        model = network()
+        load_pretrained(model, tmp_path / "w.pth")
+        assert model.norm.bias.dtype == torch.float32
+        torch.testing.assert_close(model.norm.bias, source.norm.bias, atol=2e-3, rtol=0)
 
 
 def test_tensors_that_nobody_knows_and_numbers_that_are_none(tmp_path):

@@ -1,10 +1,13 @@
 """The network against the paper's equations written out with plain loops, and its size against the published one."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import TimeSformer
 
@@ -126,6 +129,94 @@ def test_size_of_the_base_model():
         with_bias = TimeSformer(num_frames=8, image_size=224, num_classes=400, qkv_bias=True)
     assert sum(value.numel() for value in plain.parameters()) == 121_511_056  # published: 121.4 M
     assert sum(value.numel() for value in with_bias.parameters()) == 121_566_352
+
+
+def test_multiply_adds_of_the_base_model():
+    """Published: 196 G a clip; with the products of attention."""
+    with torch.device("meta"):
+        model, clips = TimeSformer(num_frames=8, image_size=224, num_classes=400), torch.empty(1, 3, 8, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(clips)
+    patches, tokens, dim = 8 * 196, 8 * 197, 768
+    over_time = patches * (5 * dim**2 + 2 * 8 * dim)
+    over_space = tokens * (4 * dim**2 + 2 * 197 * dim)
+    block = over_time + over_space + (patches + 1) * 8 * dim**2
+    assert counter.get_total_flops() == 2 * (patches * dim**2 + 12 * block + 400 * dim)
+    assert round(counter.get_total_flops() / 2e9) == 196
+
+
+class Copies(TorchDispatchMode):
+    """Counts what moves an activation without computing anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket._qualified_op_name.removeprefix("aten::")
+        if name in ("copy_", "clone", "contiguous", "_to_copy", "cat", "stack", "index", "repeat", "constant_pad_nd"):
+            self.names.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_reads_strided_views(training):
+    """Patches are cut once; after that the only copy is, once a block, the class token put beside the patches."""
+    model, clips = network(drop_path=0.0).train(training), torch.rand(2, 3, 3, 32, 32)
+    with torch.set_grad_enabled(training), Copies() as copies:
+        model(clips)
+    assert copies.names == ["clone", *["cat"] * len(model.blocks)]
+
+
+def gradients(model, run, clips):
+    model.zero_grad()
+    torch.manual_seed(3)  # drop path
+    run(clips).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("attention", ["divided_space_time", "joint_space_time", "space_only"])
+def test_activation_checkpointing_keeps_gradients_and_memory(attention):
+    model, clips = network(attention=attention, drop_path=0.5, depth=3).train(), torch.rand(2, 3, 3, 32, 32)
+
+    def kept(model):
+        """Bytes that a training step keeps for its backward pass."""
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda it: it):
+            model(clips)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(size for address, size in storages.items() if address not in parameters)
+
+    plain, plain_bytes = gradients(model, model, clips), kept(model)
+    model.activation_checkpointing = True
+    torch.testing.assert_close(gradients(model, model, clips), plain, rtol=0, atol=0)
+    pixels = clips.untyped_storage().nbytes()  # kept for the patch embedding
+    assert kept(model) - pixels < (plain_bytes - pixels) / 3
+
+
+def test_bf16_training_on_a_cpu_follows_float32():
+    """There attention is two products and a softmax; with 49 patches of 8 channels its weights are made twice."""
+    model = TimeSformer(**(SETTINGS | dict(image_size=112))).train()
+    model.blocks[1].drop_path = 0.0
+    clips = torch.rand(2, 3, 3, 112, 112)
+
+    def in_bf16(clips):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(clips)
+
+    exact, rounded = gradients(model, model, clips), gradients(model, in_bf16, clips)
+    for name, gradient in exact.items():
+        assert (rounded[name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiles_as_one_graph():
+    model, clips = network(depth=1, drop_path=0.0).train(), torch.rand(2, 3, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(clips), model(clips), rtol=1e-4, atol=1e-4)
+    expected = gradients(model, model, clips)
+    torch.testing.assert_close(gradients(model, compiled, clips), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_drop_path_drops_whole_branches_in_training_only():

@@ -117,6 +117,10 @@ def test_a_file_stands_on_its_base(file, tmp_path):
     (tmp_path / "round.yaml").write_text("base: round.yaml\n")
     with pytest.raises(InputError, match=r"round.yaml: its `base` leads back to itself"):
         load_config(str(tmp_path / "round.yaml"))
+    for base in ("${name}", "[x]", "5", "{a: 1}", "''", "???"):
+        (tmp_path / "odd.yaml").write_text(f"base: {base}\n")
+        with pytest.raises(InputError, match=r"odd.yaml: base is .* expected the name of a YAML file"):
+            load_config(str(tmp_path / "odd.yaml"))
     (tmp_path / "bad.yaml").write_text("base: gone.yaml\n")
     with pytest.raises(FileNotFoundError, match=r"gone.yaml"):
         load_config(str(tmp_path / "bad.yaml"))

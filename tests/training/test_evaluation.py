@@ -126,7 +126,8 @@ def test_predictions_agree_with_evaluation_for_every_video(weights_file, small_d
     manifest = Manifest.read(small_data / "val.csv")
     files = [manifest.file(n) for n in range(len(manifest))]
     with start_process("cpu") as process:
-        predictions = list(predict(load_weights(weights_file), files, process))
+        weights, config, _ = open_weights(str(weights_file), None)
+        predictions = list(predict(weights, config, files, process))
     assert [prediction.video for prediction in predictions] == files
     for prediction, row in zip(predictions, result.probabilities, strict=True):
         torch.testing.assert_close(prediction.probabilities, row, atol=1e-6, rtol=0)
@@ -146,6 +147,8 @@ def test_predict_as_a_user_runs_it(weights_file, small_data, tmp_path):
     for path in (videos[0], videos[3]):
         top = entries[str(path)]["top"]
         assert len(top) == 2 and top[0]["probability"] >= top[1]["probability"] and top[0]["class"] in "ash birch cedar"
+    bad = run("predict.py", "-w", weights_file, videos[0], "-o", "device=nonsense")
+    assert bad.returncode == 2 and "device is 'nonsense'" in bad.stderr
     plain = run("predict.py", "-w", weights_file, videos[0], "--device", "cpu", "--picture", tmp_path / "p.png")
     assert plain.returncode == 0 and re.search(
         r"^    0\.\d{4}  (ash|birch|cedar) \([012]\)$", plain.stdout, re.MULTILINE

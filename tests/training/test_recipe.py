@@ -94,6 +94,13 @@ def test_the_average_is_that_of_the_last_epochs(config_file, tmp_path, epochs, c
         assert logged[-1]["swa/top1"] == logged[-1]["val/top1"] and logged[-1]["swa/loss"] == logged[-1]["val/loss"]
 
 
+def test_an_average_that_has_begun_is_not_mixed_with_another(config_file, tmp_path):
+    train(config_file, "train.swa_epochs=2")
+    with pytest.raises(InputError, match="weights have been averaged since epoch 2; resume with the train.epochs"):
+        train(config_file, "train.swa_epochs=1", "train.epochs=5", resume=True)
+    train(config_file, "train.swa_epochs=4", "train.epochs=5", resume=True)
+
+
 # -- a teacher --
 
 

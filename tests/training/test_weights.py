@@ -36,18 +36,29 @@ def test_there_and_back(weights, tmp_path):
 
 
 def test_other_files_are_refused(weights, tmp_path):
-    from safetensors.torch import save_file
-
     save_weights(tmp_path / "whole", weights)
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
     (tmp_path / "pickle").write_bytes(pickle.dumps({"a": 1}))
     (tmp_path / "empty").touch()
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    less = {name: value for name, value in weights.state.items() if name != "norm.bias"}
+    nan = weights.state | {"norm.bias": torch.full((24,), torch.nan)}
+    for name, changes in (
+        ("less", {"state": less}),
+        ("nan", {"state": nan}),
+        ("classes", {"classes": CLASSES[:2]}),
+        ("header", {"model": {"depth": 2, "width": 3}}),
+    ):
+        save_weights(tmp_path / name, dataclasses.replace(weights, **changes))
     for name, message in [
         ("cut", "damaged"),
         ("pickle", "not a safetensors file"),
         ("empty", "not a safetensors file"),
         ("foreign", "not the weights that train.py writes"),
+        ("less", "damaged: norm.bias is not what its header speaks of"),
+        ("nan", "damaged: norm.bias"),
+        ("classes", "damaged: head.bias"),
+        ("header", "its header is not what train.py writes"),
         ("gone", "no such weights file"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -95,6 +106,10 @@ def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
     weights, config, said = open_weights(path, golden_config)
     assert said == f"{path} (PaddleVideo): 63 tensors loaded as they are"
     assert weights.classes[10] == "class 10" and weights.preprocessing["crop_size"] == config.data.crop_size == 64
+    space = tmp_path / "space.pth"
+    timeless = {f"model.{name}": value for name, value in weights.state.items() if "temporal" not in name}
+    del timeless["model.time_embed"]
+    torch.save(timeless, space)
     foreign = {name: torch.zeros(3) for name in ("a", "b")}
     save_file(foreign, tmp_path / "x.safetensors")
     (tmp_path / "ten.txt").write_text("a\n" * 10)
@@ -119,6 +134,8 @@ def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
         (path, golden_config, ["model.qkv_bias=true"], "set qkv_bias to false"),
         (tmp_path / "vit.safetensors", golden_config, [], "vit.safetensors: not trained for these classes of videos"),
         ("gone.pdparams", golden_config, [], "gone.pdparams: no such weights file"),
+        (tmp_path, None, [], "does not say how clips are cut"),
+        (space, golden_config, ["model.attention=joint_space_time"], "not trained for these classes of videos"),
     ]:
         with pytest.raises(InputError, match=message):
             open_weights(str(file), config_path, overrides)
@@ -134,6 +151,8 @@ def test_the_mean_of_weights(weights, tmp_path):
     assert all((value == 3).all() for value in averaged.state.values())
     assert (averaged.model, averaged.classes) == (weights.model, weights.classes)
     save_weights(tmp_path / "other.safetensors", dataclasses.replace(weights, classes=("a", "b", "c")))
+    with pytest.raises(InputError, match=r"one file has no mean"):
+        average_weights(paths[:1])
     with pytest.raises(InputError, match=r"other.safetensors: its classes is not that of .*0.safetensors"):
         average_weights([paths[0], str(tmp_path / "other.safetensors")])
 
