@@ -3,8 +3,8 @@
 Why it is fair:
 
 - Everybody has the same weights and gets the same clips; before the clock, float32 logits must agree to 1e-4.
-- Everybody runs in this process with the same threads. In each round everybody has a turn, ratios are taken within a
-  round, then their median; a round before the first is not counted.
+- Everybody runs in this process with the same threads. In each round everybody has a turn, the next one first; ratios
+  are taken within a round, then their median; a round before the first is not counted.
 - The peers get their best: Hugging Face's network also with PyTorch's fused attention, which it does not have itself.
 - bf16 is autocast, weights and gradients stay float32; a training step is forward and backward, without an optimizer.
 - Memory: one contestant and precision in a process of its own. After one step, which leaves the gradients and whatever
@@ -39,6 +39,7 @@ from benchmarks.loader import machine
 from dali_pipelines.errors import InputError
 from dali_pipelines.processes import end_with_parent
 from model import TimeSformer
+from model.pretrained import from_hugging_face
 
 SIZES = {  # channels, blocks, heads
     "base": (768, 12, 12),
@@ -152,7 +153,8 @@ def hugging_face(work: Work, *, fused: bool) -> TorchContestant:
         num_labels=_CLASSES,
     )
     network = TimesformerForVideoClassification(config).train()
-    network.load_state_dict({hugging_face_name(name): value for name, value in work.network().state_dict().items()})
+    ours = work.network().state_dict()
+    network.load_state_dict({name: ours[from_hugging_face(name)] for name in network.state_dict()})
     if fused:
         for layer in network.timesformer.encoder.layer:
             for attention in (layer.attention.attention, layer.temporal_attention.attention):
@@ -163,34 +165,6 @@ def hugging_face(work: Work, *, fused: bool) -> TorchContestant:
 def _fused_attention(module: nn.Module, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
     q, k, v = module.qkv(hidden_states).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return (scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2),)
-
-
-def hugging_face_name(name: str) -> str:
-    """blocks.3.attn.qkv.weight -> timesformer.encoder.layer.3.attention.attention.qkv.weight"""
-    block = {
-        "temporal_norm1": "temporal_layernorm",
-        "temporal_attn.qkv": "temporal_attention.attention.qkv",
-        "temporal_attn.proj": "temporal_attention.output.dense",
-        "temporal_fc": "temporal_dense",
-        "norm1": "layernorm_before",
-        "attn.qkv": "attention.attention.qkv",
-        "attn.proj": "attention.output.dense",
-        "norm2": "layernorm_after",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }
-    others = {
-        "patch_embed.proj": "timesformer.embeddings.patch_embeddings.projection",
-        "cls_token": "timesformer.embeddings.cls_token",
-        "pos_embed": "timesformer.embeddings.position_embeddings",
-        "time_embed": "timesformer.embeddings.time_embeddings",
-        "norm": "timesformer.layernorm",
-        "head": "classifier",
-    }
-    if found := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
-        return f"timesformer.encoder.layer.{found[1]}.{block[found[2]]}.{found[3]}"
-    module, _, parameter = name.rpartition(".")
-    return f"{others[module]}.{parameter}" if module else others[name]
 
 
 class PaddleContestant:
@@ -369,9 +343,10 @@ def take_turns(made: dict[str, Any], task: str, precision: str, rounds: int) -> 
     seconds = {name: [] for name in made}
     for number in range(-1, rounds):  # the first is not counted
         print(f"{precision} {task}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        for name, contestant in made.items():
+        first = number % len(made)  # everybody comes after everybody: memory is in the state that the one before left
+        for name in [*made, *made][first : first + len(made)]:
             start = time.perf_counter()
-            getattr(contestant, task)(precision)
+            getattr(made[name], task)(precision)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

@@ -257,7 +257,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 # -- from their names to ours --
 
-HUGGING_FACE_NAMES = {
+_HUGGING_FACE_NAMES = {
     "timesformer.": "",
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -285,7 +285,7 @@ def _our_names(file: _File) -> tuple[str, dict[str, Tensor], bool]:
     tensors = _renamed(file.path, file.tensors, lambda name: name.removeprefix("module."))  # of DataParallel
     is_image = False
     if any("encoder.layer." in name for name in tensors):
-        origin, rename = "Hugging Face", _translated
+        origin, rename = "Hugging Face", from_hugging_face
     elif any(name.startswith("backbone.") for name in tensors):
         origin, rename = "PaddleVideo", lambda name: re.sub(r"^head\.fc\.", "head.", name.removeprefix("backbone."))
     elif all(name.startswith("model.") for name in tensors):
@@ -310,8 +310,9 @@ def _renamed(path: str, tensors: dict[str, Tensor], rename: Callable[[str], str]
     return renamed
 
 
-def _translated(name: str) -> str:
-    for theirs, ours in HUGGING_FACE_NAMES.items():
+def from_hugging_face(name: str) -> str:
+    """timesformer.encoder.layer.3.attention.attention.qkv.weight -> blocks.3.attn.qkv.weight"""
+    for theirs, ours in _HUGGING_FACE_NAMES.items():
         name = name.replace(theirs, ours)
     return name
 

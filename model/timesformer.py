@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 Attention = Literal["divided_space_time", "joint_space_time", "space_only"]
 
 _LAYER_NORM_EPS = 1e-6  # PaddleVideo pptimesformer_k400_videos.yaml
-_MLP_RATIO = 4
 
 
 class TimeSformer(nn.Module):
@@ -142,9 +141,8 @@ class Block(nn.Module):
         batch, num_patches, num_frames, _ = x.shape
         if self.temporal_attn is not None:
             # Section 3.3, equation 10: every patch sees the patches at its place in the other frames.
-            keep = self._keep(x, batch, num_patches, 1, 1)
             over_time = self.temporal_attn.attend(_normed(self.temporal_norm1, x).flatten(0, 1).unsqueeze(2))
-            x = x + self._project_over_time(over_time.view(x.shape), keep)
+            x = x + self._project_over_time(over_time.view(x.shape), self._keep(x, batch, num_patches, 1, 1))
         # Equation 11: every patch sees the patches of its frame and the class token; each frame has a copy of that
         # token, and the copies are averaged afterwards.
         frames = torch.cat([cls.expand(-1, -1, num_frames, -1), x], dim=1)  # [B, 1+N, T, D]
@@ -161,7 +159,9 @@ class Block(nn.Module):
         if not self.training:
             return outer(inner(x))
         # Two products in a row: one with their product saves 4 % of a training step, and what lies between them.
-        return _scale(linear(x, outer.weight @ inner.weight, linear(inner.bias, outer.weight)), keep) + outer.bias
+        bias = linear(inner.bias, outer.weight, outer.bias if keep is None else None)
+        x = linear(x, outer.weight @ inner.weight, bias)
+        return x if keep is None else x * keep + outer.bias
 
     def _keep(self, like: Tensor, *shape: int) -> Tensor | None:
         """Drop path: 0 with probability `drop_path`, else 1 / (1 - drop_path); drawn for each entry of `shape`."""
@@ -239,8 +239,8 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 class Mlp(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, _MLP_RATIO * dim)
-        self.fc2 = nn.Linear(_MLP_RATIO * dim, dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
         """Each [..., D] -> [..., D]."""
