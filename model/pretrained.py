@@ -206,7 +206,7 @@ def _download(repository: str, *names: str, optional: bool = False) -> Path | No
             return Path(hf_hub_download(repository, name))
         except LocalEntryNotFoundError as error:  # offline and not in the cache
             if not optional:
-                raise WeightsError(f"{repository}: {name} cannot be fetched: {error}") from None
+                raise WeightsError(f"{repository}: {name} cannot be fetched ({error}); name a file of it") from None
             return None
         except EntryNotFoundError:
             continue

@@ -210,6 +210,19 @@ def test_bf16_training_on_a_cpu_follows_float32():
         assert (rounded[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["divided_space_time", "joint_space_time", "space_only"])
+def test_a_gpu_computes_what_the_cpu_does(attention):
+    model, clips = network(attention=attention, drop_path=0.0).train(), torch.rand(2, 3, 3, 32, 32)
+    expected, logits = gradients(model, model, clips), model(clips)
+    model, clips = model.cuda(), clips.cuda()
+    torch.testing.assert_close(model(clips).cpu(), logits, rtol=1e-3, atol=1e-3)
+    found = {name: value.cpu() for name, value in gradients(model, model, clips).items()}
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    with torch.autocast("cuda", torch.bfloat16):
+        torch.testing.assert_close(model(clips).float().cpu(), logits, rtol=0.1, atol=0.3)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiles_as_one_graph():
     model, clips = network(depth=1, drop_path=0.0).train(), torch.rand(2, 3, 3, 32, 32)
