@@ -217,13 +217,17 @@ def _download(repository: str, *names: str, optional: bool = False) -> Path | No
     return None
 
 
-def _read_safetensors(path: Path) -> _File:
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and what its header says besides; `WeightsError` where it is none."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+
+
+def _read_safetensors(path: Path) -> _File:
+    tensors, metadata = read_safetensors(path)
     if "preprocessing" not in metadata:
         return _File(str(path), tensors)
     try:

@@ -1,5 +1,6 @@
 """Fixtures: where the reference data is, and a folder of small videos of every codec, made once a session."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from tests.videos import numbered, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"
 DATA = Path(__file__).parent / "data"
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
 
 def pytest_configure(config):

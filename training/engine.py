@@ -62,7 +62,8 @@ class Trainer:
         self.network.activation_checkpointing = config.train.activation_checkpointing
         self.network.to(process.device)
         self.average = AveragedModel(self.network) if config.train.swa_epochs else None
-        self.average_from = config.train.epochs - config.train.swa_epochs  # the first epoch of those averaged
+        # The first epoch of those averaged.
+        self.average_from = None if self.average is None else config.train.epochs - config.train.swa_epochs
         if config.train.compile:
             self.network.compile()
         self.model = self.network
@@ -299,7 +300,7 @@ class Trainer:
         self._say_faults(self.train_loader, epoch, mode="train")
         networks = [self.network]
         is_whole = self.step % self.steps_per_epoch == 0
-        if is_whole and epoch >= self.average_from:
+        if is_whole and self.average is not None and epoch >= self.average_from:
             self.average.update_parameters(self.network)
             networks.append(self.average.module)
         (result, *averaged), unreadable = self.validate(*networks)

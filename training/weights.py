@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dali_pipelines.errors import InputError
 from model import LoadReport, TimeSformer, WeightsError, load_pretrained
-from model.pretrained import SUFFIXES
+from model.pretrained import SUFFIXES, read_safetensors
 from training.config import PREPROCESSING, Config, ModelConfig, load_config, preprocessing
 from training.labels import read_labels
 
@@ -97,11 +97,9 @@ def load_weights(path: str | os.PathLike) -> Weights:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weights file; train.py writes best.safetensors and last.safetensors")
     try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+        state, metadata = read_safetensors(path)
+    except WeightsError as error:
+        raise InputError(str(error)) from None
     if metadata.get("format") != _FORMAT:
         raise InputError(f"{path}: not the weights that train.py writes; for those of others, name a config with -c")
     try:
@@ -124,14 +122,15 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     embedding is resized. What `model.load_pretrained` reads besides needs a config that tells the rest, `data.labels`
     included.
     """
+    is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
     if is_ours(path):
         weights = load_weights(path)
         config = _agreeing_config(weights, config_path, overrides)
         if config.data.num_frames == weights.preprocessing["num_frames"]:
             return weights, config, ""
         model, classes = weights.model, weights.classes
-    elif config_path is None or (os.path.isfile(path) and not path.endswith(SUFFIXES)):
-        if path.endswith(".safetensors") or (os.path.isfile(path) and not path.endswith(SUFFIXES)):
+    elif config_path is None or is_other_file:
+        if path.endswith(".safetensors") or is_other_file:
             load_weights(path)  # says what is wrong with it
         raise InputError(f"{path}: does not say how clips are cut and which classes there are; name a config with -c")
     else:

@@ -1,7 +1,6 @@
 """The network against the paper's equations written out with plain loops, and its size against the published one."""
 
 import itertools
-import shutil
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import TimeSformer
+from tests.conftest import needs_compiler
 
 SETTINGS = dict(num_frames=3, image_size=32, num_classes=5, patch_size=16, embed_dim=24, depth=2, num_heads=3)
 
@@ -223,7 +223,7 @@ def test_a_gpu_computes_what_the_cpu_does(attention):
         torch.testing.assert_close(model(clips).float().cpu(), logits, rtol=0.1, atol=0.3)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiles_as_one_graph():
     model, clips = network(depth=1, drop_path=0.0).train(), torch.rand(2, 3, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True)

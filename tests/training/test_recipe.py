@@ -8,6 +8,7 @@ import torch
 
 from dali_pipelines import InputError
 from model import TimeSformer
+from tests.conftest import needs_compiler
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training.config import load_config, preprocessing
 from training.distributed import start_process
@@ -176,6 +177,7 @@ def test_activation_checkpointing_changes_nothing(config_file, tmp_path):
     assert_equal_weights(tmp_path / "plain", tmp_path / "less", within=1e-6)
 
 
+@needs_compiler
 def test_a_compiled_network_trains_the_same_and_saves_the_same_names(config_file, tmp_path):
     settings = ["train.max_steps=2", "model.drop_path=0", "model.depth=1"]
     train(config_file, *settings, f"output={tmp_path}/plain")
