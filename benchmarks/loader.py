@@ -12,7 +12,6 @@ Why it is fair:
 - Every run is a new process; contestants take turns, and ratios are taken within a turn, then their median.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -51,6 +50,7 @@ from dali_pipelines.manifest import Manifest, Video, ffmpeg_url
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
 from preparation.index import VIDEO_SUFFIXES, index
+from training.gauges import processes, proportional_mib
 
 TARGETS = {"best peer": 1.35, REFERENCE: 3.0, FLOOR: 0.9}
 _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "decord2", "torchcodec", "spdl", "numpy")
@@ -200,27 +200,12 @@ def time_run(name: str, work: Work, count: int) -> Run:
     return Run(clips / seconds, 1000 * cpu_seconds / clips, worker_mib, main_mib)
 
 
-def processes() -> list[int]:
-    """This process and all that it has started, directly or not."""
-    found = [os.getpid()]
-    for process in found:
-        for thread in Path(f"/proc/{process}/task").iterdir():
-            with contextlib.suppress(OSError):  # it may end meanwhile
-                found += map(int, (thread / "children").read_text().split())
-    return found
-
-
 def _cpu_seconds() -> float:
     ticks = 0
     for process in processes():
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # user, system
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def proportional_mib(process: int) -> float:
-    """Its memory, where what it shares with others counts in parts (PSS)."""
-    return int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)[1]) / 1024
 
 
 def _attempt(result: dict[str, Any], function: Callable, name: str, *arguments: Any) -> Any:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.loader import find_videos, processes, proportional_mib
+from benchmarks.loader import find_videos
 from dali_pipelines import ClipLoader, InputError, Manifest
+from training.gauges import processes, proportional_mib
 
 _LOOKS = 10
 _GROWTH = 1.05  # of the last looks over those in the middle

@@ -1,39 +1,144 @@
 """Checkpoints, which tell where training stood."""
 
+import hashlib
 import os
+import pickle
 import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from training.weights import whole_file
+from dali_pipelines.errors import InputError
+from training.weights import put_in_place, whole_file
 
 _KEPT = 2  # checkpoints: the newest, and the one before it
+_NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")
+_UNNAMED = "unnamed.pt"  # until its checksum is known
+
+
+class DamagedError(InputError):
+    """A checkpoint whose bytes are not those that were written."""
+
+
+class _Hashing:
+    """A file to write to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
-    """Writes folder/step_00000123.pt, whole or not at all, and removes all but the newest two."""
+    """Writes folder/step_00000123-0a1b2c3d4e5f6789.pt, whole or not at all, and removes all but the newest two.
+
+    The name ends with the first 16 digits of the file's SHA-256, so that one rename puts both in place. Where the
+    disk is full, the older of two is given up for the new one, if the newer is intact. Raises `InputError`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:08d}.pt"
-    with whole_file(path) as file:
-        torch.save(state, file)
+    try:
+        path = _write(folder, step, state)
+    except InputError:
+        *older, newest = list_checkpoints(folder) or [None]
+        if not older or not is_intact(newest):
+            raise
+        for old in older:
+            old.unlink()
+        path = _write(folder, step, state)
     for old in list_checkpoints(folder)[:-_KEPT]:
         old.unlink()
     return path
 
 
+def _write(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    with whole_file(folder / _UNNAMED) as file:
+        hashing = _Hashing(file)
+        torch.save(state, hashing)
+    path = folder / f"step_{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
+    put_in_place(folder / _UNNAMED, path)
+    return path
+
+
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", path.name))
+    found = [path for path in Path(folder).glob("step_*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (int(_NAME.fullmatch(path.name)[1]), path.stat().st_mtime_ns))
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the file's checksum is the one in its name."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(_NAME.fullmatch(path.name)[2])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Raises `DamagedError` where it is not what was written, or is not there."""
+    try:
+        if not is_intact(path):
+            raise DamagedError(f"{path}: damaged, its checksum is not the one in its name")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
+    except (pickle.UnpicklingError, RuntimeError) as error:  # its checksum is right
+        raise DamagedError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
 
 
 def load_newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, and its path; None where there is none."""
+    """The newest checkpoint that is intact, and its path; None where there is none. Damaged ones are named."""
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds for a damaged file; the one before it may be whole
-            print(f"{path}: cannot be read ({type(error).__name__}); looking for an older one")
+            return path, load_checkpoint(path)
+        except DamagedError as error:
+            print(f"{error}; looking for an older one", flush=True)
     return None
+
+
+class Writer:
+    """Writes files in a thread, one job after another.
+
+    `submit` waits for the job before, so that at most one is kept in memory. What a job raises comes out of `wait`,
+    once.
+    """
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._job: Future | None = None
+
+    def submit(self, job: Callable[[], Any]) -> None:
+        self._job = self._pool.submit(job)
+
+    @property
+    def is_busy(self) -> bool:
+        return self._job is not None and not self._job.done()
+
+    def wait(self) -> bool:
+        """Until nothing is being written; whether something was, since the last call."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+        return job is not None
+
+    def close(self) -> None:
+        """Waits, and says nothing of what was raised."""
+        self._pool.shutdown()
+
+
+def host_copy(value: Any) -> Any:
+    """`value` with every tensor in it copied to host memory; what training does next does not change it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: host_copy(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(host_copy, value))
+    return value

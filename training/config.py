@@ -83,7 +83,10 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     name: str = "sgd"
-    """sgd (Nesterov) or adamw."""
+    """sgd (Nesterov), adamw or lamb."""
+    implementation: str = "auto"
+    """auto: Apex's fused kernels where they run, on a GPU; else torch's fused ones; else torch's multi-tensor (foreach)
+    ones. apex, fused, foreach: that or an error."""
     lr: float = 0.0025
     """At the end of the warm-up, for the global batch."""
     warmup_start_lr: float = 0.00025
@@ -147,6 +150,11 @@ class TrainConfig:
     checkpoint_every_steps: int | None = None
     """Besides one at the end of every epoch."""
     log_every_steps: int = 10
+    on_nan: str = "stop"
+    """A loss or gradient that is not finite: stop, or rollback (to the last checkpoint; the step's clips are left out
+    when it comes to them again). In fp16 such steps are skipped, as long as the loss scale can still fall."""
+    hang_timeout_s: float = 600
+    """Seconds without progress after which a run of several processes ends, naming the one that hangs."""
 
 
 @dataclass
@@ -296,7 +304,8 @@ _VALUES = {
     "data.views_per_decode": _COUNT,
     "data.timeout_s": _POSITIVE,
     "data.max_fault_fraction": _FRACTION,
-    "optim.name": _one_of("sgd", "adamw"),
+    "optim.name": _one_of("sgd", "adamw", "lamb"),
+    "optim.implementation": _one_of("auto", "apex", "fused", "foreach"),
     "optim.lr": _POSITIVE,
     "optim.warmup_start_lr": _NOT_NEGATIVE,
     "optim.warmup_epochs": _NOT_NEGATIVE,
@@ -323,6 +332,8 @@ _VALUES = {
     "train.swa_epochs": _NOT_NEGATIVE,
     "train.checkpoint_every_steps": _optional(_COUNT),
     "train.log_every_steps": _COUNT,
+    "train.on_nan": _one_of("stop", "rollback"),
+    "train.hang_timeout_s": _POSITIVE,
 }
 """Which values are good, and how to say it."""
 

@@ -1,14 +1,39 @@
 """One process, or the processes that torchrun started."""
 
 import contextlib
+import datetime
+import faulthandler
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from dali_pipelines.errors import InputError
+from training.preemption import end
+
+WAITING = "waiting for the others"
+_GRACE_S = 3  # for torchrun to end this process because of the one that failed first
+
+
+@dataclass
+class Whereabouts:
+    """What this process is doing, for those that wait for it."""
+
+    step: int = 0
+    doing: str = "starting"
+    count: int = 0
+    """Grows with every change."""
+
+    def at(self, doing: str, step: int | None = None) -> None:
+        self.step = self.step if step is None else step
+        self.doing = doing
+        self.count += 1
 
 
 @dataclass(frozen=True)
@@ -20,6 +45,9 @@ class Process:
     local_rank: int
     local_world_size: int
     device: torch.device
+    store: dist.Store | None = None
+    """What all processes can read and write; None where there is one."""
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
     @property
     def is_main(self) -> bool:
@@ -34,7 +62,8 @@ class Process:
         """`values` on this process's device, summed over all processes."""
         values = values.to(self.device)
         if self.world_size > 1:
-            dist.all_reduce(values)
+            with self._waiting():
+                dist.all_reduce(values)
         return values
 
     def gather(self, value: object) -> list:
@@ -42,17 +71,30 @@ class Process:
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self._waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with self._waiting():
+                dist.barrier()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        before = self.whereabouts.doing
+        self.whereabouts.at(WAITING)
+        yield
+        self.whereabouts.at(before)
 
 
 @contextlib.contextmanager
-def start_process(device: str) -> Iterator[Process]:
-    """Joins the processes that torchrun started, if it did; `device` is auto, cpu, cuda or cuda:N."""
+def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
+    """Joins the processes that torchrun started, if it did; `device` is auto, cpu, cuda or cuda:N.
+
+    `timeout_s`: seconds after which a collective operation fails. Where another process has ended, this one waits a
+    moment for torchrun to end it too, and raises `InputError`: what went wrong stands in the other's error.
+    """
     try:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         wanted = torch.device(automatic if device == "auto" else device)
@@ -69,11 +111,97 @@ def start_process(device: str) -> Iterator[Process]:
     )
     if wanted.type == "cuda":
         wanted = torch.device("cuda", local_rank if wanted.index is None else wanted.index)
+        if wanted.index >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of {local_world_size} on this machine needs GPU {wanted.index}, and there are "
+                f"{torch.cuda.device_count()}: start torchrun with --nproc-per-node {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(wanted)
-    if world_size > 1:
-        dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo")
-    try:
+    if world_size == 1:
         yield Process(rank, world_size, local_rank, local_world_size, wanted)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        "nccl" if wanted.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=wanted if wanted.type == "cuda" else None,
+    )
+    try:
+        yield Process(rank, world_size, local_rank, local_world_size, wanted, dist.PrefixStore("whereabouts", store))
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        time.sleep(_GRACE_S)
+        raise InputError("another process has ended; its own error says why") from None
+    # Only here: where this process fails, the others shall not notice before it has said why.
+    dist.destroy_process_group()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective operation has failed because of another process."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
+    )
+
+
+class HangWatch:
+    """Ends this process where it makes no progress for `timeout_s`, with a line that says which process hangs and
+    where. torchrun then ends the others.
+
+    A process that hangs while it does something itself says so, with the stacks of its threads. One that waits for
+    the others gives them a quarter more time, and then names those that are furthest behind: they may not be able to
+    say anything. Each looks at its own whereabouts, counting looks and not the clock, so that a job that was stopped
+    as a whole has not hung. `last_words` is called before the end, and may save what there is.
+    """
+
+    def __init__(self, process: Process, timeout_s: float, last_words: Callable[[], str]):
+        self._process, self._timeout_s, self._last_words = process, timeout_s, last_words
+        self._tick = min(timeout_s / 10, 5)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
+
+    def __enter__(self) -> "HangWatch":
+        if self._process.world_size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        here, looks, last = self._process.whereabouts, 0, -1
+        while not self._stop.wait(self._tick):
+            looks = looks + 1 if here.count == last else 0
+            last = here.count
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self._process.store.set(str(self._process.rank), json.dumps([here.step, here.doing]))
+            waits = here.doing == WAITING
+            if looks * self._tick >= self._timeout_s * (1.25 if waits else 1):
+                self._give_up(waits=waits)
+
+    def _give_up(self, *, waits: bool) -> None:
+        here = self._process.whereabouts
+        if waits:
+            complaint = f"waited {1.25 * self._timeout_s:g} s at step {here.step} for {self._who_is_behind()}"
+        else:
+            complaint = f"no progress for {self._timeout_s:g} s at step {here.step}, {here.doing}"
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        end(f"error: {complaint} (train.hang_timeout_s); {self._last_words()}", 1)
+
+    def _who_is_behind(self) -> str:
+        places = {}
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            for rank in range(self._process.world_size):
+                if rank != self._process.rank and self._process.store.check([str(rank)]):
+                    places[rank] = json.loads(self._process.store.get(str(rank)))
+        # Those that wait as well are not the ones that are waited for.
+        late = {rank: place for rank, place in places.items() if place[1] != WAITING} or places
+        step = min((place[0] for place in late.values()), default=None)
+        named = [f"rank {rank} (last seen at step {at}, {doing})" for rank, (at, doing) in late.items() if at == step]
+        return ", ".join(named) or "processes that have not been heard of"

@@ -1,15 +1,20 @@
 """The training loop: epochs of steps, a step of micro-batches, validation and checkpoints after each epoch."""
 
 import contextlib
+import csv
 import dataclasses
 import itertools
 import math
-import time
+import os
+import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nvidia.dali import __version__ as dali_version
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -18,20 +23,40 @@ from dali_pipelines import ClipLoader, InputError
 from dali_pipelines.loader import Batch
 from model import TimeSformer
 from training import checkpoints
-from training.config import Config, clip_settings, preprocessing, to_yaml
-from training.distributed import Process
+from training.config import Config, preprocessing, to_yaml
+from training.data import make_data, read_teacher, share_out
+from training.distributed import WAITING, HangWatch, Process
 from training.faults import FaultLog
-from training.labels import check_labels, class_names, read_manifest
 from training.losses import summed_cross_entropy, summed_distillation
 from training.metrics import top_k_counts
 from training.mixing import Mixed, mix_clips
-from training.monitor import Monitor, Silent
-from training.optimizer import learning_rate, make_optimizer
-from training.weights import Weights, build_network, load_into, load_weights, save_weights
+from training.monitor import Interval, Monitor, Silent, StepResult
+from training.optimizer import (
+    describe,
+    learning_rate,
+    load_optimizer_state,
+    make_multi_tensor,
+    make_optimizer,
+    resolve_implementation,
+)
+from training.precision import LossScale, autocast, gradient_factor, resolve_precision
+from training.preemption import REQUEUE, Preemption
+from training.profiling import StepProfiler, record_function
+from training.weights import Weights, build_network, load_into, save_weights
 
-_FAULTS_SHOWN = 5
+_FORMAT = 2  # of checkpoints
+_SHOWN = 5  # faults, or clips, in a message
 _BLIND_CLIPS = 16  # a run that can read none of so many stops
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FAILED_WRITES = 3  # in a row, before a run stops that cannot save
+_ROLLBACKS = 3  # to one checkpoint
+
+
+class NonFiniteError(InputError):
+    """A step whose loss or gradient is not finite; the message names it and its clips."""
+
+
+class UnreadableError(InputError):
+    """More videos than are allowed cannot be read."""
 
 
 class Trainer:
@@ -41,20 +66,33 @@ class Trainer:
             Trainer(config, process, resume=False).train()
 
     Writes below `config.output`: best.safetensors, last.safetensors, checkpoints/, tensorboard/, metrics.jsonl,
-    config.yaml and, where asked for, swa.safetensors, where videos cannot be read, faults.csv. Raises `InputError` for
-    settings and data that cannot work, such as more unreadable videos than `data.max_fault_fraction`.
+    config.yaml and, where asked for, swa.safetensors and profile/, where videos cannot be read, faults.csv. Raises
+    `InputError` for settings and data that cannot work, such as more unreadable videos than `data.max_fault_fraction`,
+    and `SystemExit` with `REQUEUE` where `preemption` has asked it to end. Where a run ends early in any other way,
+    its last whole step is saved, unless the process is killed.
     """
 
-    def __init__(self, config: Config, process: Process, *, resume: bool):
+    def __init__(
+        self,
+        config: Config,
+        process: Process,
+        *,
+        resume: bool,
+        preemption: Preemption | None = None,
+        profile: bool = False,
+    ):
         self.config = config
         self.process = process
+        self.preemption = preemption or Preemption()
         self.precision = resolve_precision(config.train.precision, process.device)
+        self.implementation = resolve_implementation(config.optim, process.device)
         self.output = Path(config.output)
-        self.micro_steps, self.batch_size = _micro_batches(config, process)
-        teacher = self._read_teacher()
+        sharing = share_out(config, process.world_size)
+        self.batch_size, self.micro_steps = sharing
+        teacher = read_teacher(config)
         self.teacher_frames = 1 if teacher is None else teacher.preprocessing["num_frames"] // config.data.num_frames
         """Frames of the training clips for each one that the network takes."""
-        self.train_loader, self.val_loader = self._make_loaders(teacher)
+        self.train_loader, self.val_loader, self.classes = make_data(config, process, sharing, teacher)
         self.teacher = None if teacher is None else teacher.build(process.device).requires_grad_(False)
 
         torch.manual_seed(config.seed)  # equal initial weights on every process
@@ -71,30 +109,37 @@ class Trainer:
             # The gradient buckets hold sums of a step's micro-batches; `_finish_gradients` divides.
             ids = [process.device.index] if process.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
-        self.optimizer = make_optimizer(self.network, config.optim)
-        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
+        self.optimizer = make_optimizer(self.network, config.optim, self.implementation)
+        self.multi_tensor = make_multi_tensor(self.implementation, process.device)
+        self.loss_scale = LossScale(enabled=self.precision == "fp16")
 
         self.steps_per_epoch = len(self.train_loader) // self.micro_steps
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.step = 0  # optimizer steps done
+        self.is_validated = False  # at this step
         self.best_top1 = -1.0
         self.failed = 0  # training clips of this epoch that could not be read, on all processes
         self.faults = FaultLog(self.output / "faults.csv", process)
-        self._fault_bytes = 0  # of faults.csv that stand
+        self.left_out: set[int] = set()  # steps that a rollback has shown to be bad
+        self._rollbacks: list[Path] = []
+        self._loader_state = self.train_loader.state_dict()
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
+        self._whole = threading.Lock()  # held while a step takes effect; what is saved is never half a step
+        self._is_whole = True
+        self._saved: tuple[int, bool] | None = (0, False)  # step and `is_validated` of the newest checkpoint
+        self._failed_writes = 0
+        self._must_end = False
+        self._epoch_speed = 0.0  # clips/s
+        self.writer = checkpoints.Writer()
+        self.monitor: Monitor | Silent = Silent()
+
         resumed_from = self._open_output(resume)
         loaded = "" if resumed_from else self._load_pretrained()
-        process.barrier()  # nobody looks for an earlier run once the first has begun to write
-        self.monitor: Monitor | Silent = Silent()
-        if process.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            self.faults.cut(self._fault_bytes)
-            self.monitor = Monitor(self.output, total_steps=self.last_step, step=self.step)
-        self.monitor.log_config(to_yaml(config))
         self._say_what_runs(resumed_from)
         if loaded:
             self.monitor.say(loaded)
+        self.profiler = StepProfiler(self.output / "profile", self.monitor.say) if profile and process.is_main else None
 
     def _load_pretrained(self) -> str:
         """What there is to say of it."""
@@ -109,139 +154,150 @@ class Trainer:
         ]
         return "\n".join([str(report), *notes])
 
-    def _read_teacher(self) -> Weights | None:
-        path, data = self.config.distill.teacher, self.config.data
-        if path is None:
-            return None
-        weights = load_weights(path)
-        theirs = weights.preprocessing
-        for key in ("crop_size", "mean", "std"):
-            if theirs[key] != getattr(data, key):
-                raise InputError(
-                    f"distill.teacher {path} was trained with data.{key}={theirs[key]}; here it is {getattr(data, key)}"
-                )
-        if theirs["num_frames"] % data.num_frames:
-            raise InputError(
-                f"distill.teacher {path} takes {theirs['num_frames']} frames; expected data.num_frames, "
-                f"{data.num_frames}, or a multiple of it"
-            )
-        return weights
-
-    def _make_loaders(self, teacher: Weights | None) -> tuple[ClipLoader, ClipLoader]:
-        """Training and validation; sets the names of the classes."""
-        data, process = self.config.data, self.process
-        train, val = (read_manifest(getattr(data, name), key=f"data.{name}") for name in ("train", "val"))
-        self.classes = class_names(data.labels, train)
-        for path, manifest in ((data.train, train), (data.val, val)):
-            check_labels(manifest, self.classes, name=path, renamed=data.labels is not None)
-        step_entries = self.config.optim.global_batch_size
-        if len(train) * data.views_per_decode < step_entries:
-            raise InputError(
-                f"{data.train}: {len(train)} videos, fewer than one step takes; "
-                f"optim.global_batch_size is {step_entries}"
-            )
-        shared = {
-            "batch_size": self.batch_size,
-            "device": process.device,
-            "seed": self.config.seed,
-            "rank": process.rank,
-            "world_size": process.world_size,
-            "workers": process.cores if data.workers is None else data.workers,
-        }
-        if teacher is not None and teacher.classes != self.classes:
-            raise InputError(
-                f"distill.teacher {self.config.distill.teacher} knows {len(teacher.classes)} classes "
-                f"({teacher.classes[0]}, ...); expected the {len(self.classes)} here ({self.classes[0]}, ...)"
-            )
-        clips = clip_settings(data, "train")
-        clips["num_frames"] *= self.teacher_frames  # the frames of the teacher, within the window of ours
-        clips["stride"] = data.stride and data.stride / self.teacher_frames
-        return (
-            ClipLoader(train, **clips, step_entries=step_entries, **shared),
-            ClipLoader(val, **clip_settings(data, "validate"), **shared),
-        )
-
     # -- the loop, one screen a level --
 
     def train(self) -> None:
+        self.preemption.save = self._save_from_outside
+        if self.profiler:
+            self.profiler.start()
         try:
-            while self.step < self.last_step:
-                self._train_epoch()
+            with HangWatch(self.process, self.config.train.hang_timeout_s, self._save_from_outside):
+                while self._is_due or self.step < self.last_step:
+                    try:
+                        self._finish_epoch() if self._is_due else self._train_epoch()
+                    except NonFiniteError as error:
+                        self._roll_back(error)
+            self._collect_writes()
+        except (SystemExit, NonFiniteError, UnreadableError):  # all is saved, or better forgotten
+            raise
+        except BaseException:
+            self._rescue()
+            raise
         finally:
+            if self.profiler:
+                self.profiler.stop()
             self.train_loader.close()
             self.monitor.close()
+            self.writer.close()
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether validation, weights and a checkpoint follow now, after an epoch or the last step."""
+        ends = self.step == self.last_step or self.step % self.steps_per_epoch == 0
+        return ends and self.step > 0 and not self.is_validated
 
     def _train_epoch(self) -> None:
-        """To the end of the epoch that stands open, or to the last step; then validation, weights and a checkpoint."""
+        """Steps, to the end of the epoch that stands open, or to the last."""
         epoch = self.step // self.steps_per_epoch
-        started, clips = time.perf_counter(), 0.0
-        window = _Window(self.train_loader)
-        micro_batches = iter(self.train_loader)
-        while micro_step_batches := list(itertools.islice(micro_batches, self.micro_steps)):
-            result = self._train_step(micro_step_batches)
-            window.add(result)
-            clips += result.valid
-            self.failed += self.config.optim.global_batch_size - round(result.valid)
-            self.step += 1
-            self.monitor.advance(loss=f"{window.mean_loss:.3f}", epoch=str(epoch + 1))
-            is_last = self.step == self.last_step or self.step % self.steps_per_epoch == 0
-            self._check_faults(epoch, is_last=is_last)
-            if is_last or self.step % self.config.train.log_every_steps == 0:
+        every = self.config.train.checkpoint_every_steps
+        interval = Interval(self.train_loader, self.process.device)
+        epoch_interval = Interval(self.train_loader, self.process.device)
+        batches = self._batches()
+        while not self._is_due:
+            result = self._train_step(itertools.islice(batches, self.micro_steps))
+            interval.add(result)
+            epoch_interval.add(result)
+            self.monitor.advance(interval, epoch=epoch + 1)
+            if self.profiler:
+                self.profiler.step()
+            self._check_faults(epoch)
+            if self._is_due or self.step % self.config.train.log_every_steps == 0:
                 progress = {"train/epoch": self.step / self.steps_per_epoch, "train/faults": self.failed}
-                self.monitor.log(self.step, progress | window.summary())
-                window = _Window(self.train_loader)
-            if self.step == self.last_step:
-                break
-            every = self.config.train.checkpoint_every_steps
-            if every and self.step % every == 0 and not is_last:
-                self._save_checkpoint(epoch)
-        self._finish_epoch(epoch, clips / (time.perf_counter() - started))
+                self.monitor.log_interval(self.step, progress | interval.summary())
+                interval = Interval(self.train_loader, self.process.device)
+            if self._must_end:
+                self._end_for_signal(epoch)
+            if every and self.step % every == 0 and not self._is_due:
+                self._say_faults(self.train_loader, epoch, mode="train")
+                self._save()
+        self._epoch_speed = epoch_interval.clips_per_second
 
-    def _train_step(self, batches: list[Batch]) -> "_StepResult":
+    def _batches(self) -> Iterable[Batch]:
+        """Of the epoch, each with its time in the trace."""
+        batches = iter(self.train_loader)
+        while True:
+            self.process.whereabouts.at("waiting for data", self.step)
+            with record_function("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _train_step(self, batches: Iterable[Batch]) -> StepResult:
         """One optimizer step from this process's micro-batches of it."""
-        epochs = self.config.train.epochs
-        lr = learning_rate(self.step, self.config.optim, steps_per_epoch=self.steps_per_epoch, epochs=epochs)
+        optim, epochs = self.config.optim, self.config.train.epochs
+        lr = learning_rate(self.step, optim, steps_per_epoch=self.steps_per_epoch, epochs=epochs)
+        if self.step in self.left_out:
+            return self._leave_out(batches, lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        sums = self.process.sum(
-            sum(
-                self._forward_backward(batch, index, is_last=index == len(batches) - 1)
-                for index, batch in enumerate(batches)
-            )
+        self._seen.clear()
+        sums = sum(
+            self._forward_backward(batch, index, is_last=index == self.micro_steps - 1)
+            for index, batch in enumerate(batches)
         )
-        norm = self._finish_gradients(sums[3])
-        loss_sum, top1, top5, valid, grad_norm = [*sums.tolist(), norm.item()]  # waits for the device
-        loss = loss_sum / max(valid, 1)
-        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self.precision != "fp16"):
-            raise InputError(
-                f"step {self.step}: the loss is {loss} and the gradient norm {grad_norm} at a learning rate of {lr:g}; "
-                "try a lower optim.lr, a longer optim.warmup_epochs or train.precision=float32"
-            )
-        if valid:  # momentum and weight decay would move the weights without any
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return _StepResult(loss, top1, top5, valid, lr, grad_norm)
+        gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
+        asked_to_end = torch.tensor([float(self.preemption.signal is not None)], device=sums.device)
+        sums = self.process.sum(torch.cat([sums, asked_to_end.double()]))
+        norm = self.multi_tensor.norm(gradients).double()
+        # The step's one synchronisation with the device.
+        loss, top1, top5, valid, asked, norm = torch.cat([sums, norm[None]]).tolist()
+        self._must_end = asked > 0
+        loss /= max(valid, 1)
+        # DDP has averaged over processes what is to be summed; the sum over clips was divided by the nominal number.
+        mean = optim.global_batch_size * self.process.world_size / max(valid, 1) / self.loss_scale.value
+        grad_norm, factor = gradient_factor(norm, clip_norm=optim.clip_norm, mean=mean)
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        result = StepResult(loss, top1, top5, valid, lr, grad_norm, self.loss_scale.value, skipped=not is_finite)
+        if not is_finite:
+            self._judge_non_finite(result)
+        self._take_effect(gradients, factor, result)
+        return result
+
+    def _take_effect(self, gradients: list[Tensor], factor: float, result: StepResult) -> None:
+        self.process.whereabouts.at("updating the weights")
+        with record_function("optimizer"), self._whole:
+            self._is_whole = False
+            if result.valid and not result.skipped:  # momentum and decay would move the weights without any
+                self.multi_tensor.scale_(gradients, factor)
+                self.optimizer.step()
+            self.loss_scale.update(overflow=result.skipped)
+            self.network.zero_grad(set_to_none=True)
+            self._advance(result.valid)
+            self._is_whole = True
+
+    def _advance(self, valid: float) -> None:
+        self.step += 1
+        self.is_validated = False
+        self.failed += self.config.optim.global_batch_size - round(valid)
+        self._loader_state = self.train_loader.state_dict()
 
     def _forward_backward(self, batch: Batch, micro_step: int, *, is_last: bool) -> Tensor:
         """Adds the gradients of the batch's summed loss; returns that, top-1, top-5 and valid clips: float64 [4]."""
+        self.process.whereabouts.at("computing")
         labels, valid = (value.to(self.process.device, non_blocking=True) for value in (batch.labels, batch.valid))
         # Mixing and drop path draw from (seed, step, rank, micro-step): a resumed run draws what an unbroken one does.
         key = np.random.SeedSequence([self.config.seed, self.step, self.process.rank, micro_step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
-        mixed = mix_clips(batch.clips, batch.valid, self.config.mix, np.random.default_rng(key.spawn(1)[0]))
-        clips = mixed.clips[:, :, :: self.teacher_frames]
-        if self.step == micro_step == 0:
-            self.monitor.log_clips(0, clips, mean=self.config.data.mean, std=self.config.data.std)
-        gradients_wait = contextlib.nullcontext() if is_last or self.model is self.network else self.model.no_sync()
-        with gradients_wait:
-            with autocast(self.process.device, self.precision):
-                logits = self.model(clips)
-            loss = self._loss(logits, mixed, labels, valid)
-            # The sum over a whole step overflows fp16 sooner than its mean; `_finish_gradients` knows the true count.
-            self.scaler.scale(loss / self.config.optim.global_batch_size).backward()
+        # Gradients are reduced over processes in the last micro-step's backward pass only.
+        alone = not is_last and self.model is not self.network
+        with self.model.no_sync() if alone else contextlib.nullcontext():
+            with record_function("forward"):
+                mixed = mix_clips(batch.clips, batch.valid, self.config.mix, np.random.default_rng(key.spawn(1)[0]))
+                clips = mixed.clips[:, :, :: self.teacher_frames]
+                with autocast(self.process.device, self.precision):
+                    logits = self.model(clips)
+                loss = self._loss(logits, mixed, labels, valid)
+            if is_last and self.process.world_size > 1:
+                self.process.whereabouts.at(WAITING)
+            with record_function("backward"):
+                # The sum over a whole step overflows fp16 sooner than its mean; `_train_step` knows the true count.
+                (loss * (self.loss_scale.value / self.config.optim.global_batch_size)).backward()
+        if self.step % self.steps_per_epoch == micro_step == 0:
+            self.monitor.log_clips(self.step, clips, mean=self.config.data.mean, std=self.config.data.std)
         scores = logits.detach().float()
+        self._seen.append((batch.sample_ids, batch.valid, scores))
         counts = sum(
             share * top_k_counts(scores, torch.where(valid, each, -1)) for share, each in _shares(mixed, labels)
         )
@@ -261,57 +317,121 @@ class Trainer:
         soft = summed_distillation(logits, teacher_logits, valid, temperature=distill.temperature)
         return torch.lerp(loss, soft, distill.weight)
 
-    def _finish_gradients(self, valid: Tensor) -> Tensor:
-        """Makes the gradients those of the mean loss over all valid clips of the step, and clips them; their norm."""
-        self.scaler.unscale_(self.optimizer)
-        gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
-        # DDP has averaged over processes what is to be summed.
-        nominal = self.config.optim.global_batch_size * self.process.world_size
-        torch._foreach_mul_(gradients, (nominal / valid.clamp(min=1)).to(gradients[0].dtype))
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        clip_norm = self.config.optim.clip_norm
-        if clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), clip_norm, norm, foreach=True)
-        return norm
+    # -- what goes wrong --
 
-    def _check_faults(self, epoch: int, *, is_last: bool) -> None:
+    def _judge_non_finite(self, result: StepResult) -> None:
+        """Says which step it is and, but for fp16's overflows, raises `NonFiniteError`. On all processes at once."""
+        clips = self._suspects()
+        named = ", ".join(clips[:_SHOWN])
+        if len(clips) > _SHOWN:
+            path = self.output / "nonfinite.csv"
+            named += f" and {len(clips) - _SHOWN} more, in {path}"
+            if self.process.is_main:
+                with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                    csv.writer(file, lineterminator="\n").writerows([self.step, clip] for clip in clips)
+        what = (
+            f"step {self.step}: the loss is {result.loss:g} and the gradient norm {result.grad_norm:g} at a learning "
+            f"rate of {result.lr:g}; clips: {named}"
+        )
+        if self.loss_scale.enabled and self.loss_scale.value > 1:
+            self.monitor.say(f"{what}; skipped, and the loss scale of {self.loss_scale.value:g} is halved")
+            return
+        raise NonFiniteError(
+            f"{what}; try a lower optim.lr, a longer optim.warmup_epochs, train.precision=float32 or "
+            "train.on_nan=rollback"
+        )
+
+    def _suspects(self) -> list[str]:
+        """Paths of the step's clips whose logits are not finite, on all processes; of all its clips where all are."""
+        mine = []
+        for ids, valid, scores in self._seen:
+            finite = scores.isfinite().all(1).cpu()
+            mine += [(self.train_loader.manifest.file(i), bool(f)) for i, v, f in zip(ids.tolist(), valid, finite) if v]
+        everything = sorted(itertools.chain(*self.process.gather(mine)))
+        return [path for path, finite in everything if not finite] or [path for path, _ in everything]
+
+    def _roll_back(self, error: NonFiniteError) -> None:
+        """To the newest checkpoint; the step that failed will be left out. Raises `error` where that is not wanted, or
+        has not helped."""
+        if self.config.train.on_nan != "rollback":
+            raise error
+        self._collect_writes()
+        newest = checkpoints.load_newest_checkpoint(self.output / "checkpoints") if self.process.is_main else None
+        path = self._agree_on(newest)
+        if path is None or self._rollbacks.count(path) >= _ROLLBACKS:
+            why = "there is no checkpoint to go back to" if path is None else f"{_ROLLBACKS} times since {path.name}"
+            raise NonFiniteError(f"{error}; {why}")
+        self._rollbacks.append(path)
+        self.left_out.add(self.step)
+        state = newest[1] if newest else self._load_shared(path)
+        self._load_state(path, state)
+        self.network.zero_grad(set_to_none=True)
+        self.monitor.open(self.config, step=self.step, size=state["log_bytes"])
+        self.monitor.say(f"{error}; back to {path.name}, and without step {max(self.left_out)} this time")
+
+    def _leave_out(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        for _ in batches:
+            pass
+        self._must_end = False
+        with self._whole:
+            self._advance(self.config.optim.global_batch_size)
+        return StepResult(0.0, 0.0, 0.0, 0.0, lr, 0.0, self.loss_scale.value, skipped=True)
+
+    def _check_faults(self, epoch: int) -> None:
         """Stops a run that cannot read too much of its data. All processes know the same sums, so all stop here."""
         in_epoch = self.steps_per_epoch * self.config.optim.global_batch_size
         seen = self.step * self.config.optim.global_batch_size - epoch * in_epoch
         allowed = self.config.data.max_fault_fraction
         too_many = self.failed / in_epoch > allowed
-        none_read = self.failed == seen and (seen >= _BLIND_CLIPS or is_last)
+        none_read = self.failed == seen and (seen >= _BLIND_CLIPS or self._is_due)
         if not (too_many or none_read):
             return
         faults = self.faults.take(self.train_loader, epoch=epoch, mode="train")
         self.process.barrier()  # torchrun ends the others with the first: not before all is written
-        named = "; ".join(f"{fault.path}: {fault.reason}" for fault in faults[:_FAULTS_SHOWN])
+        named = "; ".join(f"{fault.path}: {fault.reason}" for fault in faults[:_SHOWN])
         limit = f", more than data.max_fault_fraction={allowed:g} allows of the epoch's {in_epoch}" if too_many else ""
         root = f"; is the line `# root:` in {self.config.data.train} right?" if self.failed == seen else ""
-        raise InputError(
+        raise UnreadableError(
             f"epoch {epoch + 1}: {self.failed} of the first {seen} videos cannot be read{limit}: {named}; all are in "
             f"{self.faults.path}{root}; repair them, make the manifest anew without them (prepare.py)"
             + (", or raise data.max_fault_fraction" if too_many else "")
         )
 
+    def _end_for_signal(self, epoch: int) -> None:
+        """Saves and ends, as all processes do after this step."""
+        self.preemption.handle()
+        self._say_faults(self.train_loader, epoch, mode="train")
+        self._save()
+        self._collect_writes()
+        if self.process.is_main:
+            name = self.preemption.signal or "a signal to another process"
+            print(f"train.py: {name}: saved step {self.step}; go on with --resume", file=sys.stderr, flush=True)
+        raise SystemExit(REQUEUE)
+
     # -- what follows an epoch --
 
-    def _finish_epoch(self, epoch: int, clips_per_second: float) -> None:
+    def _finish_epoch(self) -> None:
+        epoch = (self.step - 1) // self.steps_per_epoch
         self._say_faults(self.train_loader, epoch, mode="train")
         networks = [self.network]
         is_whole = self.step % self.steps_per_epoch == 0
         if is_whole and self.average is not None and epoch >= self.average_from:
-            self.average.update_parameters(self.network)
+            if int(self.average.n_averaged) == epoch - self.average_from:  # not yet, by a run that ended here
+                with self._whole:
+                    self.average.update_parameters(self.network)
             networks.append(self.average.module)
         (result, *averaged), unreadable = self.validate(*networks)
         self._say_faults(self.val_loader, epoch, mode="validate")
         top1, top5 = result["top1"], result["top5"]
         is_best = top1 > self.best_top1
-        self.best_top1 = max(top1, self.best_top1)
-        verdict = f"best so far, saved to {self.output}/best.safetensors" if is_best else f"best {self.best_top1:.4f}"
-        bad = f", {unreadable} unreadable videos counted as wrong" if unreadable else ""
-        speed = f"{clips_per_second:.1f} training clips/s"
-        lines = [f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict} ({speed}{bad})"]
+        best_top1 = max(top1, self.best_top1)
+        verdict = f"best so far: {self.output}/best.safetensors" if is_best else f"best {best_top1:.4f}"
+        notes = [f"{self._epoch_speed:.1f} training clips/s"] if self._epoch_speed else []
+        notes += [f"{unreadable} unreadable videos counted as wrong"] if unreadable else []
+        lines = [
+            f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict}"
+            + f" ({', '.join(notes)})" * bool(notes)
+        ]
         files = {"last": self.network} | ({"best": self.network} if is_best else {})
         scalars = {f"val/{name}": value for name, value in result.items()}
         if averaged:
@@ -319,27 +439,25 @@ class Trainer:
             scalars |= {f"swa/{name}": value for name, value in averaged[0].items()}
             lines.append(
                 f"average of {int(self.average.n_averaged)} epochs: val top-1 {averaged[0]['top1']:.4f}, "
-                f"top-5 {averaged[0]['top5']:.4f}, saved to {self.output}/swa.safetensors"
+                f"top-5 {averaged[0]['top5']:.4f}: {self.output}/swa.safetensors"
             )
         self.monitor.log(self.step, scalars)
-        if self.process.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for name, network in files.items():
-                save_weights(self.output / f"{name}.safetensors", self.weights(network))
-        if is_whole:
-            self.failed = 0
-        self._save_checkpoint(epoch)
+        with self._whole:
+            self.best_top1, self.is_validated = best_top1, True
+            if is_whole:
+                self.failed = 0
+        self._save({name: self.weights(network) for name, network in files.items()})
         for line in lines:
             self.monitor.say(line)
 
     def _say_faults(self, loader: ClipLoader, epoch: int, *, mode: str) -> None:
         """Writes down and names what `loader` could not read since the last call, on all processes."""
         faults = self.faults.take(loader, epoch=epoch, mode=mode)
-        for fault in faults[:_FAULTS_SHOWN]:
+        for fault in faults[:_SHOWN]:
             treatment = "left out" if mode == "train" else "counted as wrong"
             self.monitor.say(f"{fault.path}: {fault.reason}; {treatment}")
-        if len(faults) > _FAULTS_SHOWN:
-            self.monitor.say(f"... and {len(faults) - _FAULTS_SHOWN} more, in {self.faults.path}")
+        if len(faults) > _SHOWN:
+            self.monitor.say(f"... and {len(faults) - _SHOWN} more, in {self.faults.path}")
 
     @torch.no_grad()
     def validate(self, *networks: TimeSformer) -> tuple[list[dict[str, float]], int]:
@@ -347,6 +465,7 @@ class Trainer:
         and how many are unreadable."""
         sums = torch.zeros(len(networks), 3, dtype=torch.float64)  # top-1, top-5, loss
         counts = torch.zeros(1, 3, dtype=torch.float64)
+        self.process.whereabouts.at("validating")
         for batch in self.val_loader:
             for row, network in zip(sums, networks, strict=True):
                 with autocast(self.process.device, self.precision):
@@ -355,6 +474,7 @@ class Trainer:
                 loss = summed_cross_entropy(logits, batch.labels, batch.valid, label_smoothing=0)
                 row += torch.cat([top_k_counts(logits, torch.where(batch.valid, batch.labels, -1)), loss[None]])
             counts[0, :2] += torch.stack([batch.valid.sum(), (batch.sample_ids >= 0).sum()])
+            self.process.whereabouts.at("validating")
         *rows, (valid, everything, _) = self.process.sum(torch.cat([sums, counts])).tolist()
         results = [
             {"top1": top1 / everything, "top5": top5 / everything, "loss": loss / max(valid, 1)}
@@ -372,30 +492,118 @@ class Trainer:
 
     # -- where the run stands --
 
-    def _save_checkpoint(self, epoch: int) -> None:
-        self._say_faults(self.train_loader, epoch, mode="train")
-        if self.process.is_main:
-            state = {
+    def _state(self) -> dict[str, Any]:
+        """Of a checkpoint, in host memory. With the lock, where another thread asks."""
+        return checkpoints.host_copy(
+            {
+                "format": _FORMAT,
                 "step": self.step,
+                "is_validated": self.is_validated,
                 "best_top1": self.best_top1,
                 "network": self.network.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
+                "loss_scale": self.loss_scale.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "average_from": self.average_from,
-                "loader": self.train_loader.state_dict(),
+                "loader": self._loader_state,
                 "failed": self.failed,
                 "fault_bytes": self.faults.size(),
+                "log_bytes": self.monitor.size,
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
+                "launch": _launch(),
             }
-            checkpoints.save_checkpoint(self.output / "checkpoints", self.step, state)
+        )
+
+    def _save(self, files: dict[str, Weights] | None = None) -> None:
+        """A checkpoint, and first the weights files by their names. A thread writes them, as soon as it is free."""
+        if not self.process.is_main:
+            return
+        self.process.whereabouts.at("saving")
+        self._collect_writes()
+        weights = {
+            name: dataclasses.replace(w, state=checkpoints.host_copy(w.state)) for name, w in (files or {}).items()
+        }
+        state = self._state()
+
+        def write() -> None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for name, each in weights.items():
+                save_weights(self.output / f"{name}.safetensors", each)
+            checkpoints.save_checkpoint(self.output / "checkpoints", state["step"], state)
+            self._saved = (state["step"], state["is_validated"])
+
+        self.writer.submit(write)
+
+    def _collect_writes(self) -> None:
+        """Waits for what is being written; a run goes on without it, but not for ever, and does not end so."""
+        try:
+            if self.writer.wait():
+                self._failed_writes = 0
+        except (InputError, OSError) as error:
+            self._failed_writes += 1
+            is_end = self.step == self.last_step or self.preemption.signal is not None
+            if is_end or self._failed_writes == _FAILED_WRITES:
+                raise InputError(
+                    f"{error}; what was saved before stands in {self.output}/checkpoints: make room, and go on with "
+                    "--resume"
+                ) from None
+            self.monitor.say(f"{error}; training goes on, and what was saved before stands")
+
+    def _rescue(self) -> None:
+        """Saves the last whole step of a run that ends early, for whatever reason."""
+        said = self._save_from_outside()
+        if said.startswith("saved"):
+            self.monitor.say(said)
+
+    def _save_from_outside(self) -> str:
+        """Saves the last whole step, from any thread, when this process is about to end; what to say of it."""
+        if not self.process.is_main:
+            return "rank 0 saves"
+        # Not where the update itself was interrupted, or another thread is in the midst of it for ever.
+        if not self._whole.acquire(timeout=5):
+            return "the newest checkpoint stands"
+        try:
+            if not self._is_whole:
+                return "the newest checkpoint stands"
+            self.preemption.handle()
+            if self.process.device.type == "cuda":
+                torch.cuda.set_device(self.process.device)
+            with contextlib.suppress(InputError, OSError):
+                self.writer.wait()
+            if self._saved == (self.step, self.is_validated):
+                return f"step {self.step} is saved already" if self.step else "nothing to save yet"
+            checkpoints.save_checkpoint(self.output / "checkpoints", self.step, self._state())
+            self._saved = (self.step, self.is_validated)
+            return f"saved step {self.step}; go on with --resume"
+        except Exception as error:  # there is an end to come to, with an error of its own
+            return f"nothing could be saved ({error})"
+        finally:
+            self._whole.release()
 
     def _open_output(self, resume: bool) -> Path | None:
         """Goes on from what is in the output folder, or sees that nothing is; the checkpoint that was loaded."""
-        if resume and (newest := checkpoints.load_newest_checkpoint(self.output / "checkpoints")):
-            self._load_state(*newest)
-            return newest[0]
+        newest = self._find_checkpoint(resume) if self.process.is_main else None
+        path = self._agree_on(newest)
+        state = {"log_bytes": 0, "fault_bytes": 0}
+        if path is not None:
+            state = newest[1] if newest else self._load_shared(path)
+            self._load_state(path, state)
+        if self.process.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            self.faults.cut(state["fault_bytes"])
+            self.monitor = Monitor(self.output, total_steps=self.last_step)
+            self.monitor.open(self.config, step=self.step, size=state["log_bytes"])
+        return path
+
+    def _find_checkpoint(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        """The one to go on from: where that is wanted, or torchrun has started this same run again."""
+        newest = None
+        if resume or _launch():
+            newest = checkpoints.load_newest_checkpoint(self.output / "checkpoints")
+        if newest and (resume or newest[1].get("launch") == _launch()):
+            return newest
         results = ("checkpoints", "best.safetensors", "last.safetensors")
         taken = [name for name in results if (self.output / name).exists()]
         if taken and resume:
@@ -410,8 +618,22 @@ class Trainer:
             )
         return None
 
+    def _agree_on(self, newest: tuple[Path, dict[str, Any]] | None) -> Path | None:
+        """The path that the main process has found, on all."""
+        return self.process.gather(newest and newest[0])[0]
+
+    def _load_shared(self, path: Path) -> dict[str, Any]:
+        try:
+            return checkpoints.load_checkpoint(path)
+        except checkpoints.DamagedError as error:
+            raise InputError(f"{error}, though rank 0 can; `output` must be a folder that all machines share") from None
+
     def _load_state(self, path: Path, state: dict[str, Any]) -> None:
         """`state` of a checkpoint; what the config says of the optimizer beyond its kind may have changed since."""
+        if state.get("format") != _FORMAT:
+            raise InputError(
+                f"{path}: written by another version of this program; name another folder with -o output=DIR"
+            )
         for section, keys in (("model", None), ("optim", ("name",))):
             saved, wanted = state["config"][section], dataclasses.asdict(getattr(self.config, section))
             for key in keys or wanted:
@@ -424,14 +646,7 @@ class Trainer:
             raise InputError(
                 f"{path} was trained on {len(state['classes'])} classes that are not the {len(self.classes)} of now"
             )
-        self.network.load_state_dict(state["network"])
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, wanted in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(wanted)
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        if state.get("average") and state["average"]["n_averaged"]:
+        if state["average"] and state["average"]["n_averaged"]:
             if state["average_from"] != self.average_from:
                 raise InputError(
                     f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the "
@@ -439,24 +654,41 @@ class Trainer:
                 )
             self.average.load_state_dict(state["average"])
         self.train_loader.load_state_dict(state["loader"])
-        self.step, self.best_top1 = state["step"], state["best_top1"]
-        self.failed, self._fault_bytes = state.get("failed", 0), state.get("fault_bytes", 0)
+        self.network.load_state_dict(state["network"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        self._loader_state = state["loader"]
+        self.step, self.is_validated = state["step"], state["is_validated"]
+        self.best_top1, self.failed = state["best_top1"], state["failed"]
+        self._saved = (self.step, self.is_validated)
 
     def _say_what_runs(self, resumed_from: Path | None) -> None:
-        process, optim = self.process, self.config.optim
-        implementation = "fused" if process.device.type == "cuda" else "foreach"
-        videos = (len(loader.manifest) for loader in (self.train_loader, self.val_loader))
+        process, optim, train = self.process, self.config.optim, self.train_loader
+        ranks = f"{process.world_size} ranks, {process.local_world_size} on this machine"
+        name = f" {torch.cuda.get_device_name(process.device)}" if process.device.type == "cuda" else ""
+        left = len(train.manifest) * self.config.data.views_per_decode - self.steps_per_epoch * optim.global_batch_size
         for line in (
-            f"device {process.device}, precision {self.precision}, {optim.name} (torch {implementation})",
-            "{} training and {} validation videos, {} classes".format(*videos, len(self.classes)),
-            "decoders: " + ", ".join(f"{codec} {by}" for codec, by in self.train_loader.decoders.items()),
-            f"global batch {optim.global_batch_size} = {process.world_size} processes x {self.batch_size} clips x "
-            f"{self.micro_steps} micro-steps; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all",
-            f"output {self.output}" + (f", resumed from {resumed_from.name}" if resumed_from else ""),
+            f"device {process.device}{name}, {ranks}; torch {torch.__version__}, DALI {dali_version}",
+            f"precision {self.precision}, optimizer {describe(self.optimizer, self.implementation)}, gradients by "
+            f"{self.multi_tensor.name}",
+            f"{len(train.manifest)} training and {len(self.val_loader.manifest)} validation videos, "
+            f"{len(self.classes)} classes",
+            "decoders: " + ", ".join(f"{codec} {by}" for codec, by in train.decoders.items()),
+            f"global batch {optim.global_batch_size} = {process.world_size} ranks x {self.batch_size} clips x "
+            f"{self.micro_steps} micro-steps; {self.steps_per_epoch} steps an epoch ({left} clips left over), "
+            f"{self.total_steps} in {self.config.train.epochs} epochs",
+            f"output {self.output}"
+            + (f", resumed from {resumed_from.name} at step {self.step}" if resumed_from else ""),
         ):
             self.monitor.say(line)
-        if self.step >= self.last_step:
+        if self.step >= self.last_step and not self._is_due:
             self.monitor.say(f"all {self.last_step} steps are done already")
+
+
+def _launch() -> str | None:
+    """What torchrun names this run, the same when it starts it again; None where it has no name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
 
 
 def _shares(mixed: Mixed, labels: Tensor) -> list[tuple[float, Tensor]]:
@@ -464,85 +696,3 @@ def _shares(mixed: Mixed, labels: Tensor) -> list[tuple[float, Tensor]]:
     if mixed.share == 1:
         return [(1.0, labels)]
     return [(mixed.share, labels), (1 - mixed.share, labels[mixed.partners])]
-
-
-@dataclasses.dataclass(frozen=True)
-class _StepResult:
-    loss: float
-    top1: float
-    top5: float
-    valid: float
-    lr: float
-    grad_norm: float
-
-
-class _Window:
-    """Means over the steps between two log lines."""
-
-    def __init__(self, loader: ClipLoader):
-        self._loader = loader
-        self._waited = loader.stats.wait_seconds
-        self._started = time.perf_counter()
-        self._results: list[_StepResult] = []
-
-    def add(self, result: _StepResult) -> None:
-        self._results.append(result)
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(result.loss * result.valid for result in self._results) / max(self._clips, 1)
-
-    @property
-    def _clips(self) -> float:
-        return sum(result.valid for result in self._results)
-
-    def summary(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._started
-        return {
-            "train/loss": self.mean_loss,
-            "train/top1": sum(result.top1 for result in self._results) / max(self._clips, 1),
-            "train/top5": sum(result.top5 for result in self._results) / max(self._clips, 1),
-            "train/lr": self._results[-1].lr,
-            "train/grad_norm": self._results[-1].grad_norm,
-            "train/clips_per_second": self._clips / seconds,
-            "train/data_wait_share": (self._loader.stats.wait_seconds - self._waited) / seconds,
-        }
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """float32, bf16 or fp16 for a `train.precision`."""
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16 else "float32"
-    if name == "amp":
-        return "bf16" if has_bf16 else "fp16"
-    return name
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
-
-
-def _micro_batches(config: Config, process: Process) -> tuple[int, int]:
-    """(micro-steps a step, clips a process takes at once)."""
-    total, ranks = config.optim.global_batch_size, process.world_size
-    if total % ranks:
-        raise InputError(
-            f"optim.global_batch_size is {total}, which {ranks} processes cannot share evenly; "
-            f"the nearest that can: {', '.join(map(str, _nearest_multiples(total, ranks)))}"
-        )
-    share = total // ranks
-    batch_size = config.data.batch_size or share
-    if share % batch_size:
-        fitting = [size for size in range(1, share + 1) if share % size == 0]
-        nearest = sorted(sorted(fitting, key=lambda size: abs(size - batch_size))[:2])
-        raise InputError(
-            f"data.batch_size is {batch_size}, but each of {ranks} processes has {share} clips a step "
-            f"(optim.global_batch_size {total}); the nearest that divide it: {', '.join(map(str, nearest))}"
-        )
-    return share // batch_size, batch_size
-
-
-def _nearest_multiples(number: int, of: int) -> list[int]:
-    below = number // of * of
-    return [value for value in (below, below + of) if value]

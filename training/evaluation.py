@@ -11,9 +11,9 @@ from dali_pipelines.loader import Fault
 from model import TimeSformer
 from training.config import Config, clip_settings
 from training.distributed import Process
-from training.engine import autocast, resolve_precision
 from training.labels import check_labels, read_manifest
 from training.metrics import top_k_counts
+from training.precision import autocast, resolve_precision
 from training.weights import Weights
 
 PROTOCOL = "test/top1_1x3_prob"

@@ -1,28 +1,148 @@
-"""Optimizers, which parameters decay, and the learning rate as a function of the step."""
+"""Optimizers and who computes them, which parameters decay, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from dali_pipelines.errors import InputError
 from training.config import OptimConfig
+from training.precision import ApexMultiTensor, TorchMultiTensor
 
 _NO_DECAY = ("cls_token", "pos_embed", "time_embed", "head.bias")
 """PaddleVideo pptimesformer: vit_tweaks.py and ppTimeSformer_head.py give these no L2 decay, everything else has it."""
 
+_LAMB_EPSILON = 1e-6  # Apex fused_lamb.py
 
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW; torch's fused kernels on a GPU, its multi-tensor ones on a CPU."""
+
+def resolve_implementation(optim: OptimConfig, device: torch.device) -> str:
+    """apex, fused or foreach for an `optim.implementation`: Apex where its kernels run and the parameters are on a
+    GPU, else torch's fused kernels, else its multi-tensor ones. Raises `InputError` where what is forced is missing."""
+    wanted = optim.implementation
+    if wanted == "fused" and optim.name == "lamb":
+        raise InputError("optim.implementation is fused, and torch has no fused LAMB; expected auto, apex or foreach")
+    if wanted == "apex" or (wanted == "auto" and device.type == "cuda"):
+        missing = _apex_missing(device)
+        if not missing:
+            return "apex"
+        if wanted == "apex":
+            raise InputError(
+                f"optim.implementation is apex, and {missing}; NVIDIA's Apex is in NGC's PyTorch containers, or built "
+                "from its source with the CUDA extensions (the `apex` of the package index is another project)"
+            )
+    if wanted == "auto":
+        return "foreach" if optim.name == "lamb" else "fused"
+    return wanted
+
+
+def _apex_missing(device: torch.device) -> str:
+    """What keeps Apex from being used, in words; nothing where it can be."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam, FusedLAMB, FusedSGD  # noqa: F401
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    try:
+        ApexMultiTensor(device)
+    except (ImportError, RuntimeError) as error:
+        return f"its kernels do not run on {device} ({str(error).splitlines()[0]})"
+    return ""
+
+
+def make_multi_tensor(implementation: str, device: torch.device) -> TorchMultiTensor | ApexMultiTensor:
+    return ApexMultiTensor(device) if implementation == "apex" else TorchMultiTensor()
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, implementation: str) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, AdamW or LAMB, by what `resolve_implementation` says."""
     named = list(model.named_parameters())
     groups = [
         {"params": [value for name, value in named if name not in _NO_DECAY]},
         {"params": [value for name, value in named if name in _NO_DECAY], "weight_decay": 0.0},
     ]
-    on_gpu = named[0][1].is_cuda
-    common = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": on_gpu, "foreach": not on_gpu}
+    common = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    sgd = {"momentum": optim.momentum, "nesterov": optim.momentum > 0}
+    betas = tuple(optim.betas)
+    if implementation == "apex":
+        from apex.optimizers import FusedAdam, FusedLAMB, FusedSGD
+
+        if optim.name == "sgd":
+            # Gradients are unscaled before the step, and there are no fp16 parameters: no copies to materialise.
+            return FusedSGD(groups, **common, **sgd, materialize_master_grads=False, set_grad_none=True)
+        if optim.name == "adamw":
+            return FusedAdam(groups, **common, betas=betas, adam_w_mode=True)
+        # `max_grad_norm`: ours has clipped already.
+        return FusedLAMB(groups, **common, betas=betas, eps=_LAMB_EPSILON, max_grad_norm=math.inf)
+    if optim.name == "lamb":
+        return Lamb(groups, **common, betas=betas)
+    common |= {"fused": implementation == "fused", "foreach": implementation == "foreach"}
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.momentum > 0, **common)
-    return torch.optim.AdamW(groups, betas=tuple(optim.betas), **common)
+        return torch.optim.SGD(groups, **common, **sgd)
+    return torch.optim.AdamW(groups, **common, betas=betas)
+
+
+def describe(optimizer: torch.optim.Optimizer, implementation: str) -> str:
+    by = {"apex": "Apex", "fused": "torch fused", "foreach": "torch foreach"}[implementation]
+    return f"{type(optimizer).__name__} ({by})"
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al., Large Batch Optimization for Deep Learning, 2020, algorithm 2), as Apex's FusedLAMB computes it
+    (csrc/multi_tensor_lamb.cu: bias correction, decoupled decay, no trust ratio without decay), by torch's foreach
+    functions and with the same state: `exp_avg`, `exp_avg_sq`, the group's `step`."""
+
+    def __init__(self, params: Iterable, *, lr: float, betas: tuple[float, float], weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": _LAMB_EPSILON})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params = [value for value in group["params"] if value.grad is not None]
+            if not params:
+                continue
+            for value in params:
+                if not self.state[value]:
+                    self.state[value] = {name: torch.zeros_like(value) for name in ("exp_avg", "exp_avg_sq")}
+            grads = [value.grad for value in params]
+            means, squares = ([self.state[value][name] for value in params] for name in ("exp_avg", "exp_avg_sq"))
+            group["step"] = step = group.get("step", 0) + 1
+            (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+            updates = torch._foreach_div(means, 1 - beta1**step)
+            spreads = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2**step))
+            torch._foreach_add_(spreads, group["eps"])
+            torch._foreach_div_(updates, spreads)
+            if decay:
+                torch._foreach_add_(updates, params, alpha=decay)
+                norms = torch.stack([torch.stack(torch._foreach_norm(each)) for each in (params, updates)])
+                ratios = torch.where((norms > 0).all(0), norms[0] / norms[1], 1.0)
+                torch._foreach_mul_(updates, list(ratios.unbind()))
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The moments and counts of `state`, written by whichever implementation; settings stay the optimizer's own.
+
+    Apex counts steps in the group, torch's AdamW beside each parameter's moments.
+    """
+    settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
+    counted = [group["step"] for group in state["param_groups"] if "step" in group]
+    counted += [int(each["step"]) for each in state["state"].values() if "step" in each]
+    moments = {key: {k: v for k, v in each.items() if k != "step"} for key, each in state["state"].items()}
+    groups = [{k: v for k, v in group.items() if k != "step"} for group in state["param_groups"]]
+    if counted and isinstance(optimizer, torch.optim.AdamW):
+        for each in moments.values():
+            each["step"] = torch.tensor(float(counted[0]))
+    elif counted:
+        for group in groups:
+            group["step"] = counted[0]
+    for group, wanted in zip(groups, settings, strict=True):
+        group.update(wanted)
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:

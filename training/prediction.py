@@ -10,8 +10,8 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import probe
 from training.config import Config, clip_settings
 from training.distributed import Process
-from training.engine import resolve_precision
 from training.evaluation import predict_views
+from training.precision import resolve_precision
 from training.weights import Weights
 
 

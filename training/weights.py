@@ -77,10 +77,20 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        put_in_place(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         unfinished.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error}") from None
-    unfinished.replace(path)
+
+
+def put_in_place(file: Path, path: Path) -> None:
+    """Renames `file`, in the same folder, and sees that the new name is on disk too."""
+    file.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def is_ours(path: str | os.PathLike) -> bool:

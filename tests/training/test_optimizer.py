@@ -49,10 +49,13 @@ def test_decay_in_steps():
     assert rates == pytest.approx([0.1, 1.0, 0.1, 0.1, 0.1, 0.01])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_embeddings_and_the_heads_bias_do_not_decay(name):
+@pytest.mark.parametrize(
+    "name, implementation",
+    [("sgd", "fused"), ("sgd", "foreach"), ("adamw", "fused"), ("adamw", "foreach"), ("lamb", "foreach")],
+)
+def test_embeddings_and_the_heads_bias_do_not_decay(name, implementation):
     model = TimeSformer(num_frames=2, image_size=32, num_classes=3, embed_dim=24, depth=2, num_heads=3)
-    optimizer = make_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.5), implementation)
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

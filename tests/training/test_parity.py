@@ -38,7 +38,6 @@ def test_twelve_steps_of_paddlevideo(config_file, tmp_path, micro_steps):
                     [Batch(*part, torch.arange(len(part[1])), torch.ones(len(part[1])).bool()) for part in parts]
                 )
             )
-            trainer.step += 1
         trainer.train_loader.close()
         trainer.monitor.close()
     assert [result.lr for result in results] == pytest.approx(golden["lrs"].tolist(), abs=1e-12)

@@ -1,0 +1,102 @@
+"""Mixed precision: in which type to compute, the loss scale of fp16, and the norm and scaling of all gradients."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """float32, bf16 or fp16 for a `train.precision`."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16 else "float32"
+    if name == "amp":
+        return "bf16" if has_bf16 else "fp16"
+    return name
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
+
+
+class LossScale:
+    """What the loss is multiplied by before its backward pass, so that small gradients do not vanish in fp16: as
+    `torch.amp.GradScaler` changes it (halved at an overflow, doubled after 2,000 steps without), as a number of the
+    host. The step's one synchronisation brings the gradient norm anyway, and that tells of an overflow. Always 1 where
+    it is not enabled."""
+
+    _GROWTH_INTERVAL = 2000
+
+    def __init__(self, *, enabled: bool):
+        self.enabled = enabled
+        self.value = 2.0**16 if enabled else 1.0
+        self._good_steps = 0
+
+    def update(self, *, overflow: bool) -> None:
+        if not self.enabled:
+            return
+        self._good_steps = 0 if overflow else self._good_steps + 1
+        if overflow:
+            self.value /= 2
+        elif self._good_steps == self._GROWTH_INTERVAL:
+            self.value = min(self.value * 2, 2.0**127)
+            self._good_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.enabled:
+            self.value, self._good_steps = state["value"], state["good_steps"]
+
+
+class TorchMultiTensor:
+    """Norm and scaling of many tensors in a few launches: torch's foreach functions."""
+
+    name = "torch foreach"
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Euclidean norm of all of them together, float32 scalar on their device; not finite where any value is not.
+        Does not wait for the device."""
+        return torch.nn.utils.get_total_norm(tensors, foreach=True).float()
+
+    def scale_(self, tensors: Sequence[Tensor], factor: float) -> None:
+        torch._foreach_mul_(list(tensors), factor)
+
+
+class ApexMultiTensor:
+    """The same by Apex's kernels (csrc/multi_tensor_l2norm_kernel.cu, multi_tensor_scale_kernel.cu), for float32 or
+    fp16 tensors. The kernels have not been run by us: the tests hold this against a double of them in torch."""
+
+    name = "Apex multi_tensor_applier"
+
+    def __init__(self, device: torch.device):
+        import amp_C
+        from apex.multi_tensor_apply import multi_tensor_applier
+
+        self._apply, self._kernels = multi_tensor_applier, amp_C
+        self._flag = torch.zeros(1, dtype=torch.int, device=device)
+        self.norm([torch.ones(1, device=device)])  # raises RuntimeError where the kernels do not run here
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        self._flag.zero_()  # the kernels set it where a value is not finite, and may do nothing while it is set
+        return self._apply(self._kernels.multi_tensor_l2norm, self._flag, [list(tensors)], False)[0].squeeze(0)
+
+    def scale_(self, tensors: Sequence[Tensor], factor: float) -> None:
+        self._flag.zero_()
+        self._apply(self._kernels.multi_tensor_scale, self._flag, [list(tensors), list(tensors)], factor)
+
+
+def gradient_factor(norm: float, *, clip_norm: float | None, mean: float) -> tuple[float, float]:
+    """(norm of the gradients once multiplied by `mean`, what to multiply them by so that it is `clip_norm` at most).
+
+    The 1e-6 is that of `torch.nn.utils.clip_grads_with_norm_`. Not finite where `norm` is not.
+    """
+    norm *= mean
+    clip = 1.0 if clip_norm is None or not math.isfinite(norm) else min(clip_norm / (norm + 1e-6), 1.0)
+    return norm, mean * clip

@@ -1,0 +1,46 @@
+"""`train.py --profile`: a trace of some steps, with what each part of them takes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.profiler import ProfilerAction, profile, record_function, schedule
+
+__all__ = ["PARTS", "StepProfiler", "record_function"]
+
+PARTS = ("data", "forward", "backward", "optimizer")
+"""Labels of a step in the trace, by `record_function`."""
+
+_SKIPPED, _WARMUP, _TRACED = 3, 1, 4  # steps
+
+
+class StepProfiler:
+    """Traces four steps of the main process, after four that warm up, into folder/trace.json.gz (chrome://tracing or
+    ui.perfetto.dev); `say` gets the mean milliseconds of each part."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self._folder, self._say = folder, say
+        self._profile = profile(
+            schedule=schedule(wait=_SKIPPED, warmup=_WARMUP, active=_TRACED, repeat=1),
+            on_trace_ready=self._finish,
+        )
+
+    def start(self) -> None:
+        self._profile.start()
+
+    def step(self) -> None:
+        """Ends a step."""
+        self._profile.step()
+
+    def stop(self) -> None:
+        if self._profile.current_action != ProfilerAction.NONE:
+            self._say(f"--profile: the run ended before {_SKIPPED + _WARMUP + _TRACED} steps; no trace was written")
+            self._profile.on_trace_ready = None
+        self._profile.stop()
+
+    def _finish(self, finished: profile) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "trace.json.gz"
+        finished.export_chrome_trace(str(path))
+        times = {event.key: event.cpu_time_total / 1000 / _TRACED for event in finished.key_averages()}
+        parts = ", ".join(f"{part} {times.get(part, 0):.1f} ms" for part in PARTS)
+        self._say(f"--profile: a step takes {parts} (host time, {_TRACED} steps); the trace is {path}")
