@@ -1,5 +1,6 @@
 """Checkpoints, which tell where training stood."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -16,6 +17,7 @@ from training.weights import put_in_place, whole_file
 
 _KEPT = 2  # checkpoints: the newest, and the one before it
 _NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNNAMED = "unnamed.pt"  # until its checksum is known
 
 
@@ -29,10 +31,15 @@ class _Hashing:
     def __init__(self, file: BinaryIO):
         self._file = file
         self.hash = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:  # torch.save makes a RuntimeError of it that does not say why
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -48,9 +55,9 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     try:
         path = _write(folder, step, state)
-    except InputError:
+    except InputError as error:
         *older, newest = list_checkpoints(folder) or [None]
-        if not older or not is_intact(newest):
+        if getattr(error.__cause__, "errno", None) not in _FULL or not older or not is_intact(newest):
             raise
         for old in older:
             old.unlink()
@@ -63,7 +70,10 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
 def _write(folder: Path, step: int, state: dict[str, Any]) -> Path:
     with whole_file(folder / _UNNAMED) as file:
         hashing = _Hashing(file)
-        torch.save(state, hashing)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:
+            raise hashing.error or error from None
     path = folder / f"step_{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
     put_in_place(folder / _UNNAMED, path)
     return path

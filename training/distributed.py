@@ -2,12 +2,11 @@
 
 import contextlib
 import datetime
-import faulthandler
 import json
 import os
-import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -122,6 +121,7 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
         return
     timeout = datetime.timedelta(seconds=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(_agree_on_name(store, rank, world_size), store)
     dist.init_process_group(
         "nccl" if wanted.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -139,6 +139,23 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
         raise InputError("another process has ended; its own error says why") from None
     # Only here: where this process fails, the others shall not notice before it has said why.
     dist.destroy_process_group()
+
+
+def _agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that these processes have agreed on, and none before them. torchrun (torch 2.13) keeps its store when it
+    starts processes again, with the addresses in it of those that are gone."""
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("root", mine)
+        members = [store.get(f"{mine}/{other}").decode() for other in range(1, world_size)]
+        store.set(f"{mine}/members", " ".join(members))
+        return mine
+    while True:
+        root = store.get("root").decode()  # of those before, maybe: then this process is not among its members
+        store.set(f"{root}/{rank}", mine)
+        if store.check([f"{root}/members"]) and mine in store.get(f"{root}/members").decode():
+            return root
+        time.sleep(0.05)
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -191,8 +208,7 @@ class HangWatch:
             complaint = f"waited {1.25 * self._timeout_s:g} s at step {here.step} for {self._who_is_behind()}"
         else:
             complaint = f"no progress for {self._timeout_s:g} s at step {here.step}, {here.doing}"
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        end(f"error: {complaint} (train.hang_timeout_s); {self._last_words()}", 1)
+        end(f"error: {complaint} (train.hang_timeout_s); {self._last_words()}", 1, stacks=not waits)
 
     def _who_is_behind(self) -> str:
         places = {}

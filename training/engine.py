@@ -48,7 +48,7 @@ _FORMAT = 2  # of checkpoints
 _SHOWN = 5  # faults, or clips, in a message
 _BLIND_CLIPS = 16  # a run that can read none of so many stops
 _FAILED_WRITES = 3  # in a row, before a run stops that cannot save
-_ROLLBACKS = 3  # to one checkpoint
+_ROLLBACKS = 3  # without a good step between them
 
 
 class NonFiniteError(InputError):
@@ -122,7 +122,7 @@ class Trainer:
         self.failed = 0  # training clips of this epoch that could not be read, on all processes
         self.faults = FaultLog(self.output / "faults.csv", process)
         self.left_out: set[int] = set()  # steps that a rollback has shown to be bad
-        self._rollbacks: list[Path] = []
+        self._rollbacks = 0  # since the last good step
         self._loader_state = self.train_loader.state_dict()
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
         self._whole = threading.Lock()  # held while a step takes effect; what is saved is never half a step
@@ -262,6 +262,8 @@ class Trainer:
             if result.valid and not result.skipped:  # momentum and decay would move the weights without any
                 self.multi_tensor.scale_(gradients, factor)
                 self.optimizer.step()
+                if self.step > max(self.left_out, default=-1):
+                    self._rollbacks = 0
             self.loss_scale.update(overflow=result.skipped)
             self.network.zero_grad(set_to_none=True)
             self._advance(result.valid)
@@ -358,10 +360,10 @@ class Trainer:
         self._collect_writes()
         newest = checkpoints.load_newest_checkpoint(self.output / "checkpoints") if self.process.is_main else None
         path = self._agree_on(newest)
-        if path is None or self._rollbacks.count(path) >= _ROLLBACKS:
-            why = "there is no checkpoint to go back to" if path is None else f"{_ROLLBACKS} times since {path.name}"
+        if path is None or self._rollbacks == _ROLLBACKS:
+            why = "there is no checkpoint to go back to" if path is None else f"the step after {_ROLLBACKS} others"
             raise NonFiniteError(f"{error}; {why}")
-        self._rollbacks.append(path)
+        self._rollbacks += 1
         self.left_out.add(self.step)
         state = newest[1] if newest else self._load_shared(path)
         self._load_state(path, state)

@@ -1,5 +1,6 @@
 """What a run shows: TensorBoard, one JSON line an interval, a progress bar, and a line an epoch."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -207,7 +208,7 @@ class Monitor:
                 file.write(line)
             self._size += len(line)
         except OSError as error:
-            if self._lines.exists():
+            with contextlib.suppress(OSError):
                 os.truncate(self._lines, self._size)  # no half lines
             self._complain("metrics.jsonl", error)
 

@@ -4,6 +4,7 @@ Imports nothing that takes long: it stands guard from a command's first lines.
 """
 
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -65,11 +66,14 @@ class Preemption:
             end(f"{self.signal}: {self.save()}", REQUEUE)
 
 
-def end(message: str, status: int) -> None:
-    """Ends this process at once, from any of its threads, with one line on stderr."""
+def end(message: str, status: int, *, stacks: bool = False) -> None:
+    """Ends this process at once, from any of its threads, with one line on stderr and, where asked for, the stacks of
+    its threads."""
     rank = os.environ.get("RANK")
     command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     with contextlib.suppress(OSError, ValueError):
         print(f"{command}: {message}", file=sys.stderr, flush=True)
+        if stacks:
+            faulthandler.dump_traceback(sys.stderr)
         sys.stdout.flush()
     os._exit(status)

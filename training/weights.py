@@ -78,9 +78,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         put_in_place(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def put_in_place(file: Path, path: Path) -> None:

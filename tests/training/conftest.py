@@ -52,16 +52,23 @@ def config_file(small_data, tmp_path) -> Path:
     return path
 
 
-def run(command: str, *arguments: object, processes: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs train.py, evaluate.py, ... as a person would; processes > 1: through torchrun."""
+def run(
+    command: str | Path,
+    *arguments: object,
+    processes: int = 1,
+    cwd: Path | None = None,
+    path: Path | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess:
+    """Runs train.py, evaluate.py, ... as a person would; processes > 1: through torchrun. `path`: for imports."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [*launcher, str(PROJECT / command), *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )

@@ -1,25 +1,69 @@
-"""Checkpoints are whole or not there."""
+"""Checkpoints are whole and what was written, or not there."""
+
+import errno
+import os
+import random
+import resource
+import threading
 
 import pytest
 import torch
 
+from dali_pipelines import InputError
 from training import checkpoints
+from training.checkpoints import list_checkpoints, load_checkpoint, load_newest_checkpoint, save_checkpoint
 
 
-def test_the_newest_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
+def state_of(step, size=3):
+    return {"step": step, "value": torch.full((size,), float(step)), "more": [{"a": (1, 2.5, "x")}, None]}
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path):
     for step in (3, 20, 100):
-        checkpoints.save_checkpoint(tmp_path, step, {"step": step, "value": torch.full((3,), float(step))})
-    assert [path.name[:13] for path in checkpoints.list_checkpoints(tmp_path)] == ["step_00000020", "step_00000100"]
-    assert checkpoints.load_newest_checkpoint(tmp_path)[1]["step"] == 100
-    newest = checkpoints.list_checkpoints(tmp_path)[-1]
-    newest.write_bytes(newest.read_bytes()[:-200])
-    path, state = checkpoints.load_newest_checkpoint(tmp_path)
-    assert (
-        path.name.startswith("step_00000020")
-        and state["step"] == 20
-        and f"{newest}: damaged" in capsys.readouterr().out
-    )
-    assert checkpoints.load_newest_checkpoint(tmp_path / "nothing") is None
+        save_checkpoint(tmp_path, step, state_of(step))
+    assert [path.name[:14] for path in list_checkpoints(tmp_path)] == ["step_00000020-", "step_00000100-"]
+    path, state = load_newest_checkpoint(tmp_path)
+    assert path == list_checkpoints(tmp_path)[-1] and state["step"] == 100
+    assert torch.equal(state["value"], torch.full((3,), 100.0)) and state["more"] == state_of(1)["more"]
+    assert load_newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_of_two_of_one_step_the_later_counts(tmp_path):
+    """The same step before and after its validation."""
+    first = save_checkpoint(tmp_path, 7, {"step": 7, "is_validated": False})
+    os.utime(first, ns=(0, os.stat(first).st_mtime_ns - 1))
+    save_checkpoint(tmp_path, 7, {"step": 7, "is_validated": True})
+    assert load_newest_checkpoint(tmp_path)[1]["is_validated"] is True
+
+
+def test_any_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, capsys):
+    """300 places at random; and what was cut off, anywhere."""
+    older = save_checkpoint(tmp_path, 1, state_of(1))
+    newer = save_checkpoint(tmp_path, 2, state_of(2))
+    whole, draw = newer.read_bytes(), random.Random(0)
+    for number in range(320):
+        data = bytearray(whole)
+        if number < 300:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        else:
+            del data[draw.randrange(len(data)) :]
+        newer.write_bytes(data)
+        path, state = load_newest_checkpoint(tmp_path)
+        assert path == older and state["step"] == 1
+        assert (
+            f"{newer}: damaged, its checksum is not the one in its name; looking for an older"
+            in capsys.readouterr().out
+        )
+    newer.write_bytes(whole)
+    assert load_newest_checkpoint(tmp_path)[0] == newer
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    path = save_checkpoint(tmp_path, 5, state_of(5))
+    for name in ("step_00000009.pt", "step_9-0123456789abcdef.pt", "unnamed.pt", "unnamed.pt.part", "notes.txt"):
+        (tmp_path / name).write_bytes(b"?")
+    (tmp_path / "step_00000011-0123456789abcdef.pt").mkdir()
+    assert load_newest_checkpoint(tmp_path)[0] == path
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -27,9 +71,75 @@ def test_nothing_is_unpickled(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "made by a pickle"), "w"))
 
-    path = checkpoints.save_checkpoint(tmp_path, 1, {"step": Evil()})
+    path = save_checkpoint(tmp_path, 1, {"step": Evil()})
     assert checkpoints.is_intact(path)
     with pytest.raises(checkpoints.DamagedError, match="not a checkpoint of ours"):
-        checkpoints.load_checkpoint(path)
-    assert checkpoints.load_newest_checkpoint(tmp_path) is None
+        load_checkpoint(path)
+    assert load_newest_checkpoint(tmp_path) is None
     assert not (tmp_path / "made by a pickle").exists()
+
+
+@pytest.fixture
+def full_disk():
+    """Files can grow to 20,000 bytes; a longer write fails in the midst of it, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, full_disk):
+    paths = [save_checkpoint(tmp_path, 1, state_of(1))]
+    with pytest.raises(InputError, match="cannot be written: .*File too large"):
+        save_checkpoint(tmp_path, 3, state_of(3, size=10_000))
+    assert sorted(tmp_path.iterdir()) == paths
+    assert load_newest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_the_older_of_two_makes_room_for_a_new_one(tmp_path, monkeypatch):
+    """A disk with room for three checkpoints until something else takes the room of one; and for two damaged ones,
+    of which none is given up."""
+    room = [3]
+    write = checkpoints._write
+
+    def write_if_there_is_room(folder, step, state):
+        if len(list_checkpoints(folder)) == room[0]:
+            raise InputError("no space left") from OSError(errno.ENOSPC, "")
+        return write(folder, step, state)
+
+    monkeypatch.setattr(checkpoints, "_write", write_if_there_is_room)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, state_of(step))
+    room[0] = 2
+    save_checkpoint(tmp_path, 4, state_of(4))
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [3, 4]
+    list_checkpoints(tmp_path)[-1].write_bytes(b"damaged")
+    with pytest.raises(InputError, match="no space left"):
+        save_checkpoint(tmp_path, 5, state_of(5))
+    assert load_newest_checkpoint(tmp_path)[1]["step"] == 3
+
+
+def test_the_writer_works_beside_and_tells_of_failures_once():
+    writer, go = checkpoints.Writer(), threading.Event()
+    writer.submit(go.wait)
+    assert writer.is_busy  # and we are here
+    go.set()
+    assert writer.wait() is True and writer.wait() is False and not writer.is_busy
+
+    def fail():
+        raise InputError("disk full")
+
+    writer.submit(fail)
+    with pytest.raises(InputError, match="disk full"):
+        writer.wait()
+    assert writer.wait() is False
+    writer.submit(fail)
+    writer.close()
+
+
+def test_a_copy_on_the_host_does_not_change_with_the_original():
+    weights = torch.ones(3)
+    copied = checkpoints.host_copy({"a": [weights, (weights, 2)], "b": {"c": weights}, "d": "text"})
+    weights += 1
+    assert copied["a"][0].tolist() == copied["a"][1][0].tolist() == copied["b"]["c"].tolist() == [1, 1, 1]
+    assert copied["a"][1][1] == 2 and copied["d"] == "text" and isinstance(copied["a"][1], tuple)

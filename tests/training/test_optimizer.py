@@ -1,11 +1,15 @@
-"""The schedule against hand-made tables and PaddleVideo's, and which parameters decay."""
+"""The schedule against hand-made tables and PaddleVideo's, which parameters decay, and who computes the update."""
+
+import copy
 
 import pytest
 import torch
 
+from dali_pipelines import InputError
 from model import TimeSformer
+from tests.apex_double import install
 from training.config import OptimConfig
-from training.optimizer import learning_rate, make_optimizer
+from training.optimizer import learning_rate, load_optimizer_state, make_optimizer, resolve_implementation
 
 # ../shared/golden/train_tiny.npz `lrs`: warm-up of 4 steps from 0.005, cosine from 0.05 over 12
 PADDLEVIDEO = [0.005, 0.013125, 0.02125, 0.029375, 0.0375, 0.031470476127563, 0.025, 0.018529523872437, 0.0125]
@@ -63,3 +67,113 @@ def test_embeddings_and_the_heads_bias_do_not_decay(name, implementation):
     kept = {key for key, value in model.named_parameters() if (value == before[key]).all() and value.count_nonzero()}
     assert kept == {"cls_token", "pos_embed", "time_embed", "head.bias"}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+
+
+# -- who computes it --
+
+KINDS = ("sgd", "adamw", "lamb")
+
+
+def updated(optim, implementation, *, steps=4, start=None, make=make_optimizer):
+    """(optimizer, weights) after steps with gradients that are always the same."""
+    torch.manual_seed(0)
+    model = TimeSformer(num_frames=2, image_size=32, num_classes=3, embed_dim=24, depth=1, num_heads=3)
+    optimizer = make(model, optim, implementation)
+    if start is not None:
+        weights, state = start
+        model.load_state_dict(weights)
+        load_optimizer_state(optimizer, copy.deepcopy(state))
+    generator = torch.Generator().manual_seed(100 if start else 0)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return optimizer, {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_near(one, two, within=2e-6):
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=within, rtol=1e-5, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("name, momentum", [("sgd", 0.9), ("sgd", 0.0), ("adamw", 0.9), ("lamb", 0.9)])
+def test_apex_computes_what_torch_does(monkeypatch, name, momentum):
+    kernels = install(monkeypatch)
+    optim = OptimConfig(name=name, lr=0.01, weight_decay=0.1, momentum=momentum)
+    _, expected = updated(optim, "foreach")
+    optimizer, weights = updated(optim, "apex")
+    assert type(optimizer).__module__.startswith(("apex", "tests.apex_double")) and sum(kernels.calls.values()) >= 8
+    assert_near(expected, weights)
+    _, untouched = updated(optim, "foreach", steps=0)
+    assert (weights["head.weight"] - untouched["head.weight"]).abs().max() > 1e-3
+
+
+def test_lamb_is_that_of_timm(torchvision_loads):
+    from timm.optim import Lamb
+
+    optim = OptimConfig(name="lamb", lr=0.01, weight_decay=0.1)
+    _, ours = updated(optim, "foreach")
+
+    def theirs(model, optim, implementation):
+        groups = make_optimizer(model, optim, implementation).param_groups
+        groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+        return Lamb(groups, lr=0.01, eps=1e-6, max_grad_norm=None)
+
+    _, expected = updated(optim, "foreach", make=theirs)
+    assert_near(expected, ours)
+
+
+@pytest.mark.parametrize(
+    "name, before, after",
+    [
+        *((name, *pair) for name in KINDS for pair in (("foreach", "apex"), ("apex", "foreach"))),
+        *((name, *pair) for name in KINDS[:2] for pair in (("fused", "apex"), ("foreach", "fused"))),
+    ],
+)
+def test_a_run_may_go_on_with_another_implementation(monkeypatch, name, before, after):
+    """As on another machine: moments and counts are taken over."""
+    install(monkeypatch)
+    optim = OptimConfig(name=name, lr=0.01, weight_decay=0.1)
+    optimizer, weights = updated(optim, before, steps=3)
+    start = (weights, optimizer.state_dict())
+    (_, expected), (_, changed) = (updated(optim, each, steps=3, start=start) for each in (before, after))
+    assert_near(expected, changed)
+    _, anew = updated(optim, before, steps=3, start=(weights, updated(optim, before, steps=0)[0].state_dict()))
+    assert (anew["head.weight"] - expected["head.weight"]).abs().max() > 1e-4  # the state matters
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("name, expected", [("sgd", "fused"), ("adamw", "fused"), ("lamb", "foreach")])
+def test_without_apex_it_is_torch(name, expected):
+    for device in (CPU, GPU):
+        assert resolve_implementation(OptimConfig(name=name), device) == expected
+
+
+def test_apex_is_for_parameters_on_a_gpu(monkeypatch):
+    install(monkeypatch)
+    monkeypatch.setattr("training.optimizer.ApexMultiTensor", lambda device: None)  # its kernels run
+    assert resolve_implementation(OptimConfig(name="lamb"), GPU) == "apex"
+    assert resolve_implementation(OptimConfig(name="sgd"), CPU) == "fused"
+    assert resolve_implementation(OptimConfig(name="sgd", implementation="apex"), CPU) == "apex"
+    assert resolve_implementation(OptimConfig(name="sgd", implementation="foreach"), GPU) == "foreach"
+
+
+def test_apex_without_kernels_that_run_is_not_used(monkeypatch):
+    def no_kernels(device):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    install(monkeypatch)
+    monkeypatch.setattr("training.optimizer.ApexMultiTensor", no_kernels)
+    assert resolve_implementation(OptimConfig(), GPU) == "fused"
+    message = r"optim.implementation is apex, and its kernels do not run on cuda:0 \(CUDA error: no kernel image is"
+    with pytest.raises(InputError, match=message):
+        resolve_implementation(OptimConfig(implementation="apex"), GPU)
+
+
+def test_what_is_forced_and_missing_is_an_error():
+    with pytest.raises(InputError, match="apex, and it cannot be imported .*; NVIDIA's Apex is in NGC's PyTorch cont"):
+        resolve_implementation(OptimConfig(implementation="apex"), CPU)
+    with pytest.raises(InputError, match="torch has no fused LAMB; expected auto, apex or foreach"):
+        resolve_implementation(OptimConfig(name="lamb", implementation="fused"), CPU)

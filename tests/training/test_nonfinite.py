@@ -1,0 +1,157 @@
+"""Losses and gradients that are not finite: said, skipped in fp16, stopped at or gone back from otherwise."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from dali_pipelines import InputError
+from tests.training.conftest import run
+from tests.training.test_engine import assert_equal_weights, lines, losses, train
+from training.engine import Trainer
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(steps, what): the loss of these steps is multiplied by `what`; a step may come twice."""
+
+    def install(steps, what=math.nan, times=None):
+        plain, left = Trainer._loss, list(times or steps)
+
+        def loss(self, *arguments):
+            value = plain(self, *arguments)
+            if self.step in steps and (times is None or self.step in left):
+                if times is not None:
+                    left.remove(self.step)
+                return value * what
+            return value
+
+        monkeypatch.setattr(Trainer, "_loss", loss)
+
+    return install
+
+
+def test_a_run_stops_there_and_names_step_rate_and_clips(config_file, tmp_path, spoil):
+    spoil({4})
+    message = r"step 4: the loss is nan and the gradient norm nan at a learning rate of 0.0\d+; clips: .*train_\d+.*try"
+    with pytest.raises(InputError, match=message) as error:
+        train(config_file, "train.on_nan=stop")
+    assert str(error.value).count("small0/train_") == 4  # all four of the step, in one line
+    assert len(losses(tmp_path / "output")) == 4  # steps 0 to 3
+
+
+def test_many_clips_are_in_a_list(config_file, tmp_path, spoil):
+    spoil({0})
+    with pytest.raises(InputError, match=r"clips: (.*train_\d+.*, ){4}.*train_\d+\S+ and 7 more, in .*nonfinite.csv"):
+        train(config_file, "optim.global_batch_size=12")
+    assert len((tmp_path / "output" / "nonfinite.csv").read_text().splitlines()) == 12
+
+
+def test_only_the_clips_with_bad_logits_are_named(config_file, monkeypatch):
+    """One clip's contents that the network cannot take."""
+    plain = Trainer._forward_backward
+
+    def forward_backward(self, batch, *arguments, **settings):
+        clips = batch.clips.clone()
+        clips[batch.sample_ids == 7] = math.inf
+        return plain(self, batch._replace(clips=clips), *arguments, **settings)
+
+    monkeypatch.setattr(Trainer, "_forward_backward", forward_backward)
+    with pytest.raises(InputError, match=r"clips: \S*train_7\.webm; try"):
+        train(config_file)
+
+
+def test_fp16_skips_and_halves_the_scale(config_file, tmp_path, spoil, capsys):
+    spoil({2, 5}, math.inf, times=[2, 5])
+    trainer = train(config_file, "train.precision=fp16")
+    assert trainer.step == 9 and trainer.loss_scale.value == 2.0**14
+    said = capsys.readouterr().out
+    assert "step 2: the loss is inf" in said and "skipped, and the loss scale of 65536 is halved" in said
+    logged = [line for line in lines(tmp_path / "output") if "train/lr" in line]
+    assert [line["train/skipped_steps"] for line in logged] == [0, 0, 1, 0, 0, 1, 0, 0, 0]
+    assert [line["train/loss_scale"] for line in logged] == [2.0**16] * 3 + [2.0**15] * 3 + [2.0**14] * 3
+    text = (tmp_path / "output" / "metrics.jsonl").read_text()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
+
+
+def test_a_skipped_step_changes_nothing_but_the_scale(config_file, tmp_path, spoil):
+    """The weights after step 3 without 2 are those of a run whose step 2 had no readable video."""
+    spoil({2}, math.inf)
+    trainer = train(config_file, "train.precision=fp16", "train.max_steps=2", f"output={tmp_path}/before")
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    moments = [state["momentum_buffer"].clone() for state in trainer.optimizer.state.values()]
+    trainer = train(config_file, "train.precision=fp16", "train.max_steps=3")
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+    after = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
+    assert all(torch.equal(one, two) for one, two in zip(moments, after, strict=True))
+
+
+def test_fp16_stops_where_the_scale_cannot_fall_any_more(config_file, spoil):
+    spoil(range(100))
+    with pytest.raises(InputError, match="step 16: the loss is nan"):
+        train(config_file, "train.precision=fp16", "train.epochs=20")
+
+
+def test_rollback_goes_back_and_leaves_the_step_out(config_file, tmp_path, spoil, capsys):
+    """The run is the one whose step 4 was not taken at all, and its log has every step once."""
+    spoil({4})
+    settings = ["train.on_nan=rollback", "train.checkpoint_every_steps=2"]
+    trainer = train(config_file, *settings)
+    assert trainer.step == 9
+    said = capsys.readouterr().out
+    assert "step 4: the loss is nan" in said and "back to step_00000004-" in said and "without step 4 this" in said
+    steps = [line["step"] for line in lines(tmp_path / "output") if "train/lr" in line]
+    assert steps == list(range(1, 10))
+    assert len(losses(tmp_path / "output")) == 8  # none of the one left out
+    spoil(())
+    leaving = [*settings, f"output={tmp_path}/expected"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_open_output", _with_left_out(Trainer._open_output, 4))
+        train(config_file, *leaving)
+    assert_equal_weights(tmp_path / "output", tmp_path / "expected")
+
+
+def _with_left_out(plain, step):
+    def open_output(self, resume):
+        self.left_out.add(step)
+        return plain(self, resume)
+
+    return open_output
+
+
+def test_rollback_without_a_checkpoint_or_without_an_end_stops(config_file, spoil):
+    spoil(range(3, 100))
+    with pytest.raises(InputError, match="step 6: the loss is nan .*; the step after 3 others"):
+        train(config_file, "train.on_nan=rollback")
+    spoil({0})
+    with pytest.raises(InputError, match="there is no checkpoint to go back to"):
+        train(config_file, "train.on_nan=rollback", f"output={config_file.parent}/other")
+
+
+PATCHED_TRAIN = """
+import sys
+sys.path.insert(0, {project!r})
+from training.engine import Trainer
+plain = Trainer._loss
+def loss(self, *arguments):
+    value = plain(self, *arguments)
+    return value * float("nan") if self.step == 4 and self.process.rank == 1 else value
+Trainer._loss = loss
+import train
+from dali_pipelines.errors import run_command
+run_command(train.main)
+"""
+
+
+def test_two_processes_go_back_together(config_file, tmp_path):
+    """Only one of them has seen it."""
+    from tests.training.conftest import PROJECT
+
+    (tmp_path / "patched.py").write_text(PATCHED_TRAIN.format(project=str(PROJECT)))
+    settings = ["-c", config_file, "-o", "train.on_nan=rollback", "train.checkpoint_every_steps=2"]
+    done = run(tmp_path / "patched.py", *settings, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "back to step_00000004-" in done.stdout
+    assert [line["step"] for line in lines(tmp_path / "output") if "train/lr" in line] == list(range(1, 10))
+    assert len(losses(tmp_path / "output")) == 8
