@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.profiler import ProfilerAction, profile, record_function, schedule
+from torch.profiler import profile, record_function, schedule
 
 __all__ = ["PARTS", "StepProfiler", "record_function"]
 
@@ -14,11 +14,12 @@ _SKIPPED, _WARMUP, _TRACED = 3, 1, 4  # steps
 
 
 class StepProfiler:
-    """Traces four steps of the main process, after four that warm up, into folder/trace.json.gz (chrome://tracing or
+    """Traces four steps of the main process, after the first four, into folder/trace.json.gz (chrome://tracing or
     ui.perfetto.dev); `say` gets the mean milliseconds of each part."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self._folder, self._say = folder, say
+        self._is_done = False
         self._profile = profile(
             schedule=schedule(wait=_SKIPPED, warmup=_WARMUP, active=_TRACED, repeat=1),
             on_trace_ready=self._finish,
@@ -32,15 +33,20 @@ class StepProfiler:
         self._profile.step()
 
     def stop(self) -> None:
-        if self._profile.current_action != ProfilerAction.NONE:
+        if not self._is_done:
             self._say(f"--profile: the run ended before {_SKIPPED + _WARMUP + _TRACED} steps; no trace was written")
             self._profile.on_trace_ready = None
         self._profile.stop()
 
     def _finish(self, finished: profile) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._is_done = True
         path = self._folder / "trace.json.gz"
-        finished.export_chrome_trace(str(path))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            finished.export_chrome_trace(str(path))
+        except OSError as error:
+            self._say(f"--profile: {path} cannot be written ({error.strerror})")
+            return
         times = {event.key: event.cpu_time_total / 1000 / _TRACED for event in finished.key_averages()}
         parts = ", ".join(f"{part} {times.get(part, 0):.1f} ms" for part in PARTS)
         self._say(f"--profile: a step takes {parts} (host time, {_TRACED} steps); the trace is {path}")
