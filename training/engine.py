@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -434,10 +434,10 @@ class Trainer:
             f"epoch {epoch + 1}: val top-1 {top1:.4f}, top-5 {top5:.4f}, {verdict}"
             + f" ({', '.join(notes)})" * bool(notes)
         ]
-        files = {"last": self.network} | ({"best": self.network} if is_best else {})
+        files = ["last", "best"] if is_best else ["last"]
         scalars = {f"val/{name}": value for name, value in result.items()}
         if averaged:
-            files["swa"] = self.average.module
+            files.append("swa")
             scalars |= {f"swa/{name}": value for name, value in averaged[0].items()}
             lines.append(
                 f"average of {int(self.average.n_averaged)} epochs: val top-1 {averaged[0]['top1']:.4f}, "
@@ -448,7 +448,7 @@ class Trainer:
             self.best_top1, self.is_validated = best_top1, True
             if is_whole:
                 self.failed = 0
-        self._save({name: self.weights(network) for name, network in files.items()})
+        self._save(files)
         for line in lines:
             self.monitor.say(line)
 
@@ -484,14 +484,6 @@ class Trainer:
         ]
         return results, round(everything - valid)
 
-    def weights(self, network: TimeSformer) -> Weights:
-        return Weights(
-            model=dataclasses.asdict(self.config.model),
-            preprocessing=preprocessing(self.config.data),
-            classes=self.classes,
-            state=network.state_dict(),
-        )
-
     # -- where the run stands --
 
     def _state(self) -> dict[str, Any]:
@@ -517,25 +509,34 @@ class Trainer:
             }
         )
 
-    def _save(self, files: dict[str, Weights] | None = None) -> None:
-        """A checkpoint, and first the weights files by their names. A thread writes them, as soon as it is free."""
+    def _save(self, files: Sequence[str] = ()) -> None:
+        """A checkpoint, and first the weights files last, best, swa among `files`. A thread writes them, as soon as it
+        is free; training waits for the copy to host memory."""
         if not self.process.is_main:
             return
         self.process.whereabouts.at("saving")
         self._collect_writes()
-        weights = {
-            name: dataclasses.replace(w, state=checkpoints.host_copy(w.state)) for name, w in (files or {}).items()
-        }
         state = self._state()
 
         def write() -> None:
             self.output.mkdir(parents=True, exist_ok=True)
-            for name, each in weights.items():
-                save_weights(self.output / f"{name}.safetensors", each)
+            for name in files:
+                save_weights(self.output / f"{name}.safetensors", self._weights(state, average=name == "swa"))
             checkpoints.save_checkpoint(self.output / "checkpoints", state["step"], state)
             self._saved = (state["step"], state["is_validated"])
 
         self.writer.submit(write)
+
+    def _weights(self, state: dict[str, Any], *, average: bool) -> Weights:
+        """Those in the `state` of a checkpoint."""
+        prefix = "module."  # of `AveragedModel`, beside its own count
+        averaged = {k.removeprefix(prefix): v for k, v in (state["average"] or {}).items() if k.startswith(prefix)}
+        return Weights(
+            model=dataclasses.asdict(self.config.model),
+            preprocessing=preprocessing(self.config.data),
+            classes=self.classes,
+            state=averaged if average else state["network"],
+        )
 
     def _collect_writes(self) -> None:
         """Waits for what is being written; a run goes on without it, but not for ever, and does not end so."""

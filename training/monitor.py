@@ -19,7 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from dali_pipelines import ClipLoader
-from training.config import Config, to_yaml
+from training.config import Config, preprocessing, to_yaml
 from training.gauges import gpu_gauges, host_memory_gib
 from training.pictures import clip_grid
 
@@ -196,7 +196,7 @@ class Monitor:
         writer = SummaryWriter(self._folder / "tensorboard", purge_step=self._purge_step)
         text = to_yaml(self._config)
         writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
-        experiment, start, _ = hparams(_flat(dataclasses.asdict(self._config)), _FINAL)
+        experiment, start, _ = hparams(_hyperparameters(self._config), _FINAL)
         for summary in (experiment, start):
             writer.file_writer.add_summary(summary)
         return writer
@@ -221,7 +221,7 @@ class Monitor:
         self._bar.close()
         if self._writer is not None:
             try:
-                _, _, end = hparams(_flat(dataclasses.asdict(self._config)), _FINAL)
+                _, _, end = hparams(_hyperparameters(self._config), _FINAL)
                 self._writer.file_writer.add_summary(end)
                 self._writer.close()
             except OSError as error:
@@ -249,15 +249,15 @@ class Silent:
     def close(self) -> None: ...
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}, in the types that HParams takes."""
-    flat = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
+def _hyperparameters(config: Config) -> dict[str, Any]:
+    """What may change the result, as {"optim.lr": 0.1}, in the types that HParams takes."""
+    sections = dataclasses.asdict(config) | {"data": preprocessing(config.data)}
+    return {
+        f"{name}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, section in sections.items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+    } | {"seed": config.seed}
 
 
 def _silence_writer_threads() -> None:

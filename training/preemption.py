@@ -16,12 +16,12 @@ REQUEUE = 75
 """Exit status of a run that was asked to end and can go on: EX_TEMPFAIL of sysexits.h."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_PATIENCE_S = 8
+_PATIENCE_S = 5
 
 
 class Preemption:
     """Within `with`, notes either signal in `signal`, for the loop that ends in an orderly way, and ends the process
-    itself with `REQUEUE` where that takes longer than 8 s: training may be in the middle of a long step, of a
+    itself with `REQUEUE` where that takes longer than 5 s: training may be in the middle of a long step, of a
     validation, or waiting for a process that is gone. Without `save`, it ends at once."""
 
     def __init__(self):
