@@ -16,6 +16,7 @@ setup(
         "av>=18.1,<19",
         "numpy>=2.4",
         "nvidia-dali-cuda120>=2.4,<3",
+        "nvidia-ml-py>=13.615",
         "omegaconf>=2.4",
         "pyyaml>=6",
         "safetensors>=0.8",

@@ -106,7 +106,7 @@ class Trainer:
             self.network.compile()
         self.model = self.network
         if process.world_size > 1:
-            # The gradient buckets hold sums of a step's micro-batches; `_finish_gradients` divides.
+            # The gradient buckets hold sums of a step's micro-batches; `_train_step` divides.
             ids = [process.device.index] if process.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.network, config.optim, self.implementation)
@@ -124,10 +124,11 @@ class Trainer:
         self.left_out: set[int] = set()  # steps that a rollback has shown to be bad
         self._rollbacks = 0  # since the last good step
         self._loader_state = self.train_loader.state_dict()
+        self._fault_count = 0  # in the loader's statistics, of whole steps
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
         self._whole = threading.Lock()  # held while a step takes effect; what is saved is never half a step
         self._is_whole = True
-        self._saved: tuple[int, bool] | None = (0, False)  # step and `is_validated` of the newest checkpoint
+        self._saved = (0, False)  # step and `is_validated` of the newest checkpoint
         self._failed_writes = 0
         self._must_end = False
         self._epoch_speed = 0.0  # clips/s
@@ -238,8 +239,8 @@ class Trainer:
             for index, batch in enumerate(batches)
         )
         gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
-        asked_to_end = torch.tensor([float(self.preemption.signal is not None)], device=sums.device)
-        sums = self.process.sum(torch.cat([sums, asked_to_end.double()]))
+        asked_to_end = torch.full_like(sums[:1], self.preemption.signal is not None)
+        sums = self.process.sum(torch.cat([sums, asked_to_end]))
         norm = self.multi_tensor.norm(gradients).double()
         # The step's one synchronisation with the device.
         loss, top1, top5, valid, asked, norm = torch.cat([sums, norm[None]]).tolist()
@@ -274,6 +275,7 @@ class Trainer:
         self.is_validated = False
         self.failed += self.config.optim.global_batch_size - round(valid)
         self._loader_state = self.train_loader.state_dict()
+        self._fault_count = len(self.train_loader.stats.faults)
 
     def _forward_backward(self, batch: Batch, micro_step: int, *, is_last: bool) -> Tensor:
         """Adds the gradients of the batch's summed loss; returns that, top-1, top-5 and valid clips: float64 [4]."""
@@ -455,6 +457,7 @@ class Trainer:
     def _say_faults(self, loader: ClipLoader, epoch: int, *, mode: str) -> None:
         """Writes down and names what `loader` could not read since the last call, on all processes."""
         faults = self.faults.take(loader, epoch=epoch, mode=mode)
+        self._fault_count = 0
         for fault in faults[:_SHOWN]:
             treatment = "left out" if mode == "train" else "counted as wrong"
             self.monitor.say(f"{fault.path}: {fault.reason}; {treatment}")
@@ -576,6 +579,8 @@ class Trainer:
                 self.writer.wait()
             if self._saved == (self.step, self.is_validated):
                 return f"step {self.step} is saved already" if self.step else "nothing to save yet"
+            epoch = max(self.step - 1, 0) // self.steps_per_epoch
+            self.faults.write(self.train_loader.stats.faults[: self._fault_count], epoch=epoch, mode="train")
             checkpoints.save_checkpoint(self.output / "checkpoints", self.step, self._state())
             self._saved = (self.step, self.is_validated)
             return f"saved step {self.step}; go on with --resume"

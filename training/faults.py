@@ -1,6 +1,8 @@
 """faults.csv of a run: the videos that could not be read, by all processes."""
 
+import contextlib
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from dali_pipelines import ClipLoader
@@ -32,11 +34,23 @@ class FaultLog:
         mine = list(loader.stats.faults)
         loader.stats.faults.clear()  # else it grows for the life of the run
         faults = sorted(fault for theirs in self._process.gather(mine) for fault in theirs)
-        if faults and self._process.is_main:
+        if self._process.is_main:
+            self.write(faults, epoch=epoch, mode=mode)
+        return faults
+
+    def write(self, faults: Sequence[Fault], *, epoch: int, mode: str) -> None:
+        """A disk that is full costs the rows, not the run."""
+        if not faults:
+            return
+        size = self.size()
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if not file.tell():
                     writer.writerow(["epoch", "mode", "sample_id", "path", "reason"])
                 writer.writerows([epoch + 1, mode, fault.sample_id, fault.path, fault.reason] for fault in faults)
-        return faults
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.cut(size)  # no half rows
+            print(f"{self.path}: {len(faults)} rows cannot be written ({error.strerror})", flush=True)
