@@ -320,6 +320,7 @@ class ClipLoader:
                 # The first from DALI; the others from its queues, where a worker died in the midst of using them.
                 # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
                 have_ended = self._watchdog is not None and self._watchdog.have_ended
+                have_ended = have_ended or "Workers initialization failed" in str(error)
                 restarts = 0 if self._blame(place, error) else restarts + 1
                 self.close()
                 if restarts > _RESTARTS:

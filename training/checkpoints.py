@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,7 +80,7 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
     """Oldest first."""
-    found = [path for path in Path(folder).glob("step_*.pt") if _NAME.fullmatch(path.name)]
+    found = [path for path in Path(folder).glob("step_*.pt") if _NAME.fullmatch(path.name) and path.is_file()]
     return sorted(found, key=lambda path: (int(_NAME.fullmatch(path.name)[1]), path.stat().st_mtime_ns))
 
 
@@ -92,33 +91,39 @@ def is_intact(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Raises `DamagedError` where it is not what was written, or is not there."""
+    """Raises `DamagedError` where it is not what was written, and `InputError` where it cannot be read."""
     try:
         if not is_intact(path):
             raise DamagedError(f"{path}: damaged, its checksum is not the one in its name")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
-    except (pickle.UnpicklingError, RuntimeError) as error:  # its checksum is right
-        raise DamagedError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except InputError:
+        raise
+    except Exception as error:  # its checksum is right, so somebody made it; torch raises a dozen kinds
+        raise InputError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
+    if not isinstance(state, dict) or "step" not in state:
+        raise InputError(f"{path}: not a checkpoint of ours")
+    return state
 
 
 def load_newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is intact, and its path; None where there is none. Damaged ones are named."""
+    """The newest checkpoint that is intact, and its path; None where there is none. Others are named, and damaged ones
+    put aside, as NAME.damaged: those that will be written are not to be removed in favour of them."""
     for path in reversed(list_checkpoints(folder)):
         try:
             return path, load_checkpoint(path)
-        except DamagedError as error:
+        except InputError as error:
             print(f"{error}; looking for an older one", flush=True)
+            if isinstance(error, DamagedError):
+                path.rename(path.with_name(path.name + ".damaged"))
     return None
 
 
 class Writer:
     """Writes files in a thread, one job after another.
 
-    `submit` waits for the job before, so that at most one is kept in memory. What a job raises comes out of `wait`,
-    once.
-    """
+    What a job raises comes out of `wait`, once."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
@@ -132,11 +137,16 @@ class Writer:
         return self._job is not None and not self._job.done()
 
     def wait(self) -> bool:
-        """Until nothing is being written; whether something was, since the last call."""
-        job, self._job = self._job, None
-        if job is not None:
+        """Until nothing is being written; whether something was, since the last call. Any thread may wait."""
+        job = self._job
+        if job is None:
+            return False
+        try:
             job.result()
-        return job is not None
+        finally:
+            if job.done() and self._job is job:  # not where Ctrl-C has interrupted the waiting
+                self._job = None
+        return True
 
     def close(self) -> None:
         """Waits, and says nothing of what was raised."""

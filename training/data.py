@@ -19,29 +19,38 @@ class Sharing(NamedTuple):
     """Batches a process takes for one optimizer step."""
 
 
-def share_out(config: Config, world_size: int) -> Sharing:
-    """Raises `InputError` with the nearest combinations that are possible."""
-    total = config.optim.global_batch_size
-    if total % world_size:
-        below = total // world_size * world_size
-        nearest = [value for value in (below, below + world_size) if value]
+def share_out(config: Config, world_size: int, clips: int) -> Sharing:
+    """How `world_size` processes make a global batch, of the `clips` of an epoch. Raises `InputError` with the nearest
+    combinations that are possible."""
+    total, batch_size, views = config.optim.global_batch_size, config.data.batch_size, config.data.views_per_decode
+    if batch_size is not None and batch_size % views:
         raise InputError(
-            f"optim.global_batch_size is {total}, which {world_size} processes cannot share evenly; "
-            f"the nearest that can: {', '.join(map(str, nearest))}"
+            f"data.batch_size is {batch_size}; expected a multiple of data.views_per_decode, {views}: "
+            f"{_nearest(batch_size, views)}"
         )
-    share = total // world_size
-    batch_size = config.data.batch_size or share
-    if share % batch_size:
-        fitting = [size for size in range(1, share + 1) if share % size == 0]
-        nearest = sorted(sorted(fitting, key=lambda size: abs(size - batch_size))[:2])
-        step = math.prod((world_size, batch_size))
-        totals = [value for value in (total // step * step, total // step * step + step) if value]
-        raise InputError(
-            f"data.batch_size is {batch_size}, but each of {world_size} processes has {share} clips a step "
-            f"(optim.global_batch_size {total}); the nearest that divide it: {', '.join(map(str, nearest))}; or the "
-            f"nearest global batches for {batch_size}: {', '.join(map(str, totals))}"
-        )
-    return Sharing(batch_size, share // batch_size)
+    unit = world_size * (batch_size or views)
+    fitting = [size for size in range(views, total // world_size + 1, views) if total % (world_size * size) == 0]
+    sizes = sorted(fitting, key=lambda size: abs(size - (batch_size or size)))[:2]
+    problem = f"optim.global_batch_size is {total}"
+    if total > clips:
+        problem += f", but an epoch has {clips} clips, fewer than one step takes"
+    elif total % unit:
+        of = f"batches of {batch_size}" if batch_size else f"a multiple of {views}" if views > 1 else "a whole number"
+        problem += f", which {world_size} processes cannot share evenly, {of} each"
+    else:
+        share = total // world_size
+        return Sharing(batch_size or share, share // (batch_size or share))
+    nearest = _nearest(min(total, clips), unit, most=clips)
+    remedies = [f"the nearest that they can: {nearest}"] * bool(nearest)
+    if sizes and batch_size and total <= clips:
+        remedies.append(f"or data.batch_size {', '.join(map(str, sorted(sizes)))}")
+    raise InputError("; ".join([problem, *remedies]))
+
+
+def _nearest(number: int, unit: int, *, most: float = math.inf) -> str:
+    """The multiples of `unit` around `number`, up to `most`."""
+    below = number // unit * unit
+    return ", ".join(str(value) for value in (below, below + unit) if 0 < value <= most)
 
 
 def read_teacher(config: Config) -> Weights | None:
@@ -68,9 +77,10 @@ class Data(NamedTuple):
     train: ClipLoader
     val: ClipLoader
     classes: tuple[str, ...]
+    sharing: Sharing
 
 
-def make_data(config: Config, process: Process, sharing: Sharing, teacher: Weights | None) -> Data:
+def make_data(config: Config, process: Process, teacher: Weights | None) -> Data:
     """The loaders of training and validation; with a teacher, training clips have as many frames as it takes, within
     the window of ours."""
     data = config.data
@@ -78,11 +88,7 @@ def make_data(config: Config, process: Process, sharing: Sharing, teacher: Weigh
     classes = class_names(data.labels, train)
     for path, manifest in ((data.train, train), (data.val, val)):
         check_labels(manifest, classes, name=path, renamed=data.labels is not None)
-    step_entries = config.optim.global_batch_size
-    if len(train) * data.views_per_decode < step_entries:
-        raise InputError(
-            f"{data.train}: {len(train)} videos, fewer than one step takes; optim.global_batch_size is {step_entries}"
-        )
+    sharing = share_out(config, process.world_size, len(train) * data.views_per_decode)
     if teacher is not None and teacher.classes != classes:
         raise InputError(
             f"distill.teacher {config.distill.teacher} knows {len(teacher.classes)} classes "
@@ -101,7 +107,8 @@ def make_data(config: Config, process: Process, sharing: Sharing, teacher: Weigh
     clips["num_frames"] *= frames
     clips["stride"] = data.stride and data.stride / frames
     return Data(
-        ClipLoader(train, **clips, step_entries=step_entries, **shared),
+        ClipLoader(train, **clips, step_entries=config.optim.global_batch_size, **shared),
         ClipLoader(val, **clip_settings(data, "validate"), **shared),
         classes,
+        sharing,
     )

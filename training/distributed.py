@@ -136,7 +136,7 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
         if not is_lost_connection(error):
             raise
         time.sleep(_GRACE_S)
-        raise InputError("another process has ended; its own error says why") from None
+        raise InputError("another process has ended; its own error, or torchrun's report, says why") from None
     # Only here: where this process fails, the others shall not notice before it has said why.
     dist.destroy_process_group()
 

@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 import math
 import os
+import socket
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dali_pipelines.loader import Batch
 from model import TimeSformer
 from training import checkpoints
 from training.config import Config, preprocessing, to_yaml
-from training.data import make_data, read_teacher, share_out
+from training.data import make_data, read_teacher
 from training.distributed import WAITING, HangWatch, Process
 from training.faults import FaultLog
 from training.losses import summed_cross_entropy, summed_distillation
@@ -52,7 +53,12 @@ _ROLLBACKS = 3  # without a good step between them
 
 
 class NonFiniteError(InputError):
-    """A step whose loss or gradient is not finite; the message names it and its clips."""
+    """A step whose loss or gradient is not finite, or after which the weights are not; the message says what is known
+    of it."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class UnreadableError(InputError):
@@ -87,12 +93,11 @@ class Trainer:
         self.precision = resolve_precision(config.train.precision, process.device)
         self.implementation = resolve_implementation(config.optim, process.device)
         self.output = Path(config.output)
-        sharing = share_out(config, process.world_size)
-        self.batch_size, self.micro_steps = sharing
         teacher = read_teacher(config)
         self.teacher_frames = 1 if teacher is None else teacher.preprocessing["num_frames"] // config.data.num_frames
         """Frames of the training clips for each one that the network takes."""
-        self.train_loader, self.val_loader, self.classes = make_data(config, process, sharing, teacher)
+        self.train_loader, self.val_loader, self.classes, sharing = make_data(config, process, teacher)
+        self.batch_size, self.micro_steps = sharing
         self.teacher = None if teacher is None else teacher.build(process.device).requires_grad_(False)
 
         torch.manual_seed(config.seed)  # equal initial weights on every process
@@ -125,9 +130,12 @@ class Trainer:
         self._rollbacks = 0  # since the last good step
         self._loader_state = self.train_loader.state_dict()
         self._fault_count = 0  # in the loader's statistics, of whole steps
+        self._logged = {"fault_bytes": 0, "log_bytes": 0}  # of what is whole
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
-        self._whole = threading.Lock()  # held while a step takes effect; what is saved is never half a step
+        self._whole = threading.Lock()  # held while something takes effect; what is saved is never half a step
         self._is_whole = True
+        self._owed: list[tuple[list[str], dict[str, Any]]] = []  # weights files that are to be written, and the state
+        self._writing = threading.Lock()
         self._saved = (0, False)  # step and `is_validated` of the newest checkpoint
         self._failed_writes = 0
         self._must_end = False
@@ -205,6 +213,7 @@ class Trainer:
             if self._is_due or self.step % self.config.train.log_every_steps == 0:
                 progress = {"train/epoch": self.step / self.steps_per_epoch, "train/faults": self.failed}
                 self.monitor.log_interval(self.step, progress | interval.summary())
+                self._logged = self._log_sizes()
                 interval = Interval(self.train_loader, self.process.device)
             if self._must_end:
                 self._end_for_signal(epoch)
@@ -256,10 +265,17 @@ class Trainer:
         self._take_effect(gradients, factor, result)
         return result
 
+    @contextlib.contextmanager
+    def _taking_effect(self) -> Iterator[None]:
+        """What is done within is saved whole or not at all, whatever interrupts it."""
+        with self._whole:
+            self._is_whole = False
+            yield
+            self._is_whole = True
+
     def _take_effect(self, gradients: list[Tensor], factor: float, result: StepResult) -> None:
         self.process.whereabouts.at("updating the weights")
-        with record_function("optimizer"), self._whole:
-            self._is_whole = False
+        with record_function("optimizer"), self._taking_effect():
             if result.valid and not result.skipped:  # momentum and decay would move the weights without any
                 self.multi_tensor.scale_(gradients, factor)
                 self.optimizer.step()
@@ -268,7 +284,6 @@ class Trainer:
             self.loss_scale.update(overflow=result.skipped)
             self.network.zero_grad(set_to_none=True)
             self._advance(result.valid)
-            self._is_whole = True
 
     def _advance(self, valid: float) -> None:
         self.step += 1
@@ -299,7 +314,7 @@ class Trainer:
                 # The sum over a whole step overflows fp16 sooner than its mean; `_train_step` knows the true count.
                 (loss * (self.loss_scale.value / self.config.optim.global_batch_size)).backward()
         if self.step % self.steps_per_epoch == micro_step == 0:
-            self.monitor.log_clips(self.step, clips, mean=self.config.data.mean, std=self.config.data.std)
+            self.monitor.log_clips(self.step + 1, clips, mean=self.config.data.mean, std=self.config.data.std)
         scores = logits.detach().float()
         self._seen.append((batch.sample_ids, batch.valid, scores))
         counts = sum(
@@ -342,7 +357,8 @@ class Trainer:
             return
         raise NonFiniteError(
             f"{what}; try a lower optim.lr, a longer optim.warmup_epochs, train.precision=float32 or "
-            "train.on_nan=rollback"
+            "train.on_nan=rollback",
+            self.step,
         )
 
     def _suspects(self) -> list[str]:
@@ -364,20 +380,24 @@ class Trainer:
         path = self._agree_on(newest)
         if path is None or self._rollbacks == _ROLLBACKS:
             why = "there is no checkpoint to go back to" if path is None else f"the step after {_ROLLBACKS} others"
-            raise NonFiniteError(f"{error}; {why}")
+            raise NonFiniteError(f"{error}; {why}", error.step)
         self._rollbacks += 1
-        self.left_out.add(self.step)
+        self.left_out.add(error.step)
         state = newest[1] if newest else self._load_shared(path)
         self._load_state(path, state)
         self.network.zero_grad(set_to_none=True)
+        self.train_loader.stats.faults.clear()
+        self._owed.clear()
+        if self.process.is_main:
+            self.faults.cut(state["fault_bytes"])
         self.monitor.open(self.config, step=self.step, size=state["log_bytes"])
-        self.monitor.say(f"{error}; back to {path.name}, and without step {max(self.left_out)} this time")
+        self.monitor.say(f"{error}; back to {path.name}, and without step {error.step} this time")
 
     def _leave_out(self, batches: Iterable[Batch], lr: float) -> StepResult:
         for _ in batches:
             pass
         self._must_end = False
-        with self._whole:
+        with self._taking_effect():
             self._advance(self.config.optim.global_batch_size)
         return StepResult(0.0, 0.0, 0.0, 0.0, lr, 0.0, self.loss_scale.value, skipped=True)
 
@@ -421,11 +441,16 @@ class Trainer:
         is_whole = self.step % self.steps_per_epoch == 0
         if is_whole and self.average is not None and epoch >= self.average_from:
             if int(self.average.n_averaged) == epoch - self.average_from:  # not yet, by a run that ended here
-                with self._whole:
+                with self._taking_effect():
                     self.average.update_parameters(self.network)
             networks.append(self.average.module)
         (result, *averaged), unreadable = self.validate(*networks)
         self._say_faults(self.val_loader, epoch, mode="validate")
+        if not math.isfinite(result["loss"]):
+            last = self.step - 1
+            raise NonFiniteError(
+                f"step {last}: the weights are not finite after it, or the validation loss is not", last
+            )
         top1, top5 = result["top1"], result["top5"]
         is_best = top1 > self.best_top1
         best_top1 = max(top1, self.best_top1)
@@ -446,18 +471,25 @@ class Trainer:
                 f"top-5 {averaged[0]['top5']:.4f}: {self.output}/swa.safetensors"
             )
         self.monitor.log(self.step, scalars)
-        with self._whole:
-            self.best_top1, self.is_validated = best_top1, True
-            if is_whole:
-                self.failed = 0
-        self._save(files)
+        self._collect_writes()
+        failed = 0 if is_whole else self.failed
+        owed = []
+        logged = self._log_sizes()
+        if self.process.is_main:
+            changes = {"best_top1": best_top1, "is_validated": True, "failed": failed, **logged}
+            owed.append((files, self._state() | changes))
+        with self._taking_effect():
+            self.best_top1, self.is_validated, self.failed, self._logged = best_top1, True, failed, logged
+            self._owed += owed
+        self._save(*[state for _, state in owed])
         for line in lines:
             self.monitor.say(line)
 
     def _say_faults(self, loader: ClipLoader, epoch: int, *, mode: str) -> None:
         """Writes down and names what `loader` could not read since the last call, on all processes."""
         faults = self.faults.take(loader, epoch=epoch, mode=mode)
-        self._fault_count = 0
+        if mode == "train":
+            self._fault_count, self._logged = 0, self._log_sizes()
         for fault in faults[:_SHOWN]:
             treatment = "left out" if mode == "train" else "counted as wrong"
             self.monitor.say(f"{fault.path}: {fault.reason}; {treatment}")
@@ -504,31 +536,38 @@ class Trainer:
                 "average_from": self.average_from,
                 "loader": self._loader_state,
                 "failed": self.failed,
-                "fault_bytes": self.faults.size(),
-                "log_bytes": self.monitor.size,
+                "left_out": sorted(self.left_out),
+                **self._logged,
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
                 "launch": _launch(),
             }
         )
 
-    def _save(self, files: Sequence[str] = ()) -> None:
-        """A checkpoint, and first the weights files last, best, swa among `files`. A thread writes them, as soon as it
-        is free; training waits for the copy to host memory."""
-        if not self.process.is_main:
-            return
-        self.process.whereabouts.at("saving")
-        self._collect_writes()
-        state = self._state()
+    def _log_sizes(self) -> dict[str, int]:
+        """How far the logs have come: what stands there beyond goes, where a run goes on from a checkpoint."""
+        return {"fault_bytes": self.faults.size(), "log_bytes": self.monitor.size}
 
-        def write() -> None:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for name in files:
-                save_weights(self.output / f"{name}.safetensors", self._weights(state, average=name == "swa"))
+    def _save(self, state: dict[str, Any] | None = None) -> None:
+        """A checkpoint; a thread writes it. Training waits for the copy to host memory, and for the writes before."""
+        if self.process.is_main:
+            self.process.whereabouts.at("saving")
+            self._collect_writes()
+            state = state or self._state()
+            self.writer.submit(lambda: self._write(state))
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """First the weights files that are owed, so that no checkpoint stands that is past them. From any thread."""
+        with self._writing:
+            if not all(value.isfinite().all() for value in state["network"].values()):
+                return  # nothing to go back to: the next step says it
+            while self._owed:
+                names, of_then = self._owed[0]
+                for name in names:
+                    save_weights(self.output / f"{name}.safetensors", self._weights(of_then, average=name == "swa"))
+                self._owed.pop(0)
             checkpoints.save_checkpoint(self.output / "checkpoints", state["step"], state)
             self._saved = (state["step"], state["is_validated"])
-
-        self.writer.submit(write)
 
     def _weights(self, state: dict[str, Any], *, average: bool) -> Weights:
         """Those in the `state` of a checkpoint."""
@@ -551,8 +590,8 @@ class Trainer:
             is_end = self.step == self.last_step or self.preemption.signal is not None
             if is_end or self._failed_writes == _FAILED_WRITES:
                 raise InputError(
-                    f"{error}; what was saved before stands in {self.output}/checkpoints: make room, and go on with "
-                    "--resume"
+                    f"{error}; what was saved before stands in {self.output}/checkpoints: see that it can be written, "
+                    "and go on with --resume"
                 ) from None
             self.monitor.say(f"{error}; training goes on, and what was saved before stands")
 
@@ -577,12 +616,15 @@ class Trainer:
                 torch.cuda.set_device(self.process.device)
             with contextlib.suppress(InputError, OSError):
                 self.writer.wait()
-            if self._saved == (self.step, self.is_validated):
+            if self._saved == (self.step, self.is_validated) and not self._owed:
                 return f"step {self.step} is saved already" if self.step else "nothing to save yet"
-            epoch = max(self.step - 1, 0) // self.steps_per_epoch
-            self.faults.write(self.train_loader.stats.faults[: self._fault_count], epoch=epoch, mode="train")
-            checkpoints.save_checkpoint(self.output / "checkpoints", self.step, self._state())
-            self._saved = (self.step, self.is_validated)
+            if self._fault_count:
+                epoch = (self.step - 1) // self.steps_per_epoch
+                self.faults.write(self.train_loader.stats.faults[: self._fault_count], epoch=epoch, mode="train")
+                self._logged = self._log_sizes()
+            self._write(self._state())
+            if self._saved != (self.step, self.is_validated):
+                return f"step {self.step} is not saved: its weights are not finite"
             return f"saved step {self.step}; go on with --resume"
         except Exception as error:  # there is an end to come to, with an error of its own
             return f"nothing could be saved ({error})"
@@ -598,7 +640,7 @@ class Trainer:
             state = newest[1] if newest else self._load_shared(path)
             self._load_state(path, state)
         if self.process.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             self.faults.cut(state["fault_bytes"])
             self.monitor = Monitor(self.output, total_steps=self.last_step)
@@ -612,8 +654,12 @@ class Trainer:
             newest = checkpoints.load_newest_checkpoint(self.output / "checkpoints")
         if newest and (resume or newest[1].get("launch") == _launch()):
             return newest
-        results = ("checkpoints", "best.safetensors", "last.safetensors")
-        taken = [name for name in results if (self.output / name).exists()]
+        folder = self.output / "checkpoints"
+        taken = [name for name in ("best.safetensors", "last.safetensors") if (self.output / name).exists()]
+        held = [path.name for path in folder.glob("step_*")]
+        if resume and folder.exists() and not held:
+            return None  # a run that ended before its first checkpoint was written
+        taken = ["checkpoints"] * bool(held) + taken
         if taken and resume:
             raise InputError(
                 f"{self.output} holds the {taken[0]} of an earlier run, but no checkpoint that can be read: "
@@ -633,7 +679,7 @@ class Trainer:
     def _load_shared(self, path: Path) -> dict[str, Any]:
         try:
             return checkpoints.load_checkpoint(path)
-        except checkpoints.DamagedError as error:
+        except InputError as error:
             raise InputError(f"{error}, though rank 0 can; `output` must be a folder that all machines share") from None
 
     def _load_state(self, path: Path, state: dict[str, Any]) -> None:
@@ -654,18 +700,20 @@ class Trainer:
             raise InputError(
                 f"{path} was trained on {len(state['classes'])} classes that are not the {len(self.classes)} of now"
             )
-        if state["average"] and state["average"]["n_averaged"]:
-            if state["average_from"] != self.average_from:
-                raise InputError(
-                    f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the "
-                    "train.epochs and train.swa_epochs of then, or name another folder with -o output=DIR"
-                )
+        if state["average"] and state["average"]["n_averaged"] and state["average_from"] != self.average_from:
+            raise InputError(
+                f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the "
+                "train.epochs and train.swa_epochs of then, or name another folder with -o output=DIR"
+            )
+        if state["average"] and self.average is not None:
             self.average.load_state_dict(state["average"])
         self.train_loader.load_state_dict(state["loader"])
         self.network.load_state_dict(state["network"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.loss_scale.load_state_dict(state["loss_scale"])
-        self._loader_state = state["loader"]
+        self._loader_state, self._fault_count = state["loader"], 0
+        self._logged = {key: state[key] for key in self._logged}
+        self.left_out.update(state["left_out"])
         self.step, self.is_validated = state["step"], state["is_validated"]
         self.best_top1, self.failed = state["best_top1"], state["failed"]
         self._saved = (self.step, self.is_validated)
@@ -694,9 +742,13 @@ class Trainer:
 
 
 def _launch() -> str | None:
-    """What torchrun names this run, the same when it starts it again; None where it has no name of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if name == "none" else name
+    """What names this run among those of torchrun, the same when it starts it again: its run id, or where it has none
+    the process of torchrun itself. None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name != "none":
+        return name
+    began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {os.getppid()} {began}"
 
 
 def _shares(mixed: Mixed, labels: Tensor) -> list[tuple[float, Tensor]]:

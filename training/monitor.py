@@ -125,10 +125,11 @@ class Monitor:
     def open(self, config: Config, *, step: int, size: int) -> None:
         """Begins, or begins again after going back, at `step`, when metrics.jsonl had `size` bytes."""
         self.close()
-        self._config, self._purge_step, self._size = config, step + 1, size
+        self._config, self._purge_step, self._size = config, step + 1, 0
         self._lines = self._folder / "metrics.jsonl"
         if self._lines.exists():
-            os.truncate(self._lines, min(size, self._lines.stat().st_size))
+            self._size = min(size, self._lines.stat().st_size)
+            os.truncate(self._lines, self._size)
         self._bar = tqdm(
             total=self._total_steps,
             initial=step,
@@ -199,10 +200,12 @@ class Monitor:
         experiment, start, _ = hparams(_hyperparameters(self._config), _FINAL)
         for summary in (experiment, start):
             writer.file_writer.add_summary(summary)
+        self._purge_step = None  # where it has to be opened again, what stands is of this run
         return writer
 
     def _line(self, values: dict[str, Any]) -> None:
-        line = (json.dumps({"time": round(time.time(), 3), **values}) + "\n").encode()
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        line = (json.dumps({"time": round(time.time(), 3), **finite}, allow_nan=False) + "\n").encode()
         try:
             with open(self._lines, "ab") as file:
                 file.write(line)

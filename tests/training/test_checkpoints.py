@@ -50,12 +50,24 @@ def test_any_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, capsys):
         newer.write_bytes(data)
         path, state = load_newest_checkpoint(tmp_path)
         assert path == older and state["step"] == 1
-        assert (
-            f"{newer}: damaged, its checksum is not the one in its name; looking for an older"
-            in capsys.readouterr().out
-        )
+        assert f"{newer}: damaged, its checksum is not the one in its name" in capsys.readouterr().out
+        newer.with_name(newer.name + ".damaged").unlink()
     newer.write_bytes(whole)
     assert load_newest_checkpoint(tmp_path)[0] == newer
+
+
+def test_damaged_ones_are_put_aside_and_cost_no_good_one(tmp_path):
+    """A run that goes on from before them keeps its own two."""
+    save_checkpoint(tmp_path, 10, state_of(10))
+    for step in (91, 92):
+        save_checkpoint(tmp_path / "other", step, state_of(step)).rename(
+            tmp_path / f"step_{step:08d}-0123456789abcdef.pt"
+        )
+    assert load_newest_checkpoint(tmp_path)[1]["step"] == 10
+    for step in (11, 12):
+        save_checkpoint(tmp_path, step, state_of(step))
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [11, 12]
+    assert len(list(tmp_path.glob("*.damaged"))) == 2
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
@@ -63,6 +75,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     for name in ("step_00000009.pt", "step_9-0123456789abcdef.pt", "unnamed.pt", "unnamed.pt.part", "notes.txt"):
         (tmp_path / name).write_bytes(b"?")
     (tmp_path / "step_00000011-0123456789abcdef.pt").mkdir()
+    (tmp_path / "step_00000012-0123456789abcdef.pt").symlink_to("nowhere")
     assert load_newest_checkpoint(tmp_path)[0] == path
 
 
@@ -73,8 +86,10 @@ def test_nothing_is_unpickled(tmp_path):
 
     path = save_checkpoint(tmp_path, 1, {"step": Evil()})
     assert checkpoints.is_intact(path)
-    with pytest.raises(checkpoints.DamagedError, match="not a checkpoint of ours"):
+    with pytest.raises(InputError, match="not a checkpoint of ours"):
         load_checkpoint(path)
+    with pytest.raises(InputError, match="not a checkpoint of ours"):
+        load_checkpoint(save_checkpoint(tmp_path, 2, ["a", "list"]))
     assert load_newest_checkpoint(tmp_path) is None
     assert not (tmp_path / "made by a pickle").exists()
 

@@ -18,6 +18,7 @@ import pytest
 from dali_pipelines import InputError
 from tests.training.conftest import PROJECT, run
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
+from training import checkpoints
 from training.checkpoints import list_checkpoints, load_newest_checkpoint
 from training.engine import Trainer
 from training.preemption import REQUEUE
@@ -65,6 +66,12 @@ def started(script, *arguments, processes=1, environment=None, **settings):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_for(condition, timeout=90):
@@ -250,7 +257,7 @@ Trainer._forward_backward = forward_backward
 
     unbroken = run("train.py", *settings, f"output={tmp_path}/unbroken", processes=2)
     assert unbroken.returncode == 0, unbroken.stderr
-    again = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    again = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     again += ["--max-restarts", "1", script, *settings, f"output={tmp_path}/again"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, again)), env=environment, capture_output=True, text=True, timeout=200)
@@ -276,9 +283,7 @@ Trainer._forward_backward = forward_backward
 """
     script = patched(tmp_path, patch)
     settings = ["-c", config_file, "-o", "data.workers=0", "train.hang_timeout_s=5"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with (
         started(script, *settings, environment=group | {"RANK": "0"}, **pipes) as first,
@@ -289,7 +294,7 @@ Trainer._forward_backward = forward_backward
             assert "train.py (rank 1): error: no progress for 5 s at step 4, " in errors
             assert "in forward_backward" in errors
             _, errors = first.communicate(timeout=60)
-            assert errors == "train.py (rank 0): error: another process has ended; its own error says why\n"
+            assert errors.startswith("train.py (rank 0): error: another process has ended; its own error, or torchrun")
         else:
             expected = r"train.py \(rank 0\): error: waited 6.25 s at step 4 for rank 1 \(last seen at step \d+, .*\) "
             assert re.match(expected, errors)
@@ -336,7 +341,9 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
     train(config_file, f"output={tmp_path}/unbroken")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_advance", advance)
-        message = "cannot be written: File too large; what was saved before stands in .*: make room, and go on with"
+        message = (
+            "cannot be written: File too large; what was saved before stands in .*: see that it can be written, and"
+        )
         with pytest.raises(InputError, match=message):
             train(config_file, "train.checkpoint_every_steps=1")
     small_files(None)
@@ -347,6 +354,80 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
     train(config_file, "train.checkpoint_every_steps=1", resume=True)
     assert losses(tmp_path / "output") == losses(tmp_path / "unbroken")
     assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("when", ["last epoch", "for a while"])
+def test_weights_files_that_could_not_be_written_are_owed(config_file, tmp_path, small_files, monkeypatch, when):
+    """No checkpoint is past them: they come with the next that is written, or the validation is made again."""
+    plain = Trainer._finish_epoch
+    full_at = 9 if when == "last epoch" else 3
+
+    def finish_epoch(self):
+        if self.step == full_at:
+            self.writer.wait()
+            small_files(20_000)
+        plain(self)
+        if self.step == full_at and when == "for a while":
+            with contextlib.suppress(InputError):
+                self.writer._job.result()
+            small_files(None)
+
+    train(config_file, f"output={tmp_path}/unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish_epoch", finish_epoch)
+        if when == "last epoch":
+            with pytest.raises(InputError, match="last.safetensors: cannot be written: File too large"):
+                train(config_file, "train.checkpoint_every_steps=1")
+        else:
+            train(config_file, "train.checkpoint_every_steps=1")
+    small_files(None)
+    train(config_file, "train.checkpoint_every_steps=1", resume=True)
+    for name in ("best", "last"):
+        ours, theirs = (load_weights(tmp_path / run / f"{name}.safetensors").state for run in ("output", "unbroken"))
+        assert all((ours[key] == theirs[key]).all() for key in theirs), name
+
+
+def test_ended_while_the_weights_of_an_epoch_are_copied_nothing_is_forgotten(config_file, tmp_path, monkeypatch):
+    """Ctrl-C between validation and the files that it brings, at the end of the run."""
+    plain, calls = Trainer._state, []
+
+    def state(self):
+        if self.step == 9 and self._is_due and not calls:
+            calls.append(1)
+            raise KeyboardInterrupt
+        return plain(self)
+
+    train(config_file, f"output={tmp_path}/unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_state", state)
+        with pytest.raises(KeyboardInterrupt):
+            train(config_file)
+    train(config_file, resume=True)
+    assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
+    ours, theirs = ([line["step"] for line in lines(tmp_path / name)] for name in ("output", "unbroken"))
+    assert ours == theirs
+
+
+def test_two_that_save_at_once_do_not_write_into_one_file(config_file, tmp_path, monkeypatch):
+    """Ctrl-C while training waits for a slow disk: the write under way and the last one come one after the other."""
+    slow, plain, interrupted = checkpoints._write, Trainer._collect_writes, []
+
+    def slow_write(*arguments):
+        time.sleep(0.3)
+        return slow(*arguments)
+
+    def collect_writes(self):
+        if self.step == 5 and not interrupted:
+            interrupted.append(1)
+            raise KeyboardInterrupt
+        plain(self)
+
+    monkeypatch.setattr(checkpoints, "_write", slow_write)
+    monkeypatch.setattr(Trainer, "_collect_writes", collect_writes)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_file, "train.checkpoint_every_steps=1")
+    kept = list_checkpoints(tmp_path / "output" / "checkpoints")
+    assert [checkpoints.load_checkpoint(path)["step"] for path in kept] == [4, 5]
 
 
 def test_logs_that_cannot_be_written_cost_no_training(config_file, tmp_path, monkeypatch, capsys):

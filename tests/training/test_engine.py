@@ -226,8 +226,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config_file):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("optim.global_batch_size=14", "13 videos, fewer than one step takes; optim.global_batch_size is 14"),
-        ("data.batch_size=3", "data.batch_size is 3, but each of 1 processes has 4 clips .*: 2, 4"),
+        (
+            "optim.global_batch_size=14",
+            "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest that they can: 13",
+        ),
+        ("data.batch_size=3", "batches of 3 each; the nearest that they can: 3, 6; or data.batch_size 2, 4"),
         ("data.train=null", "data.train is not set"),
         ("data.val=/gone.csv", "/gone.csv: no such manifest"),
     ],
@@ -240,7 +243,10 @@ def test_settings_that_cannot_work(config_file, override, message):
 def test_a_global_batch_that_processes_cannot_share(config_file):
     done = run("train.py", "-c", config_file, "-o", "optim.global_batch_size=5", processes=2)
     assert done.returncode != 0
-    assert "is 5, which 2 processes cannot share evenly; the nearest that can: 4, 6" in done.stderr
+    assert (
+        "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that they can: 4, 6"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,6 +280,19 @@ def test_resuming_without_a_readable_checkpoint_overwrites_nothing(config_file, 
     assert (tmp_path / "output" / "best.safetensors").read_bytes() == best
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(config_file, tmp_path):
+    """Between its first weights file and that."""
+    train(config_file, f"output={tmp_path}/unbroken")
+    train(config_file, "train.max_steps=3")
+    for path in (tmp_path / "output" / "checkpoints").iterdir():
+        path.rename(path.with_name("unnamed.pt.part"))
+    with pytest.raises(InputError, match="holds the best.safetensors of an earlier run: continue that with --resume"):
+        train(config_file)
+    train(config_file, resume=True)
+    assert losses(tmp_path / "output") == losses(tmp_path / "unbroken")
+    assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
+
+
 def test_resuming_in_an_empty_folder_begins(config_file, tmp_path):
     assert train(config_file, "train.epochs=1", resume=True).step == 3
 
@@ -305,7 +324,7 @@ def test_a_run_stops_at_the_step_where_too_many_videos_cannot_be_read(config_wit
     steps = faults_by_step(tmp_path / "whole")
     assert faults_by_step(tmp_path / "output") == steps[: steps.index(2)]
     assert [row[:2] for row in fault_rows(tmp_path / "output")] == [[1, "train"]] * 2
-    assert not (tmp_path / "output" / "checkpoints").exists()
+    assert not list((tmp_path / "output" / "checkpoints").iterdir())
 
 
 def test_faults_of_before_a_checkpoint_count_and_are_not_written_twice(config_with_bad_videos, tmp_path):

@@ -2,18 +2,22 @@
 
 import gzip
 import json
+import math
 import re
 import sys
 import types
 
 import pytest
 import torch
+from nvidia.dali import __version__ as dali_version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tests.training.test_engine import lines, train
 from training import gauges
 from training.config import load_config
 from training.engine import Trainer
+from training.monitor import Monitor
 from training.profiling import PARTS
 
 INTERVAL = {
@@ -51,7 +55,7 @@ def test_the_picture_is_of_mixed_clips_once_an_epoch(config_file, tmp_path):
     train(config_file, "train.epochs=2", f"output={tmp_path}/plain")
     train(config_file, "train.epochs=2", "mix.mixup_alpha=50")
     plain, mixed = (events(tmp_path / name).Images("train/clips") for name in ("plain", "output"))
-    assert [picture.step for picture in mixed] == [0, 3]
+    assert [picture.step for picture in mixed] == [1, 4]
     assert (mixed[0].height, mixed[0].width) == (4 * 32, 4 * 32)
     assert mixed[0].encoded_image_string != plain[0].encoded_image_string
 
@@ -81,7 +85,38 @@ def test_after_a_kill_no_step_stands_twice(config_file, tmp_path):
         file.write('{"step": 7, "tra')
     train(config_file, "train.epochs=2", resume=True)
     assert [line["step"] for line in lines(output) if "train/lr" in line] == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in events(output).Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    found = events(output)
+    assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [picture.step for picture in found.Images("train/clips")] == [1, 4]
+
+
+def test_a_writer_that_had_to_be_opened_again_takes_nothing_away(config_file, tmp_path, monkeypatch):
+    """TensorBoard's file on a disk that is full at step 4; what was written before stays, what follows too."""
+    plain = Monitor.log_interval
+
+    def log_interval(self, step, values):
+        with monkeypatch.context() as patch:
+            if step == 4:
+                patch.setattr(RecordWriter, "write", no_room)
+            plain(self, step, values)
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Monitor, "log_interval", log_interval)
+    train(config_file)
+    shown = [event.step for event in events(tmp_path / "output").Scalars("train/loss")]
+    assert shown == [1, 2, 3, 5, 6, 7, 8, 9]
+
+
+def test_values_that_are_not_finite_are_null_in_the_lines(tmp_path, config_file):
+    monitor = Monitor(tmp_path, total_steps=3)
+    monitor.open(load_config(str(config_file)), step=0, size=0)
+    monitor.log(1, {"a": math.nan, "b": math.inf, "c": 2.5})
+    monitor.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    values = json.loads(line, parse_constant=pytest.fail)
+    assert (values["a"], values["b"], values["c"]) == (None, None, 2.5)
 
 
 def test_lines_where_there_is_no_terminal(config_file, capsys):
@@ -95,7 +130,7 @@ def test_the_start_says_what_runs_where(config_file, capsys):
     train(config_file, "train.epochs=1", "data.batch_size=2", "optim.name=lamb", "train.precision=bf16")
     said = capsys.readouterr().out.splitlines()
     assert said[:5] == [
-        f"device cpu, 1 ranks, 1 on this machine; torch {torch.__version__}, DALI 2.4.0",
+        f"device cpu, 1 ranks, 1 on this machine; torch {torch.__version__}, DALI {dali_version}",
         "precision bf16, optimizer Lamb (torch foreach), gradients by torch foreach",
         "13 training and 7 validation videos, 3 classes",
         "decoders: h264 host, vp9 host",

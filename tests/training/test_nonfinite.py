@@ -1,15 +1,18 @@
 """Losses and gradients that are not finite: said, skipped in fp16, stopped at or gone back from otherwise."""
 
+import csv
 import json
 import math
 
 import pytest
 import torch
 
-from dali_pipelines import InputError
+from dali_pipelines import InputError, Manifest
 from tests.training.conftest import run
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
+from training.checkpoints import load_newest_checkpoint
 from training.engine import Trainer
+from training.weights import load_weights
 
 
 @pytest.fixture
@@ -127,6 +130,54 @@ def test_rollback_without_a_checkpoint_or_without_an_end_stops(config_file, spoi
     spoil({0})
     with pytest.raises(InputError, match="there is no checkpoint to go back to"):
         train(config_file, "train.on_nan=rollback", f"output={config_file.parent}/other")
+
+
+def test_weights_that_break_at_the_end_of_an_epoch_are_not_the_best(config_file, tmp_path, monkeypatch):
+    """The update of step 5, the last of epoch 2; the run goes back to before it, or stops, and keeps nothing of it."""
+    plain = Trainer._take_effect
+
+    def take_effect(self, gradients, factor, result):
+        plain(self, gradients, math.nan if self.step == 5 else factor, result)
+
+    monkeypatch.setattr(Trainer, "_take_effect", take_effect)
+    with pytest.raises(InputError, match="step 5: the weights are not finite after it, or the validation loss is not"):
+        train(config_file, f"output={tmp_path}/stopped")
+    trainer = train(config_file, "train.on_nan=rollback", "train.checkpoint_every_steps=1")
+    assert trainer.step == 9 and trainer.left_out == {5}
+    for folder in ("stopped", "output"):
+        for name in ("best", "last"):
+            assert all(
+                v.isfinite().all() for v in load_weights(tmp_path / folder / f"{name}.safetensors").state.values()
+            )
+
+
+def test_weights_that_break_between_are_never_saved(config_file, tmp_path, monkeypatch, capsys):
+    plain = Trainer._take_effect
+
+    def take_effect(self, gradients, factor, result):
+        plain(self, gradients, math.nan if self.step == 3 else factor, result)
+
+    monkeypatch.setattr(Trainer, "_take_effect", take_effect)
+    with pytest.raises(
+        InputError,
+        match="step 5: the weights are not finite after it, or the validation loss is not; the step after 3 others",
+    ):
+        train(config_file, "train.on_nan=rollback", "train.checkpoint_every_steps=1")
+    said = capsys.readouterr().out
+    assert "step 4: the loss is nan" in said and "step 5: the loss is nan" in said
+    assert said.count("back to step_00000003-") == 3  # there is none of step 4
+    assert load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"] == 3
+
+
+def test_after_going_back_no_fault_stands_twice(config_file, small_data, tmp_path, spoil):
+    manifest = Manifest.read(small_data / "train.csv")
+    videos = [manifest[n]._replace(path=f"gone{n}" if n == 2 else manifest[n].path) for n in range(13)]
+    Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / "bad.csv")
+    spoil({7})
+    settings = [f"data.train={tmp_path}/bad.csv", "data.max_fault_fraction=1", "train.on_nan=rollback"]
+    train(config_file, *settings)
+    rows = [tuple(row[:3]) for row in csv.reader(open(tmp_path / "output" / "faults.csv"))][1:]
+    assert len(rows) == len(set(rows)) >= 2
 
 
 PATCHED_TRAIN = """

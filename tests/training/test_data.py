@@ -1,0 +1,71 @@
+"""Sharing out a global batch: what is possible, and that what an error proposes is."""
+
+import itertools
+import re
+
+import pytest
+
+from dali_pipelines import InputError
+from training.config import Config
+from training.data import share_out
+
+
+def shared(total, world_size, batch_size=None, views=1, clips=1000):
+    config = Config()
+    config.optim.global_batch_size, config.data.batch_size, config.data.views_per_decode = total, batch_size, views
+    return share_out(config, world_size, clips)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((64, 8), (8, 1)),
+        ((64, 8, 4), (4, 2)),
+        ((64, 1, 1), (1, 64)),
+        ((12, 3, 2, 2), (2, 2)),
+    ],
+)
+def test_by_hand(arguments, expected):
+    assert shared(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((5, 2), "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that they can: 4, 6"),
+        ((4, 1, 3), "cannot share evenly, batches of 3 each; the nearest that they can: 3, 6; or data.batch_size 2, 4"),
+        ((14, 1, None, 1, 13), "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest .*: 13"),
+        ((8, 1, 3, 2), "data.batch_size is 3; expected a multiple of data.views_per_decode, 2: 2, 4"),
+        (
+            (4, 8, None, 1, 4),
+            "is 4, which 8 processes cannot share evenly, a whole number each$",
+        ),  # nothing is possible
+    ],
+)
+def test_errors_by_hand(arguments, message):
+    with pytest.raises(InputError, match=message):
+        shared(*arguments)
+
+
+def test_what_an_error_proposes_is_possible():
+    """All combinations of small numbers: each proposed global batch and batch size works, and some work as they are."""
+    good = bad = proposals = 0
+    sizes = itertools.product(range(1, 20), (1, 2, 3, 4), (None, 1, 2, 3, 4), (1, 2), (13, 26))
+    for total, world_size, batch_size, views, clips in sizes:
+        try:
+            batch, micro_steps = shared(total, world_size, batch_size, views, clips)
+            assert batch * micro_steps * world_size == total <= clips and batch % views == 0
+            good += 1
+            continue
+        except InputError as error:
+            bad += 1
+            message = str(error)
+        totals = re.search(r"nearest that they can: ([\d, ]+)", message)
+        for proposed in map(int, totals[1].split(",")) if totals else ():
+            shared(proposed, world_size, batch_size, views, clips)
+            proposals += 1
+        batches = re.search(r"or data.batch_size ([\d, ]+)", message)
+        for proposed in map(int, batches[1].split(",")) if batches else ():
+            shared(total, world_size, proposed, views, clips)
+            proposals += 1
+    assert good > 200 and bad > 200 and proposals > 200
