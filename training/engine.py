@@ -5,8 +5,6 @@ import csv
 import dataclasses
 import itertools
 import math
-import os
-import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -43,12 +41,12 @@ from training.optimizer import (
 from training.precision import LossScale, autocast, gradient_factor, resolve_precision
 from training.preemption import REQUEUE, Preemption
 from training.profiling import StepProfiler, record_function
-from training.weights import Weights, build_network, load_into, save_weights
+from training.saving import Saver, find_checkpoint, launch
+from training.weights import Weights, build_network, load_into
 
 _FORMAT = 2  # of checkpoints
 _SHOWN = 5  # faults, or clips, in a message
 _BLIND_CLIPS = 16  # a run that can read none of so many stops
-_FAILED_WRITES = 3  # in a row, before a run stops that cannot save
 _ROLLBACKS = 3  # without a good step between them
 
 
@@ -134,13 +132,9 @@ class Trainer:
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
         self._whole = threading.Lock()  # held while something takes effect; what is saved is never half a step
         self._is_whole = True
-        self._owed: list[tuple[list[str], dict[str, Any]]] = []  # weights files that are to be written, and the state
-        self._writing = threading.Lock()
-        self._saved = (0, False)  # step and `is_validated` of the newest checkpoint
-        self._failed_writes = 0
         self._must_end = False
         self._epoch_speed = 0.0  # clips/s
-        self.writer = checkpoints.Writer()
+        self.saver = Saver(self.output, self._weights)
         self.monitor: Monitor | Silent = Silent()
 
         resumed_from = self._open_output(resume)
@@ -187,7 +181,7 @@ class Trainer:
                 self.profiler.stop()
             self.train_loader.close()
             self.monitor.close()
-            self.writer.close()
+            self.saver.close()
 
     @property
     def _is_due(self) -> bool:
@@ -346,7 +340,10 @@ class Trainer:
             path = self.output / "nonfinite.csv"
             named += f" and {len(clips) - _SHOWN} more, in {path}"
             if self.process.is_main:
-                with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                with (
+                    contextlib.suppress(OSError),
+                    open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file,
+                ):
                     csv.writer(file, lineterminator="\n").writerows([self.step, clip] for clip in clips)
         what = (
             f"step {self.step}: the loss is {result.loss:g} and the gradient norm {result.grad_norm:g} at a learning "
@@ -376,7 +373,7 @@ class Trainer:
         if self.config.train.on_nan != "rollback":
             raise error
         self._collect_writes()
-        newest = checkpoints.load_newest_checkpoint(self.output / "checkpoints") if self.process.is_main else None
+        newest = checkpoints.load_newest_checkpoint(self.saver.folder) if self.process.is_main else None
         path = self._agree_on(newest)
         if path is None or self._rollbacks == _ROLLBACKS:
             why = "there is no checkpoint to go back to" if path is None else f"the step after {_ROLLBACKS} others"
@@ -384,10 +381,11 @@ class Trainer:
         self._rollbacks += 1
         self.left_out.add(error.step)
         state = newest[1] if newest else self._load_shared(path)
-        self._load_state(path, state)
+        with self._taking_effect():
+            self._load_state(path, state)
         self.network.zero_grad(set_to_none=True)
         self.train_loader.stats.faults.clear()
-        self._owed.clear()
+        self.saver.forget()
         if self.process.is_main:
             self.faults.cut(state["fault_bytes"])
         self.monitor.open(self.config, step=self.step, size=state["log_bytes"])
@@ -473,15 +471,14 @@ class Trainer:
         self.monitor.log(self.step, scalars)
         self._collect_writes()
         failed = 0 if is_whole else self.failed
-        owed = []
         logged = self._log_sizes()
-        if self.process.is_main:
-            changes = {"best_top1": best_top1, "is_validated": True, "failed": failed, **logged}
-            owed.append((files, self._state() | changes))
+        changes = {"best_top1": best_top1, "is_validated": True, "failed": failed, **logged}
+        state = self._state() | changes if self.process.is_main else {}
         with self._taking_effect():
             self.best_top1, self.is_validated, self.failed, self._logged = best_top1, True, failed, logged
-            self._owed += owed
-        self._save(*[state for _, state in owed])
+            if self.process.is_main:
+                self.saver.owe(files, state)
+        self._save(state)
         for line in lines:
             self.monitor.say(line)
 
@@ -540,7 +537,7 @@ class Trainer:
                 **self._logged,
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
-                "launch": _launch(),
+                "launch": launch(),
             }
         )
 
@@ -549,51 +546,27 @@ class Trainer:
         return {"fault_bytes": self.faults.size(), "log_bytes": self.monitor.size}
 
     def _save(self, state: dict[str, Any] | None = None) -> None:
-        """A checkpoint; a thread writes it. Training waits for the copy to host memory, and for the writes before."""
+        """A checkpoint. Training waits for the copy to host memory, and for the writes before."""
         if self.process.is_main:
-            self.process.whereabouts.at("saving")
             self._collect_writes()
-            state = state or self._state()
-            self.writer.submit(lambda: self._write(state))
+            self.saver.submit(state or self._state())
 
-    def _write(self, state: dict[str, Any]) -> None:
-        """First the weights files that are owed, so that no checkpoint stands that is past them. From any thread."""
-        with self._writing:
-            if not all(value.isfinite().all() for value in state["network"].values()):
-                return  # nothing to go back to: the next step says it
-            while self._owed:
-                names, of_then = self._owed[0]
-                for name in names:
-                    save_weights(self.output / f"{name}.safetensors", self._weights(of_then, average=name == "swa"))
-                self._owed.pop(0)
-            checkpoints.save_checkpoint(self.output / "checkpoints", state["step"], state)
-            self._saved = (state["step"], state["is_validated"])
+    def _collect_writes(self) -> None:
+        self.process.whereabouts.at("saving")
+        is_last = self.step == self.last_step or self.preemption.signal is not None
+        self.saver.collect(self.monitor.say, is_last=is_last)
 
-    def _weights(self, state: dict[str, Any], *, average: bool) -> Weights:
-        """Those in the `state` of a checkpoint."""
+    def _weights(self, state: dict[str, Any], name: str) -> Weights:
+        """Those for the file last, best or swa, in the `state` of a checkpoint."""
         prefix = "module."  # of `AveragedModel`, beside its own count
-        averaged = {k.removeprefix(prefix): v for k, v in (state["average"] or {}).items() if k.startswith(prefix)}
+        average = state["average"] or {}
+        averaged = {key.removeprefix(prefix): each for key, each in average.items() if key.startswith(prefix)}
         return Weights(
             model=dataclasses.asdict(self.config.model),
             preprocessing=preprocessing(self.config.data),
             classes=self.classes,
-            state=averaged if average else state["network"],
+            state=averaged if name == "swa" else state["network"],
         )
-
-    def _collect_writes(self) -> None:
-        """Waits for what is being written; a run goes on without it, but not for ever, and does not end so."""
-        try:
-            if self.writer.wait():
-                self._failed_writes = 0
-        except (InputError, OSError) as error:
-            self._failed_writes += 1
-            is_end = self.step == self.last_step or self.preemption.signal is not None
-            if is_end or self._failed_writes == _FAILED_WRITES:
-                raise InputError(
-                    f"{error}; what was saved before stands in {self.output}/checkpoints: see that it can be written, "
-                    "and go on with --resume"
-                ) from None
-            self.monitor.say(f"{error}; training goes on, and what was saved before stands")
 
     def _rescue(self) -> None:
         """Saves the last whole step of a run that ends early, for whatever reason."""
@@ -614,16 +587,15 @@ class Trainer:
             self.preemption.handle()
             if self.process.device.type == "cuda":
                 torch.cuda.set_device(self.process.device)
-            with contextlib.suppress(InputError, OSError):
-                self.writer.wait()
-            if self._saved == (self.step, self.is_validated) and not self._owed:
+            self.saver.wait()
+            if self.saver.saved == (self.step, self.is_validated) and not self.saver.owes:
                 return f"step {self.step} is saved already" if self.step else "nothing to save yet"
             if self._fault_count:
                 epoch = (self.step - 1) // self.steps_per_epoch
                 self.faults.write(self.train_loader.stats.faults[: self._fault_count], epoch=epoch, mode="train")
                 self._logged = self._log_sizes()
-            self._write(self._state())
-            if self._saved != (self.step, self.is_validated):
+            self.saver.write(self._state())
+            if self.saver.saved != (self.step, self.is_validated):
                 return f"step {self.step} is not saved: its weights are not finite"
             return f"saved step {self.step}; go on with --resume"
         except Exception as error:  # there is an end to come to, with an error of its own
@@ -633,44 +605,19 @@ class Trainer:
 
     def _open_output(self, resume: bool) -> Path | None:
         """Goes on from what is in the output folder, or sees that nothing is; the checkpoint that was loaded."""
-        newest = self._find_checkpoint(resume) if self.process.is_main else None
+        newest = find_checkpoint(self.output, resume=resume) if self.process.is_main else None
         path = self._agree_on(newest)
         state = {"log_bytes": 0, "fault_bytes": 0}
         if path is not None:
             state = newest[1] if newest else self._load_shared(path)
             self._load_state(path, state)
         if self.process.is_main:
-            (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.saver.folder.mkdir(parents=True, exist_ok=True)
             (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             self.faults.cut(state["fault_bytes"])
             self.monitor = Monitor(self.output, total_steps=self.last_step)
             self.monitor.open(self.config, step=self.step, size=state["log_bytes"])
         return path
-
-    def _find_checkpoint(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The one to go on from: where that is wanted, or torchrun has started this same run again."""
-        newest = None
-        if resume or _launch():
-            newest = checkpoints.load_newest_checkpoint(self.output / "checkpoints")
-        if newest and (resume or newest[1].get("launch") == _launch()):
-            return newest
-        folder = self.output / "checkpoints"
-        taken = [name for name in ("best.safetensors", "last.safetensors") if (self.output / name).exists()]
-        held = [path.name for path in folder.glob("step_*")]
-        if resume and folder.exists() and not held:
-            return None  # a run that ended before its first checkpoint was written
-        taken = ["checkpoints"] * bool(held) + taken
-        if taken and resume:
-            raise InputError(
-                f"{self.output} holds the {taken[0]} of an earlier run, but no checkpoint that can be read: "
-                "to begin anew, name another folder with -o output=DIR"
-            )
-        if taken:
-            raise InputError(
-                f"{self.output} holds the {taken[0]} of an earlier run: continue that with --resume, "
-                "or name another folder with -o output=DIR"
-            )
-        return None
 
     def _agree_on(self, newest: tuple[Path, dict[str, Any]] | None) -> Path | None:
         """The path that the main process has found, on all."""
@@ -716,7 +663,7 @@ class Trainer:
         self.left_out.update(state["left_out"])
         self.step, self.is_validated = state["step"], state["is_validated"]
         self.best_top1, self.failed = state["best_top1"], state["failed"]
-        self._saved = (self.step, self.is_validated)
+        self.saver.saved = (self.step, self.is_validated)
 
     def _say_what_runs(self, resumed_from: Path | None) -> None:
         process, optim, train = self.process, self.config.optim, self.train_loader
@@ -739,16 +686,6 @@ class Trainer:
             self.monitor.say(line)
         if self.step >= self.last_step and not self._is_due:
             self.monitor.say(f"all {self.last_step} steps are done already")
-
-
-def _launch() -> str | None:
-    """What names this run among those of torchrun, the same when it starts it again: its run id, or where it has none
-    the process of torchrun itself. None without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name != "none":
-        return name
-    began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{socket.gethostname()} {os.getppid()} {began}"
 
 
 def _shares(mixed: Mixed, labels: Tensor) -> list[tuple[float, Tensor]]:

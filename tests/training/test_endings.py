@@ -364,12 +364,12 @@ def test_weights_files_that_could_not_be_written_are_owed(config_file, tmp_path,
 
     def finish_epoch(self):
         if self.step == full_at:
-            self.writer.wait()
+            self.saver.wait()
             small_files(20_000)
         plain(self)
         if self.step == full_at and when == "for a while":
             with contextlib.suppress(InputError):
-                self.writer._job.result()
+                self.saver._writer._job.result()
             small_files(None)
 
     train(config_file, f"output={tmp_path}/unbroken")
