@@ -47,26 +47,11 @@ class _Hashing:
 def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
     """Writes folder/step_00000123-0a1b2c3d4e5f6789.pt, whole or not at all, and removes all but the newest two.
 
-    The name ends with the first 16 digits of the file's SHA-256, so that one rename puts both in place. Where the
-    disk is full, the older of two is given up for the new one, if the newer is intact. Raises `InputError`.
+    The name ends with the first 16 digits of the file's SHA-256, so that one rename puts both in place. Raises
+    `InputError`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        path = _write(folder, step, state)
-    except InputError as error:
-        *older, newest = list_checkpoints(folder) or [None]
-        if getattr(error.__cause__, "errno", None) not in _FULL or not older or not is_intact(newest):
-            raise
-        for old in older:
-            old.unlink()
-        path = _write(folder, step, state)
-    for old in list_checkpoints(folder)[:-_KEPT]:
-        old.unlink()
-    return path
-
-
-def _write(folder: Path, step: int, state: dict[str, Any]) -> Path:
     with whole_file(folder / _UNNAMED) as file:
         hashing = _Hashing(file)
         try:
@@ -75,7 +60,20 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> Path:
             raise hashing.error or error from None
     path = folder / f"step_{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
     put_in_place(folder / _UNNAMED, path)
+    for old in list_checkpoints(folder)[:-_KEPT]:
+        old.unlink()
     return path
+
+
+def made_room(folder: str | os.PathLike, error: InputError) -> bool:
+    """Where a write has failed with `error` because the disk is full: gives up the older checkpoint, if the newer is
+    intact."""
+    *older, newest = list_checkpoints(folder) or [None]
+    if getattr(error.__cause__, "errno", None) not in _FULL or not older or not is_intact(newest):
+        return False
+    for old in older:
+        old.unlink()
+    return True
 
 
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
@@ -131,10 +129,6 @@ class Writer:
 
     def submit(self, job: Callable[[], Any]) -> None:
         self._job = self._pool.submit(job)
-
-    @property
-    def is_busy(self) -> bool:
-        return self._job is not None and not self._job.done()
 
     def wait(self) -> bool:
         """Until nothing is being written; whether something was, since the last call. Any thread may wait."""

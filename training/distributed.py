@@ -208,7 +208,7 @@ class HangWatch:
             complaint = f"waited {1.25 * self._timeout_s:g} s at step {here.step} for {self._who_is_behind()}"
         else:
             complaint = f"no progress for {self._timeout_s:g} s at step {here.step}, {here.doing}"
-        end(f"error: {complaint} (train.hang_timeout_s); {self._last_words()}", 1, stacks=not waits)
+        end(f"error: {complaint} (train.hang_timeout_s)", 1, stacks=not waits, save=self._last_words)
 
     def _who_is_behind(self) -> str:
         places = {}

@@ -41,7 +41,7 @@ from training.optimizer import (
 from training.precision import LossScale, autocast, gradient_factor, resolve_precision
 from training.preemption import REQUEUE, Preemption
 from training.profiling import StepProfiler, record_function
-from training.saving import Saver, find_checkpoint, launch
+from training.saving import Saver, find_checkpoint
 from training.weights import Weights, build_network, load_into
 
 _FORMAT = 2  # of checkpoints
@@ -132,6 +132,7 @@ class Trainer:
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
         self._whole = threading.Lock()  # held while something takes effect; what is saved is never half a step
         self._is_whole = True
+        self._effect = torch.cuda.Event() if process.device.type == "cuda" else None  # the last one is done there
         self._must_end = False
         self._epoch_speed = 0.0  # clips/s
         self.saver = Saver(self.output, self._weights)
@@ -170,8 +171,12 @@ class Trainer:
                         self._finish_epoch() if self._is_due else self._train_epoch()
                     except NonFiniteError as error:
                         self._roll_back(error)
-            self._collect_writes()
-        except (SystemExit, NonFiniteError, UnreadableError):  # all is saved, or better forgotten
+            self._collect_writes(is_last=True)
+        except (SystemExit, NonFiniteError):  # all is saved, or better forgotten
+            raise
+        except UnreadableError:
+            if self.saver.saved[0]:  # a run that has not come far is begun anew, with another manifest
+                self._rescue()
             raise
         except BaseException:
             self._rescue()
@@ -265,6 +270,8 @@ class Trainer:
         with self._whole:
             self._is_whole = False
             yield
+            if self._effect is not None:
+                self._effect.record()
             self._is_whole = True
 
     def _take_effect(self, gradients: list[Tensor], factor: float, result: StepResult) -> None:
@@ -336,27 +343,32 @@ class Trainer:
         """Says which step it is and, but for fp16's overflows, raises `NonFiniteError`. On all processes at once."""
         clips = self._suspects()
         named = ", ".join(clips[:_SHOWN])
-        if len(clips) > _SHOWN:
-            path = self.output / "nonfinite.csv"
-            named += f" and {len(clips) - _SHOWN} more, in {path}"
-            if self.process.is_main:
-                with (
-                    contextlib.suppress(OSError),
-                    open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file,
-                ):
-                    csv.writer(file, lineterminator="\n").writerows([self.step, clip] for clip in clips)
+        more = f" and {len(clips) - _SHOWN} more" if len(clips) > _SHOWN else ""
         what = (
             f"step {self.step}: the loss is {result.loss:g} and the gradient norm {result.grad_norm:g} at a learning "
-            f"rate of {result.lr:g}; clips: {named}"
+            f"rate of {result.lr:g}; clips: {named}{more}"
         )
         if self.loss_scale.enabled and self.loss_scale.value > 1:
             self.monitor.say(f"{what}; skipped, and the loss scale of {self.loss_scale.value:g} is halved")
             return
+        if more:
+            what += f", in {self._list_clips(clips)}"
         raise NonFiniteError(
             f"{what}; try a lower optim.lr, a longer optim.warmup_epochs, train.precision=float32 or "
             "train.on_nan=rollback",
             self.step,
         )
+
+    def _list_clips(self, clips: list[str]) -> Path:
+        """Adds a row (step, path) for each to a file."""
+        path = self.output / "nonfinite.csv"
+        if self.process.is_main:
+            with (
+                contextlib.suppress(OSError),
+                open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file,
+            ):
+                csv.writer(file, lineterminator="\n").writerows([self.step, clip] for clip in clips)
+        return path
 
     def _suspects(self) -> list[str]:
         """Paths of the step's clips whose logits are not finite, on all processes; of all its clips where all are."""
@@ -423,11 +435,18 @@ class Trainer:
         """Saves and ends, as all processes do after this step."""
         self.preemption.handle()
         self._say_faults(self.train_loader, epoch, mode="train")
-        self._save()
-        self._collect_writes()
+        try:
+            self._save()
+            self._collect_writes(is_last=True)
+        finally:
+            self.process.barrier()  # torchrun gives the others half a minute once the first has ended
         if self.process.is_main:
             name = self.preemption.signal or "a signal to another process"
-            print(f"train.py: {name}: saved step {self.step}; go on with --resume", file=sys.stderr, flush=True)
+            is_saved = self.saver.saved[0] == self.step
+            what = (
+                f"saved step {self.step}" if is_saved else f"step {self.step} is not saved: its weights are not finite"
+            )
+            print(f"train.py: {name}: {what}; go on with --resume", file=sys.stderr, flush=True)
         raise SystemExit(REQUEUE)
 
     # -- what follows an epoch --
@@ -537,7 +556,6 @@ class Trainer:
                 **self._logged,
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
-                "launch": launch(),
             }
         )
 
@@ -551,9 +569,8 @@ class Trainer:
             self._collect_writes()
             self.saver.submit(state or self._state())
 
-    def _collect_writes(self) -> None:
+    def _collect_writes(self, *, is_last: bool = False) -> None:
         self.process.whereabouts.at("saving")
-        is_last = self.step == self.last_step or self.preemption.signal is not None
         self.saver.collect(self.monitor.say, is_last=is_last)
 
     def _weights(self, state: dict[str, Any], name: str) -> Weights:
@@ -585,8 +602,6 @@ class Trainer:
             if not self._is_whole:
                 return "the newest checkpoint stands"
             self.preemption.handle()
-            if self.process.device.type == "cuda":
-                torch.cuda.set_device(self.process.device)
             self.saver.wait()
             if self.saver.saved == (self.step, self.is_validated) and not self.saver.owes:
                 return f"step {self.step} is saved already" if self.step else "nothing to save yet"
@@ -594,7 +609,9 @@ class Trainer:
                 epoch = (self.step - 1) // self.steps_per_epoch
                 self.faults.write(self.train_loader.stats.faults[: self._fault_count], epoch=epoch, mode="train")
                 self._logged = self._log_sizes()
-            self.saver.write(self._state())
+            with self._beside_the_step():
+                state = self._state()
+            self.saver.write(state)
             if self.saver.saved != (self.step, self.is_validated):
                 return f"step {self.step} is not saved: its weights are not finite"
             return f"saved step {self.step}; go on with --resume"
@@ -602,6 +619,18 @@ class Trainer:
             return f"nothing could be saved ({error})"
         finally:
             self._whole.release()
+
+    @contextlib.contextmanager
+    def _beside_the_step(self) -> Iterator[None]:
+        """On a GPU: what is copied within does not wait for the step under way, which may wait for a process that is
+        gone, but for the last that took effect."""
+        if self._effect is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self.process.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._effect)
+            yield
 
     def _open_output(self, resume: bool) -> Path | None:
         """Goes on from what is in the output folder, or sees that nothing is; the checkpoint that was loaded."""
@@ -612,7 +641,7 @@ class Trainer:
             state = newest[1] if newest else self._load_shared(path)
             self._load_state(path, state)
         if self.process.is_main:
-            self.saver.folder.mkdir(parents=True, exist_ok=True)
+            self.saver.begin()
             (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             self.faults.cut(state["fault_bytes"])
             self.monitor = Monitor(self.output, total_steps=self.last_step)

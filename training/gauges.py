@@ -14,8 +14,8 @@ def processes() -> list[int]:
     """This process and all that it has started, directly or not."""
     found = [os.getpid()]
     for process in found:
-        for thread in Path(f"/proc/{process}/task").iterdir():
-            with contextlib.suppress(OSError):  # it may end meanwhile
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            for thread in Path(f"/proc/{process}/task").iterdir():
                 found += map(int, (thread / "children").read_text().split())
     return found
 

@@ -17,6 +17,7 @@ REQUEUE = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE_S = 5
+_SAVING_S = 60
 
 
 class Preemption:
@@ -63,17 +64,29 @@ class Preemption:
         if self.save is None:
             end(f"{self.signal}: ended before training began", REQUEUE)
         if not self._handled.wait(_PATIENCE_S):
-            end(f"{self.signal}: {self.save()}", REQUEUE)
+            end(f"{self.signal}: training is ended within a step, a validation or a save", REQUEUE, save=self.save)
 
 
-def end(message: str, status: int, *, stacks: bool = False) -> None:
-    """Ends this process at once, from any of its threads, with one line on stderr and, where asked for, the stacks of
-    its threads."""
+def end(message: str, status: int, *, stacks: bool = False, save: Callable[[], str] | None = None) -> None:
+    """Ends this process, from any of its threads, with a line on stderr and, where asked for, the stacks of its
+    threads; first `save` may take a minute to save what there is, and its answer is a line too."""
+    _say(message)
+    if stacks:
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(sys.stderr)
+    if save is not None:
+        answers: list[str] = []
+        thread = threading.Thread(target=lambda: answers.append(save()), daemon=True)
+        thread.start()
+        thread.join(_SAVING_S)  # a file system, or a GPU, may hang as well
+        _say(answers[0] if answers else f"nothing could be saved within {_SAVING_S} s; the newest checkpoint stands")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _say(message: str) -> None:
     rank = os.environ.get("RANK")
     command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     with contextlib.suppress(OSError, ValueError):
         print(f"{command}: {message}", file=sys.stderr, flush=True)
-        if stacks:
-            faulthandler.dump_traceback(sys.stderr)
-        sys.stdout.flush()
-    os._exit(status)

@@ -1,5 +1,6 @@
 """What a run writes to go on from and to be used, checkpoints and weights files, and finding it again."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -11,6 +12,7 @@ from dali_pipelines.errors import InputError
 from training import checkpoints
 from training.weights import Weights, save_weights
 
+_LAUNCH = "launch"  # a file beside the checkpoints
 _FAILED_WRITES = 3  # in a row, before a run stops that cannot save
 
 
@@ -52,13 +54,20 @@ class Saver:
         """From any thread, one after another. Raises `InputError`. Weights that are not finite are not written: there
         is nothing in them to go on from, and the next step says so."""
         with self._writing:
-            if not all(value.isfinite().all() for value in state["network"].values()):
-                return
-            while self._owed:
-                names, of_then = self._owed[0]
-                for name in names:
-                    save_weights(self._output / f"{name}.safetensors", self._weights(of_then, name))
-                self._owed.pop(0)
+            try:
+                self._write(state)
+            except InputError as error:
+                if not checkpoints.made_room(self.folder, error):
+                    raise
+                self._write(state)
+
+    def _write(self, state: dict[str, Any]) -> None:
+        while self._owed:
+            names, of_then = self._owed[0]
+            for name in names:
+                save_weights(self._output / f"{name}.safetensors", self._weights(of_then, name))
+            self._owed.pop(0)
+        if all(value.isfinite().all() for value in state["network"].values()):
             checkpoints.save_checkpoint(self.folder, state["step"], state)
             self.saved = (state["step"], state["is_validated"])
 
@@ -85,23 +94,34 @@ class Saver:
             say(f"{error}; training goes on, and what was saved before stands")
 
     def close(self) -> None:
+        """Waits; what is still owed is tried a last time."""
         self._writer.close()
+        with contextlib.suppress(InputError, OSError):
+            if self._owed:
+                self.write(self._owed[-1][1])
+
+    def begin(self) -> None:
+        """The run begins, or goes on, here: where torchrun starts it again, it is known by what it is called."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _LAUNCH).unlink(missing_ok=True)
+        if name := _launch():
+            (self.folder / _LAUNCH).write_text(name)
 
 
 def find_checkpoint(output: Path, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
     """The one to go on from, and its state: where that is wanted, or torchrun has started this same run again. None to
     begin. Raises `InputError` where results of an earlier run would be overwritten."""
     folder = output / "checkpoints"
-    newest = checkpoints.load_newest_checkpoint(folder) if resume or launch() else None
-    if newest and (resume or newest[1].get("launch") == launch()):
+    goes_on = resume or _is_started_again(folder)
+    if goes_on and (newest := checkpoints.load_newest_checkpoint(folder)):
         return newest
     held = ["checkpoints"] if list(folder.glob("step_*")) else []
-    if resume and folder.exists() and not held:
+    if goes_on and folder.exists() and not held:
         return None  # a run that ended before its first checkpoint was written
     held += [name for name in ("best.safetensors", "last.safetensors") if (output / name).exists()]
     if not held:
         return None
-    if resume:
+    if goes_on:
         raise InputError(
             f"{output} holds the {held[0]} of an earlier run, but no checkpoint that can be read: "
             "to begin anew, name another folder with -o output=DIR"
@@ -112,7 +132,14 @@ def find_checkpoint(output: Path, *, resume: bool) -> tuple[Path, dict[str, Any]
     )
 
 
-def launch() -> str | None:
+def _is_started_again(folder: Path) -> bool:
+    name = _launch()
+    with contextlib.suppress(OSError):
+        return name is not None and (folder / _LAUNCH).read_text() == name
+    return False
+
+
+def _launch() -> str | None:
     """What names this run among those of torchrun, the same when it starts it again: its run id, or where it has none
     the process of torchrun itself. None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")

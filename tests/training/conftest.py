@@ -1,6 +1,7 @@
 """A small data set and a config for it, and how tests run the commands."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,14 @@ def config_file(small_data, tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(text)
     return path
+
+
+@pytest.fixture
+def small_files():
+    """Sets how large files may become: a longer write fails in its midst, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def run(

@@ -11,7 +11,14 @@ import torch
 
 from dali_pipelines import InputError
 from training import checkpoints
-from training.checkpoints import list_checkpoints, load_checkpoint, load_newest_checkpoint, save_checkpoint
+from training.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+    made_room,
+    save_checkpoint,
+)
+from training.saving import Saver, find_checkpoint
 
 
 def state_of(step, size=3):
@@ -111,35 +118,79 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, full_disk):
     assert load_newest_checkpoint(tmp_path)[1]["step"] == 1
 
 
-def test_the_older_of_two_makes_room_for_a_new_one(tmp_path, monkeypatch):
-    """A disk with room for three checkpoints until something else takes the room of one; and for two damaged ones,
-    of which none is given up."""
-    room = [3]
-    write = checkpoints._write
-
-    def write_if_there_is_room(folder, step, state):
-        if len(list_checkpoints(folder)) == room[0]:
-            raise InputError("no space left") from OSError(errno.ENOSPC, "")
-        return write(folder, step, state)
-
-    monkeypatch.setattr(checkpoints, "_write", write_if_there_is_room)
-    for step in (1, 2, 3):
+def test_the_older_of_two_makes_room_for_a_new_one(tmp_path):
+    """Where the disk is full, and the newer is intact; and not for another reason."""
+    full, other = InputError("no space left"), InputError("no permission")
+    full.__cause__, other.__cause__ = OSError(errno.ENOSPC, ""), OSError(errno.EACCES, "")
+    for step in (1, 2):
         save_checkpoint(tmp_path, step, state_of(step))
-    room[0] = 2
-    save_checkpoint(tmp_path, 4, state_of(4))
-    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [3, 4]
+    assert not made_room(tmp_path, other) and len(list_checkpoints(tmp_path)) == 2
+    whole = list_checkpoints(tmp_path)[-1].read_bytes()
     list_checkpoints(tmp_path)[-1].write_bytes(b"damaged")
-    with pytest.raises(InputError, match="no space left"):
-        save_checkpoint(tmp_path, 5, state_of(5))
-    assert load_newest_checkpoint(tmp_path)[1]["step"] == 3
+    assert not made_room(tmp_path, full) and len(list_checkpoints(tmp_path)) == 2
+    list_checkpoints(tmp_path)[-1].write_bytes(whole)
+    assert made_room(tmp_path, full)
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [2]
+    assert not made_room(tmp_path, full)  # the last one stays
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [2]
+
+
+def test_weights_files_are_owed_until_they_are_written(tmp_path, monkeypatch):
+    """A disk that is full for a while keeps the debt, and no checkpoint is past it."""
+    written, room = [], [0]
+
+    def save_weights(path, weights):
+        if not room[0]:
+            raise InputError(f"{path}: no space left") from OSError(errno.ENOSPC, "")
+        written.append((path.name, weights))
+
+    monkeypatch.setattr("training.saving.save_weights", save_weights)
+    monkeypatch.setattr("training.checkpoints.made_room", lambda folder, error: room[0] > 1)
+    saver = Saver(tmp_path, lambda state, name: f"{name} of {state['step']}")
+    states = [state_of(step) | {"is_validated": True, "network": {}} for step in range(4)]
+    saver.owe(["last", "best"], states[1])
+    for state in states[1:3]:
+        with pytest.raises(InputError, match="no space left"):
+            saver.write(state)
+        assert saver.owes and not list_checkpoints(saver.folder)
+    room[0] = 1
+    saver.write(states[3])
+    assert written == [("last.safetensors", "last of 1"), ("best.safetensors", "best of 1")]
+    assert not saver.owes and saver.saved == (3, True)
+    saver.owe(["last"], states[2])
+    saver.close()  # tries a last time
+    assert written[-1] == ("last.safetensors", "last of 2") and not saver.owes
+
+
+def test_torchrun_that_starts_a_run_again_is_known(tmp_path, monkeypatch):
+    def starts(name):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        return find_checkpoint(tmp_path, resume=False)
+
+    saver = Saver(tmp_path, lambda state, name: None)
+    for name in ("job-1", "none"):
+        assert starts(name) is None
+        saver.begin()
+        assert starts(name) is None  # killed before it came to anything
+        (tmp_path / "last.safetensors").touch()
+        assert starts(name) is None  # ... or to its first checkpoint
+        path = save_checkpoint(saver.folder, 7, state_of(7))
+        assert starts(name)[0] == path
+        with pytest.raises(InputError, match="holds the checkpoints of an earlier run: continue that with --resume"):
+            starts("job-2")
+        with pytest.raises(InputError, match="holds the checkpoints of an earlier run"):
+            starts("job-2")  # started again itself
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        assert find_checkpoint(tmp_path, resume=True)[0] == path
+        for made in (path, tmp_path / "last.safetensors"):
+            made.unlink()
 
 
 def test_the_writer_works_beside_and_tells_of_failures_once():
     writer, go = checkpoints.Writer(), threading.Event()
     writer.submit(go.wait)
-    assert writer.is_busy  # and we are here
-    go.set()
-    assert writer.wait() is True and writer.wait() is False and not writer.is_busy
+    go.set()  # we are here while it is being written
+    assert writer.wait() is True and writer.wait() is False
 
     def fail():
         raise InputError("disk full")

@@ -169,6 +169,24 @@ def test_weights_that_break_between_are_never_saved(config_file, tmp_path, monke
     assert load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"] == 3
 
 
+def test_a_run_that_stops_has_written_what_it_owes(config_file, tmp_path, spoil, small_files, monkeypatch):
+    """The files of epoch 1 could not be written; in epoch 2 the loss is not finite."""
+    plain = Trainer._finish_epoch
+
+    def finish_epoch(self):
+        small_files(20_000)
+        plain(self)
+        self.saver.wait()
+        small_files(None)
+
+    spoil({4})
+    monkeypatch.setattr(Trainer, "_finish_epoch", finish_epoch)
+    with pytest.raises(InputError, match="step 4: the loss is nan"):
+        train(config_file)
+    assert load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"] == 3
+    assert (tmp_path / "output" / "best.safetensors").exists()
+
+
 def test_after_going_back_no_fault_stands_twice(config_file, small_data, tmp_path, spoil):
     manifest = Manifest.read(small_data / "train.csv")
     videos = [manifest[n]._replace(path=f"gone{n}" if n == 2 else manifest[n].path) for n in range(13)]
