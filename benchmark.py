@@ -4,6 +4,8 @@ python benchmark.py loader my_videos
 python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out output/benchmark
 python benchmark.py soak my_videos --clips 10000
 python benchmark.py model --size small --batch-size 4 --compile
+python benchmark.py train -c configs/demo.yaml -o data.workers=2 --steps 30
+torchrun --nproc-per-node 8 benchmark.py train -c configs/pptimesformer_k400.yaml
 """
 
 import argparse
@@ -40,6 +42,15 @@ def main() -> None:
     model.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     model.add_argument("--compile", action="store_true", help="also time torch.compile of ours (takes minutes)")
     model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON")
+    train = commands.add_parser("train", help="clips per second of a run's loader, network and both together")
+    train.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
+    train.add_argument(
+        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the file's values"
+    )
+    train.add_argument("--steps", type=int, default=30, help="optimizer steps to time in a turn (default 30)")
+    train.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    train.add_argument("--split-cores", action="store_true", help="CPU: half for the loader, half for the network")
+    train.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON")
     arguments = vars(parser.parse_args())
     for name, value in arguments.items():
         if type(value) is int and value < 1:
@@ -54,6 +65,10 @@ def main() -> None:
         from benchmarks.model import benchmark_model
 
         benchmark_model(**arguments)
+    elif command == "train":
+        from benchmarks.train import benchmark_train
+
+        benchmark_train(**arguments)
     else:
         from benchmarks.soak import soak as soak_loader
 

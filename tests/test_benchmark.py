@@ -2,18 +2,24 @@
 
 import importlib.util
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import benchmarks.model
+import benchmarks.train
 import dali_pipelines.loader
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.loader import find_videos
+from benchmarks.train import LOADER, NETWORK, TOGETHER, Turn
 from benchmarks.work import WholeFileSource
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import probe
 from tests.training.conftest import run
 from tests.videos import textured, write_video
+from training.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,140 @@ def test_networks_that_cannot_be_measured(tmp_path, changes, message):
     settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, device="cpu", compile=False)
     with pytest.raises(InputError, match=message):
         benchmarks.model.benchmark_model(**(settings | changes), out=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def train_config(videos):
+    """Two steps an epoch, each of two micro-steps: the loader comes to the end of epochs."""
+    rows = [probe(videos / f"{n % 2}.mp4")._replace(path=f"{n % 2}.mp4", label=n % 2) for n in range(4)]
+    Manifest(rows, root=videos, classes=("ash", "birch")).write(videos / "train.csv")
+    (videos / "tiny.yaml").write_text(
+        f"""
+output: {videos}/run
+device: cpu
+data: {{train: {videos}/train.csv, num_frames: 2, crop_size: 32, batch_size: 1, workers: 1}}
+model: {{embed_dim: 24, depth: 1, num_heads: 3}}
+optim: {{global_batch_size: 2}}
+train: {{pretrained: gone.safetensors}}
+"""
+    )
+    return videos / "tiny.yaml"
+
+
+@pytest.mark.parametrize("processes, settings", [(1, []), (2, ["-o", "data.workers=0"])], ids=["one", "two"])
+def test_training_step(train_config, tmp_path, processes, settings):
+    settings = ["-c", train_config, *settings, "--steps", 1, "--rounds", 2, "--out", tmp_path]
+    done = run("benchmark.py", "train", *settings, processes=processes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "train.json")
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert set(report["turns"]) == {LOADER, NETWORK, TOGETHER} and report["unreadable_clips"] == 0
+    for turns in report["turns"].values():
+        assert len(turns) == 2
+        assert all(turn["clips_per_second"] > 0 and turn["cpu_ms_per_clip"] >= 0 for turn in turns)
+    assert all(turn["wait_ms"] == 0 for turn in report["turns"][NETWORK])
+    assert all(0 < turn["wait_ms"] <= turn["step_ms"] for turn in report["turns"][LOADER] + report["turns"][TOGETHER])
+    assert report["settings"]["processes"] == processes and report["settings"]["micro_steps"] == 2 // processes
+    assert report["verdict"] in done.stdout and "target, 0.95 of the slower one alone: " in done.stdout
+    assert not (train_config.parent / "run").exists() and os.listdir(tmp_path) == ["train.json"]
+
+
+def turns_of(*, loader, network, together, cores=2.0):
+    """A turn from (clips/s, CPU ms a clip) of each; a step is one clip, and together half of it is waiting."""
+    made = {}
+    for name, (speed, cpu_ms), waiting in ((LOADER, loader, 1), (NETWORK, network, 0), (TOGETHER, together, 0.5)):
+        made[name] = [Turn(speed, 1000 / speed, waiting * 1000 / speed, cpu_ms, cores)]
+    return made
+
+
+# Speeds and processor times; then the bounds (slower, cores, turns), together over the slower one, and the verdict.
+VERDICTS = {
+    "data": (
+        dict(loader=(100, 10), network=(200, 5), together=(98, 15)),
+        (100, 2000 / 15, 200 / 3), 0.98, "data", "the loader supplies 100.0 clips/s, and the network could take 200.0",
+    ),
+    "network": (
+        dict(loader=(200, 5), network=(100, 10), together=(90, 15)),
+        (100, 2000 / 15, 200 / 3), 0.90, "network", "it takes 100.0 clips/s, and the loader could supply 200.0",
+    ),
+    "both need both cores": (
+        dict(loader=(100, 20), network=(100, 20), together=(48, 40)),
+        (100, 50, 50), 0.48, "cores", "allow 50.0 clips/s together, and 50.0 where the two take turns",
+    ),
+    "cores for 0.96 of it": (
+        dict(loader=(120, 8), network=(100, 77 / 6), together=(95, 21)),
+        (100, 96, 600 / 11), 0.95, "network", "bound by the network",
+    ),
+    "a GPU that computes": (
+        dict(loader=(400, 2.5), network=(100, 2), together=(96, 5), cores=8.0),
+        (100, 8000 / 4.5, 80), 0.96, "network", "bound by the network",
+    ),
+    "others at work": (
+        dict(loader=(60, 10), network=(50, 10), together=(30, 20), cores=0.6),
+        (50, 30, 300 / 11), 0.6, "cores", "others were at work here: 0.6 of 2 cores were free",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("turns, bounds, value, bound_by, said", VERDICTS.values(), ids=VERDICTS)
+def test_verdict(turns, bounds, value, bound_by, said):
+    hints = {"data": ["decode less"], "network": ["compute less"]}
+    found = benchmarks.train.judge(turns_of(**turns), turns.get("cores", 2), hints)
+    if "others" in said:
+        found = benchmarks.train.judge(turns_of(**turns), 2, hints)
+    assert [found["bounds"][name] for name in ("slower", "cores", "turns")] == pytest.approx(bounds)
+    assert found["together_over"]["slower"]["median"] == pytest.approx(value)
+    assert found["target"]["met"] == (value >= 0.95)
+    assert found["bound_by"] == bound_by and said in found["verdict"]
+    assert ("decode less" in found["verdict"]) == (bound_by != "network")
+    assert ("compute less" in found["verdict"]) == (bound_by != "data")
+    assert found["data_wait_share"] == 0.5
+    assert ("others were at work" in found["verdict"]) == (said.startswith("others"))
+
+
+def test_ratios_are_of_a_round():
+    """The machine is slower in each round: the medians are from different ones, 49 / 80, and say nothing."""
+    rounds = [
+        turns_of(loader=loader, network=(200, 5), together=together)
+        for loader, together in (((100, 5), (98, 10)), ((50, 5), (49, 10)), ((80, 5), (40, 10)))
+    ]
+    turns = {name: [each[name][0] for each in rounds] for name in rounds[0]}
+    found = benchmarks.train.judge(turns, 2, {"data": [], "network": []})
+    assert found["together_over"]["slower"] == {"median": 0.98, "low": 0.5, "high": 0.98}
+    assert found["medians"][LOADER]["clips_per_second"] == 80 and found["medians"][TOGETHER]["clips_per_second"] == 49
+
+
+@pytest.mark.parametrize(
+    "device, settings, expected",
+    [
+        ("cpu", [], {"data": 2, "network": 3}),
+        ("cpu", ["data.workers=1", "data.views_per_decode=2"], {"data": 2, "network": 3}),
+        ("cuda", ["data.decode=host", "train.precision=bf16", "train.compile=true"], {"data": 3, "network": 1}),
+        ("cpu", ["train.activation_checkpointing=true"], {"data": 2, "network": 4}),
+    ],
+)
+def test_hints_are_settings_that_there_are(device, settings, expected):
+    config = load_config(None, settings)
+    precision = "float32" if config.train.precision == "auto" else config.train.precision
+    process = SimpleNamespace(cores=4, device=torch.device(device))
+    trainer = SimpleNamespace(config=config, process=process, precision=precision, micro_steps=1, batch_size=8)
+    hints = benchmarks.train.hints(trainer)
+    assert {name: len(each) for name, each in hints.items()} == expected
+    for hint in (hint.split(",")[0] for each in hints.values() for hint in each if "=" in hint):
+        assert load_config(None, [*settings, hint]) != config
+
+
+def test_cores_that_cannot_be_split(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5, 6, 8})
+    process = SimpleNamespace(device=torch.device("cpu"), local_rank=1, local_world_size=2)
+    assert benchmarks.train.halves(process) == ({4}, {6})
+    process.local_world_size = 3
+    process.local_rank = 2
+    with pytest.raises(InputError, match="two cores or more for each process; the device is cpu, with 1 for this"):
+        benchmarks.train.halves(process)
+    process = SimpleNamespace(device=torch.device("cuda", 0), local_rank=0, local_world_size=1)
+    with pytest.raises(InputError, match="expected the CPU as the device"):
+        benchmarks.train.halves(process)
 
 
 CASES = [

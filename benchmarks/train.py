@@ -1,0 +1,306 @@
+"""`benchmark.py train`: a run's loader alone, its network alone, and both together, as training has them.
+
+Why it is fair:
+
+- All three are the run's own: its ClipLoader, its `Trainer` and that one's step (forward, backward, optimizer,
+  micro-steps, precision, mixing, DDP). Nothing is validated, logged or saved.
+- Network alone trains on random clips that lie on the device, shaped like the loader's, whose workers are stopped then.
+- They take turns in one process, another one first in each round, each with a warm-up of its own: more batches than the
+  loader works ahead, so that what waited for the consumer is used up, or the queue is as full as it will be, before the
+  clock starts. Ratios are taken within a round, then their median.
+- Where loader and network need the same cores, nobody can reach the speed of the slower one alone. Two bounds tell: the
+  free cores over the processor time that a clip costs both, and 1 / (1 / a + 1 / b), as if they took turns.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.loader import _cpu_seconds, machine
+from dali_pipelines.errors import InputError
+from dali_pipelines.loader import Batch
+from training.config import load_config
+from training.distributed import Process, start_process
+from training.engine import Trainer
+from training.monitor import Silent
+
+LOADER, NETWORK, TOGETHER = CONTESTANTS = ("loader alone", "network alone", "together")
+TARGET = 0.95
+_AHEAD = 6  # batches; more than the loader prepares before they are asked for
+_QUIET = 0.9  # of the cores; where fewer are free, others are at work
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of one contestant, over all processes."""
+
+    clips_per_second: float
+    step_ms: float
+    wait_ms: float
+    """A step, until the loader gives its batches: of the process that waits longest."""
+    cpu_ms_per_clip: float
+    """Processor time of all processes and their workers."""
+    free_cores: float
+    """Those at work for it, and those that were idle; others on the machine had the rest."""
+
+
+def benchmark_train(
+    config: str, override: Sequence[str], *, steps: int, rounds: int, split_cores: bool, out: Path
+) -> None:
+    """Measures; the main process prints the table and writes train.json into `out`. Raises `InputError`.
+
+    split_cores: half of the CPU cores are the loader's and half the network's, so that they do not compete.
+    """
+    settings = load_config(config, override)
+    settings.data.val = settings.data.train  # nothing is validated
+    settings.train.pretrained = None  # other weights are no faster
+    with start_process(settings.device) as process, tempfile.TemporaryDirectory() as settings.output:
+        everything = os.sched_getaffinity(0)
+        cores = sum(process.gather(len(everything) / process.local_world_size))
+        of_loader, of_network = halves(process) if split_cores else (everything, everything)
+        if split_cores and settings.data.workers is None:
+            settings.data.workers = len(of_loader)
+        torch.set_num_threads(len(of_network) if split_cores else process.cores)
+        os.sched_setaffinity(0, of_network)
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer = Trainer(settings, process, resume=False)
+        try:
+            turns = Contest(trainer, steps, cores, of_loader, of_network).turns(rounds)
+            tips = hints(trainer)
+        finally:
+            trainer.train_loader.close()
+            trainer.saver.close()
+            os.sched_setaffinity(0, everything)
+        unreadable = sum(process.gather(len(trainer.train_loader.stats.faults)))
+    if not process.is_main:
+        return
+    report = {
+        "command": " ".join(sys.argv),
+        "machine": machine() | {"cores": cores, "threads": torch.get_num_threads()},
+        "settings": {
+            "config": config,
+            "override": " ".join(override),
+            "device": str(process.device),
+            "processes": process.world_size,
+            "batch_size": trainer.batch_size,
+            "micro_steps": trainer.micro_steps,
+            "precision": trainer.precision,
+            "split_cores": split_cores,
+            "steps": steps,
+            "rounds": rounds,
+        },
+        "unreadable_clips": unreadable,
+        "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
+        **judge(turns, cores, tips),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "train.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    print(f"\n{out / 'train.json'}")
+
+
+def halves(process: Process) -> tuple[set[int], set[int]]:
+    """Of the cores of this process."""
+    mine = sorted(os.sched_getaffinity(0))[process.local_rank :: process.local_world_size]
+    if process.device.type != "cpu" or len(mine) < 2:
+        raise InputError(
+            "--split-cores: expected the CPU as the device, and two cores or more for each process; the device is "
+            f"{process.device}, with {len(mine)} for this process"
+        )
+    return set(mine[: len(mine) // 2]), set(mine[len(mine) // 2 :])
+
+
+class Contest:
+    """A trainer whose loader and network can be run apart."""
+
+    def __init__(self, trainer: Trainer, steps: int, cores: float, of_loader: set[int], of_network: set[int]):
+        trainer.monitor.close()
+        trainer.monitor = Silent()
+        self._trainer, self._steps, self._cores = trainer, steps, cores
+        self._of_loader, self._of_network = of_loader, of_network
+        self._warm_up = -(-_AHEAD // trainer.micro_steps)
+        self._batches = self._endless()
+        *_, real = itertools.islice(self._batches, trainer.micro_steps)
+        self._synthetic = real._replace(clips=torch.rand_like(real.clips), valid=torch.ones_like(real.valid))
+        trainer.train_loader.close()
+
+    def turns(self, rounds: int) -> dict[str, list[Turn]]:
+        found = {name: [] for name in CONTESTANTS}
+        for number in range(rounds):
+            first = number % len(CONTESTANTS)
+            for name in (*CONTESTANTS[first:], *CONTESTANTS[:first]):
+                if self._trainer.process.is_main:
+                    print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+                found[name].append(self._turn(name))
+        return found
+
+    def _turn(self, name: str) -> Turn:
+        process, loader = self._trainer.process, self._trainer.train_loader
+        if name == NETWORK:
+            loader.close()
+        else:
+            os.sched_setaffinity(0, self._of_loader)  # this thread; workers and threads that start now stay there
+            self._step(LOADER)
+            os.sched_setaffinity(0, self._of_network)
+        for _ in range(self._warm_up):
+            self._step(name)
+        self._wait()
+        process.barrier()
+        before = self._clocks()
+        for _ in range(self._steps):
+            self._step(name)
+        self._wait()
+        mine = [end - start for start, end in zip(before, self._clocks())]
+        seconds, waited, cpu_seconds, idle_seconds = zip(*process.gather(mine))
+        clips = self._steps * self._trainer.config.optim.global_batch_size
+        return Turn(
+            clips_per_second=clips / max(seconds),
+            step_ms=1000 * max(seconds) / self._steps,
+            wait_ms=1000 * max(waited) / self._steps,
+            cpu_ms_per_clip=1000 * sum(cpu_seconds) / clips,
+            free_cores=min((sum(cpu_seconds) + sum(idle_seconds)) / max(seconds), self._cores),
+        )
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self._trainer._batches()
+
+    def _step(self, name: str) -> None:
+        count = self._trainer.micro_steps
+        mine = itertools.repeat(self._synthetic, count) if name == NETWORK else itertools.islice(self._batches, count)
+        if name != LOADER:
+            self._trainer._train_step(mine)
+            return
+        for _ in mine:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until this stream's work is done; what DALI does ahead goes on in others."""
+        if self._trainer.process.device.type == "cuda":
+            torch.cuda.current_stream(self._trainer.process.device).synchronize()
+
+    def _clocks(self) -> tuple[float, ...]:
+        """Seconds: on the wall, waiting for the loader, of processors, and idle, which one process a machine counts."""
+        idle = sum(map(int, Path("/proc/stat").read_text().split()[4:6])) / os.sysconf("SC_CLK_TCK")
+        is_first = self._trainer.process.local_rank == 0
+        return time.perf_counter(), self._trainer.train_loader.stats.wait_seconds, _cpu_seconds(), idle * is_first
+
+
+# -- what is reported --
+
+
+def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]]) -> dict[str, Any]:
+    """Medians, bounds, how near to these both come together, and in words who bounds and what to do.
+
+    hints: what would make "data" and "network" faster.
+    """
+    medians = {name: _median(each) for name, each in turns.items()}
+    limits = bounds(medians[LOADER], medians[NETWORK])
+    rounds = list(zip(turns[TOGETHER], map(bounds, turns[LOADER], turns[NETWORK])))
+    ratios = {name: _spread([both.clips_per_second / each[name] for both, each in rounds]) for name in limits}
+    a, b = (medians[name].clips_per_second for name in (LOADER, NETWORK))
+    if limits["cores"] < TARGET * limits["slower"]:
+        bound_by, tips = "cores", ["more cores", *hints["data"], *hints["network"]]
+        said = (
+            f"loader and network compete for the cores, which allow {limits['cores']:.1f} clips/s together, and "
+            f"{limits['turns']:.1f} where the two take turns; the target is for cores that are enough for both"
+        )
+    elif a < b:
+        bound_by, tips = "data", hints["data"]
+        said = f"bound by data: the loader supplies {a:.1f} clips/s, and the network could take {b:.1f}"
+    else:
+        bound_by, tips = "network", hints["network"]
+        said = f"bound by the network: it takes {b:.1f} clips/s, and the loader could supply {a:.1f}"
+    free = min(turn.free_cores for turn in medians.values())
+    busy = f"\nothers were at work here: {free:.1f} of {cores:g} cores were free" if free < _QUIET * cores else ""
+    value = ratios["slower"]["median"]
+    return {
+        "medians": {name: asdict(turn) for name, turn in medians.items()},
+        "bounds": limits,
+        "together_over": ratios,
+        "data_wait_share": medians[TOGETHER].wait_ms / medians[TOGETHER].step_ms,
+        "target": {"at_least": TARGET, "value": value, "met": value >= TARGET},
+        "bound_by": bound_by,
+        "verdict": f"{said}\ntry {'; '.join(tips)}{busy}",
+    }
+
+
+def bounds(loader: Turn, network: Turn) -> dict[str, float]:
+    """Clips/s of both together: of the slower one alone; where both share the cores that it had; taking turns."""
+    slower = min(loader, network, key=lambda turn: turn.clips_per_second)
+    return {
+        "slower": slower.clips_per_second,
+        "cores": 1000 * slower.free_cores / (loader.cpu_ms_per_clip + network.cpu_ms_per_clip),
+        "turns": 1 / (1 / loader.clips_per_second + 1 / network.clips_per_second),
+    }
+
+
+def hints(trainer: Trainer) -> dict[str, list[str]]:
+    """Settings that would make "data" and "network" faster, and that are not set so."""
+    data, train, process = trainer.config.data, trainer.config.train, trainer.process
+    few_workers = data.workers is not None and data.workers < process.cores
+    found = {
+        "data": {
+            f"data.workers={process.cores}": few_workers,
+            "data.decode=auto, which uses NVDEC": process.device.type == "cuda" and data.decode == "host",
+            "data.views_per_decode=2, two clips out of one decode": data.views_per_decode == 1,
+            "smaller videos, or more keyframes in them": True,
+        },
+        "network": {
+            "train.precision=bf16": trainer.precision == "float32",
+            "train.compile=true": not train.compile,
+            "train.activation_checkpointing=false": train.activation_checkpointing,
+            f"data.batch_size over {trainer.batch_size}": trainer.micro_steps > 1,
+            "more processes": True,
+        },
+    }
+    return {name: [hint for hint, is_open in each.items() if is_open] for name, each in found.items()}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    machine = report["machine"]
+    lines = [f"{machine['cpu']}, {machine['cores']:g} cores, {machine['threads']} threads; GPU: {machine['gpu']}"]
+    for each in (machine["versions"], report["settings"]):
+        lines.append(", ".join(f"{name} {value}" for name, value in each.items()))
+    if report["unreadable_clips"]:
+        lines.append(f"{report['unreadable_clips']} clips could not be read; they are counted")
+    lines += ["", f"{'':14} clips/s             (rounds)   ms/step  waiting  CPU ms/clip  cores at work, free"]
+    for name, one in report["medians"].items():
+        speeds = [turn["clips_per_second"] for turn in report["turns"][name]]
+        busy = one["cpu_ms_per_clip"] * one["clips_per_second"] / 1000
+        lines.append(
+            f"{name:14} {one['clips_per_second']:7.1f}  {min(speeds):7.1f} .. {max(speeds):7.1f} {one['step_ms']:9.1f} "
+            f"{one['wait_ms']:8.1f} {one['cpu_ms_per_clip']:12.1f} {busy:14.2f} {one['free_cores']:5.2f}"
+        )
+    whats = {"slower": "the slower one alone", "cores": "what the cores allow", "turns": "taking turns"}
+    lines.append("")
+    for name, what in whats.items():
+        if name == "slower" or report["bound_by"] == "cores":
+            ratio, bound = report["together_over"][name], report["bounds"][name]
+            spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})"
+            lines.append(f"together / {what} ({bound:.1f} clips/s): {spread}")
+    target = report["target"]
+    met = "met" if target["met"] else f"missed by {target['at_least'] - target['value']:.2f}"
+    lines.append(f"target, {target['at_least']} of the slower one alone: {met}")
+    lines.append(f"a step waits for data {report['data_wait_share']:.0%} of its time")
+    return "\n".join([*lines, "", report["verdict"]])
+
+
+def _median(turns: list[Turn]) -> Turn:
+    return Turn(*(statistics.median(values) for values in zip(*(asdict(turn).values() for turn in turns))))
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
