@@ -7,7 +7,8 @@ Why it is fair:
 - Network alone trains on random clips that lie on the device, shaped like the loader's, whose workers are stopped then.
 - They take turns in one process, another one first in each round, each with a warm-up of its own: more batches than the
   loader works ahead, so that what waited for the consumer is used up, or the queue is as full as it will be, before the
-  clock starts. Ratios are taken within a round, then their median.
+  clock starts. Within a round, loader alone and both together are timed on the same clips. Ratios are taken within a
+  round, then their median.
 - Where loader and network need the same cores, nobody can reach the speed of the slower one alone. Two bounds tell: the
   free cores over the processor time that a clip costs both, and 1 / (1 / a + 1 / b), as if they took turns.
 """
@@ -38,6 +39,7 @@ from training.monitor import Silent
 LOADER, NETWORK, TOGETHER = CONTESTANTS = ("loader alone", "network alone", "together")
 TARGET = 0.95
 _AHEAD = 6  # batches; more than the loader prepares before they are asked for
+_TICKS = os.sysconf("SC_CLK_TCK")  # a second, of the clocks in /proc
 _QUIET = 0.9  # of the cores; where fewer are free, others are at work
 
 
@@ -142,14 +144,15 @@ class Contest:
             for name in (*CONTESTANTS[first:], *CONTESTANTS[:first]):
                 if self._trainer.process.is_main:
                     print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-                found[name].append(self._turn(name))
+                found[name].append(self._turn(name, epoch=number))
         return found
 
-    def _turn(self, name: str) -> Turn:
+    def _turn(self, name: str, epoch: int) -> Turn:
         process, loader = self._trainer.process, self._trainer.train_loader
         if name == NETWORK:
             loader.close()
         else:
+            loader.set_epoch(epoch)
             os.sched_setaffinity(0, self._of_loader)  # this thread; workers and threads that start now stay there
             self._step(LOADER)
             os.sched_setaffinity(0, self._of_network)
@@ -163,13 +166,14 @@ class Contest:
         self._wait()
         mine = [end - start for start, end in zip(before, self._clocks())]
         seconds, waited, cpu_seconds, idle_seconds = zip(*process.gather(mine))
+        cpu = max(sum(cpu_seconds), 1 / _TICKS)  # a turn can be shorter than what its clock shows
         clips = self._steps * self._trainer.config.optim.global_batch_size
         return Turn(
             clips_per_second=clips / max(seconds),
             step_ms=1000 * max(seconds) / self._steps,
             wait_ms=1000 * max(waited) / self._steps,
-            cpu_ms_per_clip=1000 * sum(cpu_seconds) / clips,
-            free_cores=min((sum(cpu_seconds) + sum(idle_seconds)) / max(seconds), self._cores),
+            cpu_ms_per_clip=1000 * cpu / clips,
+            free_cores=min((cpu + sum(idle_seconds)) / max(seconds), self._cores),
         )
 
     def _endless(self) -> Iterator[Batch]:
@@ -192,7 +196,7 @@ class Contest:
 
     def _clocks(self) -> tuple[float, ...]:
         """Seconds: on the wall, waiting for the loader, of processors, and idle, which one process a machine counts."""
-        idle = sum(map(int, Path("/proc/stat").read_text().split()[4:6])) / os.sysconf("SC_CLK_TCK")
+        idle = sum(map(int, Path("/proc/stat").read_text().split()[4:6])) / _TICKS
         is_first = self._trainer.process.local_rank == 0
         return time.perf_counter(), self._trainer.train_loader.stats.wait_seconds, _cpu_seconds(), idle * is_first
 
