@@ -1,6 +1,8 @@
 """Small videos for tests, made with PyAV."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,7 +35,7 @@ def write_video(
     """Encodes uint8 [H, W, 3] pictures; `rotation` only tags the file; `times` are presentation times in 1/fps."""
     pictures = list(pictures)
     encoder, defaults = ENCODERS[codec]
-    with av.open(str(path), "w") as container:
+    with _usual_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=fps, options=defaults | (options or {}))
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
@@ -48,6 +50,17 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return str(path)
+
+
+@contextlib.contextmanager
+def _usual_priority() -> Iterator[None]:
+    """SVT-AV1 makes whoever calls it a real-time process where it may, as for root; what is started later would be one
+    too, and two that wait for each other can then stop the machine."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def edit_packets(source: str | Path, path: str | Path, edit: Callable[[int, bytes], bytes]) -> str:

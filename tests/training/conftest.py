@@ -1,7 +1,8 @@
 """A small data set and a config for it, and how tests run the commands."""
 
+import errno
+import io
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,19 @@ def config_file(small_data, tmp_path) -> Path:
 
 
 @pytest.fixture
-def small_files():
-    """Sets how large files may become: a longer write fails in its midst, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def small_files(monkeypatch):
+    """Sets how many bytes a checkpoint or weights file may have: a longer write fails midway, as on a full disk."""
+    largest = [None]
+
+    class SmallFile(io.FileIO):
+        def write(self, data):
+            if largest[0] is not None and self.tell() + len(data) > largest[0]:
+                super().write(data[: largest[0] - self.tell()])
+                raise OSError(errno.EFBIG, "File too large")
+            return super().write(data)
+
+    monkeypatch.setattr("training.weights.open", SmallFile, raising=False)
+    return lambda size: largest.__setitem__(0, size)
 
 
 def run(

@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import resource
 import threading
 
 import pytest
@@ -101,16 +100,8 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "made by a pickle").exists()
 
 
-@pytest.fixture
-def full_disk():
-    """Files can grow to 20,000 bytes; a longer write fails in the midst of it, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, full_disk):
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, small_files):
+    small_files(20_000)
     paths = [save_checkpoint(tmp_path, 1, state_of(1))]
     with pytest.raises(InputError, match="cannot be written: .*File too large"):
         save_checkpoint(tmp_path, 3, state_of(3, size=10_000))
