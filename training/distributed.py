@@ -193,7 +193,7 @@ class HangWatch:
 
     def _watch(self) -> None:
         here, looks, last = self._process.whereabouts, 0, -1
-        while not self._stop.wait(self._tick):
+        while True:
             looks = looks + 1 if here.count == last else 0
             last = here.count
             with contextlib.suppress(dist.DistError, RuntimeError):
@@ -201,6 +201,8 @@ class HangWatch:
             waits = here.doing == WAITING
             if looks * self._tick >= self._timeout_s * (1.25 if waits else 1):
                 self._give_up(waits=waits)
+            if self._stop.wait(self._tick):
+                return
 
     def _give_up(self, *, waits: bool) -> None:
         here = self._process.whereabouts
@@ -211,13 +213,16 @@ class HangWatch:
         end(f"error: {complaint} (train.hang_timeout_s)", 1, stacks=not waits, save=self._last_words)
 
     def _who_is_behind(self) -> str:
-        places = {}
+        places = {rank: (-1, "not heard of") for rank in range(self._process.world_size) if rank != self._process.rank}
         with contextlib.suppress(dist.DistError, RuntimeError):
-            for rank in range(self._process.world_size):
-                if rank != self._process.rank and self._process.store.check([str(rank)]):
+            for rank in places:
+                if self._process.store.check([str(rank)]):
                     places[rank] = json.loads(self._process.store.get(str(rank)))
         # Those that wait as well are not the ones that are waited for.
         late = {rank: place for rank, place in places.items() if place[1] != WAITING} or places
-        step = min((place[0] for place in late.values()), default=None)
-        named = [f"rank {rank} (last seen at step {at}, {doing})" for rank, (at, doing) in late.items() if at == step]
-        return ", ".join(named) or "processes that have not been heard of"
+        step = min(place[0] for place in late.values())
+        return ", ".join(
+            f"rank {rank} ({doing if at < 0 else f'last seen at step {at}, {doing}'})"
+            for rank, (at, doing) in late.items()
+            if at == step
+        )
