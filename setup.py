@@ -25,9 +25,14 @@ setup(
         "tqdm>=4.70",
     ],
     extras_require={
+        "dask": ["distributed>=2026.8"],
         "hub": ["huggingface_hub>=2.4"],
         "pictures": ["matplotlib>=3.11"],
+        "remote": ["aiohttp>=3.14", "fsspec>=2026.9"],
         "test": [
+            "aiohttp>=3.14",
+            "distributed>=2026.8",
+            "fsspec>=2026.9",
             "huggingface_hub>=2.4",
             "hypothesis>=6.100",
             "matplotlib>=3.11",
@@ -35,6 +40,7 @@ setup(
             "ruff>=0.17",
             "timm>=1.0.31",
             "transformers>=5.23",
+            "webdataset>=1.0.2",
         ],
     },
 )

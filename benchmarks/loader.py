@@ -22,6 +22,7 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +51,7 @@ from dali_pipelines.manifest import Manifest, Video, ffmpeg_url
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
 from preparation.index import VIDEO_SUFFIXES, index
+from preparation.work import Crew
 from training.gauges import processes, proportional_mib
 
 TARGETS = {"best peer": 1.35, REFERENCE: 3.0, FLOOR: 0.9}
@@ -158,7 +160,9 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
         else:
             files.append(path)
     if files:
-        probed, rejected = index([(os.path.abspath(file), 0) for file in files], root="/")
+        listed = [(os.path.abspath(file), 0) for file in files]
+        with tempfile.TemporaryDirectory() as folder:
+            probed, rejected = index(listed, root="/", journal=Path(folder, "journal"), crew=Crew())
         if rejected:
             raise InputError(f"{rejected[0].path}: {rejected[0].reason}")
         videos += [probed[n] for n in range(len(probed))]

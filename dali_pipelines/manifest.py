@@ -6,11 +6,15 @@ are, the names of the classes, and how many listed videos were rejected:
     # root: videos
     # classes: ["archery", "bowling"]
     # listed 3, kept 2, rejected 1
-    path,label,frames,fps,width,height,codec,rotation
-    a.mp4,0,280,28.0,340,256,h264,0
-    b.webm,1,120,29.97002997002997,256,340,vp9,90
+    # made by: prepare.py folder videos
+    path,label,frames,fps,width,height,codec,rotation,pixel_format,vfr,gop
+    a.mp4,0,280,28.0,340,256,h264,0,yuv420p,0,250
+    b.webm,1,120,29.97002997002997,256,340,vp9,90,yuv420p,1,32
+
+The columns after `rotation` may be missing; those of videos in tar shards are `shard,offset,size`.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -51,6 +55,18 @@ class Video(NamedTuple):
     """FFmpeg's name: h264, hevc, mpeg4, vp9, ..."""
     rotation: int
     """Degrees anticlockwise by which the coded picture is turned to be shown: 0, 90, 180 or 270."""
+    pixel_format: str = ""
+    """FFmpeg's name: yuv420p, yuvj420p, yuv420p10le, ...; "" where unknown."""
+    vfr: int = 0
+    """1 where not every picture is shown for as long as the others."""
+    gop: int = 0
+    """Pictures of the longest group of pictures; all of the video where its headers do not tell; 0 where unknown."""
+    shard: str = ""
+    """The tar file that holds the video, as `path` relative to the root; "" where the video is a file of its own."""
+    offset: int = 0
+    """Where in the shard the video starts, in bytes."""
+    size: int = 0
+    """Bytes of the video in the shard."""
 
 
 def coded_size(video: Video) -> tuple[int, int]:
@@ -78,15 +94,24 @@ _ROW = np.dtype(
         ("height", np.int32),
         ("codec", "S16"),
         ("rotation", np.int16),
+        ("pixel_format", "S16"),
+        ("vfr", np.int8),
+        ("gop", np.int32),
+        ("shard", np.int32),
+        ("offset", np.int64),
+        ("size", np.int64),
     ]
 )
+_OPTIONAL = Video._fields[len(Video._fields) - len(Video._field_defaults) :]
+_IN_SHARDS = ("shard", "offset", "size")
 
 
 class Manifest:
     """Videos in the order of the file: `len(manifest)`, `manifest[i]` is a `Video`, `.labels` int64 [N].
 
     `root` is the folder that paths are relative to; `classes` the names of the classes, () where unknown; `listed` and
-    `rejected` count the videos that the manifest was made from and those left out as unreadable.
+    `rejected` count the videos that the manifest was made from and those left out as unreadable; `made_by` is the
+    command that made it.
     """
 
     def __init__(
@@ -96,19 +121,26 @@ class Manifest:
         root: str | os.PathLike = ".",
         classes: Sequence[str] = (),
         rejected: int = 0,
+        made_by: str = "",
     ):
         columns = list(zip(*videos, strict=True)) or [()] * len(Video._fields)
         self._fill([os.fsencode(path) for path in columns[0]], columns[1:])
         self.root = Path(root)
         self.classes = tuple(classes)
         self.rejected = rejected
+        self.made_by = made_by
 
     def _fill(self, paths: list[bytes], columns: Sequence[Sequence]) -> None:
         self._rows = np.zeros(len(paths), _ROW)
         self._rows["path_end"] = np.cumsum([len(path) for path in paths])
         self._paths = np.frombuffer(b"".join(paths), np.uint8)
+        self._shards = [""]
         for name, column in zip(Video._fields[1:], columns, strict=True):
-            self._rows[name] = np.asarray(column, dtype="S16") if name == "codec" else np.asarray(column)
+            if name == "shard":
+                self._shards = list(dict.fromkeys(["", *column]))
+                numbers = {shard: number for number, shard in enumerate(self._shards)}
+                column = [numbers[shard] for shard in column]
+            self._rows[name] = np.asarray(column, dtype=_ROW[name])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -117,9 +149,12 @@ class Manifest:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a manifest of {len(self)}")
         start = int(self._rows["path_end"][index - 1]) if index else 0
-        end, label, frames, fps, width, height, codec, rotation = self._rows[index].item()
+        end, *values = self._rows[index].item()
         path = os.fsdecode(self._paths[start:end].tobytes())
-        return Video(path, label, frames, fps, width, height, codec.decode(), rotation)
+        video = Video(path, *values)
+        return video._replace(
+            codec=video.codec.decode(), pixel_format=video.pixel_format.decode(), shard=self._shards[video.shard]
+        )
 
     @property
     def labels(self) -> np.ndarray:
@@ -152,7 +187,7 @@ class Manifest:
         except FileNotFoundError:
             raise InputError(f"{path}: no such manifest; `python prepare.py index` or `folder` makes one") from None
         body = re.sub(r"\A(?:#[^\n]*\n|\s*\n)*", "", text)
-        header = dict(re.findall(r"^# (root|classes): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
+        header = dict(re.findall(r"^# (root|classes|made by): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
         rejected = re.search(r"^# listed \d+, kept \d+, rejected (\d+)", text[: len(text) - len(body)], re.MULTILINE)
         first_line = text[: len(text) - len(body)].count("\n") + 1
         manifest = cls(
@@ -160,6 +195,7 @@ class Manifest:
             root=path.parent / header.get("root", "."),
             classes=_read_classes(path, header.get("classes", "[]")),
             rejected=int(rejected[1]) if rejected else 0,
+            made_by=header.get("made by", ""),
         )
         manifest._fill(*_read_columns(path, body, first_line))
         return manifest
@@ -173,9 +209,12 @@ class Manifest:
         out.write(f"# root: {root.relative_to(home).as_posix() if root.is_relative_to(home) else root}\n")
         out.write(f"# classes: {json.dumps(self.classes, ensure_ascii=False)}\n")
         out.write(f"# listed {self.listed}, kept {len(self)}, rejected {self.rejected}\n")
+        if self.made_by:
+            out.write(f"# made by: {' '.join(self.made_by.split())}\n")
+        count = len(Video._fields) if len(self._shards) > 1 else -len(_IN_SHARDS)
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(Video._fields)
-        writer.writerows(self[index] for index in range(len(self)))
+        writer.writerow(Video._fields[:count])
+        writer.writerows(self[index][:count] for index in range(len(self)))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
@@ -185,12 +224,14 @@ class Manifest:
         """Writes the table as arrays that `map_arrays` opens without copying: many workers share one in memory."""
         np.save(os.path.join(folder, "rows.npy"), self._rows)
         np.save(os.path.join(folder, "paths.npy"), self._paths)
+        Path(folder, "shards.json").write_text(json.dumps(self._shards))
 
     @classmethod
     def map_arrays(cls, folder: str | os.PathLike, root: str | os.PathLike) -> "Manifest":
         manifest = cls((), root=root)
         manifest._rows = np.load(os.path.join(folder, "rows.npy"), mmap_mode="r")
         manifest._paths = np.load(os.path.join(folder, "paths.npy"), mmap_mode="r")
+        manifest._shards = json.loads(Path(folder, "shards.json").read_text())
         return manifest
 
 
@@ -207,7 +248,7 @@ def _read_classes(path: Path, text: str) -> list[str]:
 def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], list[np.ndarray]]:
     reader = csv.reader(io.StringIO(body, newline=""))
     names = next(reader, [])
-    missing = [name for name in Video._fields if name not in names]
+    missing = [name for name in Video._fields if name not in (*names, *_OPTIONAL)]
     if missing:
         raise InputError(
             f"{path}:{first_line}: not a manifest: no column {', '.join(missing)}; "
@@ -219,22 +260,40 @@ def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], 
         raise InputError(f"{path}:{first_line + reader.line_num}: {error}; a quote that is not closed?") from None
     try:
         table = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
-        columns = [_column(table[name], name) for name in Video._fields[1:]]
+        good = {
+            name: _column(table[name], name) if name in names else np.full(len(rows), Video._field_defaults[name])
+            for name in Video._fields[1:]
+        }
     except (ValueError, OverflowError):
         raise _first_bad_line(path, body, first_line) from None
-    good = dict(zip(Video._fields[1:], columns, strict=True))
-    bad = (good["label"] < 0) | (good["frames"] < 1) | ~((good["fps"] > 0) & np.isfinite(good["fps"]))
-    for side in (good["width"], good["height"]):
-        bad |= (side < 1) | (side > _LARGEST)
-    if (bad | (good["frames"] > _LARGEST) | (good["label"] > _LARGEST) | ~np.isin(good["rotation"], ROTATIONS)).any():
+    bad = ~((good["fps"] > 0) & np.isfinite(good["fps"])) | ~np.isin(good["rotation"], ROTATIONS)
+    for name, (least, most) in _RANGES.items():
+        bad |= (good[name] < least) | (good[name] > most)
+    if bad.any():
         raise _first_bad_line(path, body, first_line)
-    return [name.encode("utf-8", "surrogateescape") for name in table["path"]], columns
+    return [name.encode("utf-8", "surrogateescape") for name in table["path"]], list(good.values())
 
 
-def _column(values: Sequence[str], name: str) -> np.ndarray:
-    if name == "codec":
+_RANGES = {
+    "label": (0, _LARGEST),
+    "frames": (1, _LARGEST),
+    "width": (1, _LARGEST),
+    "height": (1, _LARGEST),
+    "vfr": (0, 1),
+    "gop": (0, _LARGEST),
+    "offset": (0, 2**63 - 1),
+    "size": (0, 2**63 - 1),
+}
+
+
+def _column(values: Sequence[str], name: str) -> np.ndarray | Sequence[str]:
+    if name == "shard":
+        return values
+    if name in ("codec", "pixel_format"):
         return np.array([value.strip() for value in values], dtype="S16")
-    return np.array(values, dtype="U").astype(np.float64 if name == "fps" else np.int64)
+    if name == "fps":
+        return np.fromiter(map(float, values), np.float64, len(values))
+    return np.fromiter(map(int, values), np.int64, len(values))
 
 
 def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
@@ -242,26 +301,40 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
     reader = csv.reader(io.StringIO(body, newline=""))
     names = next(reader)
     expected = {
-        "label": (int, lambda value: 0 <= value <= _LARGEST, "a class number, 0 or more"),
-        "frames": (int, lambda value: 1 <= value <= _LARGEST, "a count, 1 or more"),
-        "fps": (float, lambda value: 0 < value < math.inf, "frames per second, more than 0"),
-        "width": (int, lambda value: 1 <= value <= _LARGEST, "pixels, 1 or more"),
-        "height": (int, lambda value: 1 <= value <= _LARGEST, "pixels, 1 or more"),
-        "codec": (str, str.isascii, "FFmpeg's name of a codec"),
-        "rotation": (int, lambda value: value in ROTATIONS, "0, 90, 180 or 270"),
+        "label": "a class number, 0 or more",
+        "frames": "a count, 1 or more",
+        "fps": "frames per second, more than 0",
+        "width": "pixels, 1 or more",
+        "height": "pixels, 1 or more",
+        "codec": "FFmpeg's name of a codec",
+        "rotation": "0, 90, 180 or 270",
+        "pixel_format": "FFmpeg's name of a pixel format",
+        "vfr": "0 or 1",
+        "gop": "a count, 0 or more",
+        "offset": "bytes, 0 or more",
+        "size": "bytes, 0 or more",
     }
+
+    def is_good(name: str, value: str) -> bool:
+        if name in ("codec", "pixel_format"):
+            return value.isascii()
+        if name == "fps":
+            return 0 < float(value) < math.inf
+        if name == "rotation":
+            return int(value) in ROTATIONS
+        least, most = _RANGES[name]
+        return least <= int(value) <= most
+
     for row in reader:
         where = f"{path}:{first_line + reader.line_num - 1}"
         if row and len(row) != len(names):
             return InputError(f"{where}: {len(row)} columns where the header names {len(names)}")
-        for name, (kind, is_good, meaning) in expected.items() if row else ():
+        for name in [name for name in expected if name in names] if row else ():
             value = row[names.index(name)]
-            try:
-                if is_good(kind(value)):
+            with contextlib.suppress(ValueError):
+                if is_good(name, value):
                     continue
-            except ValueError:
-                pass
-            return InputError(f"{where}: {name} is {value!r}; expected {meaning}")
+            return InputError(f"{where}: {name} is {value!r}; expected {expected[name]}")
     return InputError(f"{path}: not a manifest")
 
 
@@ -280,11 +353,9 @@ def probe(path: str | os.PathLike) -> Video:
             first = next(container.decode(stream), None)
         if first is None:
             raise InputError("no picture comes out of its video stream")
-        frames = None
-        if codec in _PACKET_IS_PICTURE:
-            with open_video(path) as container:
-                frames = _count_packets(container)
-        if frames is None:
+        with open_video(path) as container:
+            frames, gop, vfr = _read_structure(container)
+        if frames is None or codec not in _PACKET_IS_PICTURE:
             with open_video(path) as container:
                 frames = _count_pictures(container, until_damage=codec in _PACKET_IS_PICTURE)
     except av.error.FFmpegError as error:
@@ -295,14 +366,30 @@ def probe(path: str | os.PathLike) -> Video:
     if rotation not in ROTATIONS:
         raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
-    return Video(os.fspath(path), 0, frames, float(fps), width, height, codec, rotation)
+    return Video(
+        os.fspath(path), 0, frames, float(fps), width, height, codec, rotation, first.format.name, vfr, gop or frames
+    )
 
 
-def _count_packets(container: av.container.InputContainer) -> int | None:
+def _read_structure(container: av.container.InputContainer) -> tuple[int | None, int | None, int]:
+    """What the packets' headers and times tell: (pictures, those of the longest group, 1 for a variable frame rate);
+    None where the headers do not tell."""
     try:
-        return PacketReader(container).count()
+        reader = PacketReader(container)
+        frames = reader.count()
     except UncertainError:
-        return None
+        return None, None, _is_variable([packet.pts for packet in container.demux(video_stream(container))])
+    shown = np.cumsum([0] + [picture.is_shown for picture in reader.pictures])
+    starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
+    gop = max(np.diff(shown[[*starts, len(reader.pictures)]])).item()
+    times = [each.pts for each, picture in zip(reader.packets, reader.pictures, strict=True) if picture.is_shown]
+    return frames, gop, _is_variable(times)
+
+
+def _is_variable(times: Sequence[int | None]) -> int:
+    """Whether a picture is shown for a time that is more than a tenth, and more than the rounding of a clock, off."""
+    gaps = np.diff(np.sort([each for each in times if each is not None]))
+    return int(len(gaps) > 0 and (np.abs(gaps - np.median(gaps)) > np.maximum(np.median(gaps) / 10, 1)).any())
 
 
 def _count_pictures(container: av.container.InputContainer, *, until_damage: bool) -> int:

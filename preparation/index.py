@@ -2,17 +2,17 @@
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
+import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.manifest import Manifest, Video, probe
-from dali_pipelines.processes import end_with_parent
+from dali_pipelines.manifest import Manifest, Video, open_video, probe
+from dali_pipelines.packets import video_stream
+from preparation.work import Crew, Failed, run
 
 VIDEO_SUFFIXES = frozenset(
     [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
@@ -84,38 +84,43 @@ def index(
     listed: Sequence[Listed],
     *,
     root: str | os.PathLike,
+    journal: Path,
+    crew: Crew,
     classes: Sequence[str] = (),
-    workers: int | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
+    decode: bool = False,
 ) -> tuple[Manifest, list[Rejected]]:
-    """Probes every listed video; the manifest of the good ones in the order of the list, and the others with reasons.
+    """Looks at every listed video; the manifest of the good ones in the order of the list, and the others with reasons.
 
-    `workers` processes look at files (None: one a CPU core); `progress` wraps the iterable of results.
+    `decode`: decodes all of every file, and rejects those with a damaged picture. `journal`: see `work.run`.
     """
     for _, label in listed:
         if classes and label >= len(classes):
             raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
-    files = [os.path.join(root, path) for path, _ in listed]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(files))
-    if workers < 2:
-        found = list(progress(map(_probe_or_reason, files)))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
-            found = list(progress(pool.map(_probe_or_reason, files, chunksize=min(64, len(files) // workers // 4 + 1))))
+    tasks = [(os.path.join(root, path), decode) for path, _ in listed]
     good, rejected = [], []
-    for (path, label), result in zip(listed, found, strict=True):
-        if isinstance(result, str):
-            rejected.append(Rejected(path, label, result))
+    for (path, label), found in zip(listed, run("index.look", tasks, journal=journal, crew=crew), strict=True):
+        if isinstance(found, Failed):
+            rejected.append(Rejected(path, label, found))
         else:
-            good.append(result._replace(path=path, label=label))
+            good.append(Video(*found)._replace(path=path, label=label))
     return Manifest(good, root=Path(root), classes=classes, rejected=len(rejected)), rejected
 
 
-def _probe_or_reason(file: str) -> Video | str:
-    try:
-        return probe(file)
-    except InputError as error:
-        return str(error)
+def look(path: str, decode: bool) -> Video:
+    """What there is to know of the file at `path`; with `decode`, all of it is decoded. Raises `InputError`."""
+    video = probe(path)
+    if decode:
+        position = -1
+        try:
+            with open_video(path) as container:
+                for position, picture in enumerate(container.decode(video_stream(container))):
+                    if picture.is_corrupt:
+                        raise InputError(f"frame {position} is damaged")
+        except av.error.FFmpegError as error:
+            raise InputError(f"{error.strerror.lower()} after frame {position}") from None
+        if position + 1 != video.frames:
+            raise InputError(f"{position + 1} of its {video.frames} frames come out")
+    return video
 
 
 def split(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:
@@ -143,3 +148,15 @@ def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> Non
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "reason"])
         writer.writerows([entry.path, entry.label, entry.reason] for entry in rejected)
+
+
+def check_is_ours(path: str | os.PathLike) -> None:
+    """Raises `InputError` where there is a file at `path` that is no manifest: it would be lost."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; expected the name of a file to write")
+    if path.exists():
+        try:
+            Manifest.read(path)
+        except InputError:
+            raise InputError(f"{path}: exists, and is no manifest; it is not overwritten: name another --out") from None

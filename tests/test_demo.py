@@ -16,10 +16,7 @@ def test_the_demo_from_nothing_to_a_prediction(tmp_path):
     trained = run("train.py", "-c", config, "-o", "train.epochs=1", "--resume", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "64 training and 13 validation videos, 8 classes" in trained.stdout
-    assert (
-        "epoch 1: val top-1" in trained.stdout
-        and "best so far: output/demo/best.safetensors" in trained.stdout
-    )
+    assert "epoch 1: val top-1" in trained.stdout and "best so far: output/demo/best.safetensors" in trained.stdout
 
     weights = tmp_path / "output" / "demo" / "best.safetensors"
     evaluated = run("evaluate.py", "-w", weights, "-c", config, cwd=tmp_path)

@@ -86,22 +86,23 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_probe_counts_pictures_and_applies_rotation(numbered_videos):
     found = {numbered_videos[index].path: numbered_videos[index] for index in range(len(numbered_videos))}
-    assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0)
+    assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0, "yuv420p", 0, 100, "", 0, 0)
     assert found["bframes.mkv"].frames == 100  # the header of a Matroska file claims 0
     assert found["av1.mp4"].codec == "av1"
     assert found["odd_size.webm"][4:6] == (127, 95)
     assert (found["turned_90.mp4"].width, found["turned_90.mp4"].height) == (144, 176)
     assert [found[f"turned_{r}.mp4"].rotation for r in (90, 180, 270)] == [90, 180, 270]
     assert found["uneven.mp4"].frames == 100 and found["uneven.mp4"].fps < 15
+    assert [name for name, video in found.items() if video.vfr] == ["uneven.mp4", "uneven.webm"]
 
 
 def test_probe_finds_the_shared_videos(shared_videos):
-    found = [probe(path)[2:] for path in sorted(shared_videos.iterdir())]
+    found = [probe(path)[2:11] for path in sorted(shared_videos.iterdir())]
     assert found == [
-        (280, 28.0, 340, 256, "h264", 0),
-        (300, 30.0, 340, 256, "h264", 0),
-        (117, 25.0, 640, 480, "h264", 0),
-        (131, 25.0, 320, 240, "mpeg4", 0),
+        (280, 28.0, 340, 256, "h264", 0, "yuv420p", 0, 187),
+        (300, 30.0, 340, 256, "h264", 0, "yuv420p", 0, 235),
+        (117, 25.0, 640, 480, "h264", 0, "yuv420p", 0, 117),
+        (131, 25.0, 320, 240, "mpeg4", 0, "yuv420p", 0, 131),
     ]
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from dali_pipelines import InputError, Manifest
 from preparation.index import index, read_folder, read_list, split, write_rejected
+from preparation.work import Crew
 from tests.training.conftest import run
 from tests.videos import numbered, write_video
 
@@ -71,7 +72,9 @@ def test_folders_of_splits_are_not_classes(tmp_path):
 def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, workers):
     listed, classes = read_folder(folder)
     listed.insert(2, ("gone.mp4", 1))
-    manifest, rejected = index(listed, root=folder, classes=classes, workers=workers)
+    manifest, rejected = index(
+        listed, root=folder, classes=classes, journal=tmp_path / "journal", crew=Crew(workers=workers)
+    )
     assert [manifest[n].path for n in range(len(manifest))] == [
         path for path, _ in listed if path not in ("jump/broken.mp4", "gone.mp4")
     ]
@@ -87,7 +90,9 @@ def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, work
 
 def test_labels_beyond_the_names_are_refused(folder):
     with pytest.raises(InputError, match="label 3 is listed, but there are 3 classes"):
-        index([("swim/e.mp4", 3)], root=folder, classes=("a", "b", "c"))
+        index(
+            [("swim/e.mp4", 3)], root=folder, classes=("a", "b", "c"), journal=folder / "journal", crew=Crew(workers=1)
+        )
 
 
 def test_the_split_is_by_class_and_always_the_same():

@@ -1,0 +1,176 @@
+"""Work on many files that hang, crash or are killed in the midst of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import preparation
+from dali_pipelines import InputError
+from preparation import child
+from preparation.work import Crew, Failed, finish, run
+
+TASKS = """
+import ctypes, os, signal, time
+from dali_pipelines.errors import InputError
+
+def note(path, text):
+    with open(path, "a") as file:
+        file.write(text + "\\n")
+    return [text, os.getpid()]
+
+def slow(path, text):
+    time.sleep(0.02)
+    return note(path, text)
+
+def hang(path):
+    while True:
+        time.sleep(1)
+
+def crash(path):
+    note(path, "crash")
+    ctypes.string_at(0)
+
+def refuse(path):
+    raise InputError(f"{path}: not that one")
+
+def bug(path):
+    return {}[path]
+
+def chatter(path):
+    os.write(1, b"no answer")
+    return path
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch) -> Path:
+    """A module `preparation.tasks` of functions to do, and the file where they note what they do."""
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "tasks.py").write_text(TASKS)
+    monkeypatch.setattr(preparation, "__path__", [*preparation.__path__, str(tmp_path / "extra")])
+    plain = child._COMMAND
+    code = f"import preparation; preparation.__path__.append({str(tmp_path / 'extra')!r}); "
+    monkeypatch.setattr(child, "_COMMAND", ["-c", code + "from preparation.child import _main; _main()"])
+    assert plain == ["-m", "preparation.child"]
+    yield tmp_path / "notes"
+    child.end_children()
+
+
+def notes(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_in_the_order_of_the_tasks_and_equal_ones_once(tasks, tmp_path, workers):
+    names = [f"{n % 7}" for n in range(20)]
+    done = run("tasks.note", [(str(tasks), name) for name in names], journal=tmp_path / "j", crew=Crew(workers=workers))
+    assert [name for name, _ in done] == names
+    assert sorted(notes(tasks)) == sorted(set(names))
+    processes = {process for _, process in done}
+    assert os.getpid() not in processes and 1 <= len(processes) <= workers
+
+
+def test_one_that_hangs_crashes_or_fails_costs_itself_alone(tasks, tmp_path):
+    crew = Crew(workers=1, timeout_s=1)
+    for function, reason in {
+        "hang": r"given up after 1 s \(--timeout\)",
+        "crash": "the process that reads it ends with signal 11, twice",
+        "refuse": "not that one",
+        "bug": "KeyError",
+    }.items():
+        (failed,) = run(f"tasks.{function}", [(str(tasks),)], journal=tmp_path / function, crew=crew)
+        assert isinstance(failed, Failed)
+        with pytest.raises(InputError, match=reason):
+            raise InputError(failed)
+        (good,) = run("tasks.note", [(str(tasks), "good")], journal=tmp_path / f"{function}2", crew=crew)
+        assert good[0] == "good"
+    assert run("tasks.chatter", [("ä\udcff",)], journal=tmp_path / "c", crew=crew) == ["ä\udcff"]
+    assert notes(tasks).count("crash") == 2
+
+
+def test_what_is_done_is_not_done_again(tasks, tmp_path):
+    todo = [(str(tasks), str(n)) for n in range(5)]
+    run("tasks.note", todo[:3], journal=tmp_path / "j", crew=Crew(workers=1))
+    with open(tmp_path / "j", "a") as file:
+        file.write('{"key": "cut by a ki')
+    done = run("tasks.note", todo, journal=tmp_path / "j", crew=Crew(workers=1))
+    again = run("tasks.note", todo, journal=tmp_path / "j", crew=Crew(workers=1))
+    assert done == again and sorted(notes(tasks)) == ["0", "1", "2", "3", "4"]
+    finish(tmp_path / "j")
+    assert not list(tmp_path.glob("j*"))
+
+
+def test_failures_are_remembered_too(tasks, tmp_path):
+    for _ in range(2):
+        (failed,) = run("tasks.crash", [(str(tasks),)], journal=tmp_path / "j", crew=Crew(workers=1))
+        assert isinstance(failed, Failed) and "signal 11" in failed
+    assert len(notes(tasks)) == 2  # twice in the first run
+
+
+def test_parts_are_merged(tasks, tmp_path):
+    todo = [(str(tasks), str(n)) for n in range(10)]
+    for part in (2, 0):
+        run("tasks.note", todo, journal=tmp_path / "j", crew=Crew(workers=1, shard=(part, 3)))
+    assert sorted(notes(tasks)) == sorted(str(n) for n in range(10) if n % 3 != 1)
+    part = run("tasks.note", todo, journal=tmp_path / "j", crew=Crew(workers=1, shard=(1, 3)))
+    assert len(notes(tasks)) == 10 and all(not isinstance(each, Failed) for each in part)
+    assert [text for text, _ in run("tasks.note", todo, journal=tmp_path / "j", crew=Crew(workers=1))] == [
+        text for _, text in todo
+    ]
+    assert len(notes(tasks)) == 10
+    finish(tmp_path / "j")
+    assert not list(tmp_path.glob("j*"))
+
+
+def test_killed_anywhere_it_does_nothing_twice(tasks, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(child.__file__).parents[1])!r})\n"
+        "from pathlib import Path\nfrom preparation import child\nfrom preparation.work import Crew, run\n"
+        f"child._COMMAND = {child._COMMAND!r}\n"
+        f"run('tasks.slow', [({str(tasks)!r}, str(n)) for n in range(60)], journal=Path({str(tmp_path / 'j')!r}), "
+        "crew=Crew(workers=2))\n"
+    )
+    runs, lines = 0, 0
+    while True:
+        runs += 1
+        process = subprocess.Popen([sys.executable, str(script)])
+        while process.poll() is None:
+            time.sleep(0.02)
+            if len(notes(tmp_path / "j")) > lines + 12:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        lines = len(notes(tmp_path / "j"))
+        if process.returncode == 0:
+            break
+    recorded = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines() if line.endswith("}")]
+    assert len(recorded) == 60 == len({entry["key"] for entry in recorded})
+    assert runs > 2 and 60 <= len(notes(tasks)) <= 60 + 2 * runs  # those under way when it was killed
+
+
+def test_children_end_with_their_process(tasks, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(child.__file__).parents[1])!r})\n"
+        "from preparation import child\n"
+        f"child._COMMAND = {child._COMMAND!r}\n"
+        f"print(child.in_child('tasks.note', [{str(tasks)!r}, 'x'], 10)[1], flush=True)\n"
+        f"child.in_child('tasks.hang', [{str(tasks)!r}], 100)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    number = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for _ in range(50):
+        if not Path(f"/proc/{number}").exists() or "State:\tZ" in Path(f"/proc/{number}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child goes on")
