@@ -17,8 +17,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dali_pipelines.errors import InputError, run_command
+from preparation.datasets import (
+    Expected,
+    Found,
+    Store,
+    check_order,
+    kinetics_classes,
+    read_annotations,
+    ucf101_annotations,
+)
 from preparation.demo import CLASSES, render_demo
-from preparation.index import Listed, check_is_ours, index, read_folder, read_list, split, write_rejected
+from preparation.index import Listed, check_is_ours, index, read_folder, read_list, split, write_rejected, write_table
 from preparation.work import Crew, finish
 from training.labels import read_labels
 
@@ -59,6 +68,34 @@ def main() -> int:
     )
     folder.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="share for val.csv (default 0.1)")
     folder.set_defaults(run=_folder)
+
+    for count, name in ((400, "k400"), (600, "k600"), (700, "k700")):
+        kinetics = verbs.add_parser(
+            f"kinetics{count}", parents=[looking], help=f"manifests of Kinetics-{count} from its annotations"
+        )
+        kinetics.add_argument(
+            "--annotations",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="FILE",
+            help="official CSV files, or lists of `path label`",
+        )
+        kinetics.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder that holds all videos")
+        kinetics.add_argument(
+            "--out", type=Path, default=Path("data", name), metavar="DIR", help=f"default: data/{name}"
+        )
+        kinetics.add_argument("--labels", metavar="FILE", help="class names, one a line")
+        kinetics.set_defaults(run=_kinetics, classes=count)
+
+    ucf101 = verbs.add_parser("ucf101", parents=[looking], help="manifests of UCF101 from its splits")
+    ucf101.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder ucfTrainTestlist")
+    ucf101.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder that holds all videos")
+    ucf101.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="which of the three (default 1)")
+    ucf101.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
+    )
+    ucf101.set_defaults(run=_ucf101)
 
     arguments = parser.parse_args()
     return arguments.run(arguments)
@@ -106,6 +143,52 @@ def _folder(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _kinetics(arguments: argparse.Namespace) -> int:
+    classes = kinetics_classes(arguments.classes, arguments.annotations, arguments.labels)
+    expected = [each for path in arguments.annotations for each in read_annotations(path, classes)]
+    return _write_splits(expected, classes, arguments.out, arguments)
+
+
+def _ucf101(arguments: argparse.Namespace) -> int:
+    expected, classes = ucf101_annotations(arguments.splits, arguments.split)
+    name = "ucf101" if arguments.split == 1 else f"ucf101_split{arguments.split}"
+    return _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+
+
+def _write_splits(expected: list[Expected], classes: Sequence[str], out: Path, arguments: argparse.Namespace) -> int:
+    """Finds the expected videos and writes a manifest a split, with lists of what is missing and what there is more
+    than once; 1 where a split has no videos at all."""
+    store = Store(arguments.videos)
+    splits = store.find(list(dict.fromkeys(expected)))
+    for name in splits:
+        check_is_ours(out / f"{name}.csv")
+    used = {path for found in splits.values() for path, _ in found.listed}
+    used.update(copy for found in splits.values() for copies in found.copies.values() for copy in copies)
+    for name, found in splits.items():
+        check_order(found, classes, name)
+        manifest, missing, more = (out / f"{name}{suffix}.csv" for suffix in ("", ".missing", ".duplicated"))
+        print(
+            f"{name}: {found.expected} expected, {len(found.listed)} found ({len(found.copies)} more than once), "
+            f"{len(found.missing)} missing"
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        write_table(missing, ("name", "class"), [(each.name, classes[each.label]) for each in found.missing])
+        write_table(more, ("path", "copy"), [(path, copy) for path, all in found.copies.items() for copy in all])
+        for file, rows in ((missing, found.missing), (more, found.copies)):
+            if rows:
+                print(f"  listed in {file}")
+        if found.listed:
+            _write(found.listed, manifest, store.root, classes, arguments, found)
+    if others := len(store.paths - used):
+        print(f"{others} other videos below {store.root} are not in these annotations")
+    empty = [name for name, found in splits.items() if not found.listed]
+    if empty:
+        raise InputError(
+            f"none of the {' and '.join(empty)} videos is below {store.root}; expected names such as {expected[0].name}"
+        )
+    return 0
+
+
 def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> Crew:
     if arguments.scheduler and arguments.executor != "dask":
         raise InputError("--scheduler is for --executor dask")
@@ -121,14 +204,24 @@ def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> Crew
 
 
 def _write(
-    listed: Sequence[Listed], out: Path, root: Path, classes: Sequence[str], arguments: argparse.Namespace
+    listed: Sequence[Listed],
+    out: Path,
+    root: Path,
+    classes: Sequence[str],
+    arguments: argparse.Namespace,
+    found: Found | None = None,
 ) -> None:
-    """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found."""
+    """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found.
+
+    `found`: what else is known of the listed ones; those that are missing count as left out."""
+    found = found or Found()
     check_is_ours(out)
     journal = out.with_name(f"{out.name}.journal")
     crew = _crew(arguments, out.name)
     decode = arguments.verify == "decode"
-    manifest, rejected = index(listed, root=root, journal=journal, crew=crew, classes=classes, decode=decode)
+    manifest, rejected = index(
+        listed, root=root, journal=journal, crew=crew, classes=classes, copies=found.copies, decode=decode
+    )
     if not crew.is_whole:
         print(
             f"{out}: part {crew.shard[0]} of {crew.shard[1]} is done; when all are, the same command without --shard "
@@ -143,10 +236,11 @@ def _write(
     if not len(manifest):
         raise InputError(f"none of the {len(listed)} listed videos can be read below {root.resolve()}; nothing written")
     manifest.made_by = _command()
+    manifest.rejected += len(found.missing)
     manifest.write(out)
     write_rejected(rejected_file, rejected)
     finish(journal)
-    print(f"{out}: {len(manifest)} of {len(listed)} videos, {len(set(manifest.labels.tolist()))} classes")
+    print(f"{out}: {len(manifest)} of {manifest.listed} videos, {len(set(manifest.labels.tolist()))} classes")
 
 
 def _command() -> str:

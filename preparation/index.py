@@ -2,9 +2,10 @@
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import av
 import numpy as np
@@ -87,22 +88,36 @@ def index(
     journal: Path,
     crew: Crew,
     classes: Sequence[str] = (),
+    copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
     decode: bool = False,
 ) -> tuple[Manifest, list[Rejected]]:
     """Looks at every listed video; the manifest of the good ones in the order of the list, and the others with reasons.
 
-    `decode`: decodes all of every file, and rejects those with a damaged picture. `journal`: see `work.run`.
+    `copies`: other files of a listed one, which are tried in order where it cannot be read. `decode`: decodes all of
+    every file, and rejects those with a damaged picture. `journal`: see `work.run`.
     """
     for _, label in listed:
         if classes and label >= len(classes):
             raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
-    tasks = [(os.path.join(root, path), decode) for path, _ in listed]
+    paths = [path for path, _ in listed]
+    found = run("index.look", [(os.path.join(root, path), decode) for path in paths], journal=journal, crew=crew)
+    for choice in range(max(map(len, copies.values()), default=0)):
+        rows = [
+            row
+            for row, (path, _) in enumerate(listed)
+            if isinstance(found[row], Failed) and found[row].is_done and choice < len(copies.get(path, ()))
+        ]
+        others = [copies[listed[row][0]][choice] for row in rows]
+        results = run("index.look", [(os.path.join(root, path), decode) for path in others], journal=journal, crew=crew)
+        for row, path, result in zip(rows, others, results, strict=True):
+            if not isinstance(result, Failed):
+                paths[row], found[row] = path, result
     good, rejected = [], []
-    for (path, label), found in zip(listed, run("index.look", tasks, journal=journal, crew=crew), strict=True):
-        if isinstance(found, Failed):
-            rejected.append(Rejected(path, label, found))
+    for path, (_, label), result in zip(paths, listed, found, strict=True):
+        if isinstance(result, Failed):
+            rejected.append(Rejected(path, label, result))
         else:
-            good.append(Video(*found)._replace(path=path, label=label))
+            good.append(Video(*result)._replace(path=path, label=label))
     return Manifest(good, root=Path(root), classes=classes, rejected=len(rejected)), rejected
 
 
@@ -140,14 +155,19 @@ def split(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], 
 
 def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> None:
     """A CSV file `path,label,reason`; removes an old one where nothing was rejected."""
+    write_table(path, ("path", "label", "reason"), [(entry.path, entry.label, entry.reason) for entry in rejected])
+
+
+def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+    """A CSV file; removes an old one where there are no rows."""
     path = Path(path)
-    if not rejected:
+    if not rows:
         path.unlink(missing_ok=True)
         return
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "reason"])
-        writer.writerows([entry.path, entry.label, entry.reason] for entry in rejected)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def check_is_ours(path: str | os.PathLike) -> None:

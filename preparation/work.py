@@ -20,6 +20,14 @@ _UNDER_WAY = 1024  # tasks that an executor is given ahead
 class Failed(str):
     """Why a task has no result, for people."""
 
+    is_done = True
+
+
+class NotDone(Failed):
+    """It belongs to another part (`Crew.shard`)."""
+
+    is_done = False
+
 
 @dataclass(frozen=True)
 class Crew:
@@ -67,7 +75,7 @@ def run(
 
     Every result is a line of the file `journal` as soon as it is there, and is not computed again by a later run of
     the same tasks; equal tasks are done once. Journals of the parts of a `crew.shard` lie beside it, and count as well;
-    a whole run removes them all with `finish`. With a part only, the others are `Failed("not done")`.
+    a whole run removes them all with `finish`. With a part only, the others are `NotDone`.
     """
     wanted = dict.fromkeys(_key(function, task) for task in tasks)
     done = {key: result for key, result in _read_journals(journal) if key in wanted}
@@ -93,7 +101,7 @@ def run(
             finally:
                 if bar:
                     bar.close()
-    return [done.get(_key(function, task), Failed("not done")) for task in tasks]
+    return [done.get(_key(function, task), NotDone("not done")) for task in tasks]
 
 
 def finish(journal: Path) -> None:

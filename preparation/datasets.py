@@ -1,0 +1,262 @@
+"""Kinetics and UCF101 as people have them: official annotations and the lists of other projects, and the files of these
+videos under whatever names and in whatever folders they were stored."""
+
+import csv
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from dali_pipelines.errors import InputError
+from preparation.index import VIDEO_SUFFIXES, Listed, read_list
+from training.labels import read_labels
+
+_LABELS = Path(__file__).parents[1] / "configs" / "labels"
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "holdout": "test",
+}
+_CLIP = re.compile(r"(?P<id>.{11})_(?P<start>\d+)_(?P<end>\d+)")
+"""YouTube id, first and last second: `-3B32lodo2M_000059_000069`."""
+
+Clip = tuple[str, int, int]
+"""YouTube id, and the first and last second of the video that was uploaded."""
+
+
+class Expected(NamedTuple):
+    """A video that the annotations name."""
+
+    name: str
+    """A path, or the name of a file without its suffix."""
+    label: int
+    split: str
+    """train, val or test."""
+
+
+@dataclass
+class Found:
+    """What became of the annotations of one split."""
+
+    listed: list[Listed] = field(default_factory=list)
+    """Paths relative to the folder of the videos; the first choice of those that there are several of."""
+    copies: dict[str, list[str]] = field(default_factory=dict)
+    """For these, the other files of the same video, best first."""
+    missing: list[Expected] = field(default_factory=list)
+
+    @property
+    def expected(self) -> int:
+        return len(self.listed) + len(self.missing)
+
+
+def kinetics_classes(classes: int, annotations: Sequence[Path], labels: str | None) -> tuple[str, ...]:
+    """The names of the 400, 600 or 700 classes, alphabetically: from the file `labels`, known (400), or those that the
+    annotations name. Raises `InputError` where they are not that many."""
+    if labels is not None:
+        return read_labels(labels)
+    if classes == 400:
+        return read_labels(str(_LABELS / "kinetics400.txt"))
+    names = sorted({row["label"] for path in annotations for row in _read_rows(path) or ()} - {""}, key=str.lower)
+    if len(names) != classes:
+        raise InputError(
+            f"{', '.join(map(str, annotations))}: {len(names)} class names; expected {classes}: give the official "
+            "train.csv as well (--annotations train.csv val.csv), or the names in a file (--labels)"
+        )
+    return tuple(names)
+
+
+def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
+    """The videos of an annotation file: the official CSV (columns label, youtube_id, time_start, time_end, split), or
+    lines `path label` as PaddleVideo, mmaction2 and SlowFast write them. Raises `InputError` with the line."""
+    rows = _read_rows(path)
+    if rows is None:
+        listed = _read_lines(path)
+        for name, label in listed:
+            if label >= len(classes):
+                raise InputError(f"{path}: {name} has label {label}; expected 0 to {len(classes) - 1}")
+        split = _split_of_name(path)
+        return [Expected(name, label, split) for name, label in listed]
+    labels = {_plain(name): label for label, name in enumerate(classes)}
+    expected = []
+    for number, row in enumerate(rows, start=2):
+        where = f"{path}:{number}"
+        try:
+            clip = (row["youtube_id"].strip(), round(float(row["time_start"])), round(float(row["time_end"])))
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(f"{where}: expected label, youtube_id, time_start and time_end in seconds") from None
+        if not row["label"]:
+            raise InputError(f"{where}: no label; annotations without labels are no use here")
+        label = _known(_plain(row["label"]), labels, where)
+        split = _known(row["split"].strip().lower(), _SPLITS, where) if row.get("split") else _split_of_name(path)
+        expected.append(Expected(_clip_name(clip), label, split))
+    if not expected:
+        raise InputError(f"{path}: no videos in it")
+    return expected
+
+
+def _known(name: str, known: dict, where: str):
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0)
+        raise InputError(f"{where}: {name!r} is not known; the nearest that is: {near[0]!r}")
+    return known[name]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]] | None:
+    """The rows of an official CSV file; None for another file."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if not {"label", "youtube_id", "time_start", "time_end"} <= set(reader.fieldnames):
+                return None
+            return list(reader)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; expected the official CSV or lines `path label`") from None
+
+
+def _read_lines(path: Path) -> list[Listed]:
+    """`path label`, with the comma that some write between them."""
+    text = path.read_text(encoding="utf-8-sig")
+    if re.search(r"\A[^\n]*,\s*\d+\s*$", text, re.MULTILINE):
+        rows = [line.rpartition(",") for line in text.splitlines() if line.strip()]
+        bad = next((number for number, row in enumerate(rows, 1) if not row[0] or not row[2].strip().isdecimal()), None)
+        if bad is not None:
+            raise InputError(f"{path}:{bad}: expected `path,label` with a label of 0 or more")
+        return [(name.strip().strip('"'), int(label)) for name, _, label in rows]
+    return read_list(path)
+
+
+def _split_of_name(path: Path) -> str:
+    words = re.split(r"[^a-z]+", path.stem.lower())
+    splits = {_SPLITS[word] for word in words if word in _SPLITS}
+    if len(splits) != 1:
+        raise InputError(f"{path}: of which split are these? Expected train, val or test in the file's name")
+    return splits.pop()
+
+
+def _plain(name: str) -> str:
+    """A class name without what differs between those who write it: case, quotes, _ for a space."""
+    return " ".join(re.sub(r"[_\"']", " ", name.lower()).split())
+
+
+def _clip_name(clip: Clip) -> str:
+    return f"{clip[0]}_{clip[1]:06d}_{clip[2]:06d}"
+
+
+def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[str, ...]]:
+    """trainlist0N.txt and testlist0N.txt (as val) of ucfTrainTestlist, with classInd.txt; labels from 0. Raises
+    `InputError`."""
+    classes = read_labels(str(_LABELS / "ucf101.txt"))
+    index = [line.split() for line in read_labels(str(folder / "classInd.txt"))]
+    if tuple(name for _, name in sorted((int(number), name) for number, name in index)) != classes:
+        raise InputError(f"{folder / 'classInd.txt'}: not the 101 classes of UCF101 in alphabetical order")
+    expected = []
+    for name, part in (("trainlist", "train"), ("testlist", "val")):
+        path = folder / f"{name}{split:02d}.txt"
+        for number, line in enumerate(read_labels(str(path)), start=1):
+            video = PurePosixPath((line.split() or [""])[0])
+            if video.parent.name not in classes:
+                raise InputError(f"{path}:{number}: expected CLASS/VIDEO.avi with a known class, not {line[:80]!r}")
+            expected.append(Expected(str(video), classes.index(video.parent.name), part))
+    return expected, classes
+
+
+class Store:
+    """The videos in a folder and all below it, found by path, by name, and by the clip that a name tells."""
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: no such folder of videos")
+        self.paths: set[str] = set()
+        self._by_name: dict[str, list[str]] = {}
+        self._by_clip: dict[Clip, list[str]] = {}
+        self._by_id: dict[str, list[str]] = {}
+        seen = set()
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            place = os.path.realpath(folder)
+            if place in seen:  # links can make a loop
+                folders.clear()
+                continue
+            seen.add(place)
+            below = os.path.relpath(folder, self.root)
+            for file in files:
+                stem, suffix = os.path.splitext(file)
+                if suffix.lower() not in VIDEO_SUFFIXES:
+                    continue
+                path = file if below == "." else os.path.join(below, file)
+                self.paths.add(path)
+                self._by_name.setdefault(stem, []).append(path)
+                if clip := _CLIP.fullmatch(stem):
+                    key = (clip["id"], int(clip["start"]), int(clip["end"]))
+                    self._by_clip.setdefault(key, []).append(path)
+                elif len(stem) == 11:
+                    self._by_id.setdefault(stem, []).append(path)
+        if not self.paths:
+            raise InputError(
+                f"{self.root}: no videos in it; expected files such as train/-3B32lodo2M_000059_000069.mp4"
+            )
+
+    def find(self, expected: Sequence[Expected]) -> dict[str, Found]:
+        """Split -> what there is of it. Where there are several files of one video, those in a folder `replacement...`
+        (CVDF's, for damaged ones) come first, then those in a folder named as the split."""
+        splits: dict[str, Found] = {}
+        ids: dict[str, int] = {}
+        for each in expected:
+            if clip := _CLIP.fullmatch(PurePosixPath(each.name).stem):
+                ids[clip["id"]] = ids.get(clip["id"], 0) + 1
+        for each in expected:
+            found = splits.setdefault(each.split, Found())
+            paths = self._files(each.name, ids)
+            if not paths:
+                found.missing.append(each)
+                continue
+            first, *others = sorted(set(paths), key=lambda path: (_rank(path, each.split), path))
+            found.listed.append((first, each.label))
+            if others:
+                found.copies[first] = others
+        return splits
+
+    def _files(self, name: str, ids: dict[str, int]) -> list[str]:
+        if name in self.paths:
+            return [name]
+        stem = PurePosixPath(name).stem if PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES else name
+        stem = PurePosixPath(stem).name
+        paths = list(self._by_name.get(stem, ()))
+        if clip := _CLIP.fullmatch(stem):
+            paths += self._by_clip.get((clip["id"], int(clip["start"]), int(clip["end"])), ())
+            if ids[clip["id"]] == 1:  # stored by id alone; with two clips of it, which one is not known
+                paths += self._by_id.get(clip["id"], ())
+        return paths
+
+
+def _rank(path: str, split: str) -> int:
+    folders = [folder.lower() for folder in PurePosixPath(path).parts[:-1]]
+    if len(PurePosixPath(path).stem) == 11:  # the id alone: a clip of it, or all of it
+        return 3
+    if any(folder.startswith("replacement") for folder in folders):
+        return 0
+    return 1 if any(split in re.split(r"[^a-z]+", folder) for folder in folders) else 2
+
+
+def check_order(found: Found, classes: Sequence[str], name: str) -> None:
+    """Raises `InputError` where most videos lie in folders of other classes than their labels say: the list counts the
+    classes in another order."""
+    labels = {_plain(known): label for label, known in enumerate(classes)}
+    pairs = [(path, labels.get(_plain(PurePosixPath(path).parent.name)), label) for path, label in found.listed]
+    others = [(path, there, label) for path, there, label in pairs if there not in (None, label)]
+    if 2 * len(others) > sum(there is not None for _, there, _ in pairs):
+        path, there, label = others[0]
+        raise InputError(
+            f"{name}: counts the classes in another order: {path} has label {label} ({classes[label]!r}), and its "
+            f"folder is label {there}; {len(others)} of {len(pairs)} differ. Expected alphabetical order, from 0"
+        )
