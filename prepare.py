@@ -8,6 +8,7 @@ python prepare.py folder my_videos --val-fraction 0.1
 import argparse
 import datetime
 import functools
+import math
 import os
 import shlex
 import sys
@@ -27,7 +28,17 @@ from preparation.datasets import (
     ucf101_annotations,
 )
 from preparation.demo import CLASSES, render_demo
-from preparation.index import Listed, check_is_ours, index, read_folder, read_list, split, write_rejected, write_table
+from preparation.index import (
+    Listed,
+    check_is_ours,
+    describe,
+    index,
+    read_folder,
+    read_list,
+    split,
+    write_rejected,
+    write_table,
+)
 from preparation.work import Crew, finish
 from training.labels import read_labels
 
@@ -146,7 +157,7 @@ def _folder(arguments: argparse.Namespace) -> int:
 def _kinetics(arguments: argparse.Namespace) -> int:
     classes = kinetics_classes(arguments.classes, arguments.annotations, arguments.labels)
     expected = [each for path in arguments.annotations for each in read_annotations(path, classes)]
-    return _write_splits(expected, classes, arguments.out, arguments)
+    return _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # all of Kinetics' have 10
 
 
 def _ucf101(arguments: argparse.Namespace) -> int:
@@ -155,7 +166,13 @@ def _ucf101(arguments: argparse.Namespace) -> int:
     return _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
 
 
-def _write_splits(expected: list[Expected], classes: Sequence[str], out: Path, arguments: argparse.Namespace) -> int:
+def _write_splits(
+    expected: list[Expected],
+    classes: Sequence[str],
+    out: Path,
+    arguments: argparse.Namespace,
+    longest_s: float = math.inf,
+) -> int:
     """Finds the expected videos and writes a manifest a split, with lists of what is missing and what there is more
     than once; 1 where a split has no videos at all."""
     store = Store(arguments.videos)
@@ -178,7 +195,7 @@ def _write_splits(expected: list[Expected], classes: Sequence[str], out: Path, a
             if rows:
                 print(f"  listed in {file}")
         if found.listed:
-            _write(found.listed, manifest, store.root, classes, arguments, found)
+            _write(found.listed, manifest, store.root, classes, arguments, found, longest_s)
     if others := len(store.paths - used):
         print(f"{others} other videos below {store.root} are not in these annotations")
     empty = [name for name, found in splits.items() if not found.listed]
@@ -210,10 +227,12 @@ def _write(
     classes: Sequence[str],
     arguments: argparse.Namespace,
     found: Found | None = None,
+    longest_s: float = math.inf,
 ) -> None:
     """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found.
 
-    `found`: what else is known of the listed ones; those that are missing count as left out."""
+    `found`: what else is known of the listed ones; those that are missing count as left out. `longest_s`: seconds that
+    none should be longer than."""
     found = found or Found()
     check_is_ours(out)
     journal = out.with_name(f"{out.name}.journal")
@@ -241,6 +260,10 @@ def _write(
     write_rejected(rejected_file, rejected)
     finish(journal)
     print(f"{out}: {len(manifest)} of {manifest.listed} videos, {len(set(manifest.labels.tolist()))} classes")
+    print(f"  {describe(manifest)}")
+    longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
+    if longer:
+        print(f"  {longer} are longer than {longest_s:g} s: not cut to their clip?")
 
 
 def _command() -> str:

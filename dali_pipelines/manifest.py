@@ -160,6 +160,11 @@ class Manifest:
     def labels(self) -> np.ndarray:
         return self._rows["label"]
 
+    def column(self, name: str) -> np.ndarray:
+        """A field of `Video` for all rows, but path and shard; texts as str."""
+        values = self._rows[name]
+        return values.astype(str) if values.dtype.kind == "S" else values
+
     @property
     def codecs(self) -> list[str]:
         """Those that occur, sorted."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import av
 import numpy as np
@@ -99,8 +100,13 @@ def index(
     for _, label in listed:
         if classes and label >= len(classes):
             raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
+    place = os.path.abspath(root)  # workers elsewhere have another working folder
+
+    def look_at(paths: Sequence[str]) -> list[Any]:
+        return run("index.look", [(os.path.join(place, path), decode) for path in paths], journal=journal, crew=crew)
+
     paths = [path for path, _ in listed]
-    found = run("index.look", [(os.path.join(root, path), decode) for path in paths], journal=journal, crew=crew)
+    found = look_at(paths)
     for choice in range(max(map(len, copies.values()), default=0)):
         rows = [
             row
@@ -108,8 +114,7 @@ def index(
             if isinstance(found[row], Failed) and found[row].is_done and choice < len(copies.get(path, ()))
         ]
         others = [copies[listed[row][0]][choice] for row in rows]
-        results = run("index.look", [(os.path.join(root, path), decode) for path in others], journal=journal, crew=crew)
-        for row, path, result in zip(rows, others, results, strict=True):
+        for row, path, result in zip(rows, others, look_at(others), strict=True):
             if not isinstance(result, Failed):
                 paths[row], found[row] = path, result
     good, rejected = [], []
@@ -180,3 +185,29 @@ def check_is_ours(path: str | os.PathLike) -> None:
             Manifest.read(path)
         except InputError:
             raise InputError(f"{path}: exists, and is no manifest; it is not overwritten: name another --out") from None
+
+
+def describe(manifest: Manifest) -> str:
+    """What kinds of videos these are, in a line."""
+
+    def spread(values: np.ndarray) -> str:
+        low, middle, high = np.percentile(values, [0, 50, 100]).round().astype(int).tolist()
+        return str(low) if low == high else f"{low} to {high} (median {middle})"
+
+    codecs = ", ".join(
+        f"{codec} {count}" for codec, count in zip(*np.unique(manifest.column("codec"), return_counts=True))
+    )
+    sides = np.minimum(manifest.column("width"), manifest.column("height"))
+    parts = [
+        codecs,
+        f"short side {spread(sides)}",
+        f"{spread(manifest.column('frames') / manifest.column('fps'))} s",
+        f"groups of up to {spread(manifest.column('gop'))} pictures",
+    ]
+    for count, what in (
+        ((manifest.column("vfr") > 0).sum(), "with a variable frame rate"),
+        ((manifest.column("rotation") > 0).sum(), "turned"),
+        ((~np.isin(manifest.column("pixel_format"), ["yuv420p", "yuvj420p", ""])).sum(), "not 8-bit 4:2:0"),
+    ):
+        parts += [f"{count} {what}"] * bool(count)
+    return "; ".join(parts)

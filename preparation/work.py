@@ -169,11 +169,22 @@ def _dask_executor(address: str) -> Iterator[Executor]:
     except ImportError:
         raise InputError("--executor dask needs dask.distributed: pip install 'dali-timesformer[dask]'") from None
     try:
-        client = Client(address, timeout=10)
+        client = Client(address, timeout=5)
     except (OSError, TimeoutError, ValueError) as error:
         raise InputError(f"--scheduler {address}: no dask scheduler answers there ({error})") from None
     with client:
         if not client.scheduler_info()["workers"]:
             raise InputError(f"--scheduler {address}: no workers; start some with `dask worker {address}`")
-        executor = client.get_executor(pure=False)
-        yield executor
+        try:
+            client.run(lambda: bool(__import__("preparation.work")))
+        except ImportError as error:
+            raise InputError(
+                f"--scheduler {address}: its workers cannot import this project ({error}): start them in its folder, "
+                "with PYTHONPATH naming it, or after pip install"
+            ) from None
+        try:
+            yield client.get_executor(pure=False)
+        except Exception as error:
+            if not type(error).__module__.startswith("distributed"):
+                raise
+            raise InputError(f"--scheduler {address}: {type(error).__name__}: {error}; run it again to go on") from None

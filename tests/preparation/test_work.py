@@ -6,14 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from distributed import Client
 
 import preparation
 from dali_pipelines import InputError
 from preparation import child
 from preparation.work import Crew, Failed, finish, run
+from tests.training.conftest import run as command
+from tests.training.test_endings import free_port
+from tests.videos import numbered, write_video
 
 TASKS = """
 import ctypes, os, signal, time
@@ -174,3 +179,50 @@ def test_children_end_with_their_process(tasks, tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail("the child goes on")
+
+
+@pytest.fixture
+def scheduler(tmp_path) -> Iterator[str]:
+    """Address of a real dask scheduler with two workers, somewhere else than here."""
+    project = str(Path(child.__file__).parents[1])
+    dask = [sys.executable, "-m", "dask"]
+    address = f"tcp://127.0.0.1:{free_port()}"
+    settings = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": project}, "stderr": subprocess.DEVNULL}
+    where = ["--host", "127.0.0.1", "--no-dashboard"]
+    processes = [subprocess.Popen([*dask, "scheduler", *where, "--port", address.rpartition(":")[2]], **settings)]
+    worker = [*dask, "worker", address, "--nthreads", "1", "--no-dashboard", "--local-directory", str(tmp_path)]
+    processes += [subprocess.Popen([*worker, extra], **settings) for extra in ("--nanny", "--no-nanny")]
+    with Client(address, timeout=30) as client:
+        client.wait_for_workers(2, timeout=30)
+    yield address
+    for process in reversed(processes):
+        process.terminate()
+    for process in processes:
+        process.wait(20)
+
+
+def test_dask_does_the_same(scheduler, tmp_path):
+    pictures = numbered(6, height=32, width=48)
+    for name in "abcdef":
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        write_video(tmp_path / "videos" / name / f"{name}.mp4", pictures)
+    (tmp_path / "videos" / "a" / "bad.mp4").write_text("no video")
+    crew = ["--executor", "dask", "--scheduler", scheduler]
+    for out, more in (("here.csv", []), ("there.csv", crew)):
+        done = command("prepare.py", "folder", "videos", "--out", out, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "6 of 7 videos, 6 classes" in done.stdout and "a/bad.mp4: not a video" in done.stdout
+    here, there = ((tmp_path / name).read_text().splitlines() for name in ("here.csv", "there.csv"))
+    assert [line for line in here if "made by" not in line] == [line for line in there if "made by" not in line]
+
+
+def test_a_scheduler_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    (tmp_path / "videos" / "a" / "a.mp4").touch()
+    for settings, message in (
+        (["--executor", "dask"], "--executor dask needs --scheduler"),
+        (["--scheduler", "tcp://x:1"], "--scheduler is for --executor dask"),
+        (["--executor", "dask", "--scheduler", f"tcp://127.0.0.1:{free_port()}"], "no dask scheduler answers there"),
+    ):
+        done = command("prepare.py", "folder", "videos", *settings, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
