@@ -191,7 +191,7 @@ class Store:
             below = os.path.relpath(folder, self.root)
             for file in files:
                 stem, suffix = os.path.splitext(file)
-                if suffix.lower() not in VIDEO_SUFFIXES:
+                if suffix.lower() not in VIDEO_SUFFIXES or file.startswith("._"):  # macOS puts those into archives
                     continue
                 path = file if below == "." else os.path.join(below, file)
                 self.paths.add(path)
@@ -199,8 +199,8 @@ class Store:
                 if clip := _CLIP.fullmatch(stem):
                     key = (clip["id"], int(clip["start"]), int(clip["end"]))
                     self._by_clip.setdefault(key, []).append(path)
-                elif len(stem) == 11:
-                    self._by_id.setdefault(stem, []).append(path)
+                elif len(stem) == 11 or _is_replacement(path):
+                    self._by_id.setdefault(stem[:11], []).append(path)
         if not self.paths:
             raise InputError(
                 f"{self.root}: no videos in it; expected files such as train/-3B32lodo2M_000059_000069.mp4"
@@ -239,12 +239,16 @@ class Store:
         return paths
 
 
+def _is_replacement(path: str) -> bool:
+    return any(folder.lower().startswith("replacement") for folder in PurePosixPath(path).parts[:-1])
+
+
 def _rank(path: str, split: str) -> int:
-    folders = [folder.lower() for folder in PurePosixPath(path).parts[:-1]]
+    if _is_replacement(path):
+        return 0
     if len(PurePosixPath(path).stem) == 11:  # the id alone: a clip of it, or all of it
         return 3
-    if any(folder.startswith("replacement") for folder in folders):
-        return 0
+    folders = [folder.lower() for folder in PurePosixPath(path).parts[:-1]]
     return 1 if any(split in re.split(r"[^a-z]+", folder) for folder in folders) else 2
 
 

@@ -70,7 +70,7 @@ def read_folder(root: str | os.PathLike) -> tuple[list[Listed], tuple[str, ...]]
         (file.relative_to(root).as_posix(), label)
         for label, name in enumerate(classes)
         for file in sorted((root / name).rglob("*"))
-        if file.suffix.lower() in VIDEO_SUFFIXES
+        if file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith("._")  # macOS puts those into archives
     ]
     if not listed:
         raise InputError(
@@ -202,7 +202,7 @@ def describe(manifest: Manifest) -> str:
         codecs,
         f"short side {spread(sides)}",
         f"{spread(manifest.column('frames') / manifest.column('fps'))} s",
-        f"groups of up to {spread(manifest.column('gop'))} pictures",
+        f"longest groups of pictures {spread(manifest.column('gop'))}",
     ]
     for count, what in (
         ((manifest.column("vfr") > 0).sum(), "with a variable frame rate"),

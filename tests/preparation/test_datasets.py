@@ -103,6 +103,7 @@ def test_classes_of_kinetics_600_are_those_of_its_annotations(tmp_path):
 def test_files_are_found_under_all_their_names(video, tmp_path, stored, listed):
     put(video, tmp_path / stored)
     put(video, tmp_path / "x" / "-3B32lodo2M_000159_000169.mp4")  # another clip of the same video
+    put(video, tmp_path / "x" / "._-3B32lodo2M_000059_000069.mp4")
     found = Store(tmp_path).find([Expected(listed, 5, "train"), Expected("gone", 1, "train")])["train"]
     assert found.listed == [(stored, 5)] and [each.name for each in found.missing] == ["gone"]
 

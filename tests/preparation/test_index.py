@@ -20,6 +20,7 @@ def folder(tmp_path_factory):
         write_video(root / name, pictures, codec=codec)
     (root / "jump" / "notes.txt").write_text("not listed")
     (root / "jump" / "broken.mp4").write_text("no video " * 50)
+    (root / "jump" / "._c.avi").write_text("of macOS")
     (root / ".cache").mkdir()
     return root
 
