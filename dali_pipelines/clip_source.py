@@ -159,7 +159,7 @@ class ClipSource:
     def _black(self, sample_id: int, fault: str) -> Sample:
         plan = SamplePlan(
             positions=np.zeros(1),
-            picks=np.zeros((self._view.per_decode, self._view.num_frames)),
+            picks=np.zeros((self._view.windows, self._view.num_frames)),
             rectangles=np.tile([0.0, 0, 1, 1], (self._view.count, 1)),
             transpose=False,
         )

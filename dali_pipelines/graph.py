@@ -43,7 +43,7 @@ def clip_pipeline(
     of the decoded pictures.
 
     Clips are float32 (`half`: float16), (value / 255 - mean) / std: [C, T, H, W] a sample, or [V, C, T, H, W] where
-    there are several, from `windows` windows (1, or one for each clip). `device_id` None is the CPU. `workers`
+    there are several, `clips / windows` crops of each of `windows` windows. `device_id` None is the CPU. `workers`
     processes run the source; 0 runs it in this one.
     """
     return _clip_pipeline(
@@ -92,7 +92,7 @@ def _clip_pipeline(source, crop_size, clips, windows, mean, std, dtype, device, 
         )
     # Windows hold pictures again where a video is short, and share them where there are several.
     taken = [fn.sequence_rearrange(frames, new_order=sample.picks[window]) for window in range(windows)]
-    cut = [_clip(taken[clip % windows], sample, clip, crop_size, mean, std, dtype) for clip in range(clips)]
+    cut = [_clip(taken[clip * windows // clips], sample, clip, crop_size, mean, std, dtype) for clip in range(clips)]
     stacked = cut[0] if clips == 1 else fn.stack(*cut)
     return stacked, sample.sample_id, sample.packets, sample.fault, sample.fallback, sample.is_host, frames.shape()
 

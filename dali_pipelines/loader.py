@@ -34,7 +34,8 @@ class Batch(NamedTuple):
     """Clips are on the loader's device, the rest in host memory."""
 
     clips: torch.Tensor
-    """[B, C, T, H, W]; mode "test": [B, V, C, T, H, W]. float32 or float16, (value / 255 - mean) / std."""
+    """[B, C, T, H, W]; mode "test": [B, V, C, T, H, W], V = 3 crops of each window. float32 or float16,
+    (value / 255 - mean) / std."""
     labels: torch.Tensor
     """int64 [B]; -1 where the entry is padding."""
     sample_ids: torch.Tensor
@@ -101,6 +102,8 @@ class ClipLoader:
         DALI for what NVDEC takes, the workers for everything else. Codecs that DALI does not decode go to the workers.
     views_per_decode: clips that training cuts out of one decode of a video, each with a window, crop and flip of its
         own; neighbours in a batch, with one sample id. It divides batch_size; an epoch has so many times more clips.
+    num_windows: temporal windows of the test, evenly from the start of a video to its end, three crops of each; the
+        views of a batch are V = 3 * num_windows, the crops of the first window first.
     timeout_s: seconds that a worker may take for one sample. Then the workers are started again, and the sample is a
         fault. Not with workers=0.
 
@@ -131,6 +134,7 @@ class ClipLoader:
         step_entries: int | None = None,
         decode: Decode = "auto",
         views_per_decode: int = 1,
+        num_windows: int = 1,
         timeout_s: float = 60,
     ):
         step_entries = step_entries or batch_size * world_size
@@ -173,6 +177,7 @@ class ClipLoader:
         self._batch_size = batch_size // views_per_decode  # in videos, as is the order
         self._mean, self._std, self._dtype = mean, std, dtype
         self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1).to(self.device)
+        _check(num_windows >= 1, f"num_windows is {num_windows}; expected 1 or more")
         self._view = View(
             mode=mode,
             num_frames=num_frames,
@@ -183,6 +188,7 @@ class ClipLoader:
             short_sides=_short_sides(mode, crop_size, short_side),
             flip=flip,
             per_decode=views_per_decode,
+            num_windows=num_windows if mode == "test" else 1,
         )
         self._order = Order(
             rows=len(manifest),
@@ -362,7 +368,7 @@ class ClipLoader:
             batch_size=self._batch_size,
             crop_size=self._view.crop_size,
             clips=self._view.count,
-            windows=self._view.per_decode,
+            windows=self._view.windows,
             mean=self._mean,
             std=self._std,
             half=self._dtype == torch.float16,

@@ -42,11 +42,18 @@ class View:
     """Training only: mirror every second clip."""
     per_decode: int = 1
     """Clips that training cuts out of one decode, each with a window, crop and flip of its own; 1 in evaluation."""
+    num_windows: int = 1
+    """Windows of the test, the first at the start of the video, the last at its end; 1 in other modes."""
+
+    @property
+    def windows(self) -> int:
+        """Windows a sample."""
+        return self.per_decode * self.num_windows
 
     @property
     def count(self) -> int:
-        """Clips a sample: three crops in the test, `per_decode` in training, one otherwise."""
-        return 3 if self.mode == "test" else self.per_decode
+        """Clips a sample: three crops of each window in the test, one of each otherwise."""
+        return 3 * self.num_windows if self.mode == "test" else self.per_decode
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,8 @@ class SamplePlan:
     positions: np.ndarray
     """int64 [N], ascending, distinct: the pictures to decode; k is the k-th that the decoder puts out."""
     picks: np.ndarray
-    """int64 [W, T]: frames of each clip as indices into `positions`, ascending, repeated where the video is short. W is
-    1 where all V clips are crops of the same frames, otherwise V."""
+    """int64 [W, T]: frames of each window as indices into `positions`, ascending, repeated where the video is short.
+    V / W clips are crops of the same window: 3 in the test, otherwise 1."""
     rectangles: np.ndarray
     """float64 [V, 4]: y0, x0, y1, x1 in pixels of the picture as coded; swapped ends flip."""
     transpose: bool
@@ -67,7 +74,8 @@ class SamplePlan:
 def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: int) -> SamplePlan:
     """Which frames and which pixels of `video` make the sample."""
     # PaddleVideo's `valid` draws its window at random; ours starts at 0, so that two validations see the same clips.
-    draws = np.zeros((1, 5))
+    draws = np.zeros((view.num_windows, 5))
+    draws[:, 0] = np.linspace(0, 1, view.num_windows)  # 0 where there is one, as PaddleVideo's test
     if view.mode == "train":
         draws = np.stack([_generator(seed, epoch, _CLIP, sample_id, clip).random(5) for clip in range(view.per_decode)])
     windows = [
@@ -90,7 +98,7 @@ def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: i
     elif view.mode == "validate":
         shown = crops.centre_crop(**frame, short_side=round(view.short_sides[0]))
     else:
-        shown = crops.uniform_crops(**frame, short_side=round(view.short_sides[0]))
+        shown = np.tile(crops.uniform_crops(**frame, short_side=round(view.short_sides[0])), (view.num_windows, 1))
     height, width = coded_size(video)
     rectangles, transpose = crops.to_coded(shown, rotation=video.rotation, height=height, width=width)
     return SamplePlan(positions, picks.reshape(len(windows), view.num_frames), rectangles, transpose)

@@ -21,8 +21,8 @@ def frame_positions(
 
     The window is `stride * num_frames / target_fps` seconds long (None: the whole video), and the positions are
     its linspace, end points included, truncated to integers as PaddleVideo does (loader/pipelines/decode.py and
-    sample.py; rounding gives other frames for most lengths). `start` in [0, 1) places the window between the
-    first and the last place where it fits; evaluation uses 0.
+    sample.py; rounding gives other frames for most lengths). `start` in [0, 1] places the window between the
+    first and the last place where it fits; an evaluation with one window uses 0.
 
     A window longer than the video: "fit" shrinks it to the video, "hold" repeats the last frame (PaddleVideo):
 

@@ -137,6 +137,20 @@ def test_views_of_one_decode_are_neighbours_with_windows_and_crops_of_their_own(
     assert made.stats.clips == 12
 
 
+@pytest.mark.parametrize("decode", ["host", "dali"])
+def test_windows_of_the_test_go_from_the_start_to_the_end_with_three_crops_each(numbered_videos, decode):
+    long = Manifest([numbered_videos[n]._replace(label=n) for n in (0, 2, 8, 11)], root=numbered_videos.root)
+    single = by_sample(loader(long, "test", stride=8))
+    for sample_id, views in by_sample(loader(long, "test", stride=8, num_windows=3, decode=decode)).items():
+        assert views.shape == (9, 3, 8, 32, 32)
+        assert (views[:3] - single[sample_id]).abs().mean() < 2 / 255  # the first window is that of a single one
+        numbers = [read_numbers(view.numpy()) for view in views]
+        assert numbers[0::3] == numbers[1::3] == numbers[2::3]
+        first, middle, last = numbers[0::3]
+        assert first[0] == 0 and last[-1] == long[sample_id].frames - 1
+        assert abs(middle[0] - last[0] / 2) <= 1 and np.ptp(first) == np.ptp(middle) == np.ptp(last)
+
+
 def test_past_end_hold_repeats_the_last_frame(numbered_videos):
     short = next(n for n in range(len(numbered_videos)) if numbered_videos[n].frames == 50)
     clip = by_sample(loader(numbered_videos, "validate", past_end="hold"))[short]
@@ -551,6 +565,7 @@ def test_statistics(textured_videos):
         (dict(workers=-1), "workers is -1"),
         (dict(world_size=0), "world_size is 0"),
         (dict(decode="nvdec"), "decode is 'nvdec'; expected one of auto, dali, host"),
+        (dict(num_windows=0), "num_windows is 0"),
         (dict(views_per_decode=0), "views_per_decode is 0"),
         (dict(views_per_decode=3), "multiple of the 3 views_per_decode"),
         (dict(timeout_s=0), "timeout_s is 0"),
