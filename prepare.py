@@ -1,13 +1,15 @@
-"""Makes the manifests that training reads.
+"""Makes the manifests that training reads, and says whether decoding will keep up with it.
 
 python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
+python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
 """
 
 import argparse
 import datetime
 import functools
+import json
 import math
 import os
 import shlex
@@ -28,6 +30,7 @@ from preparation.datasets import (
     ucf101_annotations,
 )
 from preparation.demo import CLASSES, render_demo
+from preparation.gpus import find_gpu
 from preparation.index import (
     Listed,
     check_is_ours,
@@ -107,6 +110,17 @@ def main() -> int:
         "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
     )
     ucf101.set_defaults(run=_ucf101)
+    budget = verbs.add_parser("budget", help="will decoding starve the training, and what would help")
+    budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="of the training videos")
+    budget.add_argument("-c", "--config", metavar="FILE", help="YAML of the experiment (default: ViT-B, 8 frames)")
+    budget.add_argument("-o", "--override", nargs="+", default=[], metavar="KEY=VALUE", help="over the config's values")
+    budget.add_argument("--gpu", metavar="NAME", help="that trains: a100, h100, ... (default: measure here)")
+    budget.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many of them (default 1)")
+    budget.add_argument("--cores", type=_count, metavar="N", help="CPU cores of that machine (default: those here)")
+    budget.add_argument("--network-clips", type=_positive, metavar="N", help="clips/s that one GPU trains, if measured")
+    budget.add_argument("--samples", type=_count, default=200, metavar="N", help="videos to look at (default 200)")
+    budget.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    budget.set_defaults(run=_budget)
 
     arguments = parser.parse_args()
     return arguments.run(arguments)
@@ -203,6 +217,23 @@ def _write_splits(
         raise InputError(
             f"none of the {' and '.join(empty)} videos is below {store.root}; expected names such as {expected[0].name}"
         )
+
+
+def _budget(arguments: argparse.Namespace) -> int:
+    gpu = find_gpu(arguments.gpu)
+    from preparation import budget  # torch and DALI: seconds that no other verb needs
+    from training.config import load_config
+
+    report = budget.budget(
+        arguments.manifest,
+        load_config(arguments.config, arguments.override),
+        samples=arguments.samples,
+        gpu=gpu,
+        gpus=arguments.gpus,
+        cores=arguments.cores,
+        network_clips=arguments.network_clips,
+    )
+    print(json.dumps(report, indent=2) if arguments.json else budget.table(report))
     return 0
 
 
@@ -281,6 +312,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("expected 1 or more")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("expected more than 0")
     return value
 
 

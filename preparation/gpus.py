@@ -1,0 +1,89 @@
+"""NVIDIA's GPUs as published: their video decoders (NVDEC), how fast one decodes, how fast the GPU multiplies.
+
+Sources, looked up in November 2026:
+
+[1] "NVDEC Application Note", Video Codec SDK 13.0,
+    https://docs.nvidia.com/video-technologies/video-codec-sdk/13.0/nvdec-application-note/index.html
+    Frames/s of one engine at 1920x1080, 8-bit 4:2:0, for each generation at the video clock that it was measured at.
+    They scale with the video clock; GA100 (A100) and Hopper have Turing's engines. Volta has no row.
+[2] "Video Decode GPU Requirements", NVIDIA Dynamo 1.6,
+    https://docs.nvidia.com/dynamo/v1.6.0/multimodal/video-decode-gpu-requirements.md
+    Engines: A100 5, H100 7, L4 4, L40S 3. None of them but L4 and L40S decodes AV1.
+[3] Engines of T4 (2): an answer in NVIDIA's forum,
+    https://forums.developer.nvidia.com/t/sample-appdecmultifiles-in-videocodec-sdk-does-not-improve-the-performance/108627
+    NVIDIA's page of T4 says 38 full-HD streams, 1,140 frames/s at 30 each; the numbers here give 1,219.
+[4] Highest video clocks are what `nvidia-smi -q` says in logs that users published: V100 NVIDIA/nvidia-docker#1076,
+    T4 NVIDIA/nvidia-docker#1446, A100 NVIDIA/DCGM#152 (GitHub issues); H100 and L4 in notes of theirs on GitHub.
+[5] Dense bf16 (V100, T4: fp16) of the SXM modules and cards, NVIDIA's data sheets. Those of H100 and L4 name twice as
+    much, "with sparsity".
+"""
+
+from dataclasses import dataclass, field
+
+from dali_pipelines.errors import InputError
+
+HD = 1920 * 1080
+"""Pixels of the pictures that rates are published for."""
+
+RATES_FROM = "NVIDIA's NVDEC Application Note, SDK 13.0"
+
+SMALL_GAIN = 9.0
+"""Small pictures decode at most so many times as fast as HD ones: those below 640x360 gain nothing more. Every picture
+has a cost of its own, and nothing is published about it: unconfirmed."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """NVDEC engines of one design; see [1]."""
+
+    mhz: float
+    """Video clock that the rates were measured at."""
+    rates: dict[str, float]
+    """Codec, by FFmpeg's name -> frames/s of one engine, HD."""
+    decodes_av1: bool = False
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    engines: int
+    """Video decoders."""
+    generation: Generation
+    video_mhz: float
+    """Highest video clock."""
+    tflops: float
+    """Peak of dense bf16, or fp16 where there is no bf16, in 1e12 operations/s."""
+    unconfirmed: list[str] = field(default_factory=list)
+    """Which of these numbers no source was found for."""
+
+    def frames_per_second(self, codec: str, area: float) -> float | None:
+        """What one engine decodes of pictures of `area` pixels; None where it does not take the codec."""
+        if codec == "av1" and not self.generation.decodes_av1:
+            return None
+        rate = self.generation.rates.get(codec, self.generation.rates["h264"])
+        return rate * self.video_mhz / self.generation.mhz * min(HD / area, SMALL_GAIN)
+
+    def is_published(self, codec: str) -> bool:
+        """Whether the codec has a rate of its own; others count as H.264."""
+        return codec in self.generation.rates
+
+
+_PASCAL = Generation(1544, {"h264": 694, "vp9": 846, "hevc": 810})
+_TURING = Generation(1860, {"h264": 771, "vp9": 932, "hevc": 1316})
+_ADA = Generation(2160, {"h264": 903, "vp9": 1290, "hevc": 1641, "av1": 1018}, decodes_av1=True)
+
+GPUS = {
+    "v100": Gpu("V100", 1, _PASCAL, 1372, 125, ["its 1 NVDEC engine", "decode rates of Volta: Pascal's are taken"]),
+    "t4": Gpu("T4", 2, _TURING, 1470, 65, ["its 2 NVDEC engines (a forum says so, NVIDIA's tables were not found)"]),
+    "a100": Gpu("A100", 5, _TURING, 1290, 312),
+    "h100": Gpu("H100", 7, _TURING, 1545, 989),
+    "l4": Gpu("L4", 4, _ADA, 1770, 121),
+    "l40s": Gpu("L40S", 3, _ADA, 2160, 362, ["its video clock: that of NVIDIA's measurements is taken"]),
+}
+
+
+def find_gpu(name: str | None) -> Gpu | None:
+    """The GPU of that name, in small or capital letters; `InputError` lists the known ones."""
+    if name is not None and name.lower() not in GPUS:
+        raise InputError(f"--gpu {name}: not known; expected one of {', '.join(GPUS)}")
+    return GPUS[name.lower()] if name else None
