@@ -3,9 +3,11 @@
 python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
+python prepare.py transcode -m my_videos/train.csv --out small_videos
 """
 
 import argparse
+import copy
 import datetime
 import functools
 import os
@@ -17,8 +19,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dali_pipelines.errors import InputError, run_command
+from dali_pipelines.manifest import Manifest
 from preparation.demo import CLASSES, render_demo
 from preparation.index import Listed, check_is_ours, index, read_folder, read_list, split, write_rejected
+from preparation.transcode import CODECS as ENCODERS
+from preparation.transcode import Job, Settings, size_text
 from preparation.work import Crew, finish
 from training.labels import read_labels
 
@@ -31,7 +36,9 @@ def main() -> int:
     workers = argparse.ArgumentParser(add_help=False)
     workers.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a CPU core)")
     crew = argparse.ArgumentParser(add_help=False, parents=[workers])
-    crew.add_argument("--timeout", type=_seconds, default=60, metavar="S", help="give a file up (default 60 s)")
+    crew.add_argument(
+        "--timeout", type=_seconds, default=60, metavar="S", help="give a file up (default %(default)g s)"
+    )
     crew.add_argument("--executor", choices=["processes", "dask"], default="processes", help="who does the work")
     crew.add_argument("--scheduler", metavar="ADDRESS", help="of dask, such as tcp://node1:8786")
     crew.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="only part i (from 0) of n")
@@ -59,6 +66,18 @@ def main() -> int:
     )
     folder.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="share for val.csv (default 0.1)")
     folder.set_defaults(run=_folder)
+
+    patient = copy.deepcopy(crew)
+    patient.set_defaults(timeout=600)
+    transcode = verbs.add_parser("transcode", parents=[patient], help="copies of a manifest's videos that decode fast")
+    transcode.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
+    transcode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for them and their manifest")
+    transcode.add_argument("--short-side", type=_count, default=256, metavar="PIXELS", help="at most (default 256)")
+    transcode.add_argument("--gop", type=_count, default=16, metavar="N", help="pictures a group (default 16)")
+    transcode.add_argument("--codec", choices=list(ENCODERS), default="h264")
+    crfs = ", ".join(f"{name} {codec.crf}" for name, codec in ENCODERS.items())
+    transcode.add_argument("--crf", type=int, metavar="N", help=f"lower is better and larger (default: {crfs})")
+    transcode.set_defaults(run=_transcode)
 
     arguments = parser.parse_args()
     return arguments.run(arguments)
@@ -103,6 +122,53 @@ def _folder(arguments: argparse.Namespace) -> int:
             _write(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
         else:
             print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
+    return 0
+
+
+def _transcode(arguments: argparse.Namespace) -> int:
+    out = arguments.out / f"{arguments.manifest.stem}.csv"
+    crf = ENCODERS[arguments.codec].crf if arguments.crf is None else arguments.crf
+    settings = Settings(arguments.short_side, arguments.gop, arguments.codec, crf)
+    manifest = Manifest.read(arguments.manifest)
+    if out.exists() and out.samefile(arguments.manifest):
+        raise InputError(f"--out {arguments.out}: {out} would be overwritten, the manifest itself; name another folder")
+    check_is_ours(out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    journal, crew = out.with_name(f"{out.name}.journal"), _crew(arguments, out.name)
+    job = Job(manifest, arguments.out, settings, journal=journal, crew=crew)
+    estimate = job.estimate()
+    if estimate and estimate.sampled:
+        free = job.check_disk(estimate)
+        duration = datetime.timedelta(seconds=round(estimate.seconds))
+        print(
+            f"{arguments.out}: about {size_text(estimate.needed_bytes)} and {duration} h more, says a sample of "
+            f"{estimate.sampled} videos; {size_text(free)} are free",
+            flush=True,
+        )
+    copies, rejected, made = job.transcode()
+    if not crew.is_whole:
+        print(f"{out}: part {crew.shard[0]} of {crew.shard[1]} is done; the same command without --shard writes it")
+        return 0
+    for entry in rejected[:_SHOWN]:
+        print(f"{entry.path}: {entry.reason}")
+    rejected_file = out.with_name(f"{out.stem}.rejected.csv")
+    if len(rejected) > _SHOWN:
+        print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
+    if not made:
+        raise InputError(f"none of the {len(manifest)} videos of {arguments.manifest} can be transcoded")
+    copies.made_by = _command()
+    copies.write(out)
+    write_rejected(rejected_file, rejected)
+    before, after = (sum(sizes) for sizes in zip(*{each.video.path: each[1:3] for each in made}.values()))
+    print(f"{out}: {len(copies)} of {len(manifest)} videos")
+    print(f"size: {size_text(before)} before, {size_text(after)} now, {after / before:.2f} times as much")
+    before, after, compared = job.compare()
+    if compared:
+        print(
+            f"decoding 8 frames: {before:.1f} ms before, {after:.1f} ms now, {before / after:.1f} times as fast "
+            f"(CPU time, mean of {compared} videos)"
+        )
+    finish(journal)
     return 0
 
 
