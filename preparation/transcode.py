@@ -154,9 +154,10 @@ class Job:
         if not there:
             return
         originals = {}
-        for file in {task[0] for task in self._tasks if os.path.isfile(task[0])}:
-            status = os.stat(file)
-            originals[status.st_dev, status.st_ino] = file
+        for file, video, *_ in self._tasks:
+            if not Video(*video).shard and os.path.isfile(file):
+                status = os.stat(file)
+                originals[status.st_dev, status.st_ino] = file
         for target in there:
             status = target.stat()
             if original := originals.get((status.st_dev, status.st_ino)):
