@@ -141,8 +141,8 @@ def _transcode(arguments: argparse.Namespace) -> int:
         free = job.check_disk(estimate)
         duration = datetime.timedelta(seconds=round(estimate.seconds))
         print(
-            f"{arguments.out}: about {size_text(estimate.needed_bytes)} and {duration} h more, says a sample of "
-            f"{estimate.sampled} videos; {size_text(free)} are free",
+            f"{arguments.out}: about {size_text(estimate.needed_bytes)} and {duration} h more with {estimate.workers} "
+            f"processes, says a sample of {estimate.sampled} videos; {size_text(free)} are free",
             flush=True,
         )
     copies, rejected, made = job.transcode()
@@ -155,6 +155,7 @@ def _transcode(arguments: argparse.Namespace) -> int:
     if len(rejected) > _SHOWN:
         print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
     if not made:
+        finish(journal)
         raise InputError(f"none of the {len(manifest)} videos of {arguments.manifest} can be transcoded")
     copies.made_by = _command()
     copies.write(out)

@@ -3,7 +3,9 @@
 Picture k of the copy is picture k of the original as a decoder puts it out, turned as it is shown, evenly timed.
 """
 
+import contextlib
 import errno
+import fcntl
 import functools
 import json
 import os
@@ -125,6 +127,8 @@ class Estimate:
     seconds: float
     sampled: int
     """Videos that were transcoded for it."""
+    workers: int
+    """Processes that the time is counted for; 1 with dask, which does not say how many there will be."""
 
 
 class Job:
@@ -173,7 +177,7 @@ class Job:
             todo += there  # made with other settings: they are made anew
         todo.sort(key=_pixels)
         if not todo:
-            return Estimate(0, 0.0, 0)
+            return Estimate(0, 0.0, 0, 0)
         count = min(_SAMPLED, -(-len(todo) // 4))
         places = {(2 * number + 1) * len(todo) // (2 * count) for number in range(count)}
         sample = [todo[place] for place in sorted(places)]
@@ -190,7 +194,7 @@ class Job:
         needed = bytes_a_pixel * sum(map(_pixels, todo)) - sum(_size(_target(task)) for task in todo)
         seconds = seconds_a_pixel * sum(map(_work, todo))
         workers = 1 if crew.scheduler else crew.workers or len(os.sched_getaffinity(0))
-        return Estimate(max(round(needed), 0), seconds / workers, len(good))
+        return Estimate(max(round(needed), 0), seconds / workers, len(good), workers)
 
     def _is_done(self, task: Sequence) -> bool:
         try:
@@ -253,8 +257,11 @@ class Job:
         return [each if isinstance(each, Failed) else Copy(Video(*each[0]), *each[1:]) for each in found]
 
     def _remove_unfinished(self) -> None:
+        """What kills have left; another run that is under way keeps a lock on its own."""
         for path in self._out.rglob(_UNFINISHED):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def target_names(sources: Iterable[tuple[str, str]], suffix: str) -> dict[tuple[str, str], str]:
@@ -389,8 +396,10 @@ def _write(file: str, video: Video, target: Path, settings: Settings, tag: str) 
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(_UNFINISHED.replace("*", uuid.uuid4().hex))
     try:
-        _encode(_pictures(file, video, settings), unfinished, video, settings, tag)
-        unfinished.replace(target)
+        with open(unfinished, "wb") as lock:  # see `_remove_unfinished`
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _encode(_pictures(file, video, settings), unfinished, video, settings, tag)
+            unfinished.replace(target)
     except (OSError, av.error.FFmpegError) as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(_DISK_FULL) from None

@@ -19,7 +19,7 @@ import pytest
 
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import coded_size, open_video, probe
+from dali_pipelines.manifest import Video, coded_size, open_video, probe
 from dali_pipelines.packets import PacketReader
 from preparation import transcode
 from preparation.child import end_children
@@ -141,6 +141,10 @@ def test_picture_k_stays_picture_k(tmp_path, name, settings):
     assert numbers(path) == numbers(original.path) == list(range(count))
     assert made.fps == pytest.approx(original.fps, rel=1e-4)
     assert not made.vfr
+    with open_video(path) as container:
+        reader = PacketReader(container)
+        reader.count()
+    assert [n for n, picture in enumerate(reader.pictures) if picture.starts_group] == list(range(0, count, GOP))
 
 
 def test_an_edit_list_cuts_what_it_cuts(tmp_path):
@@ -194,6 +198,23 @@ def test_colours_do_not_shift(tmp_path, codec, pixel_format, matrix, full, targe
     with av.open(str(copied)) as container:
         frame = next(container.decode(video=0))
     assert target == "mjpeg" or (frame.color_range, frame.colorspace) == (1, matrix)
+
+
+@pytest.mark.parametrize("to_full", [True, False])
+def test_ranges_are_converted_without_bias(to_full):
+    """FFmpeg's own conversion is half a level of chroma off on average."""
+    video = Video("v", 0, 1, 25.0, 256, 256, "h264", 0)
+    planes = np.random.default_rng(0).integers(60, 200, (256 * 3 // 2, 256)).astype(np.uint8)
+    picture = av.VideoFrame.from_ndarray(planes, format="yuv420p" if to_full else "yuvj420p")
+    picture.color_range = 1 if to_full else 2
+    scaled = transcode._Scaler(video, Settings(codec="mjpeg" if to_full else "h264", crf=4)).scale(picture)
+    assert (scaled.format.name, scaled.color_range) == (("yuvj420p", 2) if to_full else ("yuv420p", 1))
+    made, luma = scaled.to_ndarray().astype(float), np.arange(384) < 256
+    expected = np.where(luma[:, None], 255 / 219 * (planes - 16.0), 255 / 224 * (planes - 128.0) + 128)
+    if not to_full:
+        expected = np.where(luma[:, None], 219 / 255 * planes + 16, 224 / 255 * (planes - 128.0) + 128)
+    assert np.abs(made - expected).max() <= 0.5
+    assert np.abs([(made - expected)[luma].mean(), (made - expected)[~luma].mean()]).max() < 0.05
 
 
 def test_labels_order_and_classes_are_kept(folder):
