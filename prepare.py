@@ -4,9 +4,11 @@ python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
 python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
+python prepare.py transcode -m my_videos/train.csv --out small_videos
 """
 
 import argparse
+import copy
 import datetime
 import functools
 import json
@@ -20,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dali_pipelines.errors import InputError, run_command
+from dali_pipelines.manifest import Manifest
 from preparation.datasets import (
     Expected,
     Found,
@@ -33,6 +36,7 @@ from preparation.demo import CLASSES, render_demo
 from preparation.gpus import find_gpu
 from preparation.index import (
     Listed,
+    Rejected,
     check_is_ours,
     describe,
     index,
@@ -42,6 +46,8 @@ from preparation.index import (
     write_rejected,
     write_table,
 )
+from preparation.transcode import CODECS as ENCODERS
+from preparation.transcode import Job, Settings, size_text
 from preparation.work import Crew, finish
 from training.labels import read_labels
 
@@ -54,7 +60,9 @@ def main() -> int:
     workers = argparse.ArgumentParser(add_help=False)
     workers.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a CPU core)")
     crew = argparse.ArgumentParser(add_help=False, parents=[workers])
-    crew.add_argument("--timeout", type=_seconds, default=60, metavar="S", help="give a file up (default 60 s)")
+    crew.add_argument(
+        "--timeout", type=_seconds, default=60, metavar="S", help="give a file up (default %(default)g s)"
+    )
     crew.add_argument("--executor", choices=["processes", "dask"], default="processes", help="who does the work")
     crew.add_argument("--scheduler", metavar="ADDRESS", help="of dask, such as tcp://node1:8786")
     crew.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="only part i (from 0) of n")
@@ -121,6 +129,17 @@ def main() -> int:
     budget.add_argument("--samples", type=_count, default=200, metavar="N", help="videos to look at (default 200)")
     budget.add_argument("--json", action="store_true", help="print the numbers as JSON")
     budget.set_defaults(run=_budget)
+    patient = copy.deepcopy(crew)
+    patient.set_defaults(timeout=600)
+    transcode = verbs.add_parser("transcode", parents=[patient], help="copies of a manifest's videos that decode fast")
+    transcode.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
+    transcode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for them and their manifest")
+    transcode.add_argument("--short-side", type=_count, default=256, metavar="PIXELS", help="at most (default 256)")
+    transcode.add_argument("--gop", type=_count, default=16, metavar="N", help="pictures a group (default 16)")
+    transcode.add_argument("--codec", choices=list(ENCODERS), default="h264")
+    crfs = ", ".join(f"{name} {codec.crf}" for name, codec in ENCODERS.items())
+    transcode.add_argument("--crf", type=int, metavar="N", help=f"lower is better and larger (default: {crfs})")
+    transcode.set_defaults(run=_transcode)
 
     arguments = parser.parse_args()
     return arguments.run(arguments)
@@ -234,6 +253,41 @@ def _budget(arguments: argparse.Namespace) -> int:
         network_clips=arguments.network_clips,
     )
     print(json.dumps(report, indent=2) if arguments.json else budget.table(report))
+
+
+def _transcode(arguments: argparse.Namespace) -> int:
+    out = arguments.out / f"{arguments.manifest.stem}.csv"
+    crf = ENCODERS[arguments.codec].crf if arguments.crf is None else arguments.crf
+    settings = Settings(arguments.short_side, arguments.gop, arguments.codec, crf)
+    manifest = Manifest.read(arguments.manifest)
+    if out.exists() and out.samefile(arguments.manifest):
+        raise InputError(f"--out {arguments.out}: {out} would be overwritten, the manifest itself; name another folder")
+    check_is_ours(out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    journal, crew = out.with_name(f"{out.name}.journal"), _crew(arguments, out.name)
+    job = Job(manifest, arguments.out, settings, journal=journal, crew=crew)
+    estimate = job.estimate()
+    if estimate and estimate.sampled:
+        free = job.check_disk(estimate)
+        duration = datetime.timedelta(seconds=round(estimate.seconds))
+        print(
+            f"{arguments.out}: about {size_text(estimate.needed_bytes)} and {duration} h more with {estimate.workers} "
+            f"processes, says a sample of {estimate.sampled} videos; {size_text(free)} are free",
+            flush=True,
+        )
+    copies, rejected, made = job.transcode()
+    if not crew.is_whole:
+        return _say_part(out, crew)
+    _save(copies, rejected, out, journal, nothing=f"none of the {len(manifest)} videos can be transcoded")
+    before, after = (sum(sizes) for sizes in zip(*{each.video.path: each[1:3] for each in made}.values()))
+    print(f"{out}: {len(copies)} of {len(manifest)} videos")
+    print(f"size: {size_text(before)} before, {size_text(after)} now, {after / before:.2f} times as much")
+    before, after, compared = job.compare()
+    if compared:
+        print(
+            f"decoding 8 frames: {before:.1f} ms before, {after:.1f} ms now, {before / after:.1f} times as fast "
+            f"(CPU time, mean of {compared} videos)"
+        )
     return 0
 
 
@@ -259,7 +313,7 @@ def _write(
     arguments: argparse.Namespace,
     found: Found | None = None,
     longest_s: float = math.inf,
-) -> None:
+) -> int:
     """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found.
 
     `found`: what else is known of the listed ones; those that are missing count as left out. `longest_s`: seconds that
@@ -273,28 +327,38 @@ def _write(
         listed, root=root, journal=journal, crew=crew, classes=classes, copies=found.copies, decode=decode
     )
     if not crew.is_whole:
-        print(
-            f"{out}: part {crew.shard[0]} of {crew.shard[1]} is done; when all are, the same command without --shard "
-            "writes it"
-        )
-        return
+        return _say_part(out, crew)
+    manifest.rejected += len(found.missing)
+    nothing = f"none of the {len(listed)} listed videos can be read below {manifest.root}"
+    _save(manifest, rejected, out, journal, nothing=nothing)
+    print(f"{out}: {len(manifest)} of {manifest.listed} videos, {len(set(manifest.labels.tolist()))} classes")
+    print(f"  {describe(manifest)}")
+    longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
+    if longer:
+        print(f"  {longer} are longer than {longest_s:g} s: not cut to their clip?")
+    return 0
+
+
+def _say_part(out: Path, crew: Crew) -> int:
+    part, parts = crew.shard
+    print(f"{out}: part {part} of {parts} is done; when all are, the same command without --shard writes it")
+    return 0
+
+
+def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: Path, *, nothing: str) -> None:
+    """Writes a manifest and what was rejected, and ends the journal; `InputError` with `nothing` where none is left."""
     for entry in rejected[:_SHOWN]:
         print(f"{entry.path}: {entry.reason}")
     rejected_file = out.with_name(f"{out.stem}.rejected.csv")
     if len(rejected) > _SHOWN:
         print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
     if not len(manifest):
-        raise InputError(f"none of the {len(listed)} listed videos can be read below {root.resolve()}; nothing written")
+        finish(journal)  # they are looked at again once it is known why
+        raise InputError(f"{nothing}; nothing written")
     manifest.made_by = _command()
-    manifest.rejected += len(found.missing)
     manifest.write(out)
     write_rejected(rejected_file, rejected)
     finish(journal)
-    print(f"{out}: {len(manifest)} of {manifest.listed} videos, {len(set(manifest.labels.tolist()))} classes")
-    print(f"  {describe(manifest)}")
-    longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
-    if longer:
-        print(f"  {longer} are longer than {longest_s:g} s: not cut to their clip?")
 
 
 def _command() -> str:
