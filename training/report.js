@@ -78,6 +78,7 @@
     totals[label] += videos;
     found.set(label * count + predicted, videos);
   }
+  cells.sort((a, b) => a[2] / totals[a[0]] - b[2] / totals[b[0]]); // the darker ones above: cells may be wider than their place
   const font = (size, weight = 400) => `${weight} ${size}px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif`;
   const context = canvas.getContext("2d");
   const colours = {};
@@ -117,17 +118,17 @@
 
   function layOut() {
     const width = canvas.clientWidth, ratio = window.devicePixelRatio || 1;
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(width * ratio);
     context.font = font(12);
     const longest = Math.max(...classes.map((name) => context.measureText(name).width));
-    const most = Math.max(width * 0.21, 70);
+    const most = Math.max(width * 0.24, 70);
     left = top = Math.ceil(Math.min(longest + 10, most));
     turned = longest + 10 > (width - left) / count;
     if (!turned) top = 26;
     const wasWhole = !(view.size > plot / count * 1.001);
-    plot = width - Math.max(left, top) - 1;
-    if (!turned) left = width - 1 - plot;
+    plot = width - left - 1;
+    canvas.style.aspectRatio = `${width} / ${top + plot + 1}`;
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round((top + plot + 1) * ratio);
     if (wasWhole) view = { x: 0, y: 0, size: plot / count };
     clamp();
   }
@@ -164,7 +165,7 @@
       context.fillRect(left, top + (pointed[0] - y) * size, plot, size);
       if (pointed[1] !== null) context.fillRect(left + (pointed[1] - x) * size, top, size, plot);
     }
-    const gap = size >= 8 ? 1 : 0, drawn = Math.max(size - gap, 1.3);
+    const gap = size >= 8 ? 1 : 0, drawn = Math.max(size - gap, 2);
     context.font = font(Math.min(13, size * 0.42));
     context.textAlign = "center";
     context.textBaseline = "middle";
@@ -195,14 +196,14 @@
 
   // Names of the visible rows or columns, every n-th where there is no room for all; the one pointed at always.
   function names(from, to, size, isColumn) {
-    const every = isColumn && !turned ? 1 : Math.max(Math.ceil(13 / size), 1);
+    const every = isColumn && !turned ? 1 : Math.max(Math.ceil(17 / size), 1);
     const chosen = pointed ? pointed[isColumn ? 1 : 0] : null;
     const room = isColumn && !turned ? size - 8 : (isColumn ? top : left) - 8;
     context.textBaseline = "middle";
     for (let k = Math.max(Math.floor(from), 0); k < to; k++) {
       const at = (k + 0.5 - from) * size;
       if (at < 0 || at > plot) continue;
-      const near = chosen !== null && Math.abs(k - chosen) * size < 13 && k !== chosen;
+      const near = chosen !== null && Math.abs(k - chosen) * size < 15 && k !== chosen;
       if (k !== chosen && (k % every || near)) continue;
       context.font = font(12, k === chosen ? 600 : 400);
       context.fillStyle = k === chosen ? colours.text : colours.soft;
@@ -242,7 +243,7 @@
 
   function point(cell) {
     pointed = cell;
-    let text = "\u00a0";
+    let text = "";
     if (cell && cell[1] !== null) {
       const [label, predicted] = cell, videos = found.get(label * count + predicted) || 0;
       const share = totals[label] ? ` (${percent(videos / totals[label])})` : "";
@@ -380,14 +381,21 @@
     Object.assign(state, { true: number("true"), predicted: number("predicted") });
     showCell(state.true, state.predicted, 22);
     showVideos();
-    canvas.scrollIntoView({ block: "nearest" });
+    const isBelow = byId("chosen").offsetTop >= canvas.offsetTop + canvas.offsetHeight; // narrow: one column
+    (isBelow ? byId("chosen") : canvas).scrollIntoView({ block: "nearest" });
   }
 
   window.addEventListener("hashchange", readAddress);
   const redraw = () => { readColours(); draw(); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  for (const kind of ["beforeprint", "afterprint"]) window.addEventListener(kind, () => { readColours(); drawNow(); });
-  new ResizeObserver(() => { layOut(); draw(); }).observe(canvas);
+  for (const kind of ["beforeprint", "afterprint"]) {
+    window.addEventListener(kind, () => {
+      document.documentElement.toggleAttribute("data-print", kind === "beforeprint"); // paper is light
+      readColours();
+      drawNow();
+    });
+  }
+  window.addEventListener("resize", () => { layOut(); draw(); });
   readColours();
   layOut();
   drawNow();

@@ -9,61 +9,61 @@ import csv
 import html
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size
+from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import View, plan_sample
 
 _MOST_LISTED = 20_000  # mistakes whose paths are in the page, 1.5 MB: the most confident ones
 _MOST_UNREADABLE = 1_000
 _MOST_CONFUSIONS = 50
-_FRAMES = 6
-_THUMBNAIL = 128  # pixels a side
+_FRAMES = 8
+_THUMBNAIL = 112  # pixels a side
 _BINS = 15  # of the confidence: as in Guo et al. 2017, On Calibration of Modern Neural Networks
 
+_NUMBER = (int, float)
 _RESULTS = {
     "protocol": str,
     "windows": int,
     "crops": int,
     "average": str,
-    "weights": list,
-    "config": dict,
-    "config.data": dict,
-    "config.data.num_frames": int,
-    "config.data.crop_size": int,
-    "config.data.stride": (int, float, type(None)),
-    "config.data.target_fps": (int, float),
-    "config.data.past_end": str,
-    "manifest": dict,
-    "manifest.path": str,
-    "manifest.sha256": str,
-    "manifest.listed": int,
-    "manifest.left_out": int,
+    "weights": [{"path": str, "sha256": str, "top1": _NUMBER, "top5": _NUMBER}],
+    "config": {
+        "data": {
+            "num_frames": int,
+            "crop_size": int,
+            "stride": (int, float, type(None)),
+            "target_fps": _NUMBER,
+            "past_end": str,
+        }
+    },
+    "manifest": {"path": str, "sha256": str, "listed": int, "left_out": int},
     "expected": int,
     "evaluated": int,
     "failed": int,
-    "top1": (int, float),
-    "top1_interval": list,
-    "top5": (int, float),
-    "top5_interval": list,
-    "mean_class_accuracy": (int, float),
-    "classes": list,
-    "faults": list,
+    "top1": _NUMBER,
+    "top1_interval": [_NUMBER, _NUMBER],
+    "top5": _NUMBER,
+    "top5_interval": [_NUMBER, _NUMBER],
+    "mean_class_accuracy": _NUMBER,
+    "classes": [str],
+    "faults": [{"row": int, "path": str, "reason": str}],
     "date": str,
-    "seconds": (int, float),
-    "versions": dict,
+    "seconds": _NUMBER,
+    "versions": {},
 }
+"""What the page reads of results.json; a list of one is any number of such, and there may be more keys."""
+
 _BEFORE_TOP = ("row", "path", "label", "class", "reason")
 _PER_CLASS = ("label", "class", "videos", "correct", "accuracy", "top5_accuracy", "confused_with", "confused_count")
 
@@ -138,32 +138,43 @@ def write_report(folder: str | Path, *, most: int = 24) -> Path:
 # Reading
 
 
-def _read_text(path: Path) -> str:
+def _open(path: Path) -> TextIO:
     try:
-        return path.read_bytes().decode("utf-8", "surrogateescape")  # paths of videos need not be UTF-8
+        return open(path, newline="", encoding="utf-8", errors="surrogateescape")  # paths of videos need not be UTF-8
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; evaluate.py writes it") from None
 
 
 def _read_results(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    for key, kind in _RESULTS.items():
-        value = results
-        for part in key.split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise InputError(f"{path}: not the results of evaluate.py: {key} is missing")
-            value = value[part]
-        if not isinstance(value, kind):
-            raise InputError(f"{path}: not the results of evaluate.py: {key} is {str(value)[:60]!r}")
+    with _open(path) as file:
+        try:
+            results = json.load(file)
+            _check(results, _RESULTS, "the file")
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+        except ValueError as error:
+            raise InputError(f"{path}: not the results of evaluate.py: {error}") from None
     return results
 
 
+def _check(value: Any, shape: Any, name: str) -> None:
+    """`ValueError` where `value`, which is called `name`, is not built as `shape` is."""
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    if not isinstance(value, kind) or (kind is list and len(shape) > 1 and len(value) != len(shape)):
+        raise ValueError(f"{name} is {str(value)[:60]!r}")
+    if kind is dict:
+        for key, inner in shape.items():
+            if key not in value:
+                raise ValueError(f"no {key}" + ("" if shape is _RESULTS else f" in {name}"))
+            _check(value[key], inner, key)
+    elif kind is list:
+        for index, item in enumerate(value):
+            _check(item, shape[min(index, len(shape) - 1)], f"{name}[{index}]")
+
+
 def _read_predictions(path: Path, num_classes: int) -> Predictions:
-    """A third of a second for 20,000 videos of 8 classes, four for 400: only the numbers that are shown become ones."""
-    with _open_csv(path) as file:
+    """Only the numbers that are shown are converted: a second for 20,000 videos of 400 classes."""
+    with _open(path) as file:
         reader = csv.reader(file)
         header = next(reader, [])
         first = len(header) - num_classes  # column of p0
@@ -207,13 +218,6 @@ def _read_predictions(path: Path, num_classes: int) -> Predictions:
     )
 
 
-def _open_csv(path: Path):
-    try:
-        return open(path, newline="", encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; evaluate.py writes it") from None
-
-
 def _class(text: str, num_classes: int) -> int:
     label = int(text)
     if not 0 <= label < num_classes:
@@ -222,7 +226,7 @@ def _class(text: str, num_classes: int) -> int:
 
 
 def _read_per_class(path: Path, num_classes: int) -> list[ClassRow]:
-    with _open_csv(path) as file:
+    with _open(path) as file:
         reader = csv.reader(file)
         if tuple(next(reader, ())) != _PER_CLASS:
             raise InputError(f"{path}: its columns are not those of evaluate.py: {', '.join(_PER_CLASS)}")
@@ -274,10 +278,12 @@ def _frames_of(manifest: Manifest, row: int, path: str, view: View) -> list[tupl
 
 def _crop(picture: np.ndarray, rectangle: np.ndarray, transpose: bool) -> np.ndarray:
     """uint8 [H, W, 3] -> the part of it in `rectangle`, to whole pixels, as shown."""
-    y0, x0, y1, x1 = np.round(rectangle).astype(int)
-    part = picture[min(y0, y1) : max(y0, y1, 1), min(x0, x1) : max(x0, x1, 1)]
-    part = part[:: -1 if y0 > y1 else 1, :: -1 if x0 > x1 else 1]
-    return part.swapaxes(0, 1) if transpose else part
+    ends = np.round(rectangle).astype(int).reshape(2, 2).T
+    for axis, (start, end) in enumerate(ends.tolist()):
+        low = min(start, end, picture.shape[axis] - 1)
+        part = np.arange(low, max(start, end, low + 1))
+        picture = picture.take(part if start <= end else part[::-1], axis)
+    return picture.swapaxes(0, 1) if transpose else picture
 
 
 def _jpeg(picture: np.ndarray, side: int) -> bytes:
@@ -313,7 +319,7 @@ def _text(text: object) -> str:
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
-    return "–" if share is None else f"{100 * share:.{digits}f}&#8239;%"
+    return "&ndash;" if share is None else f"{100 * share:.{digits}f}&#8239;%"
 
 
 def _count(number: int, noun: str, plural: str | None = None) -> str:
@@ -416,7 +422,7 @@ def _headline(results: dict[str, Any]) -> str:
 
     def tile(name: str, key: str) -> str:
         share, interval = results[key], results.get(f"{key}_interval")
-        scale, note = f'<circle cx="{200 * share:.1f}" cy="6" r="4.5"/>', "over the classes, each counting the same"
+        scale, note = f'<circle cx="{200 * share:.1f}" cy="6" r="4.5"/>', "every class counts the same"
         if interval:
             low, high = interval
             width = max(200 * (high - low), 2)
@@ -459,8 +465,8 @@ def _warnings(results: dict[str, Any], classes: list[str], per_class: list[Class
     low, high = results["top1_interval"]
     if high - low > 0.05:
         warnings.append(
-            f"Only {_count(results['expected'], 'video')}: with others of the same kind, top-1 could as well have been "
-            f"{_percent(low)} or {_percent(high)}."
+            f"Only {_count(results['expected'], 'video')}: the interval of top-1 is {100 * (high - low):.0f} points "
+            "wide; differences smaller than that say little."
         )
     empty = [classes[row.label] for row in per_class if not row.videos]
     if empty:
@@ -482,9 +488,9 @@ of {manifest["listed"]:,} listed"""
     if data["stride"] is not None:
         window = f"{data['stride'] * data['num_frames'] / data['target_fps']:.3g} s"
     protocol = (
-        f"{_count(results['windows'], 'window')} × {_count(results['crops'], 'crop')} a video, "
+        f"{_count(results['windows'], 'window')} &times; {_count(results['crops'], 'crop')} a video, "
         f"{_text(average.get(results['average'], results['average']))}; clips of {data['num_frames']} frames "
-        f"from {window}, {data['crop_size']} × {data['crop_size']} pixels"
+        f"from {window}, {data['crop_size']} &times; {data['crop_size']} pixels"
     )
     rows = [("Videos", counts), ("Protocol", protocol), ("Manifest", _file(manifest))]
     weights = results["weights"]
@@ -498,7 +504,7 @@ of {manifest["listed"]:,} listed"""
 def _file(entry: dict[str, Any]) -> str:
     return (
         f'<span class="path">{_text(entry["path"])}</span><br>'
-        f'<span class="hash">SHA-256 {_text(entry["sha256"] or "unknown")}</span>'
+        f'<span class="hash">SHA-256 {_text(entry["sha256"])}</span>'
     )
 
 
@@ -506,13 +512,13 @@ def _class_table(classes: list[str], per_class: list[ClassRow]) -> str:
     numbers = {name: label for label, name in reversed(list(enumerate(classes)))}
 
     def line(row: ClassRow) -> str:
-        confused = "–"
+        confused = "&ndash;"
         if row.confused_count:
             target = numbers.get(_plain(row.confused_with))
             name = _text(row.confused_with)
             if target is not None:
-                name = f'<a href="#true={row.label}&amp;predicted={target}">{name}</a>'
-            confused = f"{name} <span>{row.confused_count}</span>"
+                name = f'<a href="#true={row.label}&amp;predicted={target}" title="{name}">{name}</a>'
+            confused = f"<span>{row.confused_count}</span> {name}"
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.4f}"
         top5 = "" if row.top5_accuracy is None else f"{row.top5_accuracy:.4f}"
         bar = ""
@@ -535,6 +541,8 @@ def _class_table(classes: list[str], per_class: list[ClassRow]) -> str:
 <output id="shown" for="filter">{_count(len(classes), "class", "classes")}</output></p>
 <div class="scroll" tabindex="0" role="region" aria-label="Accuracy of each class">
 <table class="classes">
+<colgroup><col class="name"><col>
+<col class="number"><col class="number"><col class="number"><col class="name"></colgroup>
 <thead><tr>
 <th scope="col"><button type="button" data-sort="name">Class</button></th>
 <th scope="col" colspan="2" aria-sort="ascending"><button type="button" data-sort="accuracy">Accuracy</button></th>
@@ -547,7 +555,7 @@ def _class_table(classes: list[str], per_class: list[ClassRow]) -> str:
 </tbody>
 </table>
 </div>
-<p class="note">The bar is the accuracy, the tick the top-5 accuracy. A class opens its mistakes.</p>
+<p class="note">The bar is the accuracy, the tick the top-5 accuracy. A class leads to its mistakes.</p>
 </section>"""
 
 
@@ -569,17 +577,17 @@ def _confusion(classes: list[str], predictions: Predictions) -> str:
 <div class="matrix">
 <canvas id="matrix" tabindex="0" role="application" aria-describedby="help"
  aria-label="Confusion matrix: a row for each true class, a column for each predicted one"></canvas>
+<output id="readout"></output>
 <div class="tools">
 <span class="buttons"><button type="button" id="in" aria-label="Zoom in">+</button>
-<button type="button" id="out" aria-label="Zoom out">−</button>
+<button type="button" id="out" aria-label="Zoom out">&minus;</button>
 <button type="button" id="all">Whole matrix</button></span>
 <div class="legend"><div id="ramp"></div>
 <span style="left:0">0</span><span style="left:22.4%">5</span><span style="left:50%">25</span>
 <span style="left:70.7%">50</span><span style="left:100%">100&#8239;%</span></div>
 </div>
-<output id="readout">&nbsp;</output>
 <p class="note" id="help">Colours: share of the readable videos of a true class. Click the matrix, then turn the wheel
- or press + and − to zoom; drag or press the arrow keys to move; a click or Enter opens the videos of a cell.</p>
+ or press + and &minus; to zoom; drag or press the arrow keys to move; a click or Enter lists the videos of a cell.</p>
 </div>
 <div class="side">
 <h3>Most frequent confusions</h3>
@@ -611,18 +619,19 @@ def _mistake_cards(
     )
     manifest = _read_manifest(results)
     note = f"No pictures: {_text(manifest)}." if isinstance(manifest, str) else "Middle crop of the first window."
+    extent = f"All {len(mistakes)}" if len(mistakes) <= most else f"The first {most} of {len(mistakes):,}"
     cards = []
     for index in mistakes[:most].tolist():
         frames = ""
         if not isinstance(manifest, str):
             try:
                 frames = _figures(_frames_of(manifest, int(predictions.rows[index]), predictions.paths[index], view))
-            except (InputError, OSError) as error:
+            except Exception as error:  # whatever is wrong with a video by now, it costs its pictures only
                 frames = f'<p class="gone">No pictures: {_text(error)}.</p>'
         cards.append(_card(classes, predictions, index, frames))
     return f"""<section id="mistakes">
 <h2>Most confident mistakes</h2>
-<p class="note">The first {len(cards)} of {_count(len(mistakes), "mistake")}, by the probability of the predicted class. {note}</p>
+<p class="note">{extent}, by the probability of the predicted class. {note}</p>
 <div class="cards">
 {"".join(cards)}</div>
 </section>"""
@@ -674,32 +683,40 @@ def _calibration(predictions: Predictions) -> str:
     error = float(np.abs(accuracies - means) @ counts[filled] / len(bins))
     width, bars = 300 / _BINS, []
     for k, accuracy, mean in zip(filled.tolist(), accuracies.tolist(), means.tolist(), strict=True):
-        x, tall = k * width + 1, 56 * counts[k] / counts.max()
+        x, tall = k * width + 1, 36 * counts[k] / counts.max()
         bars.append(
-            f'<g><title>{_percent(mean)} sure, {_percent(accuracy)} right, {_count(int(counts[k]), "video")}</title>'
+            f"<g><title>{_percent(mean)} sure, {_percent(accuracy)} right, {_count(int(counts[k]), 'video')}</title>"
             f'<rect x="{x:.1f}" y="{300 - 300 * accuracy:.1f}" width="{width - 2:.1f}" height="{300 * accuracy:.1f}"/>'
-            f'<rect class="count" x="{x:.1f}" y="{404 - tall:.1f}" width="{width - 2:.1f}" height="{tall:.1f}"/></g>'
+            f'<rect class="count" x="{x:.1f}" y="{388 - tall:.1f}" width="{width - 2:.1f}" height="{tall:.1f}"/></g>'
         )
     grid = "".join(f"M0 {y}H300M{y} 0V300" for y in range(0, 301, 75))
     ticks = "".join(
-        f'<text x="-8" y="{304 - 3 * k}" text-anchor="end">{k}</text><text x="{3 * k}" y="320" text-anchor="middle">{k}</text>'
+        f'<text x="-8" y="{304 - 3 * k}" text-anchor="end">{k}</text>'
+        f'<text x="{3 * k}" y="320" text-anchor="middle">{k}</text>'
         for k in (0, 25, 50, 75, 100)
     )
     mean, accuracy = float(confidences.mean()), float(right.mean())
-    lean = "as sure as right" if abs(mean - accuracy) < 0.005 else "surer than right" if mean > accuracy else "less sure than right"
+    lean = (
+        "as sure as right"
+        if abs(mean - accuracy) < 0.005
+        else "surer than right"
+        if mean > accuracy
+        else "less sure than right"
+    )
     return f"""<section id="calibration">
 <h2>Calibration</h2>
 <div class="calibration">
-<svg viewBox="-48 -8 360 416" role="img" aria-label="Accuracy for each confidence">
+<svg viewBox="-48 -8 360 400" role="img" aria-label="Accuracy for each confidence">
 <path class="grid" d="{grid}"/><g class="bars">{"".join(bars)}</g><path class="ideal" d="M0 300L300 0"/>{ticks}
-<text x="150" y="340" text-anchor="middle">confidence in %, and videos</text>
+<text x="150" y="338" text-anchor="middle">confidence in %</text><text x="-8" y="388" text-anchor="end">videos</text>
 <text transform="translate(-38 150) rotate(-90)" text-anchor="middle">accuracy in %</text>
 </svg>
 <div>
 <p class="big"><data id="ece" value="{error!r}">{_percent(error)}</data></p>
-<p>Expected calibration error: how far confidence and accuracy are apart on average, in {_BINS} bins of the confidence.</p>
-<p>Mean confidence {_percent(mean)}, accuracy of the readable videos {_percent(accuracy)}: on average the network is {lean}.
-On the line it is exactly as often right as it is sure.</p>
+<p>Expected calibration error: how far confidence and accuracy are apart on average,
+in {_BINS} bins of the confidence.</p>
+<p>Mean confidence {_percent(mean)}, accuracy of the readable videos {_percent(accuracy)}:
+on average the network is {lean}. On the line it is exactly as often right as it is sure.</p>
 </div>
 </div>
 </section>"""
@@ -716,7 +733,8 @@ def _unreadable(faults: list[dict[str, Any]]) -> str:
     more = f", the first {_MOST_UNREADABLE:,} here" if len(faults) > _MOST_UNREADABLE else ""
     return f"""<section id="unreadable">
 <h2>Unreadable videos</h2>
-<p class="note">{_count(len(faults), "video")}{more}; each counts as wrong, and is in no cell of the confusion matrix.</p>
+<p class="note">{_count(len(faults), "video")}{more}; each counts as wrong,
+ and is in no cell of the confusion matrix.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Unreadable videos">
 <table>
 <thead><tr><th scope="col">Row</th><th scope="col">Video</th><th scope="col">Reason</th></tr></thead>
