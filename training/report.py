@@ -232,7 +232,10 @@ def _read_per_class(path: Path, num_classes: int) -> list[ClassRow]:
             raise InputError(f"{path}: its columns are not those of evaluate.py: {', '.join(_PER_CLASS)}")
         rows = {}
         try:
-            for label, _, videos, correct, accuracy, top5_accuracy, confused_with, confused_count in reader:
+            for line in reader:
+                if len(line) != len(_PER_CLASS):
+                    raise ValueError(f"{len(line)} columns where the header names {len(_PER_CLASS)}")
+                label, _, videos, correct, accuracy, top5_accuracy, confused_with, confused_count = line
                 row = ClassRow(
                     _class(label, num_classes),
                     int(videos),
