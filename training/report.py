@@ -656,8 +656,8 @@ def _card(classes: list[str], predictions: Predictions, index: int, frames: str)
         bars.append((label, float(predictions.true_probabilities[index])))
     kinds = {top[0]: "predicted", label: "true"}
     items = "\n".join(
-        f'<li class="{kinds.get(k, "")}"><span class="name">{_text(classes[k])}'
-        f"{f' <em>{kinds[k]}</em>' if k in kinds else ''}</span>"
+        f'<li class="{kinds.get(k, "")}"><span class="name" title="{_text(classes[k])}">{_text(classes[k])}</span>'
+        f"<em>{kinds.get(k, '')}</em>"
         f'<i><b style="width:{100 * min(share, 1):.4g}%"></b></i><span>{_percent(share)}</span></li>'
         for k, share in bars
     )
