@@ -415,9 +415,8 @@ def _date(text: str) -> str:
         date = datetime.fromisoformat(text)
     except ValueError:
         return _text(text)
-    return f'<time datetime="{_text(text)}">{date.day} {date:%B %Y, %H:%M} {_text(date.tzname() or "")}</time>'.replace(
-        " </time>", "</time>"
-    )
+    zone = f" {date.tzname()}" if date.tzinfo else ""
+    return f'<time datetime="{_text(text)}">{date.day} {date:%B %Y, %H:%M}{zone}</time>'
 
 
 def _headline(results: dict[str, Any]) -> str:
@@ -460,11 +459,14 @@ def _duration(seconds: float) -> str:
 def _warnings(results: dict[str, Any], classes: list[str], per_class: list[ClassRow]) -> str:
     warnings = []
     if results["failed"]:
-        share = results["top1"] * results["expected"] / max(results["evaluated"], 1)
-        warnings.append(
-            f'<a href="#unreadable">{_count(results["failed"], "video")} could not be read</a> and count as wrong. '
-            f"Of the others, top-1 is {_percent(share)}."
+        verb = "counts" if results["failed"] == 1 else "count"
+        warning = (
+            f'<a href="#unreadable">{_count(results["failed"], "video")} could not be read</a> and {verb} as wrong.'
         )
+        if results["evaluated"]:
+            share = results["top1"] * results["expected"] / results["evaluated"]
+            warning += f" Of the others, top-1 is {_percent(share)}."
+        warnings.append(warning)
     low, high = results["top1_interval"]
     if high - low > 0.05:
         warnings.append(
