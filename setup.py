@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["benchmarks", "dali_pipelines", "model", "preparation", "training"],
+    package_data={"training": ["report.css", "report.js"]},
     py_modules=["benchmark", "evaluate", "predict", "prepare", "train", "weights"],
     install_requires=[
         "av>=18.1,<19",
