@@ -288,6 +288,7 @@ def _transcode(arguments: argparse.Namespace) -> int:
             f"decoding 8 frames: {before:.1f} ms before, {after:.1f} ms now, {before / after:.1f} times as fast "
             f"(CPU time, mean of {compared} videos)"
         )
+    finish(journal)  # the comparison's
     return 0
 
 
