@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dali_pipelines.errors import InputError, run_command
+from dali_pipelines.files import absolute
 from preparation.demo import CLASSES, render_demo
 from preparation.index import Listed, check_is_ours, index, read_folder, read_list, split, write_rejected
 from preparation.work import Crew, finish
@@ -47,7 +48,7 @@ def main() -> int:
 
     listed = verbs.add_parser("index", parents=[looking], help="a manifest from a list of `path label` lines")
     listed.add_argument("--list", type=Path, required=True, help="lines `path label`, as for PaddleVideo")
-    listed.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder the paths are relative to")
+    listed.add_argument("--root", default=".", metavar="DIR", help="folder, or URL, the paths are relative to")
     listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     listed.add_argument("--labels", metavar="FILE", help="class names, one a line")
     listed.set_defaults(run=_index)
@@ -121,7 +122,7 @@ def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> Crew
 
 
 def _write(
-    listed: Sequence[Listed], out: Path, root: Path, classes: Sequence[str], arguments: argparse.Namespace
+    listed: Sequence[Listed], out: Path, root: str | Path, classes: Sequence[str], arguments: argparse.Namespace
 ) -> None:
     """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found."""
     check_is_ours(out)
@@ -141,7 +142,7 @@ def _write(
     if len(rejected) > _SHOWN:
         print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
     if not len(manifest):
-        raise InputError(f"none of the {len(listed)} listed videos can be read below {root.resolve()}; nothing written")
+        raise InputError(f"none of the {len(listed)} listed videos can be read below {absolute(root)}; nothing written")
     manifest.made_by = _command()
     manifest.write(out)
     write_rejected(rejected_file, rejected)

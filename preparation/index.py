@@ -10,7 +10,8 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.manifest import Manifest, Video, open_video, probe
+from dali_pipelines.files import as_source, check_reachable, fetch, join, open_video
+from dali_pipelines.manifest import Manifest, Video, probe
 from dali_pipelines.packets import video_stream
 from preparation.work import Crew, Failed, run
 
@@ -96,23 +97,25 @@ def index(
     for _, label in listed:
         if classes and label >= len(classes):
             raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
-    tasks = [(os.path.join(root, path), decode) for path, _ in listed]
+    tasks = [(join(root, path), decode) for path, _ in listed]
+    check_reachable(as_source(tasks[0][0]))
     good, rejected = [], []
     for (path, label), found in zip(listed, run("index.look", tasks, journal=journal, crew=crew), strict=True):
         if isinstance(found, Failed):
             rejected.append(Rejected(path, label, found))
         else:
             good.append(Video(*found)._replace(path=path, label=label))
-    return Manifest(good, root=Path(root), classes=classes, rejected=len(rejected)), rejected
+    return Manifest(good, root=root, classes=classes, rejected=len(rejected)), rejected
 
 
 def look(path: str, decode: bool) -> Video:
     """What there is to know of the file at `path`; with `decode`, all of it is decoded. Raises `InputError`."""
-    video = probe(path)
+    source = fetch(path)
+    video = probe(source)
     if decode:
         position = -1
         try:
-            with open_video(path) as container:
+            with open_video(source) as container:
                 for position, picture in enumerate(container.decode(video_stream(container))):
                     if picture.is_corrupt:
                         raise InputError(f"frame {position} is damaged")
