@@ -3,6 +3,7 @@
 python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
+python prepare.py pack -m my_videos/train.csv --out packed
 """
 
 import argparse
@@ -17,9 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dali_pipelines.errors import InputError, run_command
-from dali_pipelines.files import absolute
+from dali_pipelines.files import absolute, is_url
+from dali_pipelines.manifest import Manifest
 from preparation.demo import CLASSES, render_demo
-from preparation.index import Listed, check_is_ours, index, read_folder, read_list, split, write_rejected
+from preparation.index import Listed, Rejected, check_is_ours, index, read_folder, read_list, split, write_rejected
+from preparation.pack import pack
 from preparation.work import Crew, finish
 from training.labels import read_labels
 
@@ -60,6 +63,13 @@ def main() -> int:
     )
     folder.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="share for val.csv (default 0.1)")
     folder.set_defaults(run=_folder)
+
+    packing = verbs.add_parser("pack", parents=[crew], help="a manifest's videos in few large files, for shared disks")
+    packing.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
+    packing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards, and a manifest")
+    packing.add_argument("--shard-size", type=_gigabytes, default=3e9, metavar="GB", help="of a shard (default 3)")
+    packing.add_argument("--root", metavar="DIR", help="folder, or URL, where the shards will lie (default: --out)")
+    packing.set_defaults(run=_pack)
 
     arguments = parser.parse_args()
     return arguments.run(arguments)
@@ -107,6 +117,21 @@ def _folder(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pack(arguments: argparse.Namespace) -> int:
+    out = arguments.out / f"{arguments.manifest.stem}.csv"
+    check_is_ours(out)
+    crew = _crew(arguments, out.stem, unit="shard")
+    manifest, rejected = pack(arguments.manifest, arguments.out, shard_bytes=arguments.shard_size, crew=crew)
+    if manifest is None:
+        _say_part(out, crew)
+        return 0
+    if arguments.root:
+        manifest.root = arguments.root if is_url(arguments.root) else Path(arguments.root)
+    _save(manifest, rejected, out, f"none of the videos of {arguments.manifest} can be packed")
+    print(f"{out}: {len(manifest)} of {manifest.listed} videos in {len(manifest.shards)} shards")
+    return 0
+
+
 def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> Crew:
     if arguments.scheduler and arguments.executor != "dask":
         raise InputError("--scheduler is for --executor dask")
@@ -131,23 +156,32 @@ def _write(
     decode = arguments.verify == "decode"
     manifest, rejected = index(listed, root=root, journal=journal, crew=crew, classes=classes, decode=decode)
     if not crew.is_whole:
-        print(
-            f"{out}: part {crew.shard[0]} of {crew.shard[1]} is done; when all are, the same command without --shard "
-            "writes it"
-        )
+        _say_part(out, crew)
         return
+    _save(manifest, rejected, out, f"none of the {len(listed)} listed videos can be read below {absolute(root)}")
+    finish(journal)
+    print(f"{out}: {len(manifest)} of {len(listed)} videos, {len(set(manifest.labels.tolist()))} classes")
+
+
+def _say_part(out: Path, crew: Crew) -> None:
+    print(
+        f"{out}: part {crew.shard[0]} of {crew.shard[1]} is done; when all are, the same command without --shard "
+        "writes it"
+    )
+
+
+def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, if_none: str) -> None:
+    """Writes the manifest and, beside it, what was rejected; says that. `InputError` `if_none` are left."""
+    rejected_file = out.with_name(f"{out.stem}.rejected.csv")
     for entry in rejected[:_SHOWN]:
         print(f"{entry.path}: {entry.reason}")
-    rejected_file = out.with_name(f"{out.stem}.rejected.csv")
     if len(rejected) > _SHOWN:
         print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
     if not len(manifest):
-        raise InputError(f"none of the {len(listed)} listed videos can be read below {absolute(root)}; nothing written")
+        raise InputError(f"{if_none}; nothing written")
     manifest.made_by = _command()
     manifest.write(out)
     write_rejected(rejected_file, rejected)
-    finish(journal)
-    print(f"{out}: {len(manifest)} of {len(listed)} videos, {len(set(manifest.labels.tolist()))} classes")
 
 
 def _command() -> str:
@@ -165,6 +199,14 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("expected 1 or more")
+    return value
+
+
+def _gigabytes(text: str) -> float:
+    """Bytes."""
+    value = float(text) * 1e9
+    if not value > 0:
+        raise argparse.ArgumentTypeError("expected more than 0 gigabytes")
     return value
 
 

@@ -166,6 +166,11 @@ class Manifest:
         return [codec.decode() for codec in np.unique(self._rows["codec"]).tolist()]
 
     @property
+    def shards(self) -> list[str]:
+        """Those that occur, relative to the root; none where the videos are files of their own."""
+        return self._shards[1:]
+
+    @property
     def areas(self) -> np.ndarray:
         """Pixels of a picture of each video, int64 [N]."""
         return self._rows["width"].astype(np.int64) * self._rows["height"]
@@ -177,14 +182,18 @@ class Manifest:
     def file(self, index: int) -> str:
         """Where row `index` is, for people: its path from here, or its shard and its name."""
         video = self[index]
-        return f"{join(self.root, video.shard)}: {video.path}" if video.shard else join(self.root, video.path)
+        return f"{self.place(video.shard)}: {video.path}" if video.shard else self.place(video.path)
 
     def source(self, index: int) -> Source:
         """What is opened for row `index`."""
         video = self[index]
         if video.shard:
-            return Source(join(self.root, video.shard), video.offset, video.size)
-        return Source(join(self.root, video.path))
+            return Source(self.place(video.shard), video.offset, video.size)
+        return Source(self.place(video.path))
+
+    def place(self, name: str) -> str:
+        """The path or URL of something that is named relative to the root."""
+        return join(self.root, name)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Manifest":

@@ -98,7 +98,8 @@ def index(
         if classes and label >= len(classes):
             raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
     tasks = [(join(root, path), decode) for path, _ in listed]
-    check_reachable(as_source(tasks[0][0]))
+    for path, _ in tasks[:1]:
+        check_reachable(as_source(path))
     good, rejected = [], []
     for (path, label), found in zip(listed, run("index.look", tasks, journal=journal, crew=crew), strict=True):
         if isinstance(found, Failed):
