@@ -170,7 +170,8 @@ def check_reachable(source: Source, cache: str | None = None) -> None:
         system.info(path)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error  # HTTP: whatever it was
-        if cause is not None and not isinstance(cause, FileNotFoundError):
+        is_missing = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404
+        if not is_missing:
             raise InputError(f"{source.path}: {_text(cause)}; check the address, the network and credentials") from None
 
 

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from dali_pipelines.files import Source, fetch, read_bytes
+
 
 class Server:
     """Serves a folder, with byte ranges."""
@@ -78,3 +80,12 @@ def serve(folder: str | os.PathLike) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+def fill(url: str, size: int, cache: str, rounds: int, barrier) -> None:
+    """Reads parts of a file of `size` bytes at the same moments as others; in a process of its own."""
+    for number in range(rounds):
+        barrier.wait(30)
+        source = fetch(Source(url, number, size - number), cache)
+        if len(read_bytes(source)) != size - number:
+            os._exit(3)
