@@ -5,12 +5,14 @@ which shard, and in which order, is random, and the same every time: who reads s
 """
 
 import functools
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import tarfile
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -74,7 +76,7 @@ def pack(
     for file, rows, result in zip(files, shards, done, strict=True):
         members |= {row: (file, member) for row, member in zip(rows, result["members"], strict=True)}
     for other in out.iterdir():  # of another --shard-size
-        if re.fullmatch(re.escape(path.stem) + r"-\d{6}\.tar(\.part)?", other.name) and str(other) not in files:
+        if re.fullmatch(re.escape(path.stem) + r"-\d{6}\.tar(\.\w+\.part)?", other.name) and str(other) not in files:
             other.unlink()
     packed, rejected = [], []
     for row in range(len(manifest)):
@@ -109,31 +111,43 @@ def write(path: str, digest: str, file: str, rows: Sequence[int], sizes: Sequenc
     if members is None:
         name, _, _ = os.path.basename(file).rpartition("-")
         Path(file).with_name(f"{name}.csv").unlink(missing_ok=True)  # it would speak of another shard
-        members = []
-        with open(f"{file}.part", "w+b") as shard:
-            written = []
-            for row, size in zip(rows, sizes, strict=True):
-                try:
-                    data = _video(manifest, row, size)
-                except InputError as error:
-                    members.append(str(error))
-                    continue
-                key, suffix, facts = _describe(manifest, row)
-                facts["sha256"] = hashlib.sha256(data).hexdigest()
-                members.append([_add(shard, key + suffix, data), size])
-                written.append((*members[-1], facts["sha256"]))
-                _add(shard, f"{key}.cls", str(manifest[row].label).encode())
-                _add(shard, f"{key}.json", json.dumps(facts).encode())
-            shard.write(bytes(2 * tarfile.BLOCKSIZE))
-            shard.write(bytes(-shard.tell() % tarfile.RECORDSIZE))
-            shard.flush()
-            os.fsync(shard.fileno())
-            for offset, size, checksum in written:
-                shard.seek(offset)
-                if hashlib.sha256(shard.read(size)).hexdigest() != checksum:
-                    raise InputError(f"what was written at byte {offset} reads back otherwise: is the disk in order?")
-        os.replace(f"{file}.part", file)
+        for other in _unfinished(file):  # of a run that was killed; its process may be at it still
+            os.remove(other)
+        unfinished = f"{file}.{uuid.uuid4().hex}.part"
+        try:
+            with open(unfinished, "w+b") as shard:
+                members = _fill(shard, manifest, rows, sizes)
+            os.replace(unfinished, file)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
     return {"file": file, "bytes": _length(file), "members": members}
+
+
+def _fill(shard: BinaryIO, manifest: Manifest, rows: Sequence[int], sizes: Sequence[int]) -> list[Member]:
+    """Writes a shard, and reads it back."""
+    members: list[Member] = []
+    written = []
+    for row, size in zip(rows, sizes, strict=True):
+        try:
+            data = _video(manifest, row, size)
+        except InputError as error:
+            members.append(str(error))
+            continue
+        key, suffix, facts = _describe(manifest, row)
+        facts["sha256"] = hashlib.sha256(data).hexdigest()
+        members.append([_add(shard, key + suffix, data), size])
+        written.append((*members[-1], facts["sha256"]))
+        _add(shard, f"{key}.cls", str(manifest[row].label).encode())
+        _add(shard, f"{key}.json", json.dumps(facts).encode())
+    shard.write(bytes(2 * tarfile.BLOCKSIZE))
+    shard.write(bytes(-shard.tell() % tarfile.RECORDSIZE))
+    shard.flush()
+    os.fsync(shard.fileno())
+    for offset, size, checksum in written:
+        shard.seek(offset)
+        if hashlib.sha256(shard.read(size)).hexdigest() != checksum:
+            raise InputError(f"what was written at byte {offset} reads back otherwise: is the disk in order?")
+    return members
 
 
 def _look(file: str, manifest: Manifest, rows: Sequence[int], sizes: Sequence[int]) -> list[Member] | None:
@@ -232,12 +246,16 @@ def _plan(sizes: Sequence[int | str], shard_bytes: float) -> list[list[int]]:
 def _check_disk(out: Path, tasks: Sequence[Sequence]) -> None:
     missing = [task for task in tasks if _length(task[2]) is None]
     needed = sum(sum(sizes) + _OVERHEAD * len(sizes) for *_, sizes in missing)
-    free = shutil.disk_usage(out).free + sum(_length(f"{task[2]}.part") or 0 for task in missing)
+    free = shutil.disk_usage(out).free + sum(os.path.getsize(part) for task in missing for part in _unfinished(task[2]))
     if needed > free:
         raise InputError(
             f"{out}: the shards need {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; name a folder on "
             "another disk with --out"
         )
+
+
+def _unfinished(file: str) -> list[str]:
+    return glob.glob(f"{glob.escape(file)}.*.part")
 
 
 def _length(file: str) -> int | None:
