@@ -158,6 +158,8 @@ def _write(
     if not crew.is_whole:
         _say_part(out, crew)
         return
+    if not len(manifest):
+        finish(journal)  # a wrong --root, a disk that is not there: not to be remembered
     _save(manifest, rejected, out, f"none of the {len(listed)} listed videos can be read below {absolute(root)}")
     finish(journal)
     print(f"{out}: {len(manifest)} of {len(listed)} videos, {len(set(manifest.labels.tolist()))} classes")
