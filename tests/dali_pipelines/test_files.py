@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dali_pipelines import ClipLoader, InputError, Manifest, files
-from dali_pipelines.files import Source, check_reachable, is_url, join, read_bytes, size_of
+from dali_pipelines.files import Source, check_reachable, fetch, is_url, join, read_bytes, size_of
 from dali_pipelines.manifest import probe
 from preparation.pack import pack
 from preparation.work import Crew
@@ -211,6 +211,15 @@ def test_cut_connections_are_tried_again_and_never_kept(plain, web, tmp_path):
     assert len(kept) >= len(KINDS) - 1  # the next epoch has begun
     assert {path.read_bytes() for path in kept} <= {(plain.root / name).read_bytes() for name in KINDS}
     assert same(epochs(loader(plain)), epochs(loader(at(plain, web.url), **settings)))
+
+
+def test_parts_of_one_file_are_kept_apart(plain, web, tmp_path):
+    data = (plain.root / "vp9.webm").read_bytes()
+    for _ in range(2):
+        for offset in (0, 100):
+            part = fetch(Source(f"{web.url}/vp9.webm", offset, 1000), str(tmp_path))
+            assert read_bytes(part) == data[offset : offset + 1000]
+    assert web.requests == {"vp9.webm": 2}
 
 
 def test_a_file_that_is_missing_is_a_fault_and_no_more(plain, web):
