@@ -5,6 +5,7 @@ python prepare.py index --list val.txt --root videos --out val.csv --labels conf
 python prepare.py folder my_videos --val-fraction 0.1
 python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
 python prepare.py transcode -m my_videos/train.csv --out small_videos
+python prepare.py pack -m my_videos/train.csv --out packed
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dali_pipelines.errors import InputError, run_command
+from dali_pipelines.files import is_url
 from dali_pipelines.manifest import Manifest
 from preparation.datasets import (
     Expected,
@@ -46,6 +48,7 @@ from preparation.index import (
     write_rejected,
     write_table,
 )
+from preparation.pack import pack
 from preparation.transcode import CODECS as ENCODERS
 from preparation.transcode import Job, Settings, size_text
 from preparation.work import Crew, finish
@@ -78,7 +81,7 @@ def main() -> int:
 
     listed = verbs.add_parser("index", parents=[looking], help="a manifest from a list of `path label` lines")
     listed.add_argument("--list", type=Path, required=True, help="lines `path label`, as for PaddleVideo")
-    listed.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder the paths are relative to")
+    listed.add_argument("--root", default=".", metavar="DIR", help="folder, or URL, the paths are relative to")
     listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     listed.add_argument("--labels", metavar="FILE", help="class names, one a line")
     listed.set_defaults(run=_index)
@@ -140,6 +143,13 @@ def main() -> int:
     crfs = ", ".join(f"{name} {codec.crf}" for name, codec in ENCODERS.items())
     transcode.add_argument("--crf", type=int, metavar="N", help=f"lower is better and larger (default: {crfs})")
     transcode.set_defaults(run=_transcode)
+
+    packing = verbs.add_parser("pack", parents=[crew], help="a manifest's videos in few large files, for shared disks")
+    packing.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
+    packing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards, and a manifest")
+    packing.add_argument("--shard-size", type=_gigabytes, default=3e9, metavar="GB", help="of a shard (default 3)")
+    packing.add_argument("--root", metavar="DIR", help="folder, or URL, where the shards will lie (default: --out)")
+    packing.set_defaults(run=_pack)
 
     arguments = parser.parse_args()
     return arguments.run(arguments)
@@ -292,6 +302,20 @@ def _transcode(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pack(arguments: argparse.Namespace) -> int:
+    out = arguments.out / f"{arguments.manifest.stem}.csv"
+    check_is_ours(out)
+    crew = _crew(arguments, out.stem, unit="shard")
+    manifest, rejected = pack(arguments.manifest, arguments.out, shard_bytes=arguments.shard_size, crew=crew)
+    if manifest is None:
+        return _say_part(out, crew)
+    if arguments.root:
+        manifest.root = arguments.root if is_url(arguments.root) else Path(arguments.root)
+    _save(manifest, rejected, out, None, nothing=f"none of the videos of {arguments.manifest} can be packed")
+    print(f"{out}: {len(manifest)} of {manifest.listed} videos in {len(manifest.shards)} shards")
+    return 0
+
+
 def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> Crew:
     if arguments.scheduler and arguments.executor != "dask":
         raise InputError("--scheduler is for --executor dask")
@@ -346,20 +370,22 @@ def _say_part(out: Path, crew: Crew) -> int:
     return 0
 
 
-def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: Path, *, nothing: str) -> None:
+def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: Path | None, *, nothing: str) -> None:
     """Writes a manifest and what was rejected, and ends the journal; `InputError` with `nothing` where none is left."""
+    rejected_file = out.with_name(f"{out.stem}.rejected.csv")
     for entry in rejected[:_SHOWN]:
         print(f"{entry.path}: {entry.reason}")
-    rejected_file = out.with_name(f"{out.stem}.rejected.csv")
     if len(rejected) > _SHOWN:
         print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
     if not len(manifest):
-        finish(journal)  # they are looked at again once it is known why
+        if journal:
+            finish(journal)  # they are looked at again once it is known why
         raise InputError(f"{nothing}; nothing written")
     manifest.made_by = _command()
     manifest.write(out)
     write_rejected(rejected_file, rejected)
-    finish(journal)
+    if journal:
+        finish(journal)
 
 
 def _command() -> str:
@@ -385,6 +411,11 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("expected more than 0")
     return value
+
+
+def _gigabytes(text: str) -> float:
+    """Bytes."""
+    return 1e9 * _positive(text)
 
 
 def _seconds(text: str) -> float:

@@ -18,7 +18,7 @@ import dali_pipelines.loader
 from benchmarks.floor import decode_floor
 from benchmarks.work import Clip, WholeFileSource, Work, needed_packets
 from dali_pipelines import ClipLoader
-from dali_pipelines.manifest import ffmpeg_url
+from dali_pipelines.files import open_video
 
 Decode = Callable[[Clip], torch.Tensor]
 """The pictures of a clip: uint8 [T, H, W, 3] RGB."""
@@ -121,7 +121,7 @@ class _Clips(torch.utils.data.Dataset):
             frames = self._decode(clip)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            raise CannotReadError(f"cannot read {clip.path}: {reason or type(error).__name__}") from None
+            raise CannotReadError(f"cannot read {clip.source.path}: {reason or type(error).__name__}") from None
         return cut(frames, clip.rectangle, self._work.view.crop_size)
 
 
@@ -155,13 +155,13 @@ def to_float(batch: torch.Tensor) -> torch.Tensor:
 def _decord(clip: Clip) -> torch.Tensor:
     import decord
 
-    return torch.from_numpy(decord.VideoReader(clip.path, num_threads=1).get_batch(clip.positions).asnumpy())
+    return torch.from_numpy(decord.VideoReader(clip.source.path, num_threads=1).get_batch(clip.positions).asnumpy())
 
 
 def _torchcodec(clip: Clip) -> torch.Tensor:
     from torchcodec.decoders import VideoDecoder
 
-    decoder = VideoDecoder(clip.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+    decoder = VideoDecoder(clip.source.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
     return decoder.get_frames_at(clip.positions.tolist()).data
 
 
@@ -169,17 +169,15 @@ def _spdl(clip: Clip) -> torch.Tensor:
     import spdl.io
 
     distinct, repeats = np.unique(clip.positions, return_inverse=True)
-    packets = spdl.io.demux_video(clip.path)
+    packets = spdl.io.demux_video(clip.source.path)
     frames = spdl.io.sample_decode_video(packets, distinct.tolist())
     pictures = spdl.io.to_torch(spdl.io.convert_frames(frames))
     return pictures if len(repeats) == len(distinct) else pictures[repeats]
 
 
 def _pyav_every_frame(clip: Clip) -> torch.Tensor:
-    import av
-
     frames = []
-    with av.open(ffmpeg_url(clip.path)) as container:
+    with open_video(clip.source) as container:
         container.streams.video[0].codec_context.thread_count = 1
         first, last = clip.positions[[0, -1]].tolist()
         for frame in itertools.islice(container.decode(video=0), first, last + 1):

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import av
 
 from benchmarks.work import Packets
-from dali_pipelines.manifest import ffmpeg_url
+from dali_pipelines.files import open_video
 from dali_pipelines.packets import video_stream
 from dali_pipelines.processes import end_with_parent
 
@@ -49,7 +49,7 @@ def _work(tasks: Sequence[Packets], places, lock, done: Connection) -> None:
 def _decode(task: Packets) -> None:
     reformatter = av.video.reformatter.VideoReformatter()
     left = len(task.wanted)
-    with av.open(ffmpeg_url(task.path)) as container:
+    with open_video(task.source) as container:
         stream = video_stream(container)
         decoder = stream.codec_context
         decoder.thread_count = 1

@@ -47,7 +47,8 @@ from benchmarks.contestants import (
 from benchmarks.work import Work, needed_packets
 from dali_pipelines import crops
 from dali_pipelines.errors import InputError
-from dali_pipelines.manifest import Manifest, Video, ffmpeg_url
+from dali_pipelines.files import absolute, join, open_video, size_of
+from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
 from preparation.index import VIDEO_SUFFIXES, index
@@ -154,7 +155,10 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
     for path in map(Path, paths):
         if path.suffix == ".csv":
             manifest = Manifest.read(path)
-            videos += [manifest[n]._replace(path=os.path.abspath(manifest.file(n))) for n in range(len(manifest))]
+            root = absolute(manifest.root)
+            for video in map(manifest.__getitem__, range(len(manifest))):
+                place = {"shard": join(root, video.shard)} if video.shard else {"path": join(root, video.path)}
+                videos.append(video._replace(**place))
         elif path.is_dir():
             files += sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
         else:
@@ -254,7 +258,7 @@ def compare(work: Work, clips: dict[str, torch.Tensor]) -> dict[str, dict[str, f
     wrong = dict.fromkeys(clips, 0)
     for place in range(_CHECKED_BATCHES * work.batch_size):
         clip = work.clip(place)
-        with av.open(ffmpeg_url(clip.path)) as container:
+        with open_video(clip.source) as container:
             pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         for t, position in enumerate(clip.positions.tolist()):
             near = [position, max(position - 1, 0), min(position + 1, len(pictures) - 1)]
@@ -285,11 +289,12 @@ def count_packets(work: Work) -> dict[str, float]:
 
 def describe(video: Video) -> dict[str, Any]:
     """A video's row, its bytes, and how far its keyframes are apart, in packets."""
-    with av.open(ffmpeg_url(video.path)) as container:
+    source = Manifest([video]).source(0)
+    with open_video(source) as container:
         is_keyframe = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
     spacing = np.diff([*np.flatnonzero(is_keyframe), len(is_keyframe)])
     return video._asdict() | {
-        "bytes": os.path.getsize(video.path),
+        "bytes": size_of(source),
         "keyframes": len(spacing),
         "mean_keyframe_spacing": float(np.mean(spacing)),
         "largest_keyframe_spacing": int(np.max(spacing)),

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import av
 import numpy as np
 
 from dali_pipelines.clip_source import ClipSource, Sample
-from dali_pipelines.manifest import Manifest, ffmpeg_url
+from dali_pipelines.files import Source, open_video, read_bytes
+from dali_pipelines.manifest import Manifest
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
 from dali_pipelines.plan import Order, SamplePlan, View, plan_sample
 
@@ -16,7 +16,7 @@ from dali_pipelines.plan import Order, SamplePlan, View, plan_sample
 class Clip(NamedTuple):
     """One clip to decode."""
 
-    path: str
+    source: Source
     positions: np.ndarray
     """int64 [T], ascending: the k-th picture that the decoder puts out."""
     rectangle: np.ndarray
@@ -45,20 +45,20 @@ class Work:
         )
         epoch, row = order.sample(place)
         plan = plan_sample(self.manifest[row], self.view, seed=self.seed, epoch=epoch, sample_id=row)
-        return Clip(self.manifest.file(row), plan.positions[plan.picks[0]], plan.rectangles[0])
+        return Clip(self.manifest.source(row), plan.positions[plan.picks[0]], plan.rectangles[0])
 
 
 class WholeFileSource(ClipSource):
     """Feeds DALI's decoder whole files."""
 
-    def _encoded(self, path: str, plan: SamplePlan, sample_id: int) -> Sample:
-        return self._sample(plan, sample_id, encoded=np.fromfile(path, np.uint8))
+    def _encoded(self, source: Source, plan: SamplePlan, sample_id: int) -> Sample:
+        return self._sample(plan, sample_id, encoded=np.frombuffer(read_bytes(source), np.uint8))
 
 
 class Packets(NamedTuple):
     """Which packets of a file give the pictures of a clip; numbers count those with data, as they lie in it."""
 
-    path: str
+    source: Source
     runs: list[list[int]]
     """Those to feed; the decoder starts afresh at each run."""
     wanted: set[int]
@@ -69,23 +69,23 @@ class Packets(NamedTuple):
 
 def needed_packets(clip: Clip) -> Packets:
     """What our loader feeds: a selection where the headers allow one, all up to the last wanted otherwise."""
-    shown, fed_until = _decode_all(clip.path)
+    shown, fed_until = _decode_all(clip.source)
     in_window = fed_until[int(clip.positions[-1])]
     try:
-        with av.open(ffmpeg_url(clip.path)) as container:
+        with open_video(clip.source) as container:
             runs, shown = PacketReader(container).select(np.unique(clip.positions))
     except UncertainError:
         runs = [list(range(in_window))]
     wanted = {shown[position] for position in clip.positions.tolist()}
-    return Packets(clip.path, runs, wanted, in_window)
+    return Packets(clip.source, runs, wanted, in_window)
 
 
 @lru_cache
-def _decode_all(path: str) -> tuple[list[int], list[int]]:
+def _decode_all(source: Source) -> tuple[list[int], list[int]]:
     """For every picture that comes out: the number of its packet, and how many had been fed by then."""
     shown, fed_until = [], []
     fed = 0
-    with av.open(ffmpeg_url(path)) as container:
+    with open_video(source) as container:
         stream = video_stream(container)
         stream.codec_context.copy_opaque = True
         for packet in container.demux(stream):

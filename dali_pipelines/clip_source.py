@@ -4,15 +4,15 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 """
 
 import math
-import os
 from typing import Literal, NamedTuple, get_args
 
 import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size, open_video
+from dali_pipelines.manifest import Manifest, Video, coded_size
 from dali_pipelines.packets import UncertainError, remux, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
@@ -60,7 +60,8 @@ class ClipSource:
     """DALI's external source: called with a running number, returns the fields of a `Sample`; never raises, never
     ends.
 
-    `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `start` the place in
+    `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `cache` see
+    `files.fetch`; `start` the place in
     `order` of the first call; `dali_codecs` what DALI decodes, `host_ids` samples that it has failed on and that are
     decoded here instead; `given_up` samples that are not tried (again), and why.
     """
@@ -70,6 +71,7 @@ class ClipSource:
         *,
         table: str,
         root: str,
+        cache: str | None,
         view: View,
         order: Order,
         start: int,
@@ -80,6 +82,7 @@ class ClipSource:
     ):
         self._table = table
         self._root = root
+        self._cache = cache
         self._view = view
         self._order = order
         self._start = start
@@ -116,18 +119,18 @@ class ClipSource:
 
     def _read(self, epoch: int, sample_id: int) -> Sample:
         video = self._manifest[sample_id]
-        path = os.path.join(self._root, video.path)
+        source = fetch(self._manifest.source(sample_id), self._cache)
         plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id)
         fallback = ""
         if video.codec in self._dali_codecs and sample_id not in self._host_ids:
             try:
-                return self._encoded(path, plan, sample_id)
+                return self._encoded(source, plan, sample_id)
             except UncertainError as error:
                 fallback = f"not by DALI: {error}"
-        return self._decoded(path, video, plan, sample_id, fallback)
+        return self._decoded(source, video, plan, sample_id, fallback)
 
-    def _encoded(self, path: str, plan: SamplePlan, sample_id: int) -> Sample:
-        with open_video(path) as container:
+    def _encoded(self, source: Source, plan: SamplePlan, sample_id: int) -> Sample:
+        with open_video(source) as container:
             if self._on_gpu:
                 _check_nvdec(video_stream(container).codec_context)
             try:
@@ -140,12 +143,13 @@ class ClipSource:
             encoded=file.encoded,
             positions=file.positions,
             packets=(file.packets_read, file.packets_kept),
+            fallback=source.note,
         )
 
-    def _decoded(self, path: str, video: Video, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
+    def _decoded(self, source: Source, video: Video, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
         size = coded_size(video)
         region = _bounds(plan.rectangles, size)
-        decoded = decode_frames(path, plan.positions, size=size, region=region)
+        decoded = decode_frames(source, plan.positions, size=size, region=region)
         corner = [region[0].start, region[1].start]
         return self._sample(
             plan,
@@ -153,7 +157,7 @@ class ClipSource:
             pictures=decoded.frames,
             rectangles=plan.rectangles - [*corner, *corner],
             packets=(decoded.packets_read, decoded.packets_kept),
-            fallback=fallback or decoded.fallback,
+            fallback=fallback or decoded.fallback or source.note,
         )
 
     def _black(self, sample_id: int, fault: str) -> Sample:

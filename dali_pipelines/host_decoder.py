@@ -12,7 +12,8 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.manifest import open_video, size_mismatch
+from dali_pipelines.files import Source, fetch, open_video
+from dali_pipelines.manifest import size_mismatch
 from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, video_stream
 
 
@@ -27,7 +28,7 @@ class Decoded(NamedTuple):
 
 
 def decode_frames(
-    path: str | os.PathLike,
+    video: str | os.PathLike | Source,
     positions: np.ndarray,
     *,
     size: tuple[int, int],
@@ -38,19 +39,20 @@ def decode_frames(
     `size` is the (height, width) that the pictures must have, `region` the rows and columns to return. One thread:
     the processes around this one decode other samples. Raises `InputError`.
     """
+    source = fetch(video)
     try:
-        return _decode(path, positions, size, region, _Selected)
+        return _decode(source, positions, size, region, _Selected)
     except MissingPictureError as error:
         # FFmpeg puts something in its place, and only says so when it is told to be strict.
-        return _decode(path, positions, size, region, _Everything, fallback=str(error), is_strict=True)
+        return _decode(source, positions, size, region, _Everything, fallback=str(error), is_strict=True)
     except UncertainError as error:
-        return _decode(path, positions, size, region, _Everything, fallback=str(error))
+        return _decode(source, positions, size, region, _Everything, fallback=str(error))
 
 
-def _decode(path, positions, size, region, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
+def _decode(source, positions, size, region, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
     wanted = {int(position): index for index, position in enumerate(positions)}
     frames, found, last = None, 0, -1
-    with open_video(path) as container:
+    with open_video(source) as container:
         context = video_stream(container).codec_context
         context.thread_count = 1
         if is_strict:

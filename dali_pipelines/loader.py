@@ -20,6 +20,7 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from dali_pipelines import crops
 from dali_pipelines.clip_source import DALI_CPU_CODECS, DALI_GPU_CODECS, DECODES, ClipSource, Decode
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import absolute, check_reachable
 from dali_pipelines.graph import clip_pipeline
 from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View
@@ -67,7 +68,7 @@ class LoaderStats:
     """Fed to a decoder, of those read."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Reason -> how many samples did not go the way that was meant for them: all of a file decoded where some packets
-    were to do, host decoding where DALI was to decode, workers started again."""
+    were to do, host decoding where DALI was to decode, workers started again, a cache that cannot be written."""
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -106,6 +107,8 @@ class ClipLoader:
         views of a batch are V = 3 * num_windows, the crops of the first window first.
     timeout_s: seconds that a worker may take for one sample. Then the workers are started again, and the sample is a
         fault. Not with workers=0.
+    cache: folder on a local disk that keeps what is read from URLs (`Manifest.root`), for the next epochs; any number
+        of loaders may share it. None: everything is read anew.
 
     Raises `InputError` for settings that cannot work.
     """
@@ -136,6 +139,7 @@ class ClipLoader:
         views_per_decode: int = 1,
         num_windows: int = 1,
         timeout_s: float = 60,
+        cache: str | os.PathLike | None = None,
     ):
         step_entries = step_entries or batch_size * world_size
         _check(mode in MODES, f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -171,6 +175,8 @@ class ClipLoader:
                 f"the manifest has {len(manifest)} videos, fewer than the {step_entries // views_per_decode} of one "
                 "training step; use a smaller batch",
             )
+        self._cache = None if cache is None else os.path.abspath(cache)
+        check_reachable(manifest.source(0), self._cache)
         self.manifest = manifest
         self.device = _device(device)
         self.stats = LoaderStats()
@@ -354,7 +360,8 @@ class ClipLoader:
         self.close()
         source = ClipSource(
             table=self._table.name,
-            root=os.path.abspath(self.manifest.root),
+            root=absolute(self.manifest.root),
+            cache=self._cache,
             view=self._view,
             order=self._order,
             start=place,

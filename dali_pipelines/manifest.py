@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
 
 ROTATIONS = (0, 90, 180, 270)
@@ -109,9 +109,9 @@ _IN_SHARDS = ("shard", "offset", "size")
 class Manifest:
     """Videos in the order of the file: `len(manifest)`, `manifest[i]` is a `Video`, `.labels` int64 [N].
 
-    `root` is the folder that paths are relative to; `classes` the names of the classes, () where unknown; `listed` and
-    `rejected` count the videos that the manifest was made from and those left out as unreadable; `made_by` is the
-    command that made it.
+    `root` is the folder, or the URL, that paths are relative to; `classes` the names of the classes, () where unknown;
+    `listed` and `rejected` count the videos that the manifest was made from and those left out as unreadable; `made_by`
+    is the command that made it.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Manifest:
     ):
         columns = list(zip(*videos, strict=True)) or [()] * len(Video._fields)
         self._fill([os.fsencode(path) for path in columns[0]], columns[1:])
-        self.root = Path(root)
+        self.root = root if is_url(root) else Path(root)  # a Path would make one slash of two
         self.classes = tuple(classes)
         self.rejected = rejected
         self.made_by = made_by
@@ -171,6 +171,11 @@ class Manifest:
         return [codec.decode() for codec in np.unique(self._rows["codec"]).tolist()]
 
     @property
+    def shards(self) -> list[str]:
+        """Those that occur, relative to the root; none where the videos are files of their own."""
+        return self._shards[1:]
+
+    @property
     def areas(self) -> np.ndarray:
         """Pixels of a picture of each video, int64 [N]."""
         return self._rows["width"].astype(np.int64) * self._rows["height"]
@@ -180,8 +185,20 @@ class Manifest:
         return len(self) + self.rejected
 
     def file(self, index: int) -> str:
-        """The path of row `index` that can be opened from here."""
-        return os.path.join(self.root, self[index].path)
+        """Where row `index` is, for people: its path from here, or its shard and its name."""
+        video = self[index]
+        return f"{self.place(video.shard)}: {video.path}" if video.shard else self.place(video.path)
+
+    def source(self, index: int) -> Source:
+        """What is opened for row `index`."""
+        video = self[index]
+        if video.shard:
+            return Source(self.place(video.shard), video.offset, video.size)
+        return Source(self.place(video.path))
+
+    def place(self, name: str) -> str:
+        """The path or URL of something that is named relative to the root."""
+        return join(self.root, name)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Manifest":
@@ -195,9 +212,10 @@ class Manifest:
         header = dict(re.findall(r"^# (root|classes|made by): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
         rejected = re.search(r"^# listed \d+, kept \d+, rejected (\d+)", text[: len(text) - len(body)], re.MULTILINE)
         first_line = text[: len(text) - len(body)].count("\n") + 1
+        root = header.get("root", ".")
         manifest = cls(
             (),
-            root=path.parent / header.get("root", "."),
+            root=root if is_url(root) else path.parent / root,
             classes=_read_classes(path, header.get("classes", "[]")),
             rejected=int(rejected[1]) if rejected else 0,
             made_by=header.get("made by", ""),
@@ -208,10 +226,12 @@ class Manifest:
     def write(self, path: str | os.PathLike) -> None:
         """Writes the file beside its place and renames it, so that a kill leaves the old one or the new one."""
         path = Path(path)
-        root = self.root.resolve()
-        home = path.parent.resolve()
+        root = self.root
+        if not is_url(root):
+            root, home = root.resolve(), path.parent.resolve()
+            root = root.relative_to(home).as_posix() if root.is_relative_to(home) else root
         out = io.StringIO()
-        out.write(f"# root: {root.relative_to(home).as_posix() if root.is_relative_to(home) else root}\n")
+        out.write(f"# root: {root}\n")
         out.write(f"# classes: {json.dumps(self.classes, ensure_ascii=False)}\n")
         out.write(f"# listed {self.listed}, kept {len(self)}, rejected {self.rejected}\n")
         if self.made_by:
@@ -343,25 +363,27 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
     return InputError(f"{path}: not a manifest")
 
 
-def probe(path: str | os.PathLike) -> Video:
-    """What a decoder puts out for the file at `path`; label is 0.
+def probe(video: str | os.PathLike | Source) -> Video:
+    """What a decoder puts out for a file; label is 0.
 
     Pictures are counted by their packets where that is exact, and by decoding elsewhere (`_PACKET_IS_PICTURE`).
 
     Raises `InputError` with a reason that a person understands where the file is no video that can be read.
     """
+    source = fetch(video)
     try:
-        with open_video(path) as container:
+        with open_video(source) as container:
             stream = video_stream(container)
             codec = stream.codec_context.codec.canonical_name
             fps = stream.average_rate or stream.guessed_rate
+            stream.codec_context.thread_count = 1  # as the loader; with several, damage shows here or there by chance
             first = next(container.decode(stream), None)
         if first is None:
             raise InputError("no picture comes out of its video stream")
-        with open_video(path) as container:
+        with open_video(source) as container:
             frames, gop, vfr = _read_structure(container)
         if frames is None or codec not in _PACKET_IS_PICTURE:
-            with open_video(path) as container:
+            with open_video(source) as container:
                 frames = _count_pictures(container, until_damage=codec in _PACKET_IS_PICTURE)
     except av.error.FFmpegError as error:
         raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
@@ -372,7 +394,17 @@ def probe(path: str | os.PathLike) -> Video:
         raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
     return Video(
-        os.fspath(path), 0, frames, float(fps), width, height, codec, rotation, first.format.name, vfr, gop or frames
+        as_source(video).path,
+        0,
+        frames,
+        float(fps),
+        width,
+        height,
+        codec,
+        rotation,
+        first.format.name,
+        vfr,
+        gop or frames,
     )
 
 
@@ -398,41 +430,13 @@ def _is_variable(times: Sequence[int | None]) -> int:
 
 
 def _count_pictures(container: av.container.InputContainer, *, until_damage: bool) -> int:
+    stream = video_stream(container)
+    stream.codec_context.thread_count = 1
     count = 0
     try:
-        for _ in container.decode(video_stream(container)):
+        for _ in container.decode(stream):
             count += 1
     except av.error.FFmpegError:
         if not (until_damage and count):  # a file that is cut off is good up to there
             raise
     return count
-
-
-def open_video(path: str | os.PathLike) -> av.container.InputContainer:
-    """Opens a file that has a video stream of a known codec; `InputError` says why another cannot be."""
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # a pipe would block for ever
-            raise InputError("a folder" if stat.S_ISDIR(mode) else "not a regular file")
-        container = av.open(ffmpeg_url(path), metadata_errors="replace")  # titles need not be UTF-8
-    except PermissionError:
-        raise InputError("no permission to read it") from None
-    except av.error.FFmpegError as error:
-        raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
-    except OSError as error:
-        raise InputError(error.strerror.lower()) from None
-    reason = ""
-    stream = video_stream(container)
-    if stream is None:
-        reason = "no video stream in it"
-    elif stream.codec_context is None:
-        reason = "FFmpeg does not know the codec of its video stream"
-    if reason:
-        container.close()
-        raise InputError(reason)
-    return container
-
-
-def ffmpeg_url(path: str | os.PathLike) -> str:
-    """The path in a form that FFmpeg takes for a file and nothing else: "a:b.mp4" alone would be a protocol."""
-    return f"file:{os.fspath(path)}"

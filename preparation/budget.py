@@ -25,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dali_pipelines.clip_source import _NVDEC_SIDES, DALI_GPU_CODECS, _bounds, _check_nvdec
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import open_video
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.loader import _short_sides
-from dali_pipelines.manifest import Manifest, coded_size, open_video
+from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.packets import PacketReader, UncertainError, remux, video_stream
 from dali_pipelines.plan import SamplePlan, View, plan_sample
 from model import TimeSformer
@@ -210,7 +211,7 @@ def survey(manifest: Manifest, config: Config, samples: int, nvdec: Gpu | None) 
             found.unreadable[row] = error.strerror.lower()
     if not found.decodes:
         row, reason = next(iter(found.unreadable.items()))
-        raise InputError(f"{_source(manifest, row)}: {reason}; none of {len(rows)} sampled videos can be read")
+        raise InputError(f"{manifest.file(row)}: {reason}; none of {len(rows)} sampled videos can be read")
     found.headers_s = float(np.mean(headers)) / 2  # read twice: for the windows as they are, and with twice as many
     found.feed_s = float(np.mean(feeds)) if feeds else 0.0
     return found
@@ -229,7 +230,7 @@ def _look(survey: Survey, row: int, epoch: int, nvdec: Gpu | None, feeds: list[f
     if nvdec and video.codec in DALI_GPU_CODECS and nvdec.frames_per_second(video.codec, height * width):
         start = time.process_time()
         try:
-            with open_video(_source(survey.manifest, row)) as container:
+            with open_video(survey.manifest.source(row)) as container:
                 _check_nvdec(video_stream(container).codec_context)
                 file = remux(container, plan.positions)
             on_gpu, read = True, file.packets_read
@@ -258,7 +259,7 @@ def _look(survey: Survey, row: int, epoch: int, nvdec: Gpu | None, feeds: list[f
 
 
 def _select(survey: Survey, row: int, positions: np.ndarray, *, in_one_go: bool):
-    with open_video(_source(survey.manifest, row)) as container:
+    with open_video(survey.manifest.source(row)) as container:
         reader = PacketReader(container)
         return reader, reader.select(positions, in_one_go=in_one_go)
 
@@ -276,7 +277,7 @@ def time_decoding(survey: Survey, seconds: float) -> tuple[float, int]:
             region = _bounds(plan.rectangles, size)
             start = time.process_time()
             try:
-                decode_frames(_source(survey.manifest, row), plan.positions, size=size, region=region)
+                decode_frames(survey.manifest.source(row), plan.positions, size=size, region=region)
             except (InputError, UncertainError) as error:
                 survey.unreadable[row] = str(error)
                 continue
@@ -310,11 +311,6 @@ def time_network(config: Config, classes: int) -> tuple[float, str, str]:
     return batch / min(spent[1:]), device.type, precision  # the first step also makes what is made once
 
 
-def _source(manifest: Manifest, row: int) -> str:
-    """What `open_video` and `decode_frames` open for a row."""
-    return manifest.file(row)
-
-
 def _plan(survey: Survey, row: int, epoch: int, views: int | None = None) -> SamplePlan:
     view = survey.view if views is None else replace(survey.view, per_decode=views)
     return plan_sample(survey.manifest[row], view, seed=survey.seed, epoch=epoch, sample_id=row)
@@ -340,7 +336,7 @@ def _network(config: Config, classes: int) -> TimeSformer:
 
 
 def _named(survey: Survey) -> list[str]:
-    return [f"{_source(survey.manifest, row)}: {reason}" for row, reason in survey.unreadable.items()]
+    return [f"{survey.manifest.file(row)}: {reason}" for row, reason in survey.unreadable.items()]
 
 
 # -- the report --

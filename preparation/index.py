@@ -12,7 +12,8 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.manifest import Manifest, Video, open_video, probe
+from dali_pipelines.files import absolute, as_source, check_reachable, fetch, join, open_video
+from dali_pipelines.manifest import Manifest, Video, probe
 from dali_pipelines.packets import video_stream
 from preparation.work import Crew, Failed, run
 
@@ -100,12 +101,14 @@ def index(
     for _, label in listed:
         if classes and label >= len(classes):
             raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
-    place = os.path.abspath(root)  # workers elsewhere have another working folder
+    place = absolute(root)  # workers elsewhere have another working folder
 
     def look_at(paths: Sequence[str]) -> list[Any]:
-        return run("index.look", [(os.path.join(place, path), decode) for path in paths], journal=journal, crew=crew)
+        return run("index.look", [(join(place, path), decode) for path in paths], journal=journal, crew=crew)
 
     paths = [path for path, _ in listed]
+    for path in paths[:1]:
+        check_reachable(as_source(join(place, path)))
     found = look_at(paths)
     for choice in range(max(map(len, copies.values()), default=0)):
         rows = [
@@ -123,17 +126,20 @@ def index(
             rejected.append(Rejected(path, label, result))
         else:
             good.append(Video(*result)._replace(path=path, label=label))
-    return Manifest(good, root=Path(root), classes=classes, rejected=len(rejected)), rejected
+    return Manifest(good, root=root, classes=classes, rejected=len(rejected)), rejected
 
 
 def look(path: str, decode: bool) -> Video:
     """What there is to know of the file at `path`; with `decode`, all of it is decoded. Raises `InputError`."""
-    video = probe(path)
+    source = fetch(path)
+    video = probe(source)
     if decode:
         position = -1
         try:
-            with open_video(path) as container:
-                for position, picture in enumerate(container.decode(video_stream(container))):
+            with open_video(source) as container:
+                stream = video_stream(container)
+                stream.codec_context.thread_count = 1
+                for position, picture in enumerate(container.decode(stream)):
                     if picture.is_corrupt:
                         raise InputError(f"frame {position} is damaged")
         except av.error.FFmpegError as error:

@@ -24,8 +24,9 @@ import numpy as np
 
 from dali_pipelines.crops import resized_size
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import Source, fetch, ffmpeg_url, open_video, size_of
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size, ffmpeg_url, open_video, probe, size_mismatch
+from dali_pipelines.manifest import Manifest, Video, coded_size, probe, size_mismatch
 from dali_pipelines.packets import video_stream
 from dali_pipelines.sampling import frame_positions
 from preparation.child import in_child
@@ -145,7 +146,7 @@ class Job:
             key = video.shard, path
             source = video._replace(path=path, label=0)
             name = names[key]
-            tasks.setdefault(key, (manifest.file(row), list(source), str(out), name, asdict(settings)))
+            tasks.setdefault(key, (list(manifest.source(row)[:3]), list(source), str(out), name, asdict(settings)))
         self._tasks = [tasks[video.shard, path] for video, path in zip(rows, paths)]
         part, parts = crew.shard
         self._own = list(tasks.values())[part::parts]
@@ -158,8 +159,8 @@ class Job:
         if not there:
             return
         originals = {}
-        for file, video, *_ in self._tasks:
-            if not Video(*video).shard and os.path.isfile(file):
+        for (file, *_), *_ in self._tasks:
+            if os.path.isfile(file):
                 status = os.stat(file)
                 originals[status.st_dev, status.st_ino] = file
         for target in there:
@@ -338,11 +339,11 @@ def size_text(size: float) -> str:
 # -- in a child process --
 
 
-def transcode(file: str, video: list, out: str, name: str, settings: dict) -> Copy:
-    """Makes the copy `name` of the video in `file`, unless it is there. Raises `InputError`."""
+def transcode(source: list, video: list, out: str, name: str, settings: dict) -> Copy:
+    """Makes the copy `name` of the video in `source` (a `Source`), unless it is there. Raises `InputError`."""
     started = time.monotonic()
     video, settings, target = Video(*video), Settings(**settings), Path(out, name)
-    tag = _tag(file, video, settings)
+    tag = _tag(Source(*source), video, settings)
     is_there = False
     if target.exists():
         found = _read_tag(target)
@@ -352,7 +353,7 @@ def transcode(file: str, video: list, out: str, name: str, settings: dict) -> Co
             raise InputError(f"{target} exists, and is a copy of {found.get('source')}; name another --out")
         is_there = found == tag
     if not is_there:
-        _write(file, video, target, settings, json.dumps(tag))
+        _write(Source(*source), video, target, settings, json.dumps(tag))
     copy = probe(target)._replace(path=name)
     height, width = copy_size(video, settings.short_side)
     if (copy.frames, copy.height, copy.width, copy.rotation) != (video.frames, height, width, 0):
@@ -363,17 +364,17 @@ def transcode(file: str, video: list, out: str, name: str, settings: dict) -> Co
     return Copy(copy, tag["bytes"], status.st_size, status.st_mtime_ns, seconds)
 
 
-def is_done(file: str, video: list, out: str, name: str, settings: dict) -> bool:
+def is_done(source: list, video: list, out: str, name: str, settings: dict) -> bool:
     """Whether the copy is there, of this video and with these settings."""
-    return _read_tag(Path(out, name)) == _tag(file, Video(*video), Settings(**settings))
+    return _read_tag(Path(out, name)) == _tag(Source(*source), Video(*video), Settings(**settings))
 
 
-def _tag(file: str, video: Video, settings: Settings) -> dict:
+def _tag(source: Source, video: Video, settings: Settings) -> dict:
     """What a copy says of how it was made."""
     return {
         "made_by": _MADE_BY,
         "source": os.path.join(video.shard, video.path),
-        "bytes": video.size or os.path.getsize(file),
+        "bytes": size_of(source),
         "frames": video.frames,
         "fps": video.fps,
         "rotation": video.rotation,
@@ -392,13 +393,13 @@ def _read_tag(path: Path) -> dict:
     return tag if isinstance(tag, dict) else {}
 
 
-def _write(file: str, video: Video, target: Path, settings: Settings, tag: str) -> None:
+def _write(source: Source, video: Video, target: Path, settings: Settings, tag: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(_UNFINISHED.replace("*", uuid.uuid4().hex))
     try:
         with open(unfinished, "wb") as lock:  # see `_remove_unfinished`
             fcntl.flock(lock, fcntl.LOCK_EX)
-            _encode(_pictures(file, video, settings), unfinished, video, settings, tag)
+            _encode(_pictures(source, video, settings), unfinished, video, settings, tag)
             unfinished.replace(target)
     except (OSError, av.error.FFmpegError) as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -430,12 +431,12 @@ def _encode(pictures: Iterable[av.VideoFrame], path: Path, video: Video, setting
         container.mux(stream.encode(None))
 
 
-def _pictures(file: str, video: Video, settings: Settings) -> Iterator[av.VideoFrame]:
+def _pictures(source: Source, video: Video, settings: Settings) -> Iterator[av.VideoFrame]:
     """Those of the original, as they are to be encoded. Raises `InputError` where one is damaged or missing."""
     scaler = _Scaler(video, settings)
     count = 0
     try:
-        with open_video(file) as container:
+        with open_video(source) as container:
             stream = video_stream(container)
             stream.codec_context.thread_count = 1
             for picture in container.decode(stream):
@@ -508,16 +509,16 @@ def _range_tables(to_full: bool) -> list[np.ndarray]:
     return [np.rint(each).clip(0, 255).astype(np.uint8) for each in (luma, chroma, chroma)]
 
 
-def time_decoding(file: str, video: list, out: str, name: str, settings: dict) -> tuple[float, float]:
+def time_decoding(source: list, video: list, out: str, name: str, settings: dict) -> tuple[float, float]:
     """ms of CPU time for a clip of 8 frames, as training draws them, out of the original and out of its copy."""
-    video = Video(*video)
+    video, original = Video(*video), fetch(Source(*source))
     copy = probe(Path(out, name))
     best = [np.inf, np.inf]
     for start in (0.2, 0.7):
         window = {"num_frames": 8, "stride": 32, "target_fps": 30, "past_end": "fit", "start": start}
         positions = np.unique(frame_positions(frames=video.frames, fps=video.fps, **window))
         for _ in range(3):  # in turn: what else the machine does meets both
-            for which, (path, each) in enumerate(((file, video), (os.path.join(out, name), copy))):
+            for which, (path, each) in enumerate(((original, video), (os.path.join(out, name), copy))):
                 began = time.process_time()
                 decode_frames(path, positions, size=coded_size(each))
                 best[which] = min(best[which], time.process_time() - began)

@@ -68,17 +68,24 @@ class Crew:
 
 
 def run(
-    function: str, tasks: Sequence[Sequence], *, journal: Path, crew: Crew, timeout_s: float | None = None
+    function: str,
+    tasks: Sequence[Sequence],
+    *,
+    journal: Path,
+    crew: Crew,
+    timeout_s: float | None = None,
+    is_good: Callable[[Any], bool] = lambda result: True,
 ) -> list[Any]:
     """`function` ("module.name" within `preparation`) of the arguments of every task, in their order: the result, or
     a `Failed`.
 
     Every result is a line of the file `journal` as soon as it is there, and is not computed again by a later run of
     the same tasks; equal tasks are done once. Journals of the parts of a `crew.shard` lie beside it, and count as well;
-    a whole run removes them all with `finish`. With a part only, the others are `NotDone`.
+    a whole run removes them all with `finish`. With a part only, the others are `NotDone`. `is_good` says whether a
+    result of an earlier run still holds.
     """
     wanted = dict.fromkeys(_key(function, task) for task in tasks)
-    done = {key: result for key, result in _read_journals(journal) if key in wanted}
+    done = {key: result for key, result in _read_journals(journal) if key in wanted and is_good(result)}
     part, parts = crew.shard
     missing = [key for key in list(wanted)[part::parts] if key not in done]
     timeout_s = timeout_s or crew.timeout_s

@@ -76,6 +76,8 @@ class DataConfig:
     """Training clips cut out of one decode of a video, each with a window, crop and flip of its own."""
     timeout_s: float = 60
     """Seconds that a worker may take for one video, which is unreadable then."""
+    cache: str | None = None
+    """Folder on a local disk that keeps what is read from URLs, for the next epochs; null: it is read anew."""
     max_fault_fraction: float = 0.05
     """Training stops when more than this share of an epoch's videos, 0 to 1, cannot be read."""
 
@@ -381,6 +383,7 @@ def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
         "decode": data.decode,
         "views_per_decode": data.views_per_decode,
         "timeout_s": data.timeout_s,
+        "cache": data.cache,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.files import fetch
 from dali_pipelines.manifest import probe
 from training.config import Config, clip_settings
 from training.distributed import Process
@@ -42,7 +43,7 @@ def predict(weights: Weights, config: Config, videos: Sequence[str], process: Pr
     good = []
     for path in videos:
         try:
-            good.append(probe(path))
+            good.append(probe(fetch(path, config.data.cache))._replace(path=path))
         except InputError as error:
             yield Prediction(path, reason=str(error))
     if not good:

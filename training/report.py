@@ -271,7 +271,7 @@ def _frames_of(manifest: Manifest, row: int, path: str, view: View) -> list[tupl
     shown = np.unique(plan.picks[0])
     shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _FRAMES)).astype(int)]
     positions = plan.positions[shown]
-    pictures = decode_frames(manifest.file(row), positions, size=coded_size(video)).frames
+    pictures = decode_frames(manifest.source(row), positions, size=coded_size(video)).frames
     side = min(_THUMBNAIL, view.crop_size)
     return [
         (position / video.fps, _jpeg(_crop(picture, plan.rectangles[1], plan.transpose), side))

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from dali_pipelines import InputError, Manifest
+from dali_pipelines.files import open_video
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Video, coded_size, open_video, probe
+from dali_pipelines.manifest import Video, coded_size, probe
 from dali_pipelines.packets import PacketReader
 from preparation import transcode
 from preparation.child import end_children
@@ -40,7 +41,7 @@ def make(folder: Path, name: str, pictures: list[np.ndarray], **settings) -> lis
 def copy(folder: Path, video, *, codec: str = "h264", short_side: int = 64, crf: int | None = None, gop: int = GOP):
     settings = {"short_side": short_side, "gop": gop, "codec": codec, "crf": CODECS[codec].crf if crf is None else crf}
     suffix = CODECS[codec].suffix
-    arguments = (video.path, list(video._replace(path="v")), str(folder / "out"), f"v{suffix}", settings)
+    arguments = ([video.path], list(video._replace(path="v")), str(folder / "out"), f"v{suffix}", settings)
     made = transcode.transcode(*arguments)
     return video, made.video, folder / "out" / f"v{suffix}"
 

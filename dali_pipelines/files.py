@@ -1,0 +1,254 @@
+"""Where the bytes of a video are, and how to open them: a file, a part of a file (a member of a tar shard), or either
+of these below a URL of fsspec (s3://, gs://, https://, ...), with a cache on the local disk.
+
+fsspec is imported where a URL is met: it is an extra, and its file systems, which have threads, are made in the process
+that uses them.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shutil
+import stat
+import time
+import urllib.parse
+import uuid
+from typing import NamedTuple
+
+import av
+
+from dali_pipelines.errors import InputError
+from dali_pipelines.packets import video_stream
+
+_URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
+_ATTEMPTS = 3  # to read from a URL
+_PAUSE_S = 0.5  # before the second attempt; four times as long before the third
+_RESERVE = 1 << 30  # bytes of the disk that the cache leaves free
+
+
+class Source(NamedTuple):
+    """The bytes of a video."""
+
+    path: str
+    """A local file, or a URL."""
+    offset: int = 0
+    """Where in the file the video starts, in bytes."""
+    size: int | None = None
+    """Bytes of the video; None: all of the file."""
+    data: bytes | None = None
+    """The bytes themselves, once they have been fetched from a URL."""
+    note: str = ""
+    """Why what was fetched is not kept in the cache; "" where it is, or need not be."""
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether fsspec is to open it; also chained ones such as simplecache::s3://bucket/file."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def join(root: str | os.PathLike, path: str) -> str:
+    """`path` below `root`, each a local path or a URL; itself where it is absolute or a URL."""
+    if is_url(path) or not is_url(root):
+        return path if is_url(path) else os.path.join(root, path)
+    if os.path.isabs(path):
+        return path
+    links = root.split("::")
+    place = next(number for number, link in enumerate(links) if "://" in link)  # zip://folder::s3://bucket/file.zip
+    if links[place].startswith(("http://", "https://")):
+        path = urllib.parse.quote(os.fsencode(path))
+    links[place] = f"{links[place].removesuffix('/')}/{path}"
+    return "::".join(links)
+
+
+def absolute(root: str | os.PathLike) -> str:
+    """The same for other processes, wherever they are."""
+    return root if is_url(root) else os.path.abspath(root)
+
+
+def as_source(video: str | os.PathLike | Source) -> Source:
+    return video if isinstance(video, Source) else Source(os.fspath(video))
+
+
+def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer:
+    """Opens a file that has a video stream of a known codec; `InputError` says why another cannot be."""
+    source = fetch(video)
+    try:
+        if source.data is None:
+            _check_file(source)
+        file = ffmpeg_url(source) if source.data is None else io.BytesIO(source.data)
+        container = av.open(file, metadata_errors="replace")  # titles need not be UTF-8
+    except PermissionError:
+        raise InputError("no permission to read it") from None
+    except av.error.FFmpegError as error:
+        raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+    except OSError as error:
+        raise InputError(error.strerror.lower()) from None
+    reason = ""
+    stream = video_stream(container)
+    if stream is None:
+        reason = "no video stream in it"
+    elif stream.codec_context is None:
+        reason = "FFmpeg does not know the codec of its video stream"
+    if reason:
+        container.close()
+        raise InputError(reason)
+    return container
+
+
+def ffmpeg_url(video: str | os.PathLike | Source) -> str:
+    """What FFmpeg takes for this local file, or this part of it, and nothing else: "a:b.mp4" alone would be a
+    protocol."""
+    source = as_source(video)
+    if source.size is None:
+        return f"file:{source.path}"
+    return f"subfile,,start,{source.offset},end,{source.offset + source.size},,:file:{source.path}"
+
+
+def size_of(video: str | os.PathLike | Source) -> int:
+    """Bytes, without reading them. Raises `InputError`."""
+    source = as_source(video)
+    try:
+        if source.size is not None:
+            return source.size
+        if not is_url(source.path):
+            return _check_file(source)
+        system, path = _file_system(source.path)
+        size = system.size(path)
+    except FileNotFoundError:
+        raise InputError("no such file or directory") from None
+    except OSError as error:
+        raise InputError((error.strerror or str(error)).lower()) from None
+    if size is None:
+        raise InputError("its server does not say how large it is")
+    return size
+
+
+def read_bytes(video: str | os.PathLike | Source) -> bytes:
+    """All of the video. Raises `InputError`."""
+    source = fetch(video)
+    if source.data is not None:
+        return source.data
+    try:
+        _check_file(source)
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            return file.read(-1 if source.size is None else source.size)
+    except OSError as error:
+        raise InputError(error.strerror.lower()) from None
+
+
+def fetch(video: str | os.PathLike | Source, cache: str | None = None) -> Source:
+    """What can be opened without the network: local files as they are; what is below a URL from the folder `cache`, or
+    read into memory, and kept there for the next time. Raises `InputError`.
+
+    Any number of processes may share a cache. Where it cannot be written, `Source.note` says why.
+    """
+    source = as_source(video)
+    if source.data is not None or not is_url(source.path):
+        return source
+    kept = cache and _place(cache, source)
+    if kept and os.path.isfile(kept):
+        return Source(kept)
+    source = source._replace(data=_download(source))
+    if kept:
+        try:
+            _keep(kept, source.data)
+        except OSError as error:
+            return source._replace(note=f"not kept in the cache ({(error.strerror or str(error)).lower()})")
+    return source
+
+
+def check_reachable(source: Source, cache: str | None = None) -> None:
+    """Raises `InputError` where nothing below the URL of `source` can be read, as without a package or credentials; not
+    where it is this file alone that is missing."""
+    if not is_url(source.path) or (cache and os.path.isfile(_place(cache, source))):
+        return
+    system, path = _file_system(source.path)
+    try:
+        system.info(path)
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) else error  # HTTP: whatever it was
+        is_missing = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404
+        if not is_missing:
+            raise InputError(f"{source.path}: {_text(cause)}; check the address, the network and credentials") from None
+
+
+def _check_file(source: Source) -> int:
+    """Bytes of the file. Raises `InputError` for what is no file, or too short, and OSError."""
+    state = os.stat(source.path)
+    if not stat.S_ISREG(state.st_mode):  # a pipe would block for ever
+        raise InputError("a folder" if stat.S_ISDIR(state.st_mode) else "not a regular file")
+    if source.size is not None and state.st_size < source.offset + source.size:
+        raise InputError(
+            f"the shard ends at byte {state.st_size}, the video at {source.offset + source.size}: the shard is cut, or "
+            "not the one that the manifest speaks of"
+        )
+    return state.st_size
+
+
+def _file_system(url: str):
+    """(fsspec's file system, the path in it)."""
+    try:
+        import fsspec
+    except ImportError:
+        raise InputError(f"{url}: needs fsspec: pip install 'dali-timesformer[remote]'") from None
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise InputError(f"{url}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{url}: not a URL that fsspec can open ({error})") from None
+
+
+def _download(source: Source) -> bytes:
+    start, end = (source.offset, source.offset + source.size) if source.size is not None else (None, None)
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE_S * 4 ** (attempt - 1))
+        try:
+            system, path = _file_system(source.path)
+            data = system.cat_file(path, start=start, end=end)
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError("no such file on its server") from None
+        except PermissionError:
+            raise InputError("its server gives no permission to read it") from None
+        except Exception as error:  # every file system has its own
+            reason = _text(error)
+            continue
+        if source.size is None or len(data) == source.size:
+            return data
+        if len(data) > source.size:
+            raise InputError("its server sends whole files and no parts of them (HTTP Range), which shards need")
+        reason = f"{len(data)} of its {source.size} bytes came: the shard is cut, or the connection was"
+    raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {reason}")
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _place(cache: str, source: Source) -> str:
+    name = hashlib.sha256(f"{source.path}\0{source.offset}\0{source.size}".encode(errors="surrogateescape")).hexdigest()
+    return os.path.join(cache, name[:2], name)
+
+
+def _keep(place: str, data: bytes) -> None:
+    """All of it or nothing, whatever else writes there at the same time."""
+    folder = os.path.dirname(place)
+    os.makedirs(folder, exist_ok=True)
+    if shutil.disk_usage(folder).free < _RESERVE + len(data):
+        raise OSError(f"its disk has less than {_RESERVE >> 20} MB left")
+    unfinished = f"{place}.{uuid.uuid4().hex}.part"
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fdatasync(file.fileno())  # after a power cut, too
+        os.replace(unfinished, place)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
