@@ -101,7 +101,9 @@ def _open_torch(path: Path) -> Exported:
             exported = _described(path, metadata, TORCH_FORMAT, run=None)
             if (damaged := archive.testzip()) is not None:
                 raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # zipfile's, zlib's and json's
         raise InputError(f"{path}: not a .pt2 file, or a damaged one ({_first_line(error)})") from None
     try:
         network = torch.export.load(path).module()

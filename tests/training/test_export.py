@@ -225,7 +225,10 @@ def test_a_mismatch_fails_and_deletes_nothing(kind, suffix, weights_file, monkey
     assert out.read_bytes() == b"the good one"
     kept = out.with_name(f"best.mismatch{suffix}")
     said = capsys.readouterr().err
-    assert "synthetic clip 0, view 1 of 3: a logit differs by 0.01, more than 0.001 (float32)" in said
+    assert (
+        "synthetic clip 0, view 1 of 3: a logit differs by 0.01, more than 0.001 (float32; so or alike for 12 of 12)"
+        in said
+    )
     assert f"kept as {kept}; {out} is what it was" in said
     assert open_exported(kept).classes == CLASSES
     assert {each.name for each in out.parent.iterdir()} == {out.name, kept.name, "w.safetensors"}
@@ -240,6 +243,13 @@ def test_what_is_broken_off_leaves_nothing(tmp_path):
     with pytest.raises(IsADirectoryError), export.verified(tmp_path / "w.onnx") as path:
         path.write_bytes(b"half") and tmp_path.write_bytes(b"fails")
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"the good one"]
+
+
+def test_a_network_too_large_for_one_file(weights, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_LARGEST_ONNX", 1000)
+    with pytest.raises(InputError, match=r"too large for one ONNX file; take --format torch"):
+        export_onnx(tmp_path / "w.onnx", weights, clips)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_and_damaged_files_are_refused(onnx_file, torch_file, tmp_path, monkeypatch):
