@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     packages=["benchmarks", "dali_pipelines", "model", "preparation", "training"],
     package_data={"training": ["report.css", "report.js"]},
-    py_modules=["benchmark", "evaluate", "predict", "prepare", "train", "weights"],
+    py_modules=["benchmark", "evaluate", "export", "predict", "prepare", "train", "weights"],
     install_requires=[
         "av>=18.1,<19",
         "numpy>=2.4",
@@ -27,6 +27,7 @@ setup(
     ],
     extras_require={
         "dask": ["distributed>=2026.8"],
+        "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
         "hub": ["huggingface_hub>=2.4"],
         "pictures": ["matplotlib>=3.11"],
         "remote": ["aiohttp>=3.14", "fsspec>=2026.9"],
@@ -37,6 +38,9 @@ setup(
             "huggingface_hub>=2.4",
             "hypothesis>=6.100",
             "matplotlib>=3.11",
+            "onnx>=1.23",
+            "onnxruntime>=1.32",
+            "onnxscript>=0.7",
             "pytest>=9.2",
             "ruff>=0.17",
             "timm>=1.0.31",

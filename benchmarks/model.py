@@ -40,6 +40,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.processes import end_with_parent
 from model import TimeSformer
 from model.pretrained import from_hugging_face
+from model.torchvision import let_torchvision_load
 
 SIZES = {  # channels, blocks, heads
     "base": (768, 12, 12),
@@ -120,21 +121,6 @@ def ours(work: Work, *, compiled: bool = False, checkpointing: bool = False) -> 
     network = work.network()
     network.activation_checkpointing = checkpointing
     return TorchContestant(torch.compile(network, fullgraph=True) if compiled else network, work.clips(), work)
-
-
-def let_torchvision_load() -> None:
-    """transformers and timm import torchvision where it is installed. The package index has its CUDA build only, whose
-    operators do not load beside a CPU build of torch: it stops at the names of two that nobody here calls."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError:
-        for operator in ("nms", "qnms"):
-            _OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # forgets its operators when it is forgotten
 
 
 def hugging_face(work: Work, *, fused: bool) -> TorchContestant:

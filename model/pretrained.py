@@ -321,6 +321,14 @@ def from_hugging_face(name: str) -> str:
     return name
 
 
+def to_hugging_face(name: str) -> str:
+    """blocks.3.attn.qkv.weight -> timesformer.encoder.layer.3.attention.attention.qkv.weight"""
+    for theirs, ours in reversed(_HUGGING_FACE_NAMES.items()):
+        if ours:  # from the start of a part of the name: norm1. also ends temporal_norm1.
+            name = re.sub(rf"(?<!\w){re.escape(ours)}", theirs, name)
+    return name if name.startswith("classifier.") else f"timesformer.{name}"
+
+
 # -- what differs, and can be adapted --
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 Attention = Literal["divided_space_time", "joint_space_time", "space_only"]
 
-_LAYER_NORM_EPS = 1e-6  # PaddleVideo pptimesformer_k400_videos.yaml
+LAYER_NORM_EPS = 1e-6  # PaddleVideo pptimesformer_k400_videos.yaml
 
 
 class TimeSformer(nn.Module):
@@ -67,7 +67,7 @@ class TimeSformer(nn.Module):
             Block(embed_dim, num_heads, qkv_bias, attention == "divided_space_time", drop_path * i / max(depth - 1, 1))
             for i in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=_LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes)
         # Linear layers keep torch's initialisation, whose spread follows their width: a fixed 0.02 starves a narrow
         # network. A zero temporal_fc, as PaddleVideo has, belongs to image weights: see pretrained.py, docs/demo.md.
@@ -86,7 +86,7 @@ class TimeSformer(nn.Module):
         if clips.shape[1:] != self.input_shape:
             raise ValueError(f"clips are {tuple(clips.shape)}; expected [B, {', '.join(map(str, self.input_shape))}]")
         x = self.patch_embed(clips) + self.pos_embed[:, 1:, None]  # [B, N, T, D]
-        cls = (self.cls_token + self.pos_embed[:, :1])[:, None].expand(len(x), -1, -1, -1)  # [B, 1, 1, D]
+        cls = (self.cls_token + self.pos_embed[:, :1])[:, None].expand(x.shape[0], -1, -1, -1)  # [B, 1, 1, D]
         if self.attention == "space_only":  # every frame is a clip of its own
             cls = cls.repeat_interleave(x.shape[2], dim=0)
             x = x.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [B*T, N, 1, D]
@@ -100,7 +100,7 @@ class TimeSformer(nn.Module):
             else:
                 cls, x = block(cls, x)
         if self.attention == "space_only":
-            cls = cls.unflatten(0, (len(clips), -1)).mean(1)
+            cls = cls.unflatten(0, (clips.shape[0], -1)).mean(1)
         return self.norm(cls[:, 0, 0])
 
 
@@ -128,12 +128,12 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.temporal_attn = None
         if divided:
-            self.temporal_norm1 = nn.LayerNorm(dim, eps=_LAYER_NORM_EPS)
+            self.temporal_norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
             self.temporal_attn = SelfAttention(dim, num_heads, qkv_bias)
             self.temporal_fc = nn.Linear(dim, dim)
-        self.norm1 = nn.LayerNorm(dim, eps=_LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = SelfAttention(dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=_LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim)
 
     def forward(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.model import let_torchvision_load
 from dali_pipelines.manifest import Manifest, probe
+from model.torchvision import let_torchvision_load
 from tests.videos import numbered, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"

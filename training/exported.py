@@ -1,0 +1,137 @@
+"""Opening what export.py wrote: one call from clips to probabilities, whichever runtime is behind it."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dali_pipelines.errors import InputError
+
+ONNX_FORMAT = "dali-timesformer onnx 1"
+TORCH_FORMAT = "dali-timesformer torch 1"
+METADATA_FILE = "dali-timesformer.json"
+"""Inside a .pt2 file, which is a zip archive: under its folder `extra`."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network that runs without our code, and what its file says of it."""
+
+    model: dict[str, Any]
+    """Arguments of `TimeSformer`."""
+    preprocessing: dict[str, Any]
+    """How clips are cut: keys of the section `data` of a config."""
+    classes: tuple[str, ...]
+    views: int
+    """1: clips in, logits out; 3: three views of a video in, the mean of their probabilities out."""
+    precision: str
+    run: Callable[[Tensor], Tensor]
+    """Clips [B, 3, T, S, S] -> logits [B, K]; views [B, 3, 3, T, S, S] -> probabilities [B, K]. float32, CPU."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Without the batch: 3, T, S, S, and the views before them where it takes several."""
+        frames, side = self.preprocessing["num_frames"], self.preprocessing["crop_size"]
+        return (*([self.views] if self.views > 1 else []), 3, frames, side, side)
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Views [B, V, 3, T, S, S], normalised -> mean of their probabilities, float32 [B, K], on the CPU."""
+        shape = self.input_shape
+        if clips.ndim != 6 or clips.shape[-len(shape) :] != shape:
+            views = "V" if self.views == 1 else str(self.views)
+            raise InputError(
+                f"clips are {tuple(clips.shape)}; this file takes [B, {views}, {', '.join(map(str, shape[-4:]))}]"
+            )
+        clips = clips.float().cpu()
+        if self.views > 1:
+            return self.run(clips)
+        return self.run(clips.flatten(0, 1)).softmax(1).unflatten(0, clips.shape[:2]).mean(1)
+
+
+def open_exported(path: str | os.PathLike) -> Exported:
+    """Opens an .onnx (in onnxruntime) or .pt2 file (in torch) of export.py, on the CPU.
+
+    Raises `InputError` for any other file, a damaged one and a missing onnxruntime. A .pt2 file of somebody else is as
+    able to run code as a pickle is: docs/export.md.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise InputError(f"{path}: expected an .onnx or .pt2 file of export.py")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; export.py writes .onnx and .pt2 files")
+    return _open_onnx(path) if path.suffix == ".onnx" else _open_torch(path)
+
+
+def _open_onnx(path: Path) -> Exported:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError(f"{path}: to open it: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are raised besides
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's kinds have no common base
+        raise InputError(f"{path}: not an ONNX file, or a damaged one ({_first_line(error)})") from None
+
+    def run(clips: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+
+    exported = _described(path, session.get_modelmeta().custom_metadata_map, ONNX_FORMAT, run)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    given = [[each.name for each in inputs], *(each.shape[1:] for each in (*inputs, *outputs))]
+    if given != [["clips"], list(exported.input_shape), [len(exported.classes)]]:
+        raise InputError(f"{path}: damaged: its network is not the one that its metadata speaks of")
+    return exported
+
+
+def _open_torch(path: Path) -> Exported:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}")]
+            metadata = json.loads(archive.read(names[0])) if names else {}
+            # Before torch opens it: what is no file of ours is not opened at all.
+            exported = _described(path, metadata, TORCH_FORMAT, run=None)
+            if (damaged := archive.testzip()) is not None:
+                raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
+    except InputError:
+        raise
+    except Exception as error:  # zipfile's, zlib's and json's
+        raise InputError(f"{path}: not a .pt2 file, or a damaged one ({_first_line(error)})") from None
+    try:
+        network = torch.export.load(path).module()
+    except Exception as error:  # of another version of torch, most likely; torch raises a dozen kinds
+        raise InputError(f"{path}: torch {torch.__version__} cannot open it ({_first_line(error)})") from None
+
+    def run(clips: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return network(clips)
+
+    return Exported(**vars(exported) | {"run": run})
+
+
+def _described(
+    path: Path, metadata: Mapping[str, str], expected: str, run: Callable[[Tensor], Tensor] | None
+) -> Exported:
+    if not isinstance(metadata, Mapping) or metadata.get("format") != expected:
+        raise InputError(f"{path}: not a file that export.py wrote; its metadata lacks the format {expected!r}")
+    try:
+        model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
+        views = int(metadata["views"])
+        exported = Exported(model, preprocessing, tuple(map(str, classes)), views, metadata["precision"], run)
+        if not isinstance(model, dict) or not all(isinstance(size, int) for size in exported.input_shape):
+            raise TypeError("a value of another type")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its metadata is not what export.py writes ({error})") from None
+    return exported
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
