@@ -11,8 +11,6 @@ _IN_A_LINE = 3  # classes of a window in the text
 def as_text(prediction: Prediction, k: int, classes: Sequence[str], *, windows: bool) -> str:
     """The video, a line for each of its k likeliest classes, and with `windows` a line for each of these."""
     lines = [prediction.video]
-    if prediction.reason is not None:
-        return f"{prediction.video}\n    {prediction.reason}"
     for entry in top(prediction.probabilities, k, classes):
         lines.append(f"    {entry['probability']:.4f}  {entry['class']} ({entry['label']})")
     for start, end, best in _windows(prediction, min(k, _IN_A_LINE), classes) if windows else ():

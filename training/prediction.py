@@ -23,8 +23,9 @@ from training.weights import Weights, agreeing_config, open_weights
 EXPORTED = (".onnx", ".pt2")
 """What export.py writes ends in one of these."""
 
-_MOST_BYTES = 128 << 20
-"""Decoded pictures of one sample: of the windows of a long video, so many are decoded at once."""
+_MOST_BYTES, _MOST_FRAMES = 128 << 20, 128
+"""Of decoded pictures in one sample, which holds so many of a video's windows. Each picture may need a group of
+pictures of its own in memory."""
 _AT_ONCE = 4
 """Windows, three crops each, that the network sees at once."""
 
@@ -199,7 +200,8 @@ def _predict_readable(
 
 def _windows_at_once(manifest: Manifest, num_windows: int, num_frames: int) -> int:
     """As many as fit, evenly over the parts."""
-    most = max(_MOST_BYTES // int(3 * manifest.areas.max() * num_frames), 1)
+    frames = min(_MOST_BYTES // (3 * int(manifest.areas.max())), _MOST_FRAMES)
+    most = max(frames // num_frames, 1)
     parts = -(-num_windows // most)
     return -(-num_windows // parts)
 

@@ -173,6 +173,14 @@ def test_windows_in_parts_are_the_same_windows(numbered_videos, workers):
     assert (np.diff(seconds, axis=0) > 0).all()
 
 
+def test_windows_without_a_stride_are_shares_of_the_video(numbered_videos):
+    long = Manifest([numbered_videos[0]], root=numbered_videos.root)
+    made = loader(long, "test", stride=None, num_windows=4, batch_size=1)
+    numbers = [read_numbers(view.numpy()) for view in by_sample(made)[0][::3]]
+    assert [(found[0], found[-1]) for found in numbers] == [(0, 24), (25, 49), (50, 74), (75, 99)]
+    np.testing.assert_allclose(made.window_seconds(0), [[0, 1], [1, 2], [2, 3], [3, 4]])
+
+
 def test_past_end_hold_repeats_the_last_frame(numbered_videos):
     short = next(n for n in range(len(numbered_videos)) if numbered_videos[n].frames == 50)
     clip = by_sample(loader(numbered_videos, "validate", past_end="hold"))[short]
