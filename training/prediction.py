@@ -70,10 +70,10 @@ def top(probabilities: Tensor | None, k: int, classes: Sequence[str]) -> list[di
 
 def open_model(path: str, config_path: str | None, overrides: Sequence[str]) -> tuple[Any, Config, str]:
     """`open_weights`, also for a file of export.py, which is then the first of what comes back: a
-    `training.export.Exported` with the model, preprocessing and classes of a `Weights`."""
+    `training.exported.Exported` with the model, preprocessing and classes of a `Weights`."""
     if not path.endswith(EXPORTED):
         return open_weights(path, config_path, overrides)
-    from training.export import open_exported
+    from training.exported import open_exported
 
     exported = open_exported(path)
     told = Weights(exported.model, exported.preprocessing, tuple(exported.classes), {})

@@ -296,7 +296,7 @@ def test_explanations_are_the_rollout_of_the_middle_crop(weights_file, small_dat
 
 
 class Exported:
-    """Stands for `training.export.Exported`."""
+    """Stands for `training.exported.Exported`."""
 
     def __init__(self, weights_file):
         weights = load_weights(weights_file)
@@ -312,9 +312,9 @@ class Exported:
 @pytest.fixture
 def export_module(weights_file, monkeypatch):
     opened = []
-    module = types.ModuleType("training.export")
+    module = types.ModuleType("training.exported")
     module.open_exported = lambda path: opened.append(path) or Exported(weights_file)
-    monkeypatch.setitem(sys.modules, "training.export", module)
+    monkeypatch.setitem(sys.modules, "training.exported", module)
     return opened
 
 
