@@ -112,12 +112,12 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, value in (("--top-k", arguments.top_k), ("--windows", arguments.windows)):
         if value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
-    found = count(find_videos(arguments.videos))
     for name, path in (("--picture", arguments.picture), ("--explain", arguments.explain)):
         if path is None or (name == "--explain" and path.suffix.lower() not in _PICTURE_SUFFIXES):
             continue
+        found = count(find_videos(arguments.videos))
         if found != 1:
-            raise InputError(f"{name} draws one video, but {'a list' if found is None else found} are named")
+            raise InputError(f"{name} draws one video, but {'a list is' if found is None else f'{found} are'} named")
         if not path.parent.is_dir():
             raise InputError(f"{name} {path}: no such folder; make it first")
         if path.suffix.lower() not in _PICTURE_SUFFIXES:
@@ -153,6 +153,7 @@ class _Pictures:
         if self._picture:
             if self._windows:
                 said = prediction.window_probabilities.numpy()
+                title = f"{Path(prediction.video).name}: {len(said)} windows"
                 save_timeline(
                     self._picture,
                     prediction.window_frames,

@@ -13,8 +13,9 @@ from preparation.index import VIDEO_SUFFIXES
 from training.labels import read_manifest
 
 STDIN = "-"
-_CHUNK = 64
-"""Videos that are probed before the first of them is decoded."""
+_CHUNK, _ROWS = 64, 1024
+"""Videos for one loader, whose start takes a moment: files, which are probed before the first is decoded, and rows of
+manifests, of which all is known."""
 
 
 class Chunk(NamedTuple):
@@ -86,14 +87,14 @@ def chunks(found: Sequence[Found]) -> Iterator[Chunk]:
             yield from _from_stdin()
         elif isinstance(each, Manifest):
             rows = map(each.__getitem__, range(len(each)))
-            yield from (Chunk(each.root, videos) for videos in _split(rows))
+            yield from (Chunk(each.root, videos) for videos in _split(rows, _ROWS))
         else:
-            yield from (Chunk(".", videos) for videos in _split(each))
+            yield from (Chunk(".", videos) for videos in _split(each, _CHUNK))
 
 
-def _split(videos: Iterable) -> Iterator[list]:
+def _split(videos: Iterable, size: int) -> Iterator[list]:
     videos = iter(videos)
-    while chunk := list(itertools.islice(videos, _CHUNK)):
+    while chunk := list(itertools.islice(videos, size)):
         yield chunk
 
 
@@ -102,7 +103,7 @@ def _from_stdin() -> Iterator[Chunk]:
     rest, are_none = b"", True
     while data := os.read(0, 1 << 16):
         *lines, rest = (rest + data).split(b"\n")
-        for paths in _split(os.fsdecode(line) for line in lines if line.strip()):
+        for paths in _split((os.fsdecode(line) for line in lines if line.strip()), _CHUNK):
             are_none = False
             yield Chunk(".", paths)
     if rest.strip():

@@ -166,5 +166,5 @@ def save_timeline(
                 (centres[window], 0), (0.5, 1), axes.get_xaxis_transform(), below.transAxes, color="grey", lw=0.6
             )
         )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
