@@ -18,7 +18,7 @@ from model import attention_rollout
 from tests.training.conftest import PROJECT, run
 from tests.videos import textured, write_video
 from training import inputs, prediction
-from training.answers import clock
+from training.answers import as_json, clock, csv_columns, csv_rows
 from training.config import clip_settings, load_config, preprocessing
 from training.distributed import start_process
 from training.evaluation import evaluate
@@ -26,6 +26,7 @@ from training.features import Features
 from training.prediction import open_model, predict
 from training.weights import Weights, build_network, load_weights, save_weights
 
+IN_PROCESS = ("-o", "device=cpu", "data.workers=0")  # quicker for a few videos
 CLASSES = ("ash", "birch", "cedar, Lebanese")
 
 
@@ -164,7 +165,7 @@ def test_answers_as_json_and_csv_keep_the_order_also_of_bad_videos(weights_file,
     files = [named[0], named[1], small_data / "val_0.mp4", small_data / "val_1.webm"]
     rows = Manifest.read(mixed)
     files = [*map(str, files), *(rows.file(n) for n in range(len(rows)))]
-    arguments = ["-w", weights_file, *named, "--device", "cpu", "--top-k", 2]
+    arguments = ["-w", weights_file, *named, "--top-k", 2, *IN_PROCESS]
     lines, table = run("predict.py", *arguments, "--json"), run("predict.py", *arguments, "--csv")
     answers = [json.loads(line) for line in lines.stdout.splitlines()]
     assert [answer["video"] for answer in answers] == files
@@ -236,11 +237,15 @@ def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
     lines = text.stdout.splitlines()
     assert len(lines) == 1 + 3 + 4 and lines[4].startswith("    0:00.0 - 0:00.") and "(" not in lines[4]
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
-    table = list(csv.DictReader(io.StringIO(run("predict.py", *options, "--csv").stdout)))
     [found] = predictions(weights_file, [video], num_windows=4)
-    assert [row["start"] for row in table] == ["", *(str(round(start, 3)) for start in found.seconds[:, 0])]
+    columns = csv_columns(2, CLASSES, windows=True)
+    table = [dict(zip(columns, row, strict=True)) for row in csv_rows(found, 2, CLASSES, windows=True)]
+    answer = json.loads(as_json(found, 2, CLASSES, windows=True))
+    assert [row["start"] for row in table] == ["", *(window["start"] for window in answer["windows"])]
+    assert [row["end"] for row in table[1:]] == [round(end, 3) for end in found.seconds[:, 1].tolist()]
     for row, probabilities in zip(table, [found.probabilities, *found.window_probabilities], strict=True):
-        assert float(row["probability1"]) == pytest.approx(probabilities.max().item(), abs=2e-6)
+        assert row["probability1"] == pytest.approx(probabilities.max().item(), abs=2e-6)
+        assert row["class2"] == CLASSES[probabilities.argsort(descending=True)[1]]
     assert (clock(8.54), clock(59.96), clock(3728.5)) == ("0:08.5", "1:00.0", "1:02:08.5")
 
 
@@ -269,7 +274,7 @@ def test_features_are_the_mean_of_what_the_head_sees(weights_file, mixed, tmp_pa
 
 def test_features_as_a_user_writes_them(weights_file, mixed, small_data, tmp_path):
     out = tmp_path / "f.npz"
-    done = run("predict.py", "-w", weights_file, mixed, small_data / "val_0.mp4", "--features", out, "--device", "cpu")
+    done = run("predict.py", "-w", weights_file, mixed, small_data / "val_0.mp4", "--features", out, *IN_PROCESS)
     assert done.returncode == 1 and "2 of 9 videos cannot be read" in done.stderr
     with np.load(out) as saved:
         assert len(saved["features"]) == 7 and "labels" not in saved  # one video is from no manifest
@@ -287,7 +292,7 @@ def test_explanations_are_the_rollout_of_the_middle_crop(weights_file, small_dat
     assert found.attention.shape == (4, 2, 2)
     torch.testing.assert_close(found.attention, attention_rollout(network, found.views[1:2]).patches[0])
     assert not torch.allclose(found.attention, attention_rollout(network, found.views[:1]).patches[0])
-    done = run("predict.py", "-w", weights_file, video, video, "--explain", tmp_path / "why", "--device", "cpu")
+    done = run("predict.py", "-w", weights_file, video, video, "--explain", tmp_path / "why", *IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "why").iterdir()) == ["val_6.png", "val_6_2.png"]
 
