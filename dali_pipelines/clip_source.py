@@ -102,14 +102,15 @@ class ClipSource:
             end_with_parent()
             self._manifest = Manifest.map_arrays(self._table, self._root)
             self._progress = Progress(self._table)
-        epoch, sample_id = self._order.sample(place)
-        if sample_id == PADDING:
+        epoch, entry = self._order.sample(place)
+        if entry == PADDING:
             return self._black(PADDING, "")
+        sample_id, part = divmod(entry, self._view.parts)
         if reason := self._given_up.get(sample_id):
             return self._black(sample_id, reason)
         self._progress.at(sample_id)
         try:
-            return self._read(epoch, sample_id)
+            return self._read(epoch, sample_id, part)
         except InputError as error:
             return self._black(sample_id, str(error))
         except Exception as error:  # an exception here would end the pipeline: see `Sample.fault`
@@ -117,10 +118,10 @@ class ClipSource:
         finally:
             self._progress.at(NOTHING)
 
-    def _read(self, epoch: int, sample_id: int) -> Sample:
+    def _read(self, epoch: int, sample_id: int, part: int) -> Sample:
         video = self._manifest[sample_id]
         source = fetch(self._manifest.source(sample_id), self._cache)
-        plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id)
+        plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id, part=part)
         fallback = ""
         if video.codec in self._dali_codecs and sample_id not in self._host_ids:
             try:

@@ -23,7 +23,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, check_reachable
 from dali_pipelines.graph import clip_pipeline
 from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
-from dali_pipelines.plan import MODES, PADDING, Mode, Order, View
+from dali_pipelines.plan import MODES, PADDING, Mode, Order, View, windows_of_test
 from dali_pipelines.sampling import PAST_END
 from dali_pipelines.watch import Watchdog
 
@@ -104,7 +104,11 @@ class ClipLoader:
     views_per_decode: clips that training cuts out of one decode of a video, each with a window, crop and flip of its
         own; neighbours in a batch, with one sample id. It divides batch_size; an epoch has so many times more clips.
     num_windows: temporal windows of the test, evenly from the start of a video to its end, three crops of each; the
-        views of a batch are V = 3 * num_windows, the crops of the first window first.
+        views of a batch are V = 3 * num_windows, the crops of the first window first. With stride None, each window is
+        an equal share of the video.
+    windows_at_once: so many of these windows are one entry of a batch, for long videos, whose frames would not all fit
+        into memory: V = 3 * windows_at_once, and a video is ceil(num_windows / windows_at_once) entries with one sample
+        id, one after the other. The last repeats the last window where it has room. Default: all.
     timeout_s: seconds that a worker may take for one sample. Then the workers are started again, and the sample is a
         fault. Not with workers=0.
     cache: folder on a local disk that keeps what is read from URLs (`Manifest.root`), for the next epochs; any number
@@ -138,6 +142,7 @@ class ClipLoader:
         decode: Decode = "auto",
         views_per_decode: int = 1,
         num_windows: int = 1,
+        windows_at_once: int | None = None,
         timeout_s: float = 60,
         cache: str | os.PathLike | None = None,
     ):
@@ -184,6 +189,10 @@ class ClipLoader:
         self._mean, self._std, self._dtype = mean, std, dtype
         self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1).to(self.device)
         _check(num_windows >= 1, f"num_windows is {num_windows}; expected 1 or more")
+        _check(
+            windows_at_once is None or 1 <= windows_at_once <= num_windows,
+            f"windows_at_once is {windows_at_once}; expected 1 to the {num_windows} num_windows",
+        )
         self._view = View(
             mode=mode,
             num_frames=num_frames,
@@ -195,9 +204,10 @@ class ClipLoader:
             flip=flip,
             per_decode=views_per_decode,
             num_windows=num_windows if mode == "test" else 1,
+            windows_at_once=windows_at_once if mode == "test" else None,
         )
         self._order = Order(
-            rows=len(manifest),
+            rows=len(manifest) * self._view.parts,
             training=mode == "train",
             seed=seed,
             step_entries=step_entries // views_per_decode,
@@ -227,6 +237,12 @@ class ClipLoader:
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
         return self._order.rank_entries // self._batch_size
+
+    def window_seconds(self, sample_id: int) -> np.ndarray:
+        """When each window of the test starts and ends, float64 [num_windows, 2]; by the frame rate, in seconds."""
+        video = self.manifest[sample_id]
+        positions = windows_of_test(video, self._view)
+        return np.stack([positions[:, 0], positions[:, -1] + 1], axis=1) / video.fps
 
     @property
     def decoders(self) -> dict[str, str]:
@@ -397,7 +413,8 @@ class ClipLoader:
         free = _free_shared_memory()
         pixels = float(np.median(self.manifest.areas))
         # About half of a picture, of as many as there are in the batches under way.
-        needed = 3 * pixels / 2 * self._view.num_frames * self._batch_size * (_PREFETCH + 2)
+        pictures = self._view.num_frames * (self._view.windows if self._view.mode == "test" else 1) * self._batch_size
+        needed = 3 * pixels / 2 * pictures * (_PREFETCH + 2)
         _check(
             self._dali_codecs or free > needed,
             f"/dev/shm has {free / 2**20:.0f} MB free, and batches of {self._batch_size} videos need about "
@@ -410,7 +427,8 @@ class ClipLoader:
             # DALI's decoder cannot name the video that it failed on: the workers decode what was under way. Those that
             # they could decode before go back to DALI.
             ahead = range(place, place + self._batch_size * (_PREFETCH + 2))
-            under_way = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
+            entries = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
+            under_way = {entry // self._view.parts for entry in entries}
             suspects = {row for row in under_way if self.manifest[row].codec in self._dali_codecs} - self._host_ids
             self._host_ids = suspects | (self._host_ids & (self._bad_ids | under_way))
             self._count_fallback("DALI's decoder failed on a batch", len(suspects))

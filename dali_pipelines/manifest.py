@@ -419,7 +419,7 @@ def _read_structure(container: av.container.InputContainer) -> tuple[int | None,
     shown = np.cumsum([0] + [picture.is_shown for picture in reader.pictures])
     starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
     gop = max(np.diff(shown[[*starts, len(reader.pictures)]])).item()
-    times = [each.pts for each, picture in zip(reader.packets, reader.pictures, strict=True) if picture.is_shown]
+    times = [time for time, picture in zip(reader.times, reader.pictures, strict=True) if picture.is_shown]
     return frames, gop, _is_variable(times)
 
 

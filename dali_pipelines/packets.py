@@ -28,6 +28,9 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+_MOST_HELD = 256 << 20
+"""Bytes of packets in memory, from which on those that nobody will ask for are let go."""
+
 
 class UncertainError(Exception):
     """The headers do not say which picture a packet holds; the message is the reason."""
@@ -69,13 +72,19 @@ class PacketReader:
         selection = reader.select(positions)
         reader.packets[selection.runs[0][0]]     # feed this first
 
-    `packets` are those with data that have been read, `pictures` what their headers say.
+    `packets` are those with data that have been read, `pictures` what their headers say, `times` when they are shown,
+    in the stream's unit. Of a long video, packets far from all that is wanted are None, so that it need not fit into
+    memory.
     """
 
     def __init__(self, container: av.container.InputContainer):
         stream = video_stream(container)
-        self.packets: list[av.Packet] = []
+        self.packets: list[av.Packet | None] = []
         self.pictures: list[Picture] = []
+        self.times: list[int | None] = []
+        self._held_bytes = 0
+        self._groups: list[tuple[int, int]] = []  # the first packet of each, and how many pictures are shown before it
+        self._let_go = 0  # groups that `_forget` has looked at
         self._packets = container.demux(stream)
         self._held_back = stream.codec_context.reorder_depth  # pictures, says the stream
         codec = stream.codec_context.codec.canonical_name
@@ -91,16 +100,19 @@ class PacketReader:
 
         `in_one_go`: they are fed without a new start between two runs. Raises `UncertainError`.
         """
-        self._read(int(positions[-1]) + 1)
+        self._read(int(positions[-1]) + 1, positions)
         shown = self._shown()
         if positions[-1] >= len(shown):
             raise UncertainError("it has fewer pictures than are wanted")
         wanted = {shown[position] for position in positions.tolist()}
-        return Selection(self._runs(wanted, in_one_go), shown)
+        runs = self._runs(wanted, in_one_go)
+        if any(self.packets[number] is None for run in runs for number in run):
+            raise UncertainError("it is long, and its groups of pictures need each other")
+        return Selection(runs, shown)
 
     def count(self) -> int:
         """How many pictures a decoder puts out for the whole video. Raises `UncertainError`."""
-        self._read(None)
+        self._read(None, np.array([], np.int64))
         return len(self._shown())
 
     def _shown(self) -> list[int]:
@@ -115,9 +127,11 @@ class PacketReader:
             raise UncertainError("pictures are held back for longer than the stream says")
         return shown
 
-    def _read(self, count: int | None) -> None:
-        """Until `count` pictures are read, and with them every one that is shown before the last of them."""
+    def _read(self, count: int | None, wanted: np.ndarray) -> None:
+        """Until `count` pictures are read, and with them every one that is shown before the last of them. Pictures
+        number `wanted` (ascending) may be asked for."""
         missing = -1 if count is None else count + self._codec.reorder
+        shown = 0
         for packet in self._packets:
             if not packet.size:
                 continue
@@ -131,11 +145,31 @@ class PacketReader:
                 raise UncertainError("the file does not begin with a picture that stands alone")
             if packet.is_discard:  # an edit list cuts it out: it is decoded, never shown
                 picture = picture._replace(is_shown=False)
+            if picture.starts_group:
+                self._groups.append((len(self.packets), shown))
+                if self._held_bytes > _MOST_HELD:
+                    self._forget(wanted)
             self.packets.append(packet)
             self.pictures.append(picture)
+            self.times.append(packet.pts)
+            self._held_bytes += packet.size
+            shown += picture.is_shown
             missing -= picture.is_shown
             if not missing:
                 return
+
+    def _forget(self, wanted: np.ndarray) -> None:
+        """Lets go of groups that have ended and hold nothing of `wanted`, unless the group after them does, which may
+        need them. Where pictures of a group are shown is known to within the reordering of the stream; `select` sees
+        where that was wrong."""
+        while self._let_go < len(self._groups) - 2:
+            (first, before), (end, _), (_, after) = self._groups[self._let_go : self._let_go + 3]
+            self._let_go += 1
+            around = self._held_back + self._codec.reorder
+            low, high = np.searchsorted(wanted, [before - around, after + around])
+            if low == high:
+                self._held_bytes -= sum(packet.size for packet in self.packets[first:end])
+                self.packets[first:end] = [None] * (end - first)
 
     def _runs(self, wanted: set[int], in_one_go: bool) -> list[list[int]]:
         starts = [number for number, picture in enumerate(self.pictures) if picture.starts_group]

@@ -44,16 +44,23 @@ class View:
     """Clips that training cuts out of one decode, each with a window, crop and flip of its own; 1 in evaluation."""
     num_windows: int = 1
     """Windows of the test, the first at the start of the video, the last at its end; 1 in other modes."""
+    windows_at_once: int | None = None
+    """So many of them make a sample, a video then several; default: all."""
+
+    @property
+    def parts(self) -> int:
+        """Samples a video."""
+        return -(-self.num_windows // (self.windows_at_once or self.num_windows))
 
     @property
     def windows(self) -> int:
         """Windows a sample."""
-        return self.per_decode * self.num_windows
+        return self.per_decode * (self.windows_at_once or self.num_windows)
 
     @property
     def count(self) -> int:
         """Clips a sample: three crops of each window in the test, one of each otherwise."""
-        return 3 * self.num_windows if self.mode == "test" else self.per_decode
+        return 3 * self.windows if self.mode == "test" else self.per_decode
 
 
 @dataclass(frozen=True)
@@ -71,25 +78,17 @@ class SamplePlan:
     """Swap height and width after the resize (videos shown turned by 90 or 270 degrees)."""
 
 
-def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: int) -> SamplePlan:
-    """Which frames and which pixels of `video` make the sample."""
+def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: int, part: int = 0) -> SamplePlan:
+    """Which frames and which pixels of `video` make the sample; `part` 0 to `view.parts` - 1."""
     # PaddleVideo's `valid` draws its window at random; ours starts at 0, so that two validations see the same clips.
-    draws = np.zeros((view.num_windows, 5))
-    draws[:, 0] = np.linspace(0, 1, view.num_windows)  # 0 where there is one, as PaddleVideo's test
-    if view.mode == "train":
+    if view.mode != "train":
+        draws = np.zeros((view.windows, 5))
+        numbers = part * view.windows + np.arange(view.windows)
+        # The last part holds the last window as often as there is room.
+        draws[:, 0] = _test_starts(view)[np.minimum(numbers, view.num_windows - 1)]
+    else:
         draws = np.stack([_generator(seed, epoch, _CLIP, sample_id, clip).random(5) for clip in range(view.per_decode)])
-    windows = [
-        frame_positions(
-            frames=video.frames,
-            fps=video.fps,
-            num_frames=view.num_frames,
-            stride=view.stride,
-            target_fps=view.target_fps,
-            past_end=view.past_end,
-            start=start,
-        )
-        for start in draws[:, 0]
-    ]
+    windows = [_window(video, view, start) for start in draws[:, 0]]
     positions, picks = np.unique(windows, return_inverse=True)
     frame = {"height": video.height, "width": video.width, "crop_size": view.crop_size}
     if view.mode == "train":
@@ -98,10 +97,35 @@ def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: i
     elif view.mode == "validate":
         shown = crops.centre_crop(**frame, short_side=round(view.short_sides[0]))
     else:
-        shown = np.tile(crops.uniform_crops(**frame, short_side=round(view.short_sides[0])), (view.num_windows, 1))
+        shown = np.tile(crops.uniform_crops(**frame, short_side=round(view.short_sides[0])), (view.windows, 1))
     height, width = coded_size(video)
     rectangles, transpose = crops.to_coded(shown, rotation=video.rotation, height=height, width=width)
     return SamplePlan(positions, picks.reshape(len(windows), view.num_frames), rectangles, transpose)
+
+
+def windows_of_test(video: Video, view: View) -> np.ndarray:
+    """Frame positions int64 [num_windows, T] of the test's windows."""
+    return np.stack([_window(video, view, start) for start in _test_starts(view)])
+
+
+def _test_starts(view: View) -> np.ndarray:
+    """0 where there is one window, as PaddleVideo's test."""
+    return np.linspace(0, 1, view.num_windows)
+
+
+def _window(video: Video, view: View, start: float) -> np.ndarray:
+    stride = view.stride
+    if stride is None and view.num_windows > 1:  # not the whole video several times, but an equal share of it
+        stride = video.frames / view.num_windows / video.fps * view.target_fps / view.num_frames
+    return frame_positions(
+        frames=video.frames,
+        fps=video.fps,
+        num_frames=view.num_frames,
+        stride=stride,
+        target_fps=view.target_fps,
+        past_end=view.past_end,
+        start=start,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +133,7 @@ class Order:
     """Which sample stands where, for one rank. A place is a number that counts this rank's entries over all epochs."""
 
     rows: int
+    """Videos times `View.parts`, whose numbers follow each other."""
     training: bool
     seed: int
     step_entries: int

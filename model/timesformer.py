@@ -82,7 +82,7 @@ class TimeSformer(nn.Module):
             return self.head(features.to(self.head.weight.dtype))
 
     def forward_features(self, clips: Tensor) -> Tensor:
-        """The class token after the last block: [B, 3, T, S, S] -> [B, D]."""
+        """What the head sees, the class token after the last block and norm: [B, 3, T, S, S] -> [B, D]."""
         if clips.shape[1:] != self.input_shape:
             raise ValueError(f"clips are {tuple(clips.shape)}; expected [B, {', '.join(map(str, self.input_shape))}]")
         x = self.patch_embed(clips) + self.pos_embed[:, 1:, None]  # [B, N, T, D]

@@ -136,7 +136,7 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
     if is_ours(path):
         weights = load_weights(path)
-        config = _agreeing_config(weights, config_path, overrides)
+        config = agreeing_config(weights, config_path, overrides)
         if config.data.num_frames == weights.preprocessing["num_frames"]:
             return weights, config, ""
         model, classes = weights.model, weights.classes
@@ -159,7 +159,7 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     return Weights(model, preprocessing(config.data), tuple(classes), network.state_dict()), config, str(report)
 
 
-def _agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]) -> Config:
+def agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]) -> Config:
     """The config at `path`, or what the weights say, with overrides; refuses another preprocessing than theirs."""
     config = load_config(path, overrides, defaults=weights.config())
     theirs = load_config(None, defaults=weights.config())

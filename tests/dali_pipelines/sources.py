@@ -10,12 +10,12 @@ HANGS, CRASHES = 4, 9  # sample ids
 
 
 class TroubledSource(ClipSource):
-    def _read(self, epoch, sample_id):
+    def _read(self, epoch, sample_id, part):
         if sample_id == HANGS:
             re.match(r"(a+)+$", "a" * 60 + "b")  # in C, and never lets another thread run
         if sample_id == CRASHES:
             os.kill(os.getpid(), signal.SIGSEGV)
-        return super()._read(epoch, sample_id)
+        return super()._read(epoch, sample_id, part)
 
 
 class DyingSource(ClipSource):

@@ -151,6 +151,36 @@ def test_windows_of_the_test_go_from_the_start_to_the_end_with_three_crops_each(
         assert abs(middle[0] - last[0] / 2) <= 1 and np.ptp(first) == np.ptp(middle) == np.ptp(last)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_in_parts_are_the_same_windows(numbered_videos, workers):
+    """Five windows, two at once: three entries a video, the last window twice in the last of them."""
+    gone = numbered_videos[2]._replace(path="gone.mp4")
+    some = Manifest([numbered_videos[0], gone, numbered_videos[8]], root=numbered_videos.root)
+    whole = by_sample(loader(some, "test", stride=8, num_windows=5))
+    made = loader(some, "test", stride=8, num_windows=5, windows_at_once=2, batch_size=2, workers=workers)
+    batches = list(made)
+    sample_ids = torch.cat([batch.sample_ids for batch in batches])
+    assert sample_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, -1]
+    assert torch.cat([batch.valid for batch in batches]).tolist() == [True] * 3 + [False] * 3 + [True] * 3 + [False]
+    assert [fault.sample_id for fault in made.stats.faults] == [1, 1, 1]
+    clips = torch.cat([batch.clips for batch in batches]).unflatten(1, (2, 3))
+    for sample_id in (0, 2):
+        windows = clips[sample_ids == sample_id].flatten(0, 1)
+        expected = whole[sample_id].unflatten(0, (5, 3))
+        torch.testing.assert_close(windows, torch.cat([expected, expected[4:]]))
+    seconds = made.window_seconds(0)
+    assert seconds.shape == (5, 2) and seconds[0, 0] == 0 and seconds[4, 1] == some[0].frames / some[0].fps
+    assert (np.diff(seconds, axis=0) > 0).all()
+
+
+def test_windows_without_a_stride_are_shares_of_the_video(numbered_videos):
+    long = Manifest([numbered_videos[0]], root=numbered_videos.root)
+    made = loader(long, "test", stride=None, num_windows=4, batch_size=1)
+    numbers = [read_numbers(view.numpy()) for view in by_sample(made)[0][::3]]
+    assert [(found[0], found[-1]) for found in numbers] == [(0, 24), (25, 49), (50, 74), (75, 99)]
+    np.testing.assert_allclose(made.window_seconds(0), [[0, 1], [1, 2], [2, 3], [3, 4]])
+
+
 def test_past_end_hold_repeats_the_last_frame(numbered_videos):
     short = next(n for n in range(len(numbered_videos)) if numbered_videos[n].frames == 50)
     clip = by_sample(loader(numbered_videos, "validate", past_end="hold"))[short]
@@ -566,6 +596,7 @@ def test_statistics(textured_videos):
         (dict(world_size=0), "world_size is 0"),
         (dict(decode="nvdec"), "decode is 'nvdec'; expected one of auto, dali, host"),
         (dict(num_windows=0), "num_windows is 0"),
+        (dict(num_windows=2, windows_at_once=3), "windows_at_once is 3; expected 1 to the 2 num_windows"),
         (dict(views_per_decode=0), "views_per_decode is 0"),
         (dict(views_per_decode=3), "multiple of the 3 views_per_decode"),
         (dict(timeout_s=0), "timeout_s is 0"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dali_pipelines import packets
 from dali_pipelines.host_decoder import decode_frames
+from dali_pipelines.manifest import open_video, probe
 from dali_pipelines.packets import PacketReader, UncertainError, remux
 from tests.videos import decode_all, edit_packets, textured, write_video
 
@@ -374,3 +375,46 @@ def small_packets(tmp_path_factory):
             extradata = bytes(container.streams.video[0].codec_context.extradata or b"")
         found[codec] = extradata, raw_packets(path)[0]
     return found
+
+
+def selected(file, positions, in_one_go):
+    """(reader, selection), or (None, why not)."""
+    with open_video(file) as container:
+        try:
+            reader = PacketReader(container)
+            return reader, reader.select(np.array(positions), in_one_go=in_one_go)
+        except UncertainError as error:
+            return None, str(error)
+
+
+@pytest.mark.parametrize("in_one_go", [False, True])
+def test_long_videos_are_not_held_in_memory_and_give_the_same_packets(numbered_videos, monkeypatch, in_one_go):
+    """With a limit of nothing: what is held is what is needed, or, in one go, it may be said that it is not enough."""
+    let_go, uncertain = 0, []
+    for number in range(len(numbered_videos)):
+        file, last = numbered_videos.file(number), numbered_videos[number].frames - 1
+        for positions in ([0], [last // 2], [0, last]):
+            reader, expected = selected(file, positions, in_one_go)
+            monkeypatch.setattr(packets, "_MOST_HELD", 0)
+            limited, selection = selected(file, positions, in_one_go)
+            monkeypatch.undo()
+            if reader is None or limited is not None:
+                assert selection == expected
+            else:
+                uncertain.append(selection)
+            if limited is not None:
+                let_go += limited.packets.count(None)
+                assert limited.times == reader.times
+    assert let_go > 300
+    assert set(uncertain) <= ({"it is long, and its groups of pictures need each other"} if in_one_go else set())
+
+
+def test_probing_a_long_video_holds_little_of_it(numbered_videos, monkeypatch):
+    number = next(n for n in range(len(numbered_videos)) if numbered_videos[n].path == "short_gop.mov")
+    monkeypatch.setattr(packets, "_MOST_HELD", 0)
+    with open_video(numbered_videos.file(number)) as container:
+        reader = PacketReader(container)
+        assert reader.count() == 100
+    assert sum(packet is not None for packet in reader.packets) <= 3 * 12  # the last groups, of at most 12 pictures
+    probed = probe(numbered_videos.file(number))
+    assert probed._replace(path="short_gop.mov", label=numbered_videos[number].label) == numbered_videos[number]
