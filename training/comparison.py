@@ -72,7 +72,9 @@ def compare(a: Results, b: Results, *, names: Sequence[str] = ("A", "B")) -> Com
 
 def _shared(a: Results, b: Results, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     places = {path: row for row, path in enumerate(b.paths)}
-    pairs = [(row, places[path]) for path, row in {path: row for row, path in enumerate(a.paths)}.items() if path in places]
+    pairs = [
+        (row, places[path]) for path, row in {path: row for row, path in enumerate(a.paths)}.items() if path in places
+    ]
     if not pairs:
         paths = [each.summary["manifest"]["path"] for each in (a, b)]
         raise InputError(
@@ -114,7 +116,10 @@ def report(comparison: Comparison, *, names: Sequence[str] = ("A", "B")) -> str:
     lines.append(f"only A is right: {_some(a.paths[row] for row in comparison.only_a)}")
     lines.append(f"only B is right: {_some(b.paths[row] for row in comparison.only_b)}")
     order = np.argsort(gains, kind="stable").tolist()
-    for word, labels in (("gained", [k for k in order[::-1] if gains[k] > 0]), ("lost", [k for k in order if gains[k] < 0])):
+    for word, labels in (
+        ("gained", [k for k in order[::-1] if gains[k] > 0]),
+        ("lost", [k for k in order if gains[k] < 0]),
+    ):
         if labels:
             listed = ", ".join(f"{a.classes[k]} {gains[k]:+d}" for k in labels[:5])
             lines.append(f"classes that {word}: {listed}" + f", and {len(labels) - 5} more" * (len(labels) > 5))

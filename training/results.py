@@ -19,10 +19,28 @@ SUMMARY, PREDICTIONS, PER_CLASS = FILES = ("results.json", "predictions.csv", "p
 AVERAGES = ("prob", "score")
 TOP = 5
 _PREFIX = ("row", "path", "label", "class", "reason", *(f"top{k + 1}" for k in range(TOP)))
-_KEYS = (
-    "protocol windows crops average weights config manifest expected evaluated failed top1 top1_interval top5 "
-    "top5_interval mean_class_accuracy classes faults date seconds versions"
-).split()
+_KEYS = [
+    "protocol",
+    "windows",
+    "crops",
+    "average",
+    "weights",
+    "config",
+    "manifest",
+    "expected",
+    "evaluated",
+    "failed",
+    "top1",
+    "top1_interval",
+    "top5",
+    "top5_interval",
+    "mean_class_accuracy",
+    "classes",
+    "faults",
+    "date",
+    "seconds",
+    "versions",
+]
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names need not be UTF-8
 Z_95 = 1.959963984540054
 """Quantile of the normal distribution that leaves 2.5 % above it."""
@@ -205,7 +223,9 @@ def _per_class_csv(results: Results) -> Iterator[str]:
     )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow("label class videos correct accuracy top5_accuracy confused_with confused_count".split())
+    writer.writerow(
+        ["label", "class", "videos", "correct", "accuracy", "top5_accuracy", "confused_with", "confused_count"]
+    )
     for label, (name, others) in enumerate(zip(classes, confusion)):
         count, worst = videos[label], int(others.argmax())
         shares = [f"{found / count:.7g}" if count else "" for found in (right[label], right5[label])]
@@ -244,7 +264,9 @@ def _fill(results: Results, reader: Any, file: Path) -> None:
     row = 0
     try:
         if next(reader, None) != names:
-            raise InputError(f"{file}: not the predictions of {SUMMARY}: its columns are not those of {classes} classes")
+            raise InputError(
+                f"{file}: not the predictions of {SUMMARY}: its columns are not those of {classes} classes"
+            )
         for row, values in enumerate(reader):
             number, path, label, _, reason, *best = values[: len(_PREFIX)]
             if int(number) != row or not 0 <= int(label) < classes or len(values) != len(names):
