@@ -12,7 +12,7 @@ from dali_pipelines import ClipLoader, Manifest
 from tests.training.conftest import run
 from training.config import clip_settings, load_config, preprocessing
 from training.distributed import start_process
-from training.evaluation import evaluate, predict_views
+from training.evaluation import collect, evaluate, predict_views
 from training.prediction import predict
 from training.results import Protocol, read_results
 from training.weights import Weights, build_network, load_weights, open_weights, save_weights
