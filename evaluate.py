@@ -1,22 +1,33 @@
 """Evaluates weights on a manifest: three crops a video, mean of their probabilities, every video exactly once.
 
 python evaluate.py -w output/demo/best.safetensors -c configs/demo.yaml
-python evaluate.py -w best.safetensors -o data.test=my_videos.csv
-python evaluate.py -w best.safetensors -o data.num_frames=16
+python evaluate.py -w best.safetensors -o data.test=my_videos.csv --windows 4 --average score
+python evaluate.py -w best.safetensors -w swa.safetensors -o data.test=my_videos.csv --out both     # an ensemble
+python evaluate.py --compare output/a/evaluation output/b/evaluation
 torchrun --nproc-per-node 8 evaluate.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml
 
+results.json, predictions.csv and per_class.csv go to the folder --out: docs/evaluation.md.
 Exits with 1 where a video could not be read, unless --allow-missing is given; it counts as wrong either way.
 """
 
 import argparse
 import sys
+import time
+from pathlib import Path
 
 from dali_pipelines.errors import run_command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Evaluate weights on the videos of a manifest.")
-    parser.add_argument("-w", "--weights", required=True, help="a run's best.safetensors; with -c also those of others")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "-w",
+        "--weights",
+        action="append",
+        help="a run's best.safetensors; with -c also those of others; several -w: an ensemble",
+    )
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, or their results.json")
     parser.add_argument("-c", "--config", help="YAML file; default: what the weights file says")
     parser.add_argument(
         "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
@@ -24,24 +35,54 @@ def main() -> int:
     parser.add_argument(
         "--allow-missing", action="store_true", help="exit with 0 although videos cannot be read, unless none can"
     )
+    parser.add_argument("--windows", type=int, default=1, metavar="N", help="temporal windows a video (default 1)")
+    parser.add_argument("--crops", type=int, default=3, metavar="1|3", help="crops a window (default 3); 1: the centre")
+    parser.add_argument("--average", default="prob", metavar="prob|score", help="what is averaged (default prob)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the results (default: `evaluation` beside the first weights)"
+    )
     arguments = parser.parse_args()
+
+    from training import comparison
+    from training.results import FILES, Protocol, make_folder, read_results, write_results
+
+    if arguments.compare:
+        names = arguments.compare
+        print(comparison.report(comparison.compare(*map(read_results, names), names=names), names=names))
+        return 0
+    protocol = Protocol(arguments.windows, arguments.crops, arguments.average)
 
     import torch
 
     from training.distributed import start_process
-    from training.evaluation import evaluate, manifest_for, report
+    from training.evaluation import check_members, collect, evaluate, manifest_for, report
     from training.weights import open_weights
 
-    weights, config, adapted = open_weights(arguments.weights, arguments.config, arguments.override)
-    manifest = manifest_for(config, weights)
+    started, names = time.monotonic(), arguments.weights
+    opened = [open_weights(name, arguments.config, arguments.override) for name in names]
+    members, config = [weights for weights, _, _ in opened], opened[0][1]
+    check_members(members, names)
+    manifest = manifest_for(config, members[0])
+    # A name on the Hub has no folder: the results go to the one where the command runs.
+    beside = Path(names[0]).resolve().parent if Path(names[0]).exists() else Path()
+    out = arguments.out or beside / "evaluation"
     with start_process(config.device) as process:
-        if process.is_main and adapted:
-            print(adapted, flush=True)
+        if process.is_main:
+            make_folder(out)  # before hours of work
+            for _, _, adapted in opened:
+                if adapted:
+                    print(adapted, flush=True)
         torch.set_num_threads(process.cores)
-        result = evaluate(config, weights, manifest, process, progress=process.is_main and sys.stderr.isatty())
+        progress = process.is_main and sys.stderr.isatty()
+        result = evaluate(config, members, manifest, process, protocol=protocol, progress=progress)
         failed = not (result.valid.any() if arguments.allow_missing else result.valid.all())
         if process.is_main:
-            print(report(result, weights.classes, manifest), flush=True)
+            results = collect(result, config, members, names, manifest, process, protocol=protocol, started=started)
+            try:
+                write_results(results, out)
+                print(f"{out}: {', '.join(FILES)}")
+            finally:  # a full disk does not cost the numbers
+                print(report(results), flush=True)
             if failed:
                 remedy = "makes it 0" if result.valid.any() else "does not help where none can"
                 print(

@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +12,9 @@ from dali_pipelines import ClipLoader, Manifest
 from tests.training.conftest import run
 from training.config import clip_settings, load_config, preprocessing
 from training.distributed import start_process
-from training.evaluation import Result, evaluate, predict_views
+from training.evaluation import collect, evaluate, predict_views
 from training.prediction import predict
+from training.results import Protocol, read_results
 from training.weights import Weights, build_network, load_weights, open_weights, save_weights
 
 
@@ -29,11 +32,53 @@ def weights_file(config_file, tmp_path):
     return tmp_path / "w.safetensors"
 
 
-def result_of(weights_file, manifest_file, *overrides):
+def result_of(weights_file, manifest_file, *overrides, protocol=None):
     settings = [f"data.test={manifest_file}", "device=cpu", "data.workers=0", *overrides]
     weights, config, _ = open_weights(str(weights_file), None, settings)
+    manifest, protocol, started = Manifest.read(manifest_file), protocol or Protocol(), time.monotonic()
     with start_process("cpu") as process:
-        return evaluate(config, weights, Manifest.read(manifest_file), process)
+        result = evaluate(config, [weights], manifest, process, protocol=protocol)
+        names = [str(weights_file)]
+        results = collect(result, config, [weights], names, manifest, process, protocol=protocol, started=started)
+    return Evaluated(result, results)
+
+
+class Evaluated:
+    """`Result` and the `Results` made of it, as one."""
+
+    def __init__(self, result, results):
+        self.results = results
+        self.probabilities, self.labels, self.valid, self.faults = (
+            result.probabilities,
+            result.labels,
+            result.valid,
+            result.faults,
+        )
+        self.top1 = results.summary["top1"]
+
+
+@pytest.mark.parametrize("protocol", [Protocol(1, 1), Protocol(3, 3), Protocol(2, 3, "score")], ids=lambda p: p.name)
+def test_every_protocol_is_what_a_slow_computation_says(weights_file, small_data, protocol):
+    weights = load_weights(weights_file)
+    config = load_config(
+        None, ["data.stride=1", "data.target_fps=25"], defaults={"model": weights.model, "data": weights.preprocessing}
+    )
+    weights.preprocessing.update(preprocessing(config.data))
+    manifest, network = Manifest.read(small_data / "val.csv"), weights.build()
+    with start_process("cpu") as process:
+        result = evaluate(config, [weights], manifest, process, protocol=protocol)
+    mode = "validate" if protocol.crops == 1 else "test"
+    settings = clip_settings(config.data, mode) | {"num_windows": protocol.windows}
+    for batch in ClipLoader(manifest, **settings, batch_size=1, workers=0):
+        views = batch.clips if mode == "test" else batch.clips[:, None]
+        assert views.shape[1] == protocol.windows * protocol.crops
+        with torch.no_grad():
+            logits = [network(view) for view in views.unbind(1)]
+        if protocol.average == "prob":
+            expected = torch.stack([each.softmax(1) for each in logits]).mean(0)
+        else:
+            expected = torch.stack(logits).mean(0).softmax(1)
+        torch.testing.assert_close(result.probabilities[batch.sample_ids], expected, atol=1e-6, rtol=0)
 
 
 def test_probabilities_are_the_mean_over_three_crops(weights_file, small_data):
@@ -73,17 +118,7 @@ def test_unreadable_videos_count_as_wrong_and_are_never_replaced(weights_file, s
     good = [n for n in range(13) if n not in bad]
     torch.testing.assert_close(result.probabilities[good], whole.probabilities[good])
     assert result.top1 == pytest.approx((len(set(right) - bad)) / 13)
-    assert sum(count for _, count in result.recall().values()) == 13
-
-
-def test_top1_and_recall_by_hand():
-    result = Result(
-        probabilities=torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8], [1.0, 0.0]]),
-        labels=torch.tensor([0, 1, 1, 0]),
-        valid=torch.tensor([True, True, True, False]),
-        faults=[],
-    )
-    assert result.top1 == 0.5 and result.top5 == 0.75 and result.recall() == {0: (1, 2), 1: (1, 2)}
+    assert result.results.summary["failed"] == 2 and not result.results.right[sorted(bad)].any()
 
 
 def test_two_processes_report_what_one_does(weights_file, small_data):
@@ -93,7 +128,10 @@ def test_two_processes_report_what_one_does(weights_file, small_data):
     assert one.stdout == two.stdout
     last = one.stdout.splitlines()[-1]
     whole = result_of(weights_file, small_data / "train.csv")
-    assert last == f"test/top1_1x3_prob {whole.top1:.4f}, top-5 1.0000"
+    assert last.startswith(f"test/top1_1x3_prob {whole.top1:.4f}, top-5 1.0000 (95 % intervals ")
+    written = read_results(weights_file.parent / "evaluation")
+    np.testing.assert_allclose(written.probabilities, whole.probabilities, atol=1e-6)
+    assert written.top.tolist() == whole.results.top.tolist() and written.valid.all()
     assert "13 videos evaluated, 0 unreadable; the manifest left out 0 of 13 listed" in one.stdout
 
 
@@ -164,3 +202,30 @@ def test_views_are_averaged_after_the_softmax():
     views = torch.tensor([[[10.0, 0.0], [0.0, 1.0]]]).view(1, 2, 2, 1, 1, 1)
     expected = (torch.tensor([10.0, 0.0]).softmax(0) + torch.tensor([0.0, 1.0]).softmax(0)) / 2
     torch.testing.assert_close(predict_views(Network(), views, "float32")[0], expected)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_and_is_compared(weights_file, small_data, tmp_path):
+    weights = load_weights(weights_file)
+    state = {name: value.roll(1, 0) for name, value in weights.state.items()}
+    save_weights(tmp_path / "v.safetensors", Weights(weights.model, weights.preprocessing, weights.classes, state))
+    settings = ["-o", f"data.test={small_data}/train.csv", "device=cpu", "data.workers=0"]
+    alone = [result_of(tmp_path / name, small_data / "train.csv") for name in ("w.safetensors", "v.safetensors")]
+    files = ["-w", weights_file, "-w", tmp_path / "v.safetensors"]
+    done = run("evaluate.py", *files, *settings, "--out", tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+    both = read_results(tmp_path / "both" / "results.json")
+    mean = (alone[0].probabilities + alone[1].probabilities) / 2
+    np.testing.assert_allclose(both.probabilities, mean, atol=1e-6)
+    assert [each["top1"] for each in both.summary["weights"]] == [each.top1 for each in alone]
+
+    assert run("evaluate.py", *files[:2], *settings).returncode == 0
+    compared = run("evaluate.py", "--compare", tmp_path / "evaluation", tmp_path / "both")
+    assert compared.returncode == 0, compared.stderr
+    right = alone[0].results.right, both.right
+    assert f"only A is right: {(right[0] & ~right[1]).sum()}" in compared.stdout
+    assert f"{right[1].mean() - right[0].mean():+.4f}, 95 % interval" in compared.stdout
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    foreign = run("evaluate.py", *files[:2], *settings, "--out", tmp_path / "mine")
+    assert foreign.returncode == 2 and "is not an evaluation; name another folder" in foreign.stderr
