@@ -6,7 +6,7 @@ python evaluate.py -w best.safetensors -w swa.safetensors -o data.test=my_videos
 python evaluate.py --compare output/a/evaluation output/b/evaluation
 torchrun --nproc-per-node 8 evaluate.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml
 
-results.json, predictions.csv and per_class.csv go to the folder --out: docs/evaluation.md.
+results.json, predictions.csv, per_class.csv and report.html go to the folder --out: docs/evaluation.md.
 Exits with 1 where a video could not be read, unless --allow-missing is given; it counts as wrong either way.
 """
 
@@ -28,6 +28,7 @@ def main() -> int:
         help="a run's best.safetensors; with -c also those of others; several -w: an ensemble",
     )
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, or their results.json")
+    what.add_argument("--report", type=Path, metavar="DIR", help="only write report.html anew, in a folder of results")
     parser.add_argument("-c", "--config", help="YAML file; default: what the weights file says")
     parser.add_argument(
         "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
@@ -44,11 +45,15 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from training import comparison
+    from training.report import REPORT, write_report
     from training.results import FILES, Protocol, make_folder, read_results, write_results
 
     if arguments.compare:
         names = arguments.compare
         print(comparison.report(comparison.compare(*map(read_results, names), names=names), names=names))
+        return 0
+    if arguments.report:
+        print(write_report(arguments.report))
         return 0
     protocol = Protocol(arguments.windows, arguments.crops, arguments.average)
 
@@ -80,7 +85,8 @@ def main() -> int:
             results = collect(result, config, members, names, manifest, process, protocol=protocol, started=started)
             try:
                 write_results(results, out)
-                print(f"{out}: {', '.join(FILES)}")
+                write_report(out)
+                print(f"{out}: {', '.join((*FILES, REPORT))}")
             finally:  # a full disk does not cost the numbers
                 print(report(results), flush=True)
             if failed:

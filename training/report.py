@@ -24,6 +24,8 @@ from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import View, plan_sample
 
+REPORT = "report.html"
+
 _MOST_LISTED = 20_000  # mistakes whose paths are in the page, 1.5 MB: the most confident ones
 _MOST_UNREADABLE = 1_000
 _MOST_CONFUSIONS = 50
@@ -128,8 +130,8 @@ def write_report(folder: str | Path, *, most: int = 24) -> Path:
         )
     per_class = _read_per_class(folder / "per_class.csv", len(classes))
     page = _page(results, classes, predictions, per_class, most)
-    path = folder / "report.html"
-    unfinished = folder / "report.html.part"  # renamed when whole, as manifests are
+    path = folder / REPORT
+    unfinished = folder / f"{REPORT}.part"  # renamed when whole, as manifests are
     unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(path)
     return path

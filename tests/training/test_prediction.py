@@ -74,7 +74,7 @@ def predictions(weights_file, videos, *, overrides=(), **settings):
 def test_a_manifest_is_predicted_as_it_is_evaluated_by_its_own_rows(weights_file, mixed, monkeypatch):
     weights, config, _ = open_model(str(weights_file), None, ["data.workers=0", "device=cpu"])
     with start_process("cpu") as process:
-        result = evaluate(config, weights, Manifest.read(mixed), process)
+        result = evaluate(config, [weights], Manifest.read(mixed), process)
     monkeypatch.setattr(prediction, "probe", lambda path: pytest.fail(f"{path} is looked at although its row is known"))
     found = list(predictions(weights_file, [mixed]))
     assert [each.reason is None for each in found] == result.valid.tolist() == [n not in (2, 4) for n in range(8)]
