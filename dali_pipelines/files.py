@@ -82,7 +82,8 @@ def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer
     except PermissionError:
         raise InputError("no permission to read it") from None
     except av.error.FFmpegError as error:
-        raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+        reason = _what_it_is(source) or error.strerror.lower()
+        raise InputError(f"not a video that FFmpeg can read ({reason})") from None
     except OSError as error:
         raise InputError(error.strerror.lower()) from None
     reason = ""
@@ -95,6 +96,30 @@ def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer
         container.close()
         raise InputError(reason)
     return container
+
+
+def _what_it_is(source: Source) -> str:
+    """What people know a file as that is no video; "" where nothing tells."""
+    with io.BytesIO(source.data) if source.data is not None else open(source.path, "rb") as file:
+        file.seek(0 if source.data is not None else source.offset)
+        start = file.read(512)
+        if not start:
+            return "an empty file"
+        if start.lstrip()[:1] == b"<":
+            return "a web page or XML: a download that failed"
+        if start[4:8] != b"ftyp":
+            return ""
+        file.seek(-len(start), io.SEEK_CUR)
+        while len(header := file.read(16)) >= 8:  # the boxes of an MP4 file
+            if header[4:8] == b"moov":
+                return ""
+            size = int.from_bytes(header[:4])
+            if size == 1:
+                size = int.from_bytes(header[8:])
+            if size < 8:
+                break
+            file.seek(size - len(header), io.SEEK_CUR)
+        return "cut off: it has no index, the moov box"
 
 
 def ffmpeg_url(video: str | os.PathLike | Source) -> str:

@@ -109,9 +109,9 @@ class _Maker:
         whole = self._original["mp4"].read_bytes()
         for share in (10, 50, 90):  # the index stands at the end
             self._add_replaced(
-                f"cut_at_{share}", whole[: len(whole) * share // 100], probe="not a video", loader="invalid data"
+                f"cut_at_{share}", whole[: len(whole) * share // 100], probe="no index", loader="no index"
             )
-        self._add_replaced("no_moov", whole[: whole.index(b"moov") - 4], probe="not a video", loader="invalid data")
+        self._add_replaced("no_moov", whole[: whole.index(b"moov") - 4], probe="no index", loader="no index")
         fast = copy_packets(self._original["mp4"], self._folder / "fast.mp4", options={"movflags": "faststart"})
         for name, file, suffix in (
             ("cut_faststart", fast, "mp4"),

@@ -109,12 +109,14 @@ def test_probe_finds_the_shared_videos(shared_videos):
 def test_probe_names_what_is_no_video(tmp_path):
     good = write_video(tmp_path / "good.mp4", numbered(5, height=32, width=32))
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 50)
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html>video unavailable</html>")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "cut.mp4").write_bytes(open(good, "rb").read()[:200])
     for name, reason in [
-        ("text.mp4", "not a video"),
-        ("empty.mp4", "not a video"),
-        ("cut.mp4", "not a video"),
+        ("text.mp4", "not a video that FFmpeg can read .invalid data"),
+        ("page.mp4", "a web page"),
+        ("empty.mp4", "an empty file"),
+        ("cut.mp4", "cut off: it has no index"),
         ("gone.mp4", "no such file"),
         (".", "a folder"),
     ]:
