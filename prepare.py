@@ -106,7 +106,7 @@ def main() -> int:
             metavar="FILE",
             help="official CSV files, or lists of `path label`",
         )
-        kinetics.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder that holds all videos")
+        kinetics.add_argument("--videos", required=True, metavar="DIR", help="folder, or URL, that holds all videos")
         kinetics.add_argument(
             "--out", type=Path, default=Path("data", name), metavar="DIR", help=f"default: data/{name}"
         )
@@ -115,7 +115,7 @@ def main() -> int:
 
     ucf101 = verbs.add_parser("ucf101", parents=[looking], help="manifests of UCF101 from its splits")
     ucf101.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder ucfTrainTestlist")
-    ucf101.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder that holds all videos")
+    ucf101.add_argument("--videos", required=True, metavar="DIR", help="folder, or URL, that holds all videos")
     ucf101.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="which of the three (default 1)")
     ucf101.add_argument(
         "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import files_below
 from preparation.index import VIDEO_SUFFIXES, Listed, read_list
 from training.labels import read_labels
 
@@ -171,36 +172,25 @@ def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[
 
 
 class Store:
-    """The videos in a folder and all below it, found by path, by name, and by the clip that a name tells."""
+    """The videos anywhere below a folder or a URL, found by path, by name, and by the clip that a name tells."""
 
     def __init__(self, root: str | os.PathLike):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise InputError(f"{self.root}: no such folder of videos")
+        self.root = root
         self.paths: set[str] = set()
         self._by_name: dict[str, list[str]] = {}
         self._by_clip: dict[Clip, list[str]] = {}
         self._by_id: dict[str, list[str]] = {}
-        seen = set()
-        for folder, folders, files in os.walk(self.root, followlinks=True):
-            place = os.path.realpath(folder)
-            if place in seen:  # links can make a loop
-                folders.clear()
+        for path in files_below(root):
+            stem, suffix = os.path.splitext(os.path.basename(path))
+            if suffix.lower() not in VIDEO_SUFFIXES or stem.startswith("._"):  # macOS puts those into archives
                 continue
-            seen.add(place)
-            below = os.path.relpath(folder, self.root)
-            for file in files:
-                stem, suffix = os.path.splitext(file)
-                if suffix.lower() not in VIDEO_SUFFIXES or file.startswith("._"):  # macOS puts those into archives
-                    continue
-                path = file if below == "." else os.path.join(below, file)
-                self.paths.add(path)
-                self._by_name.setdefault(stem, []).append(path)
-                if clip := _CLIP.fullmatch(stem):
-                    key = (clip["id"], int(clip["start"]), int(clip["end"]))
-                    self._by_clip.setdefault(key, []).append(path)
-                elif len(stem) == 11 or _is_replacement(path):
-                    self._by_id.setdefault(stem[:11], []).append(path)
+            self.paths.add(path)
+            self._by_name.setdefault(stem, []).append(path)
+            if clip := _CLIP.fullmatch(stem):
+                key = (clip["id"], int(clip["start"]), int(clip["end"]))
+                self._by_clip.setdefault(key, []).append(path)
+            elif len(stem) == 11 or _is_replacement(path):
+                self._by_id.setdefault(stem[:11], []).append(path)
         if not self.paths:
             raise InputError(
                 f"{self.root}: no videos in it; expected files such as train/-3B32lodo2M_000059_000069.mp4"

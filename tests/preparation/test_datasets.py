@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from dali_pipelines import InputError, Manifest
@@ -106,6 +107,17 @@ def test_files_are_found_under_all_their_names(video, tmp_path, stored, listed):
     put(video, tmp_path / "x" / "._-3B32lodo2M_000059_000069.mp4")
     found = Store(tmp_path).find([Expected(listed, 5, "train"), Expected("gone", 1, "train")])["train"]
     assert found.listed == [(stored, 5)] and [each.name for each in found.missing] == ["gone"]
+
+
+def test_videos_below_a_url_are_found_as_well(video):
+    memory = fsspec.filesystem("memory")
+    for name in ("k400/val/-3B32lodo2M_000059_000069.mp4", "k400/archery/notes.txt", "k400/x/y/___qijXy2f0.mkv"):
+        memory.pipe(name, video.read_bytes())
+    names = "-3B32lodo2M_000059_000069", "___qijXy2f0_000011_000021"
+    found = Store("memory://k400").find([Expected(name, label, "val") for label, name in enumerate(names)])
+    assert found["val"].listed == [("val/-3B32lodo2M_000059_000069.mp4", 0), ("x/y/___qijXy2f0.mkv", 1)]
+    with pytest.raises(InputError, match="memory://nowhere: no videos in it"):
+        Store("memory://nowhere")
 
 
 def test_a_file_with_the_id_alone_is_of_no_clip_where_there_are_two(video, tmp_path):
