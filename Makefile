@@ -32,7 +32,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(call step,ruff,$(BIN)/ruff check .)
-	@$(call step,the tests,$(BIN)/python -m pytest -q)
+	@$(call step,the tests,$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile)
 	@echo "make test: passed"
 
 environment: $(READY)

@@ -42,6 +42,7 @@ setup(
             "onnxruntime>=1.32",
             "onnxscript>=0.7",
             "pytest>=9.2",
+            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "timm>=1.0.31",
             "transformers>=5.23",
