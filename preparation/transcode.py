@@ -24,7 +24,7 @@ import numpy as np
 
 from dali_pipelines.crops import resized_size
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import Source, fetch, ffmpeg_url, open_video, size_of
+from dali_pipelines.files import Source, absolute, fetch, ffmpeg_url, open_video, size_of
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, Video, coded_size, probe, size_mismatch
 from dali_pipelines.packets import video_stream
@@ -146,7 +146,9 @@ class Job:
             key = video.shard, path
             source = video._replace(path=path, label=0)
             name = names[key]
-            tasks.setdefault(key, (list(manifest.source(row)[:3]), list(source), str(out), name, asdict(settings)))
+            place, offset, size, *_ = manifest.source(row)
+            place = absolute(place), offset, size  # workers elsewhere have another working folder
+            tasks.setdefault(key, (list(place), list(source), os.path.abspath(out), name, asdict(settings)))
         self._tasks = [tasks[video.shard, path] for video, path in zip(rows, paths)]
         part, parts = crew.shard
         self._own = list(tasks.values())[part::parts]

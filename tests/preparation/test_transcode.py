@@ -420,3 +420,11 @@ def test_parts_make_the_whole(folder):
 def test_bad_settings(folder, arguments, message):
     done = command(folder, *arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_workers_elsewhere_find_originals_and_copies(tmp_path, monkeypatch):
+    """Those of dask have another working folder."""
+    monkeypatch.chdir(tmp_path)
+    manifest = Manifest([probe(write_video("a.mp4", textured(3, height=32, width=32)))._replace(path="a.mp4")])
+    ((source, _, out, *_),) = Job(manifest, Path("out"), Settings(), journal=Path("j"), crew=Crew(workers=1))._tasks
+    assert source[0] == str(tmp_path / "a.mp4") and out == str(tmp_path / "out")
