@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from dali_pipelines import ClipLoader, Manifest
-from tests.training.conftest import run
+from tests.training.conftest import PROJECT, run
+from tests.training.sharing import evaluations
 from training.config import clip_settings, load_config, preprocessing
 from training.distributed import start_process
 from training.evaluation import collect, evaluate, predict_views
 from training.prediction import predict
-from training.results import Protocol, read_results
+from training.results import FILES, Protocol, read_results
 from training.weights import Weights, build_network, load_weights, open_weights, save_weights
 
 
@@ -97,14 +98,6 @@ def test_probabilities_are_the_mean_over_three_crops(weights_file, small_data):
     assert result.labels.tolist() == manifest.labels.tolist() and result.valid.all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 8])
-def test_the_batch_size_changes_nothing(weights_file, small_data, batch_size):
-    reference = result_of(weights_file, small_data / "train.csv")
-    changed = result_of(weights_file, small_data / "train.csv", f"data.batch_size={batch_size}")
-    assert (reference.probabilities - changed.probabilities).abs().max() < 1e-6
-    assert reference.top1 == changed.top1 and len(changed.labels) == 13
-
-
 def test_unreadable_videos_count_as_wrong_and_are_never_replaced(weights_file, small_data, tmp_path):
     manifest = Manifest.read(small_data / "train.csv")
     whole = result_of(weights_file, small_data / "train.csv")
@@ -121,18 +114,49 @@ def test_unreadable_videos_count_as_wrong_and_are_never_replaced(weights_file, s
     assert result.results.summary["failed"] == 2 and not result.results.right[sorted(bad)].any()
 
 
-def test_two_processes_report_what_one_does(weights_file, small_data):
-    settings = ["-w", weights_file, "-o", f"data.test={small_data}/train.csv", "device=cpu"]
-    one, two = run("evaluate.py", *settings), run("evaluate.py", *settings, processes=2)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert one.stdout == two.stdout
-    last = one.stdout.splitlines()[-1]
+@pytest.fixture
+def partly_bad(small_data, tmp_path):
+    """A manifest of 13 videos, of which three cannot be read."""
+    (tmp_path / "text.mp4").write_text("no video " * 50)
+    manifest = Manifest.read(small_data / "train.csv")
+    bad = {0: "gone.mp4", 7: tmp_path / "text.mp4", 12: "gone too.mp4"}
+    videos = [manifest[n]._replace(path=str(bad.get(n, manifest[n].path))) for n in range(13)]
+    Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / "bad.csv")
+    return tmp_path / "bad.csv"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_video_once_for_any_number_of_processes_and_any_batch_size(weights_file, partly_bad, tmp_path, processes):
+    with start_process("cpu") as process:
+        found = evaluations(weights_file, partly_bad, process)
+    expected = found[0]
+    if processes > 1:
+        arguments = [weights_file, partly_bad, tmp_path / "found.pt"]
+        done = run("tests/training/sharing.py", *arguments, processes=processes, path=PROJECT)
+        assert done.returncode == 0, done.stderr
+        found = torch.load(tmp_path / "found.pt")
+    assert len(found) == 3
+    for each in found:
+        assert (each["probabilities"] - expected["probabilities"]).abs().max() < 1e-6
+        for key in ("labels", "valid"):
+            assert each[key].tolist() == expected[key].tolist()
+        assert all(each[key] == expected[key] for key in ("faults", "top", "summary"))
+        assert [row for row, _, _ in each["faults"]] == [0, 7, 12]
+        assert each["members"][0, 1] == each["valid"].sum() == 10  # of three classes, all are among the first five
+
+
+def test_evaluate_as_a_user_runs_it(weights_file, small_data):
+    done = run("evaluate.py", "-w", weights_file, "-o", f"data.test={small_data}/train.csv", "device=cpu")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
     whole = result_of(weights_file, small_data / "train.csv")
     assert last.startswith(f"test/top1_1x3_prob {whole.top1:.4f}, top-5 1.0000 (95 % intervals ")
-    written = read_results(weights_file.parent / "evaluation")
+    folder = weights_file.parent / "evaluation"
+    written = read_results(folder)
     np.testing.assert_allclose(written.probabilities, whole.probabilities, atol=1e-6)
     assert written.top.tolist() == whole.results.top.tolist() and written.valid.all()
-    assert "13 videos evaluated, 0 unreadable; the manifest left out 0 of 13 listed" in one.stdout
+    assert "13 videos evaluated, 0 unreadable; the manifest left out 0 of 13 listed" in done.stdout
+    assert {path.name for path in folder.iterdir()} == {*FILES, "report.html"}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
