@@ -95,10 +95,14 @@ def evaluate(
     ids, rows, counts = [], [], torch.zeros(len(members), 2, dtype=torch.float64)
     for batch in tqdm(loader, unit="batch", dynamic_ncols=True, disable=not progress):
         views = batch.clips if protocol.crops == 3 else batch.clips[:, None]
-        answers = [predict_views(network, views, precision, average=protocol.average).cpu() for network in networks]
-        mean = torch.stack(answers).mean(0)
+        answers = torch.stack(
+            [predict_views(network, views, precision, average=protocol.average).cpu() for network in networks]
+        )
+        mean = answers.mean(0)
+        if protocol.average == "score":  # an infinite logit is no answer: its probability is NaN
+            answers, mean = answers.softmax(2), mean.softmax(1)
         ids.append(batch.sample_ids[batch.valid])
-        rows.append((mean.softmax(1) if protocol.average == "score" else mean)[batch.valid])
+        rows.append(mean[batch.valid])
         labels = torch.where(batch.valid, batch.labels, -1)
         counts += torch.stack([top_k_counts(answer, labels) for answer in answers])
     result = Result(

@@ -5,23 +5,24 @@ import io
 import json
 import subprocess
 import sys
-import types
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+import predict as command
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, probe
 from model import attention_rollout
 from tests.training.conftest import PROJECT, run
 from tests.videos import textured, write_video
-from training import inputs, prediction
+from training import export, inputs, prediction
 from training.answers import as_json, clock, csv_columns, csv_rows
 from training.config import clip_settings, load_config, preprocessing
 from training.distributed import start_process
 from training.evaluation import evaluate
+from training.export import Clips, export_onnx, export_torch
 from training.features import Features
 from training.prediction import open_model, predict
 from training.weights import Weights, build_network, load_weights, save_weights
@@ -300,50 +301,45 @@ def test_explanations_are_the_rollout_of_the_middle_crop(weights_file, small_dat
 # -- exported networks --
 
 
-class Exported:
-    """Stands for `training.exported.Exported`."""
-
-    def __init__(self, weights_file):
-        weights = load_weights(weights_file)
-        self.model, self.preprocessing, self.classes = weights.model, weights.preprocessing, weights.classes
-        self.views, self._network = 3, weights.build()
-
-    def __call__(self, clips):
-        assert clips.dim() == 6 and clips.shape[1] == self.views
-        with torch.no_grad():
-            return self._network(clips.flatten(0, 1)).softmax(1).unflatten(0, clips.shape[:2]).mean(1)
-
-
-@pytest.fixture
-def export_module(weights_file, monkeypatch):
-    opened = []
-    module = types.ModuleType("training.exported")
-    module.open_exported = lambda path: opened.append(path) or Exported(weights_file)
-    monkeypatch.setitem(sys.modules, "training.exported", module)
-    return opened
+@pytest.fixture(scope="module")
+def exported_files(weights_file):
+    """By suffix; in the .onnx file the mean over three views is inside."""
+    weights = load_weights(weights_file)
+    clips = Clips(export._synthetic(weights), [f"clip {number}" for number in range(4)], "compared on four")
+    export_onnx(weights_file.with_name("w.onnx"), weights, clips, views=3)
+    export_torch(weights_file.with_name("w.pt2"), weights, clips)
+    return {suffix: weights_file.with_name(f"w.{suffix}") for suffix in ("onnx", "pt2")}
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_an_exported_network_is_used_as_its_weights_are(weights_file, mixed, export_module, suffix):
+def test_an_exported_network_is_used_as_its_weights_are(weights_file, mixed, exported_files, suffix, in_process):
     for windows in (1, 3):
         expected = list(predictions(weights_file, [mixed], num_windows=windows))
-        found = list(predictions(f"some.{suffix}", [mixed], num_windows=windows))
+        found = list(predictions(exported_files[suffix], [mixed], num_windows=windows))
         assert [each.reason for each in found] == [each.reason for each in expected]
         for a, b in zip(found, expected, strict=True):
-            assert a.reason or (a.window_probabilities - b.window_probabilities).abs().max() < 1e-6
-    assert set(export_module) == {f"some.{suffix}"}
+            assert a.reason or (a.window_probabilities - b.window_probabilities).abs().max() < 1e-5
+    said = []
+    for file in (exported_files[suffix], weights_file):
+        status, lines, errors = in_process(command.main, "-w", file, mixed, "--json", *IN_PROCESS)
+        assert status == 1 and "2 of 8 videos cannot be read" in errors
+        said.append([json.loads(line) for line in lines.splitlines()])
+    for ours, theirs in zip(*said, strict=True):
+        assert (ours["video"], ours["error"]) == (theirs["video"], theirs["error"])
+        ours, theirs = ({each["class"]: each["probability"] for each in answer["top"]} for answer in (ours, theirs))
+        assert ours == pytest.approx(theirs, abs=1.1e-5)
 
 
-def test_what_an_exported_network_cannot_do_is_said(mixed, export_module):
+def test_what_an_exported_network_cannot_do_is_said(mixed, exported_files):
     for wish in ("features", "explain"):
         with pytest.raises(InputError, match="gives probabilities only"):
-            next(predictions("some.onnx", [mixed], **{wish: True}))
+            next(predictions(exported_files["onnx"], [mixed], **{wish: True}))
     for override, message in (
         ("data.crop_size=48", "data.crop_size is 48, but these weights were trained with 32"),
         ("data.num_frames=8", "exported for 4 frames, data.num_frames is 8"),
     ):
         with pytest.raises(InputError, match=message):
-            next(predictions("some.pt2", [mixed], overrides=[override]))
+            next(predictions(exported_files["pt2"], [mixed], overrides=[override]))
 
 
 def test_weights_take_another_number_of_frames_and_no_other_preprocessing(weights_file, small_data):
