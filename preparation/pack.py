@@ -51,6 +51,12 @@ def pack(
         raise InputError(f"{path}: no videos in it")
     check_reachable(manifest.source(0))
     journal = out / f"{path.stem}.journal"
+    ours = re.compile(re.escape(path.stem) + r"-\d{6}\.tar(\.\w+\.part)?")
+    there = os.listdir(out) if out.exists() else []
+    if not any(name == f"{path.stem}.csv" or name.startswith(journal.name) for name in there):
+        for other in filter(ours.fullmatch, there):
+            if (out / other).is_file():
+                raise InputError(f"{out / other}: exists, and was not packed from {path}; name another --out")
     source = [str(path), hashlib.sha256(path.read_bytes()).hexdigest()]
     sizes = _all_sizes(source, len(manifest), journal, crew)
     shards = _plan(sizes, shard_bytes)
@@ -76,7 +82,7 @@ def pack(
     for file, rows, result in zip(files, shards, done, strict=True):
         members |= {row: (file, member) for row, member in zip(rows, result["members"], strict=True)}
     for other in out.iterdir():  # of another --shard-size
-        if re.fullmatch(re.escape(path.stem) + r"-\d{6}\.tar(\.\w+\.part)?", other.name) and str(other) not in files:
+        if ours.fullmatch(other.name) and str(other) not in files:
             other.unlink()
     packed, rejected = [], []
     for row in range(len(manifest)):

@@ -149,6 +149,7 @@ def test_gone_and_changed_videos_are_named_and_left_out(source, tmp_path):
     assert [row for row in range(40) if not [name for name in members(out) if int(name[:8]) == row]] == sorted(
         (3, grown, gone)
     )
+    made.write(out / "train.csv")  # as the command does
     (out / "train.journal").unlink()  # shards that lack a video are known again, too
     before = inodes(out)
     packed(source, out)
@@ -282,3 +283,14 @@ def test_a_root_for_where_the_shards_will_lie(source, tmp_path):
         assert done.returncode == 0, done.stderr
         made = Manifest.read(tmp_path / "train.csv")
         assert str(made.root) == root and made.file(0) == f"{root}/train-000000.tar: {made[0].path}"
+
+
+def test_shards_of_somebody_else_are_not_overwritten(source, tmp_path):
+    theirs = tmp_path / "out" / "train-000001.tar"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"years of work")
+    with pytest.raises(
+        InputError, match=r"train-000001.tar: exists, and was not packed from .*train.csv; name another"
+    ):
+        packed(source, tmp_path / "out")
+    assert theirs.read_bytes() == b"years of work" and len(os.listdir(theirs.parent)) == 1
