@@ -47,7 +47,10 @@ def test_every_contestant_is_timed_or_says_why_not(report):
         elif not CONTESTANTS[name].is_peer:  # a peer may be installed without the libraries that it needs
             assert result["failure"] is None and len(result["runs"]) == 1
         for measured in result["runs"]:
-            assert measured["clips_per_second"] > 0 and measured["cpu_ms_per_clip"] > 0 and measured["main_mib"] > 1
+            # Processor time comes in ticks of 10 ms, which eight small clips may not take.
+            assert measured["clips_per_second"] > 0 and measured["cpu_ms_per_clip"] >= 0 and measured["main_mib"] > 1
+    runs = [measured for result in report["contestants"].values() for measured in result["runs"]]
+    assert any(measured["cpu_ms_per_clip"] > 0 for measured in runs)
     assert report["contestants"]["ours"]["runs"][0]["worker_mib"] > 1
 
 
