@@ -35,8 +35,11 @@ def write_video(
     """Encodes uint8 [H, W, 3] pictures; `rotation` only tags the file; `times` are presentation times in 1/fps."""
     pictures = list(pictures)
     encoder, defaults = ENCODERS[codec]
+    options = defaults | (options or {})
+    if codec == "h264":  # with it, x264's assembly gives other bytes from run to run for pictures as small as these
+        options["x264-params"] += ":mbtree=0"
     with _usual_priority(), av.open(str(path), "w") as container:
-        stream = container.add_stream(encoder, rate=fps, options=defaults | (options or {}))
+        stream = container.add_stream(encoder, rate=fps, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
         stream.codec_context.time_base = Fraction(1, 1) / fps
