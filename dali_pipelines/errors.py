@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 
@@ -33,10 +34,17 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if not _is_ctrl_c(error):
             raise
+        _silence_threads()
         print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    _silence_threads()
     print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _silence_threads() -> None:
+    """What others say from now on is of this end: the thread of DALI that watches its workers may see them go."""
+    threading.excepthook = lambda _: None
 
 
 def _is_ctrl_c(error: BaseException | None) -> bool:

@@ -120,3 +120,15 @@ def test_training_with_several_views_of_a_decode_says_what_it_does(config_file):
     done = run("train.py", "-c", config_file, "-o", *settings)
     assert done.returncode == 0, done.stderr
     assert "6 steps an epoch" in done.stdout and "decoders: h264 host, vp9 DALI" in done.stdout
+
+
+def test_threads_that_fail_because_of_ctrl_c_say_nothing(tmp_path):
+    """DALI has one that watches its workers."""
+    (tmp_path / "script.py").write_text(
+        "import threading, time\nfrom dali_pipelines.errors import run_command\n"
+        "def fail():\n    time.sleep(0.3)\n    raise RuntimeError('its workers are gone')\n"
+        "def main():\n    threading.Thread(target=fail).start()\n    raise KeyboardInterrupt\n"
+        "run_command(main)\n"
+    )
+    done = run(tmp_path / "script.py", path=PROJECT)
+    assert done.returncode == 130 and done.stderr == "script.py: stopped by Ctrl-C\n"
