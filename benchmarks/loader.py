@@ -51,7 +51,7 @@ from dali_pipelines.files import absolute, join, open_video, size_of
 from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
-from preparation.index import VIDEO_SUFFIXES, index
+from preparation.index import index, is_video_name
 from preparation.work import Crew
 from training.gauges import processes, proportional_mib
 
@@ -160,7 +160,7 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
                 place = {"shard": join(root, video.shard)} if video.shard else {"path": join(root, video.path)}
                 videos.append(video._replace(**place))
         elif path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+            files += filter(is_video_name, sorted(path.rglob("*")))
         else:
             files.append(path)
     if files:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import files_below
-from preparation.index import VIDEO_SUFFIXES, Listed, read_list
+from preparation.index import VIDEO_SUFFIXES, Listed, is_video_name, read_list
 from training.labels import read_labels
 
 _LABELS = Path(__file__).parents[1] / "configs" / "labels"
@@ -181,9 +181,9 @@ class Store:
         self._by_clip: dict[Clip, list[str]] = {}
         self._by_id: dict[str, list[str]] = {}
         for path in files_below(root):
-            stem, suffix = os.path.splitext(os.path.basename(path))
-            if suffix.lower() not in VIDEO_SUFFIXES or stem.startswith("._"):  # macOS puts those into archives
+            if not is_video_name(path):
                 continue
+            stem, _ = os.path.splitext(os.path.basename(path))
             self.paths.add(path)
             self._by_name.setdefault(stem, []).append(path)
             if clip := _CLIP.fullmatch(stem):

@@ -28,6 +28,12 @@ Listed = tuple[str, int]
 """A path, relative to a root or absolute, and its label."""
 
 
+def is_video_name(path: str | os.PathLike) -> bool:
+    """Whether a file is called as videos are; macOS puts others into archives, `._NAME` for every NAME."""
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("._")
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A listed video that is no use, and why."""
@@ -71,7 +77,7 @@ def read_folder(root: str | os.PathLike) -> tuple[list[Listed], tuple[str, ...]]
         (file.relative_to(root).as_posix(), label)
         for label, name in enumerate(classes)
         for file in sorted((root / name).rglob("*"))
-        if file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith("._")  # macOS puts those into archives
+        if is_video_name(file)
     ]
     if not listed:
         raise InputError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import Manifest, Video
-from preparation.index import VIDEO_SUFFIXES
+from preparation.index import is_video_name
 from training.labels import read_manifest
 
 STDIN = "-"
@@ -67,12 +67,7 @@ def _files(argument: str) -> list[str]:
 
 
 def _below(folder: str) -> list[str]:
-    found = sorted(Path(folder).rglob("*"))
-    return [
-        str(file)
-        for file in found
-        if file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith("._")  # macOS puts those into archives
-    ]
+    return [str(file) for file in sorted(Path(folder).rglob("*")) if is_video_name(file)]
 
 
 def count(found: Sequence[Found]) -> int | None:
