@@ -19,9 +19,9 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, probe
 from training.config import Config, clip_settings, load_config
 from training.distributed import Process
-from training.exported import METADATA_FILE, ONNX_FORMAT, TORCH_FORMAT, open_exported
+from training.exported import METADATA_FILE, ONNX_FORMAT, TORCH_FORMAT, open_exported, runner
 from training.labels import read_manifest
-from training.weights import Weights, put_in_place, whole_file
+from training.weights import Weights, describe, put_in_place, whole_file
 
 Precision = Literal["float32", "float16", "int8"]
 
@@ -248,14 +248,7 @@ class Classifier(nn.Module):
 
 
 def metadata(weights: Weights, *, format: str, views: int, precision: Precision) -> dict[str, str]:
-    return {
-        "format": format,
-        "model": json.dumps(weights.model),
-        "preprocessing": json.dumps(weights.preprocessing),
-        "classes": json.dumps(weights.classes, ensure_ascii=False),
-        "views": str(views),
-        "precision": precision,
-    }
+    return describe(weights, format) | {"views": str(views), "precision": precision}
 
 
 def export_onnx(path: Path, weights: Weights, clips: Clips, *, views: int = 1, precision: Precision = "float32") -> str:
@@ -449,11 +442,8 @@ def build_tensorrt(path: Path, weights: Weights, clips: Clips, *, views: int, pr
     if "TensorrtExecutionProvider" not in session.get_providers():
         raise InputError(f"{path}: onnxruntime could not start TensorrtExecutionProvider; what it said stands above")
 
-    def run(inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"clips": inputs.numpy()})[0])
-
     try:
-        found = check(weights, run, clips, views=views, precision="float16", runtime="TensorRT")
+        found = check(weights, runner(session), clips, views=views, precision="float16", runtime="TensorRT")
     except MismatchError as error:
         raise MismatchError(f"{error}. The engine is kept in {folder}") from None
     return f"{found}\nengine in {folder}"

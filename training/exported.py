@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dali_pipelines.errors import InputError
+from training.weights import described
 
 ONNX_FORMAT = "dali-timesformer onnx 1"
 TORCH_FORMAT = "dali-timesformer torch 1"
@@ -80,16 +81,21 @@ def _open_onnx(path: Path) -> Exported:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's kinds have no common base
         raise InputError(f"{path}: not an ONNX file, or a damaged one ({_first_line(error)})") from None
-
-    def run(clips: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
-
-    exported = _described(path, session.get_modelmeta().custom_metadata_map, ONNX_FORMAT, run)
+    exported = _described(path, session.get_modelmeta().custom_metadata_map, ONNX_FORMAT, runner(session))
     inputs, outputs = session.get_inputs(), session.get_outputs()
     given = [[each.name for each in inputs], *(each.shape[1:] for each in (*inputs, *outputs))]
     if given != [["clips"], list(exported.input_shape), [len(exported.classes)]]:
         raise InputError(f"{path}: damaged: its network is not the one that its metadata speaks of")
     return exported
+
+
+def runner(session) -> Callable[[Tensor], Tensor]:
+    """`Exported.run` by an onnxruntime session."""
+
+    def run(clips: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+
+    return run
 
 
 def _open_torch(path: Path) -> Exported:
@@ -123,9 +129,8 @@ def _described(
     if not isinstance(metadata, Mapping) or metadata.get("format") != expected:
         raise InputError(f"{path}: not a file that export.py wrote; its metadata lacks the format {expected!r}")
     try:
-        model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
-        views = int(metadata["views"])
-        exported = Exported(model, preprocessing, tuple(map(str, classes)), views, metadata["precision"], run)
+        model, preprocessing, classes = described(metadata)
+        exported = Exported(model, preprocessing, classes, int(metadata["views"]), metadata["precision"], run)
         if not isinstance(model, dict) or not all(isinstance(size, int) for size in exported.input_shape):
             raise TypeError("a value of another type")
     except (KeyError, TypeError, ValueError, RecursionError) as error:

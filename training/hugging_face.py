@@ -8,7 +8,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dali_pipelines.crops import VALIDATION_SCALE
 from dali_pipelines.errors import InputError
+from model import TimeSformer
 from model.pretrained import to_hugging_face
 from model.timesformer import LAYER_NORM_EPS
 from model.torchvision import let_torchvision_load
@@ -31,11 +33,17 @@ def export_hugging_face(folder: Path, weights: Weights, clips: Clips, *, results
         )
     with verified(folder) as unverified:
         unverified.mkdir()
-        state = {to_hugging_face(name): value for name, value in weights.build().state_dict().items()}
+        network = weights.build()
+        state = {to_hugging_face(name): value for name, value in network.state_dict().items()}
         (unverified / "model.safetensors").write_bytes(safetensors.torch.save(state, {"format": "pt"}))
-        for name, content in (("config.json", _config(weights)), ("preprocessor_config.json", _processor(weights))):
+        for name, content in (
+            ("config.json", _config(network, weights)),
+            ("preprocessor_config.json", _processor(weights)),
+        ):
             (unverified / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (unverified / "README.md").write_text(_card(folder.resolve().name, weights, results), encoding="utf-8")
+        (unverified / "README.md").write_text(
+            _card(folder.resolve().name, network.attention, weights, results), encoding="utf-8"
+        )
         found = _check(unverified, weights, clips)
     return f"{found}\nsaved to {folder}: a folder for TimesformerForVideoClassification.from_pretrained"
 
@@ -62,24 +70,23 @@ def _check(folder: Path, weights: Weights, clips: Clips) -> str:
     return check(weights, run, clips, runtime="transformers")
 
 
-def _config(weights: Weights) -> dict[str, Any]:
+def _config(network: TimeSformer, weights: Weights) -> dict[str, Any]:
     names = weights.classes
-    full = weights.build()
     return {
         "architectures": ["TimesformerForVideoClassification"],
         "model_type": "timesformer",
         "image_size": weights.preprocessing["crop_size"],
-        "patch_size": full.patch_embed.patch_size,
+        "patch_size": network.patch_embed.patch_size,
         "num_channels": 3,
         "num_frames": weights.preprocessing["num_frames"],
-        "hidden_size": full.norm.normalized_shape[0],
-        "num_hidden_layers": len(full.blocks),
-        "num_attention_heads": full.blocks[0].attn.num_heads,
-        "intermediate_size": full.blocks[0].mlp.fc1.out_features,
+        "hidden_size": network.norm.normalized_shape[0],
+        "num_hidden_layers": len(network.blocks),
+        "num_attention_heads": network.blocks[0].attn.num_heads,
+        "intermediate_size": network.blocks[0].mlp.fc1.out_features,
         "hidden_act": "gelu",
         "layer_norm_eps": LAYER_NORM_EPS,
-        "qkv_bias": full.blocks[0].attn.qkv.bias is not None,
-        "attention_type": full.attention,
+        "qkv_bias": network.blocks[0].attn.qkv.bias is not None,
+        "attention_type": network.attention,
         "drop_path_rate": 0,  # theirs must be an integer; it matters in training only
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
@@ -107,11 +114,11 @@ def _processor(weights: Weights) -> dict[str, Any]:
 
 def _short_side(data: dict[str, Any]) -> int:
     """Pixels, as in validation."""
-    return data["short_side"][0] if data.get("short_side") else round(data["crop_size"] * 8 / 7)
+    return data["short_side"][0] if data.get("short_side") else round(data["crop_size"] * VALIDATION_SCALE)
 
 
-def _card(name: str, weights: Weights, results: Path | None) -> str:
-    data, attention = weights.preprocessing, weights.build().attention.replace("_", " ")
+def _card(name: str, attention: str, weights: Weights, results: Path | None) -> str:
+    data, attention = weights.preprocessing, attention.replace("_", " ")
     window = (
         "the whole video"
         if data.get("stride") is None

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,15 +57,26 @@ def build_network(model: dict[str, Any] | ModelConfig, preprocessing: dict[str, 
 
 def save_weights(path: str | os.PathLike, weights: Weights) -> None:
     """Writes a safetensors file, whole or not at all."""
-    metadata = {
-        "format": _FORMAT,
+    metadata = describe(weights, _FORMAT)
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.state.items()}
+    with whole_file(Path(path)) as file:
+        file.write(safetensors.torch.save(state, metadata))
+
+
+def describe(weights: Weights, format: str) -> dict[str, str]:
+    """What a file in `format` says of the weights in it, as texts: the metadata of safetensors, of ONNX and of .pt2."""
+    return {
+        "format": format,
         "model": json.dumps(weights.model),
         "preprocessing": json.dumps(weights.preprocessing),
         "classes": json.dumps(weights.classes, ensure_ascii=False),
     }
-    state = {name: value.detach().cpu().contiguous() for name, value in weights.state.items()}
-    with whole_file(Path(path)) as file:
-        file.write(safetensors.torch.save(state, metadata))
+
+
+def described(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """(model, preprocessing, classes) of what `describe` made; KeyError, TypeError, ValueError or RecursionError."""
+    model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
+    return model, preprocessing, tuple(map(str, classes))
 
 
 @contextlib.contextmanager
@@ -114,7 +125,7 @@ def load_weights(path: str | os.PathLike) -> Weights:
     if metadata.get("format") != _FORMAT:
         raise InputError(f"{path}: not the weights that train.py writes; for those of others, name a config with -c")
     try:
-        model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
+        model, preprocessing, classes = described(metadata)
         with torch.device("meta"):
             expected = build_network(model, preprocessing, len(classes)).state_dict()
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -123,7 +134,7 @@ def load_weights(path: str | os.PathLike) -> Weights:
     wrong = wrong or [name for name in state if not state[name].isfinite().all()]
     if wrong:
         raise InputError(f"{path}: damaged: {min(wrong)} is not what its header speaks of, or not finite")
-    return Weights(model, preprocessing, tuple(map(str, classes)), state)
+    return Weights(model, preprocessing, classes, state)
 
 
 def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = ()) -> tuple[Weights, Config, str]:
