@@ -216,13 +216,10 @@ def _add(shard: BinaryIO, name: str, data: bytes) -> int:
 
 def _all_sizes(source: list[str], count: int, journal: Path, crew: Crew) -> list[int | str]:
     """Of all rows, whichever part of the shards is to be written; one journal a part, as two may be at it at once."""
-    part, parts = crew.shard
-    if not crew.is_whole:
-        journal = journal.with_name(f"{journal.name}.sizes-{part}-of-{parts}")
     found = run(
         "pack.sizes",
         [[*source, first, min(first + _ROWS, count)] for first in range(0, count, _ROWS)],
-        journal=journal,
+        journal=crew.journal(journal, "sizes-"),
         crew=replace(crew, shard=(0, 1), progress=None),
         timeout_s=crew.timeout_s * _ROWS,
         is_good=lambda result: not isinstance(result, Failed),

@@ -185,10 +185,8 @@ class Job:
         places = {(2 * number + 1) * len(todo) // (2 * count) for number in range(count)}
         sample = [todo[place] for place in sorted(places)]
         todo = [task for place, task in enumerate(todo) if place not in places]
-        crew, journal = self._crew, self._journal
-        if not crew.is_whole:
-            journal = journal.with_name("{}.{}-of-{}".format(journal.name, *crew.shard))
-        copies = self._run(sample, journal, replace(crew, shard=(0, 1)))
+        crew = self._crew
+        copies = self._run(sample, crew.journal(self._journal), replace(crew, shard=(0, 1)))
         good = [(task, copy) for task, copy in zip(sample, copies, strict=True) if isinstance(copy, Copy)]
         if not good:
             return None

@@ -51,6 +51,12 @@ class Crew:
         """Not only a part of the tasks."""
         return self.shard[1] == 1
 
+    def journal(self, whole: Path, kind: str = "") -> Path:
+        """The one of this part of the tasks, beside the journal of all, where `run` finds it; `whole` itself where
+        this is all. `kind` keeps one for other tasks apart."""
+        part, parts = self.shard
+        return whole if self.is_whole else whole.with_name(f"{whole.name}.{kind}{part}-of-{parts}")
+
     @contextmanager
     def executor(self) -> Iterator[Executor]:
         if self.scheduler:
@@ -84,19 +90,20 @@ def run(
     a whole run removes them all with `finish`. With a part only, the others are `NotDone`. `is_good` says whether a
     result of an earlier run still holds.
     """
-    wanted = dict.fromkeys(_key(function, task) for task in tasks)
+    keys = [_key(function, task) for task in tasks]
+    wanted = dict.fromkeys(keys)
     done = {key: result for key, result in _read_journals(journal) if key in wanted and is_good(result)}
     part, parts = crew.shard
-    missing = [key for key in list(wanted)[part::parts] if key not in done]
+    own = list(wanted)[part::parts]
+    missing = [key for key in own if key not in done]
     timeout_s = timeout_s or crew.timeout_s
     if missing:
-        own = journal if crew.is_whole else journal.with_name(f"{journal.name}.{part}-of-{parts}")
-        own.parent.mkdir(parents=True, exist_ok=True)
-        with crew.executor() as executor, open(own, "a", encoding="utf-8") as file:
+        path = crew.journal(journal)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with crew.executor() as executor, open(path, "a", encoding="utf-8") as file:
             if file.tell():
                 file.write("\n")  # after a line that a kill has cut
-            initial = sum(key in done for key in list(wanted)[part::parts])
-            bar = crew.progress and crew.progress(total=initial + len(missing), initial=initial)
+            bar = crew.progress and crew.progress(total=len(own), initial=len(own) - len(missing))
             try:
                 for key, result in _results(executor, missing, timeout_s):
                     done[key] = result
@@ -108,7 +115,7 @@ def run(
             finally:
                 if bar:
                     bar.close()
-    return [done.get(_key(function, task), NotDone("not done")) for task in tasks]
+    return [done.get(key, NotDone("not done")) for key in keys]
 
 
 def finish(journal: Path) -> None:
