@@ -33,13 +33,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loader import machine
 from dali_pipelines.errors import InputError
 from dali_pipelines.processes import end_with_parent
 from model import TimeSformer
 from model.pretrained import from_hugging_face
+from model.timesformer import multiply_adds
 from model.torchvision import let_torchvision_load
 
 SIZES = {  # channels, blocks, heads
@@ -252,7 +252,7 @@ def benchmark_model(
         raise InputError("--device cuda: torch finds no GPU here")
     work = Work(size, batch_size, num_frames, image_size, device)
     try:
-        flops = {"forward": 2 * multiply_adds(work)}
+        flops = {"forward": 2 * batch_size * multiply_adds(work.network)}
     except ValueError as error:
         raise InputError(str(error)) from None
     flops["training"] = 3 * flops["forward"]
@@ -313,15 +313,6 @@ def peer_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def multiply_adds(work: Work) -> int:
-    """Of a forward pass, with the attention products."""
-    with torch.device("meta"):
-        network, clips = work.network().eval(), torch.empty_like(work.clips(), device="meta")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(clips)
-    return counter.get_total_flops() // 2
 
 
 def take_turns(made: dict[str, Any], task: str, precision: str, rounds: int) -> dict[str, list[float]]:

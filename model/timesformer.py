@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 Attention = Literal["divided_space_time", "joint_space_time", "space_only"]
 
@@ -118,6 +119,16 @@ class PatchEmbed(nn.Module):
         x = clips.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # [B, 3, T, rows, p, columns, p]
         x = x.permute(0, 3, 5, 2, 1, 4, 6).flatten(4)  # [B, rows, columns, T, 3*p*p]
         return linear(x.flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def multiply_adds(make: Callable[[], TimeSformer]) -> int:
+    """Of one clip's forward pass of the network that `make` builds, with the products of attention; nothing is
+    computed."""
+    with torch.device("meta"):
+        network = make().eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.empty(1, *network.input_shape))
+    return counter.get_total_flops() // 2
 
 
 class Block(nn.Module):

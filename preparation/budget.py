@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dali_pipelines.clip_source import _NVDEC_SIDES, DALI_GPU_CODECS, _bounds, _check_nvdec
 from dali_pipelines.errors import InputError
@@ -31,7 +30,7 @@ from dali_pipelines.loader import _short_sides
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.packets import PacketReader, UncertainError, remux, video_stream
 from dali_pipelines.plan import SamplePlan, View, plan_sample
-from model import TimeSformer
+from model import TimeSformer, timesformer
 from preparation.gpus import HD, RATES_FROM, SMALL_GAIN, Gpu
 from training.config import Config, clip_settings
 from training.labels import class_names, read_manifest
@@ -167,11 +166,7 @@ def judge(demand: float, limits: dict[str, float]) -> tuple[str, float]:
 
 def multiply_adds(config: Config, classes: int) -> int:
     """Of one clip's forward pass, with the products of attention."""
-    with torch.device("meta"):
-        network, clips = _network(config, classes).eval(), torch.empty(1, *_clip_shape(config))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(clips)
-    return counter.get_total_flops() // 2
+    return timesformer.multiply_adds(lambda: _network(config, classes))
 
 
 # -- what files say, and what is measured --
