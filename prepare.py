@@ -57,7 +57,7 @@ from training.labels import read_labels
 _SHOWN = 10  # rejected videos that are printed; all are in the file
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Make the manifests that training reads.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     workers = argparse.ArgumentParser(add_help=False)
@@ -121,6 +121,7 @@ def main() -> int:
         "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
     )
     ucf101.set_defaults(run=_ucf101)
+
     budget = verbs.add_parser("budget", help="will decoding starve the training, and what would help")
     budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="of the training videos")
     budget.add_argument("-c", "--config", metavar="FILE", help="YAML of the experiment (default: ViT-B, 8 frames)")
@@ -132,6 +133,7 @@ def main() -> int:
     budget.add_argument("--samples", type=_count, default=200, metavar="N", help="videos to look at (default 200)")
     budget.add_argument("--json", action="store_true", help="print the numbers as JSON")
     budget.set_defaults(run=_budget)
+
     patient = copy.deepcopy(crew)
     patient.set_defaults(timeout=600)
     transcode = verbs.add_parser("transcode", parents=[patient], help="copies of a manifest's videos that decode fast")
@@ -152,10 +154,10 @@ def main() -> int:
     packing.set_defaults(run=_pack)
 
     arguments = parser.parse_args()
-    return arguments.run(arguments)
+    arguments.run(arguments)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seed < 2**64:
         raise InputError(f"--seed is {arguments.seed}; expected 0 or more, less than 2**64")
     total = arguments.train_videos + arguments.val_videos
@@ -170,16 +172,14 @@ def _demo(arguments: argparse.Namespace) -> int:
         )
     for name, entries in listed.items():
         _write(entries, arguments.out / f"{name}.csv", arguments.out, CLASSES, arguments)
-    return 0
 
 
-def _index(arguments: argparse.Namespace) -> int:
+def _index(arguments: argparse.Namespace) -> None:
     classes = read_labels(arguments.labels) if arguments.labels else ()
     _write(read_list(arguments.list), arguments.out, arguments.root, classes, arguments)
-    return 0
 
 
-def _folder(arguments: argparse.Namespace) -> int:
+def _folder(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.val_fraction < 1:
         raise InputError(f"--val-fraction is {arguments.val_fraction}; expected 0 or more, less than 1")
     out = arguments.out or arguments.folder
@@ -188,25 +188,24 @@ def _folder(arguments: argparse.Namespace) -> int:
     listed, classes = read_folder(arguments.folder)
     if out.suffix == ".csv":
         _write(listed, out, arguments.folder, classes, arguments)
-        return 0
+        return
     for name, entries in zip(("train", "val"), split(listed, arguments.val_fraction), strict=True):
         if entries:
             _write(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
         else:
             print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
-    return 0
 
 
-def _kinetics(arguments: argparse.Namespace) -> int:
+def _kinetics(arguments: argparse.Namespace) -> None:
     classes = kinetics_classes(arguments.classes, arguments.annotations, arguments.labels)
     expected = [each for path in arguments.annotations for each in read_annotations(path, classes)]
-    return _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # all of Kinetics' have 10
+    _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # all of Kinetics' have 10
 
 
-def _ucf101(arguments: argparse.Namespace) -> int:
+def _ucf101(arguments: argparse.Namespace) -> None:
     expected, classes = ucf101_annotations(arguments.splits, arguments.split)
     name = "ucf101" if arguments.split == 1 else f"ucf101_split{arguments.split}"
-    return _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+    _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
 
 
 def _write_splits(
@@ -215,9 +214,9 @@ def _write_splits(
     out: Path,
     arguments: argparse.Namespace,
     longest_s: float = math.inf,
-) -> int:
+) -> None:
     """Finds the expected videos and writes a manifest a split, with lists of what is missing and what there is more
-    than once; 1 where a split has no videos at all."""
+    than once. Raises `InputError` where a split has no videos at all."""
     store = Store(arguments.videos)
     splits = store.find(list(dict.fromkeys(expected)))
     for name in splits:
@@ -248,7 +247,7 @@ def _write_splits(
         )
 
 
-def _budget(arguments: argparse.Namespace) -> int:
+def _budget(arguments: argparse.Namespace) -> None:
     gpu = find_gpu(arguments.gpu)
     from preparation import budget  # torch and DALI: seconds that no other verb needs
     from training.config import load_config
@@ -265,7 +264,7 @@ def _budget(arguments: argparse.Namespace) -> int:
     print(json.dumps(report, indent=2) if arguments.json else budget.table(report))
 
 
-def _transcode(arguments: argparse.Namespace) -> int:
+def _transcode(arguments: argparse.Namespace) -> None:
     out = arguments.out / f"{arguments.manifest.stem}.csv"
     crf = ENCODERS[arguments.codec].crf if arguments.crf is None else arguments.crf
     settings = Settings(arguments.short_side, arguments.gop, arguments.codec, crf)
@@ -287,7 +286,8 @@ def _transcode(arguments: argparse.Namespace) -> int:
         )
     copies, rejected, made = job.transcode()
     if not crew.is_whole:
-        return _say_part(out, crew)
+        _say_part(out, crew)
+        return
     _save(copies, rejected, out, journal, nothing=f"none of the {len(manifest)} videos can be transcoded")
     before, after = (sum(sizes) for sizes in zip(*{each.video.path: each[1:3] for each in made}.values()))
     print(f"{out}: {len(copies)} of {len(manifest)} videos")
@@ -299,21 +299,20 @@ def _transcode(arguments: argparse.Namespace) -> int:
             f"(CPU time, mean of {compared} videos)"
         )
     finish(journal)  # the comparison's
-    return 0
 
 
-def _pack(arguments: argparse.Namespace) -> int:
+def _pack(arguments: argparse.Namespace) -> None:
     out = arguments.out / f"{arguments.manifest.stem}.csv"
     check_is_ours(out)
     crew = _crew(arguments, out.stem, unit="shard")
     manifest, rejected = pack(arguments.manifest, arguments.out, shard_bytes=arguments.shard_size, crew=crew)
     if manifest is None:
-        return _say_part(out, crew)
+        _say_part(out, crew)
+        return
     if arguments.root:
         manifest.root = arguments.root if is_url(arguments.root) else Path(arguments.root)
     _save(manifest, rejected, out, None, nothing=f"none of the videos of {arguments.manifest} can be packed")
     print(f"{out}: {len(manifest)} of {manifest.listed} videos in {len(manifest.shards)} shards")
-    return 0
 
 
 def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> Crew:
@@ -338,7 +337,7 @@ def _write(
     arguments: argparse.Namespace,
     found: Found | None = None,
     longest_s: float = math.inf,
-) -> int:
+) -> None:
     """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found.
 
     `found`: what else is known of the listed ones; those that are missing count as left out. `longest_s`: seconds that
@@ -352,7 +351,8 @@ def _write(
         listed, root=root, journal=journal, crew=crew, classes=classes, copies=found.copies, decode=decode
     )
     if not crew.is_whole:
-        return _say_part(out, crew)
+        _say_part(out, crew)
+        return
     manifest.rejected += len(found.missing)
     nothing = f"none of the {len(listed)} listed videos can be read below {manifest.root}"
     _save(manifest, rejected, out, journal, nothing=nothing)
@@ -361,13 +361,11 @@ def _write(
     longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
     if longer:
         print(f"  {longer} are longer than {longest_s:g} s: not cut to their clip?")
-    return 0
 
 
-def _say_part(out: Path, crew: Crew) -> int:
+def _say_part(out: Path, crew: Crew) -> None:
     part, parts = crew.shard
     print(f"{out}: part {part} of {parts} is done; when all are, the same command without --shard writes it")
-    return 0
 
 
 def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: Path | None, *, nothing: str) -> None:
