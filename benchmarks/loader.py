@@ -48,7 +48,7 @@ from benchmarks.work import Work, needed_packets
 from dali_pipelines import crops
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, join, open_video, size_of
-from dali_pipelines.manifest import Manifest, Video
+from dali_pipelines.manifest import Manifest, Video, source_of
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
 from preparation.index import index, is_video_name
@@ -289,7 +289,7 @@ def count_packets(work: Work) -> dict[str, float]:
 
 def describe(video: Video) -> dict[str, Any]:
     """A video's row, its bytes, and how far its keyframes are apart, in packets."""
-    source = Manifest([video]).source(0)
+    source = source_of(video, ".")
     with open_video(source) as container:
         is_keyframe = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
     spacing = np.diff([*np.flatnonzero(is_keyframe), len(is_keyframe)])

@@ -69,6 +69,18 @@ class Video(NamedTuple):
     """Bytes of the video in the shard."""
 
 
+def place_for_people(video: Video, root: str | os.PathLike) -> str:
+    """The path from here, or the shard and the name in it, of a row of a manifest with this root."""
+    return f"{join(root, video.shard)}: {video.path}" if video.shard else join(root, video.path)
+
+
+def source_of(video: Video, root: str | os.PathLike) -> Source:
+    """What is opened for a row of a manifest with this root."""
+    if video.shard:
+        return Source(join(root, video.shard), video.offset, video.size)
+    return Source(join(root, video.path))
+
+
 def coded_size(video: Video) -> tuple[int, int]:
     """(height, width) of the pictures as coded, before they are turned to be shown."""
     return (video.height, video.width) if video.rotation in (0, 180) else (video.width, video.height)
@@ -186,15 +198,11 @@ class Manifest:
 
     def file(self, index: int) -> str:
         """Where row `index` is, for people: its path from here, or its shard and its name."""
-        video = self[index]
-        return f"{self.place(video.shard)}: {video.path}" if video.shard else self.place(video.path)
+        return place_for_people(self[index], self.root)
 
     def source(self, index: int) -> Source:
         """What is opened for row `index`."""
-        video = self[index]
-        if video.shard:
-            return Source(self.place(video.shard), video.offset, video.size)
-        return Source(self.place(video.path))
+        return source_of(self[index], self.root)
 
     def place(self, name: str) -> str:
         """The path or URL of something that is named relative to the root."""

@@ -57,6 +57,10 @@ class Process:
         """This process's share of the CPU cores that it may use, at least one."""
         return max(len(os.sched_getaffinity(0)) // self.local_world_size, 1)
 
+    def workers(self, wanted: int | None, most: int) -> int:
+        """Processes of a loader that has `most` videos for them: `data.workers`, or one a core where that is None."""
+        return min(self.cores if wanted is None else wanted, most)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """`values` on this process's device, summed over all processes."""
         values = values.to(self.device)

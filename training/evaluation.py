@@ -88,7 +88,7 @@ def evaluate(
         device=process.device,
         rank=process.rank,
         world_size=process.world_size,
-        workers=min(process.cores if config.data.workers is None else config.data.workers, share),
+        workers=process.workers(config.data.workers, share),
     )
     networks = [weights.build(process.device) for weights in members]
     precision = resolve_precision(config.train.precision, process.device)

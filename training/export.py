@@ -65,7 +65,7 @@ def clips_to_compare(
         **clip_settings(config.data, "test"),
         batch_size=min(4, len(manifest)),
         device="cpu",
-        workers=min(process.cores if config.data.workers is None else config.data.workers, len(manifest)),
+        workers=process.workers(config.data.workers, len(manifest)),
     )
     views, names = [], []
     for batch in loader:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.files import fetch
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video, place_for_people, probe
 from model import TimeSformer, attention_rollout
 from training.config import Config, clip_settings
 from training.distributed import Process
@@ -129,7 +129,7 @@ def predict(
 def _known(chunk: Chunk, video: str | Video, cache: str | None) -> tuple[str, int | None, Video | InputError]:
     """(path as it is shown, label, what is known of the video or why it is none)."""
     if isinstance(video, Video):
-        return Manifest([video], root=chunk.root).file(0), video.label, video
+        return place_for_people(video, chunk.root), video.label, video
     try:
         return video, None, probe(fetch(video, cache))._replace(path=video)
     except InputError as error:
@@ -162,7 +162,6 @@ def _predict_readable(
     at_once = _windows_at_once(manifest, num_windows, settings["num_frames"])
     parts = -(-num_windows // at_once)
     samples = len(manifest) * parts
-    workers = process.cores if config.data.workers is None else config.data.workers
     loader = ClipLoader(
         manifest,
         **settings,
@@ -170,7 +169,7 @@ def _predict_readable(
         device=process.device,
         num_windows=num_windows,
         windows_at_once=at_once,
-        workers=0 if samples == 1 else min(workers, samples),
+        workers=0 if samples == 1 else process.workers(config.data.workers, samples),
     )
     parts_of_video: list[dict[str, Tensor]] = []
     for batch in loader:
