@@ -1,6 +1,7 @@
 """Fixtures: where the reference data is, and a folder of small videos of every codec, made once a session."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,12 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compi
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def threads_may_fail_aloud(monkeypatch):
+    """Also after a test in which a command has ended within this process, and silenced them."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 @pytest.fixture(scope="session")

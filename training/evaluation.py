@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.files import absolute, join
 from dali_pipelines.loader import Fault
 from model import TimeSformer
 from training.config import Config, clip_settings
@@ -167,7 +168,7 @@ def collect(
         "manifest": {
             "path": path,
             "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-            "root": str(manifest.root.resolve()),
+            "root": absolute(manifest.root),
             "listed": manifest.listed,
             "kept": count,
             "left_out": manifest.rejected,
@@ -207,8 +208,8 @@ def _checksum(name: str, weights: Weights) -> str:
 def report(results: Results) -> str:
     """The results in a few lines for a terminal."""
     summary, classes = results.summary, results.classes
-    root = Path(summary["manifest"]["root"])
-    lines = [f"{root / fault['path']}: {fault['reason']}; counted as wrong" for fault in summary["faults"]]
+    root = summary["manifest"]["root"]
+    lines = [f"{join(root, fault['path'])}: {fault['reason']}; counted as wrong" for fault in summary["faults"]]
     videos = np.bincount(results.labels, minlength=len(classes)).tolist()
     right = np.bincount(results.labels[results.right], minlength=len(classes)).tolist()
     present = [label for label, count in enumerate(videos) if count]

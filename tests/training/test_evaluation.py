@@ -6,7 +6,9 @@ import json
 import math
 import re
 import time
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -381,6 +383,24 @@ def test_a_packed_manifest_is_evaluated_as_its_videos_are(weights_file, small_da
     page.unlink()
     assert in_process(command.main, "--report", tmp_path / "evaluation") == (0, f"{page}\n", "")
     assert page.read_bytes() == first
+
+
+def test_videos_below_a_url_are_evaluated_as_files_are(weights_file, small_data, tmp_path, in_process):
+    manifest = Manifest.read(small_data / "train.csv")
+    memory = fsspec.filesystem("memory")
+    for row in range(len(manifest)):
+        memory.pipe(f"evaluated/{manifest[row].path}", Path(manifest.file(row)).read_bytes())
+    memory.rm(f"evaluated/{manifest[3].path}")
+    Manifest(list(manifest), root="memory://evaluated", classes=manifest.classes).write(tmp_path / "url.csv")
+    settings = ["-w", weights_file, "--out", tmp_path / "evaluation", "-o", "data.workers=0"]
+    status, said, errors = in_process(command.main, *settings, f"data.test={tmp_path / 'url.csv'}")
+    assert status == 1 and "1 of 13 videos cannot be read" in errors
+    assert f"memory://evaluated/{manifest[3].path}: no such file on its server; counted as wrong" in said
+    results = read_results(tmp_path / "evaluation")
+    assert results.summary["manifest"]["root"] == "memory://evaluated" and results.valid.sum() == 12
+    status, _, errors = in_process(command.main, *settings, f"data.test={small_data / 'train.csv'}")
+    files = read_results(tmp_path / "evaluation")
+    assert status == 0 and np.array_equal(files.probabilities[results.valid], results.probabilities[results.valid])
 
 
 def test_a_comparison_as_a_user_sees_it(weights_file, small_data, tmp_path, in_process):
