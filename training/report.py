@@ -23,6 +23,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import View, plan_sample
+from training.results import BEFORE_TOP, PER_CLASS, PER_CLASS_COLUMNS, PREDICTIONS, SUMMARY, TEXT
 
 REPORT = "report.html"
 
@@ -65,9 +66,6 @@ _RESULTS = {
     "versions": {},
 }
 """What the page reads of results.json; a list of one is any number of such, and there may be more keys."""
-
-_BEFORE_TOP = ("row", "path", "label", "class", "reason")
-_PER_CLASS = ("label", "class", "videos", "correct", "accuracy", "top5_accuracy", "confused_with", "confused_count")
 
 
 @dataclass(frozen=True)
@@ -120,15 +118,15 @@ def write_report(folder: str | Path, *, most: int = 24) -> Path:
     evaluation.
     """
     folder = Path(folder)
-    results = _read_results(folder / "results.json")
+    results = _read_results(folder / SUMMARY)
     classes = [_plain(name) for name in results["classes"]]
-    predictions = _read_predictions(folder / "predictions.csv", len(classes))
+    predictions = _read_predictions(folder / PREDICTIONS, len(classes))
     if len(predictions.rows) != results["expected"]:
         raise InputError(
-            f"{folder / 'predictions.csv'}: {len(predictions.rows)} videos where results.json has "
+            f"{folder / PREDICTIONS}: {len(predictions.rows)} videos where {SUMMARY} has "
             f"{results['expected']}; the two are of different evaluations"
         )
-    per_class = _read_per_class(folder / "per_class.csv", len(classes))
+    per_class = _read_per_class(folder / PER_CLASS, len(classes))
     page = _page(results, classes, predictions, per_class, most)
     path = folder / REPORT
     unfinished = folder / f"{REPORT}.part"  # renamed when whole, as manifests are
@@ -142,7 +140,7 @@ def write_report(folder: str | Path, *, most: int = 24) -> Path:
 
 def _open(path: Path) -> TextIO:
     try:
-        return open(path, newline="", encoding="utf-8", errors="surrogateescape")  # paths of videos need not be UTF-8
+        return open(path, **TEXT)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; evaluate.py writes it") from None
 
@@ -181,7 +179,7 @@ def _read_predictions(path: Path, num_classes: int) -> Predictions:
         header = next(reader, [])
         first = len(header) - num_classes  # column of p0
         if (
-            tuple(header[:5]) != _BEFORE_TOP
+            tuple(header[:5]) != BEFORE_TOP
             or header[first:] != [f"p{k}" for k in range(num_classes)]
             or header[5:first] != [f"top{k + 1}" for k in range(first - 5)]
             or first == 5
@@ -230,13 +228,13 @@ def _class(text: str, num_classes: int) -> int:
 def _read_per_class(path: Path, num_classes: int) -> list[ClassRow]:
     with _open(path) as file:
         reader = csv.reader(file)
-        if tuple(next(reader, ())) != _PER_CLASS:
-            raise InputError(f"{path}: its columns are not those of evaluate.py: {', '.join(_PER_CLASS)}")
+        if tuple(next(reader, ())) != PER_CLASS_COLUMNS:
+            raise InputError(f"{path}: its columns are not those of evaluate.py: {', '.join(PER_CLASS_COLUMNS)}")
         rows = {}
         try:
             for line in reader:
-                if len(line) != len(_PER_CLASS):
-                    raise ValueError(f"{len(line)} columns where the header names {len(_PER_CLASS)}")
+                if len(line) != len(PER_CLASS_COLUMNS):
+                    raise ValueError(f"{len(line)} columns where the header names {len(PER_CLASS_COLUMNS)}")
                 label, _, videos, correct, accuracy, top5_accuracy, confused_with, confused_count = line
                 row = ClassRow(
                     _class(label, num_classes),

@@ -18,7 +18,19 @@ from dali_pipelines.errors import InputError
 SUMMARY, PREDICTIONS, PER_CLASS = FILES = ("results.json", "predictions.csv", "per_class.csv")
 AVERAGES = ("prob", "score")
 TOP = 5
-_PREFIX = ("row", "path", "label", "class", "reason", *(f"top{k + 1}" for k in range(TOP)))
+BEFORE_TOP = ("row", "path", "label", "class", "reason")
+"""Columns of predictions.csv, before top1, ..., p0, ..."""
+PER_CLASS_COLUMNS = (
+    "label",
+    "class",
+    "videos",
+    "correct",
+    "accuracy",
+    "top5_accuracy",
+    "confused_with",
+    "confused_count",
+)
+_PREFIX = (*BEFORE_TOP, *(f"top{k + 1}" for k in range(TOP)))
 _KEYS = [
     "protocol",
     "windows",
@@ -41,7 +53,7 @@ _KEYS = [
     "seconds",
     "versions",
 ]
-_TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names need not be UTF-8
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names need not be UTF-8
 Z_95 = 1.959963984540054
 """Quantile of the normal distribution that leaves 2.5 % above it."""
 
@@ -181,7 +193,7 @@ def write_results(results: Results, folder: Path) -> None:
     parts = {name: folder / f"{name}.part" for name in contents}
     try:
         for name, pieces in contents.items():
-            with open(parts[name], "w", **_TEXT) as file:
+            with open(parts[name], "w", **TEXT) as file:
                 file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
@@ -223,9 +235,7 @@ def _per_class_csv(results: Results) -> Iterator[str]:
     )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["label", "class", "videos", "correct", "accuracy", "top5_accuracy", "confused_with", "confused_count"]
-    )
+    writer.writerow(PER_CLASS_COLUMNS)
     for label, (name, others) in enumerate(zip(classes, confusion)):
         count, worst = videos[label], int(others.argmax())
         shares = [f"{found / count:.7g}" if count else "" for found in (right[label], right5[label])]
@@ -251,7 +261,7 @@ def read_results(path: str | os.PathLike) -> Results:
         valid=np.zeros(count, bool),
     )
     try:
-        with open(file, **_TEXT) as lines:
+        with open(file, **TEXT) as lines:
             _fill(results, csv.reader(lines), file)
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; evaluate.py writes it beside {SUMMARY}") from None
