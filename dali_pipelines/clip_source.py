@@ -4,11 +4,12 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import av
 import numpy as np
 
+from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.host_decoder import decode_frames
@@ -17,16 +18,6 @@ from dali_pipelines.packets import UncertainError, remux, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
 from dali_pipelines.watch import NOTHING, Progress
-
-Decode = Literal["auto", "dali", "host"]
-DECODES = get_args(Decode)
-DALI_CPU_CODECS = frozenset({"mjpeg", "vp8", "vp9"})
-DALI_GPU_CODECS = DALI_CPU_CODECS | {"av1", "h264", "hevc", "mpeg4"}
-"""What `fn.decoders.video` reads (DALI 2.4 documentation)."""
-
-_NVDEC_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-_NVDEC_SIDES = range(144, 4097)
-"""Pixels a side that every generation of NVDEC takes in every codec (Video Codec SDK, decode support matrix)."""
 
 
 class Sample(NamedTuple):
@@ -61,9 +52,9 @@ class ClipSource:
     ends.
 
     `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `cache` see
-    `files.fetch`; `start` the place in
-    `order` of the first call; `dali_codecs` what DALI decodes, `host_ids` samples that it has failed on and that are
-    decoded here instead; `given_up` samples that are not tried (again), and why.
+    `files.fetch`; `start` the place in `order` of the first call; `routing` says what is decoded here and what is
+    handed on; `host_ids` samples that DALI has failed on and that are decoded here instead; `given_up` samples that are
+    not tried (again), and why.
     """
 
     def __init__(
@@ -75,8 +66,7 @@ class ClipSource:
         view: View,
         order: Order,
         start: int,
-        dali_codecs: frozenset[str],
-        on_gpu: bool,
+        routing: Routing,
         host_ids: frozenset[int],
         given_up: dict[int, str],
     ):
@@ -86,8 +76,7 @@ class ClipSource:
         self._view = view
         self._order = order
         self._start = start
-        self._dali_codecs = dali_codecs
-        self._on_gpu = on_gpu
+        self._routing = routing
         self._host_ids = host_ids
         self._given_up = given_up
         self._manifest: Manifest | None = None
@@ -123,21 +112,24 @@ class ClipSource:
         source = fetch(self._manifest.source(sample_id), self._cache)
         plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id, part=part)
         fallback = ""
-        if video.codec in self._dali_codecs and sample_id not in self._host_ids:
-            try:
-                return self._encoded(source, plan, sample_id)
-            except UncertainError as error:
-                fallback = f"not by DALI: {error}"
+        engine = self._routing.engine_for(video, sample_id)
+        if engine != "host" and sample_id not in self._host_ids:
+            reason = self._routing.refusal(video.codec, video.pixel_format, coded_size(video))
+            if not reason:
+                try:
+                    return self._encoded(source, plan, sample_id)
+                except UncertainError as error:
+                    reason = str(error)
+            fallback = f"not by {'DALI' if engine == 'dali' else 'NVDEC'}: {reason}"
         return self._decoded(source, video, plan, sample_id, fallback)
 
     def _encoded(self, source: Source, plan: SamplePlan, sample_id: int) -> Sample:
         with open_video(source) as container:
-            if self._on_gpu:
-                _check_nvdec(video_stream(container).codec_context)
             try:
                 file = remux(container, plan.positions)
             except av.error.FFmpegError as error:
                 raise InputError(error.strerror.lower()) from None
+            self._routing.check(file, video_stream(container).codec_context)
         return self._sample(
             plan,
             sample_id,
@@ -149,7 +141,7 @@ class ClipSource:
 
     def _decoded(self, source: Source, video: Video, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
         size = coded_size(video)
-        region = _bounds(plan.rectangles, size)
+        region = bounds(plan.rectangles, size)
         decoded = decode_frames(source, plan.positions, size=size, region=region)
         corner = [region[0].start, region[1].start]
         return self._sample(
@@ -198,17 +190,10 @@ class ClipSource:
         )
 
 
-def _check_nvdec(context: av.VideoCodecContext) -> None:
-    if context.pix_fmt not in _NVDEC_FORMATS:
-        raise UncertainError(f"NVDEC may not take {context.pix_fmt}")
-    if context.width not in _NVDEC_SIDES or context.height not in _NVDEC_SIDES:
-        raise UncertainError(f"NVDEC may not take pictures smaller than {_NVDEC_SIDES[0]} or over {_NVDEC_SIDES[-1]}")
-
-
-def _bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:
+def bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns that the rectangles touch, and one more pixel for the bilinear filter."""
-    bounds = []
+    sides = []
     for axis in (0, 1):
         ends = rectangles[:, [axis, axis + 2]]
-        bounds.append(slice(max(math.floor(ends.min()) - 1, 0), min(math.ceil(ends.max()) + 1, size[axis])))
-    return tuple(bounds)
+        sides.append(slice(max(math.floor(ends.min()) - 1, 0), min(math.ceil(ends.max()) + 1, size[axis])))
+    return tuple(sides)

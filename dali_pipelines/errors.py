@@ -10,6 +10,12 @@ class InputError(ValueError):
     """Bad input: says which file or key, what was expected, and what to do. Commands print it as one line."""
 
 
+def check(holds: bool, message: str) -> None:
+    """Raises `InputError` with the message unless something holds."""
+    if not holds:
+        raise InputError(message)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: 0 or what it returned, 2 for bad input, 130 for Ctrl-C.
 

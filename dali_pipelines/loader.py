@@ -1,16 +1,11 @@
 """ClipLoader: a DALI pipeline as an iterable of batches of torch tensors, epoch by epoch."""
 
-import contextlib
 import os
-import shutil
-import signal
-import sys
 import tempfile
 import time
-import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,17 +13,19 @@ import torch
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 from dali_pipelines import crops
-from dali_pipelines.clip_source import DALI_CPU_CODECS, DALI_GPU_CODECS, DECODES, ClipSource, Decode
-from dali_pipelines.errors import InputError
+from dali_pipelines.decode_stage import DecodeStage
+from dali_pipelines.engines import DECODES, Decode, Routing, estimate, general_limits
+from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import absolute, check_reachable
-from dali_pipelines.graph import clip_pipeline
+from dali_pipelines.gpus import gpu_of_device, unknown_gpu
+from dali_pipelines.graph import Cut, clip_pipeline, source_pipeline
 from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
+from dali_pipelines.nvdec import UnavailableError, driver_limits, prepare
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View, windows_of_test
 from dali_pipelines.sampling import PAST_END
-from dali_pipelines.watch import Watchdog
+from dali_pipelines.workers import PREFETCH, Workers
 
-_PREFETCH = 2  # batches that DALI works ahead
-_RESTARTS = 3  # without a batch between them, before the loader gives up
+_THREADS = 16  # that decode on a GPU: the best of 1 to 32 on an H200 with 16 cores (docs/benchmarks.md)
 
 
 class Batch(NamedTuple):
@@ -43,6 +40,19 @@ class Batch(NamedTuple):
     """int64 [B]: row in the manifest; -1 where the entry is padding."""
     valid: torch.Tensor
     """bool [B]: False for padding and for videos that cannot be read; those clips are black."""
+    engines: tuple[str, ...] = ()
+    """What decoded each clip: "nvdec" (torchcodec), "dali" or "host" (PyAV); "" if it is not valid."""
+
+
+class Outcome(NamedTuple):
+    """What became of one sample."""
+
+    sample_id: int
+    engine: str
+    packets: tuple[int, int]
+    """Read, and kept."""
+    fault: str
+    fallback: str
 
 
 class Fault(NamedTuple):
@@ -68,8 +78,14 @@ class LoaderStats:
     """Fed to a decoder, of those read."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Reason -> how many samples did not go the way that was meant for them: all of a file decoded where some packets
-    were to do, host decoding where DALI was to decode, workers started again, a cache that cannot be written."""
+    were to do, host decoding where a GPU or DALI was to decode, workers started again, a cache that cannot be
+    written."""
+    engines: dict[str, int] = field(default_factory=dict)
+    """Engine ("nvdec", "dali", "host") -> how many readable samples it has decoded."""
     faults: list[Fault] = field(default_factory=list)
+
+    def count_fallback(self, reason: str, count: int = 1) -> None:
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + count
 
     @property
     def clips_per_second(self) -> float:
@@ -97,10 +113,18 @@ class ClipLoader:
     mean, std: three numbers each, of values in 0..1.
     dtype: torch.float32 or torch.float16.
     device: "cpu", or a CUDA device: decode (NVDEC), resize and normalise happen there.
-    workers: processes that read files and decode what DALI does not; 0 does it in this one; None: one a CPU core.
+    workers: processes that read files, and decode what the GPU does not; 0 does it in this one; None: one a CPU core.
     step_entries: clips an optimizer step over all ranks and micro-batches; default batch_size * world_size.
-    decode: "dali" (NVDEC on a GPU; VP8, VP9 and MJPEG on the CPU), "host" (the workers decode, with PyAV), or "auto":
-        DALI for what NVDEC takes, the workers for everything else. Codecs that DALI does not decode go to the workers.
+    decode: who decodes.
+        "auto": on a GPU, NVDEC and the workers side by side, each its share of the videos; on the CPU, the workers.
+        "nvdec": NVDEC, through torchcodec, what it takes. On the CPU, torchcodec's CPU decoder (for tests).
+        "dali": DALI's own decoder; on a GPU NVDEC, slowly; on the CPU VP8, VP9 and MJPEG.
+        "host": the workers, with PyAV.
+        What an engine does not take goes to the workers, and is counted in `stats.fallbacks`.
+    host_share: share of the videos that NVDEC takes, 0 to 1, which the workers decode instead; the same videos in every
+        epoch. Default: with "auto" what keeps both busy, by the manifest, the GPU and the number of workers; otherwise
+        0. It is part of the position, so that a resumed run sees the same pixels.
+    decode_threads: threads that feed NVDEC; default: one a worker, 4 to 16.
     views_per_decode: clips that training cuts out of one decode of a video, each with a window, crop and flip of its
         own; neighbours in a batch, with one sample id. It divides batch_size; an epoch has so many times more clips.
     num_windows: temporal windows of the test, evenly from the start of a video to its end, three crops of each; the
@@ -140,6 +164,8 @@ class ClipLoader:
         workers: int | None = None,
         step_entries: int | None = None,
         decode: Decode = "auto",
+        host_share: float | None = None,
+        decode_threads: int | None = None,
         views_per_decode: int = 1,
         num_windows: int = 1,
         windows_at_once: int | None = None,
@@ -147,35 +173,37 @@ class ClipLoader:
         cache: str | os.PathLike | None = None,
     ):
         step_entries = step_entries or batch_size * world_size
-        _check(mode in MODES, f"mode is {mode!r}; expected one of {', '.join(MODES)}")
-        _check(past_end in PAST_END, f"past_end is {past_end!r}; expected one of {', '.join(PAST_END)}")
-        _check(batch_size >= 1, f"batch_size is {batch_size}; expected 1 or more")
-        _check(num_frames >= 1, f"num_frames is {num_frames}; expected 1 or more")
-        _check(crop_size >= 1, f"crop_size is {crop_size}; expected 1 or more pixels")
-        _check(stride is None or stride > 0, f"stride is {stride}; expected more than 0, or None for whole videos")
-        _check(target_fps > 0, f"target_fps is {target_fps}; expected more than 0")
-        _check(len(mean) == len(std) == 3, f"mean {mean} and std {std} must have three numbers each")
-        _check(all(value > 0 for value in std), f"std is {std}; expected more than 0")
-        _check(dtype in (torch.float32, torch.float16), f"dtype is {dtype}; expected torch.float32 or torch.float16")
-        _check(0 <= seed < 2**64, f"seed is {seed}; expected 0 or more, less than 2**64")
-        _check(world_size >= 1, f"world_size is {world_size}; expected 1 or more")
-        _check(0 <= rank < world_size, f"rank is {rank}; expected 0 to {world_size - 1}")
-        _check(workers is None or workers >= 0, f"workers is {workers}; expected 0 or more")
-        _check(
+        check(mode in MODES, f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        check(past_end in PAST_END, f"past_end is {past_end!r}; expected one of {', '.join(PAST_END)}")
+        check(batch_size >= 1, f"batch_size is {batch_size}; expected 1 or more")
+        check(num_frames >= 1, f"num_frames is {num_frames}; expected 1 or more")
+        check(crop_size >= 1, f"crop_size is {crop_size}; expected 1 or more pixels")
+        check(stride is None or stride > 0, f"stride is {stride}; expected more than 0, or None for whole videos")
+        check(target_fps > 0, f"target_fps is {target_fps}; expected more than 0")
+        check(len(mean) == len(std) == 3, f"mean {mean} and std {std} must have three numbers each")
+        check(all(value > 0 for value in std), f"std is {std}; expected more than 0")
+        check(dtype in (torch.float32, torch.float16), f"dtype is {dtype}; expected torch.float32 or torch.float16")
+        check(0 <= seed < 2**64, f"seed is {seed}; expected 0 or more, less than 2**64")
+        check(world_size >= 1, f"world_size is {world_size}; expected 1 or more")
+        check(0 <= rank < world_size, f"rank is {rank}; expected 0 to {world_size - 1}")
+        check(workers is None or workers >= 0, f"workers is {workers}; expected 0 or more")
+        check(
             step_entries % (batch_size * world_size) == 0,
             f"step_entries is {step_entries}; expected a multiple of {batch_size} clips x {world_size} ranks",
         )
-        _check(decode in DECODES, f"decode is {decode!r}; expected one of {', '.join(DECODES)}")
-        _check(timeout_s > 0, f"timeout_s is {timeout_s}; expected more than 0 seconds")
-        _check(views_per_decode >= 1, f"views_per_decode is {views_per_decode}; expected 1 or more")
+        check(decode in DECODES, f"decode is {decode!r}; expected one of {', '.join(DECODES)}")
+        check(host_share is None or 0 <= host_share <= 1, f"host_share is {host_share}; expected 0 to 1")
+        check(decode_threads is None or decode_threads >= 1, f"decode_threads is {decode_threads}; expected 1 or more")
+        check(timeout_s > 0, f"timeout_s is {timeout_s}; expected more than 0 seconds")
+        check(views_per_decode >= 1, f"views_per_decode is {views_per_decode}; expected 1 or more")
         views_per_decode = views_per_decode if mode == "train" else 1
-        _check(
+        check(
             batch_size % views_per_decode == 0,
             f"batch_size is {batch_size}; expected a multiple of the {views_per_decode} views_per_decode",
         )
-        _check(len(manifest) > 0, "the manifest has no videos")
+        check(len(manifest) > 0, "the manifest has no videos")
         if mode == "train":
-            _check(
+            check(
                 len(manifest) * views_per_decode >= step_entries,
                 f"the manifest has {len(manifest)} videos, fewer than the {step_entries // views_per_decode} of one "
                 "training step; use a smaller batch",
@@ -186,10 +214,9 @@ class ClipLoader:
         self.device = _device(device)
         self.stats = LoaderStats()
         self._batch_size = batch_size // views_per_decode  # in videos, as is the order
-        self._mean, self._std, self._dtype = mean, std, dtype
         self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1).to(self.device)
-        _check(num_windows >= 1, f"num_windows is {num_windows}; expected 1 or more")
-        _check(
+        check(num_windows >= 1, f"num_windows is {num_windows}; expected 1 or more")
+        check(
             windows_at_once is None or 1 <= windows_at_once <= num_windows,
             f"windows_at_once is {windows_at_once}; expected 1 to the {num_windows} num_windows",
         )
@@ -214,25 +241,94 @@ class ClipLoader:
             rank=rank,
             world_size=world_size,
         )
-        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
-        self._timeout_s = timeout_s
-        on_gpu = self.device.type == "cuda"
-        # On the CPU the workers are as fast, and can say which video is bad: docs/data.md has the figures.
-        by_dali = decode == "dali" or (decode == "auto" and on_gpu)
-        self._dali_codecs = (DALI_GPU_CODECS if on_gpu else DALI_CPU_CODECS) if by_dali else frozenset()
+        count = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._host_share_is_given = host_share is not None
+        self.decode_note = ""
+        routing = self._route(decode, host_share, cores=max(count, 1))
         self._labels = torch.from_numpy(np.append(manifest.labels, -1))  # the last one is padding's
         self._epoch = 0
         self._batches = 0  # consumed in this epoch
         self._iterator: object | None = None  # the one that is on its way through the epoch, or was left early
-        self._pipeline = None
-        self._watchdog: Watchdog | None = None
-        self._place: int | None = None  # of the next entry that the pipeline gives; None: not known
-        self._host_ids: frozenset[int] = frozenset()
-        self._bad_ids: set[int] = set()
-        self._deaths: dict[int, int] = {}  # sample id -> how many workers have died at it
-        self._given_up: dict[int, str] = {}  # sample id -> why it is not tried again
         self._table = tempfile.TemporaryDirectory(prefix="clip_loader_")
         manifest.save_arrays(self._table.name)
+        cut = Cut(
+            crop_size=crop_size,
+            clips=self._view.count,
+            windows=self._view.windows,
+            mean=mean,
+            std=std,
+            half=dtype == torch.float16,
+        )
+        is_staged = routing.engine == "nvdec"
+        shared = {"batch_size": self._batch_size, "workers": count, "prefetch": PREFETCH}
+        if is_staged:
+            make_pipeline = partial(source_pipeline, **shared)
+        else:
+            make_pipeline = partial(
+                clip_pipeline, cut=cut, device_id=self.device.index, threads=max(count, 1), **shared
+            )
+        self._workers = Workers(
+            make_pipeline,
+            {
+                "table": self._table.name,
+                "root": absolute(manifest.root),
+                "cache": self._cache,
+                "view": self._view,
+                "order": self._order,
+            },
+            manifest=manifest,
+            routing=routing,
+            batch_size=self._batch_size,
+            count=count,
+            timeout_s=timeout_s,
+            count_fallback=self.stats.count_fallback,
+        )
+        self._stage = None
+        if is_staged:
+            self._stage = DecodeStage(
+                self._workers,
+                cut,
+                manifest=manifest,
+                device=self.device,
+                batch_size=self._batch_size,
+                threads=decode_threads or min(max(count, 4), _THREADS),
+                timeout_s=timeout_s,
+            )
+
+    def _route(self, decode: Decode, host_share: float | None, *, cores: int) -> Routing:
+        """Which engine decodes here. Where that is not NVDEC although a GPU is used, `decode_note` says why."""
+        on_gpu, seed = self.device.type == "cuda", self._order.seed
+        if decode == "dali":
+            limits = None
+            if on_gpu:
+                try:
+                    limits = driver_limits(self.device)
+                except UnavailableError:
+                    limits = general_limits(decodes_av1=False)
+            return Routing(engine="dali", on_gpu=on_gpu, limits=limits, seed=seed)
+        if decode == "nvdec" or (decode == "auto" and on_gpu):
+            try:
+                routing = Routing(engine="nvdec", on_gpu=on_gpu, limits=prepare(self.device), seed=seed)
+            except UnavailableError as error:
+                check(decode == "auto", f"decode is 'nvdec', but {error}")
+                self.decode_note = f"the GPU does not decode: {error}"
+            else:
+                if host_share is None and decode == "auto":
+                    host_share = self._balance(routing, cores)
+                return replace(routing, host_share=host_share or 0.0)
+        return Routing(engine="host", on_gpu=on_gpu, seed=seed)
+
+    def _balance(self, routing: Routing, cores: int) -> float:
+        """The share of the host with which NVDEC and the workers are both busy."""
+        name = torch.cuda.get_device_name(self.device)
+        engines = max(limits.engines for limits in routing.limits.values())
+        gpu = gpu_of_device(name) or unknown_gpu(name, engines)
+        found = estimate(self.manifest, self._view, routing, gpu=replace(gpu, engines=engines), cores=cores)
+        self.decode_note = (
+            f"by the manifest, NVDEC ({engines} engines) alone decodes about {found.nvdec:.0f} clips/s, together with "
+            f"{cores} workers about {found.together:.0f}: host_share {found.host_share:g}"
+        )
+        return found.host_share
 
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
@@ -245,10 +341,21 @@ class ClipLoader:
         return np.stack([positions[:, 0], positions[:, -1] + 1], axis=1) / video.fps
 
     @property
+    def host_share(self) -> float:
+        """Share of the videos that NVDEC takes which the workers decode."""
+        return self._workers.routing.host_share
+
+    @property
     def decoders(self) -> dict[str, str]:
-        """Codec -> what decodes it here: "DALI", "NVDEC" (by DALI) or "host"."""
-        dali = "NVDEC" if self.device.type == "cuda" else "DALI"
-        return {codec: dali if codec in self._dali_codecs else "host" for codec in self.manifest.codecs}
+        """Codec -> what decodes it here: "NVDEC", "NVDEC, host 31 %", "NVDEC by DALI", "torchcodec", "DALI" or
+        "host"; single files may differ (`stats.fallbacks`)."""
+        routing = self._workers.routing
+        share = f", host {routing.host_share:.0%}" if routing.host_share else ""
+        if routing.engine == "dali":
+            name = "NVDEC by DALI" if routing.on_gpu else "DALI"
+        else:
+            name = ("NVDEC" if routing.on_gpu else "torchcodec") + share
+        return {codec: name if routing.takes_codec(codec) else "host" for codec in self.manifest.codecs}
 
     def __iter__(self) -> Iterator[Batch]:
         if self._iterator is not None:
@@ -289,8 +396,10 @@ class ClipLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position: entries that the caller has received, over all ranks; never those decoded ahead."""
         if self._batches == len(self):  # the same place as the next epoch's start
-            return {"epoch": self._epoch + 1, "entries": 0, **self._identity()}
-        return {"epoch": self._epoch, "entries": self._batches * self._clips_a_batch, **self._identity()}
+            position = {"epoch": self._epoch + 1, "entries": 0}
+        else:
+            position = {"epoch": self._epoch, "entries": self._batches * self._clips_a_batch}
+        return position | self._identity() | ({} if self._stage is None else {"host_share": self.host_share})
 
     @property
     def _clips_a_batch(self) -> int:
@@ -298,18 +407,25 @@ class ClipLoader:
         return self._batch_size * self._view.per_decode * self._order.world_size
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position, without decoding what is skipped; other batch sizes, workers and ranks are fine."""
+        """Goes to a position, without decoding what is skipped; other batch sizes, workers and ranks are fine.
+
+        The share of the host becomes that of the position, unless this loader was given one.
+        """
         for key, value in self._identity().items():
-            _check(
+            check(
                 state.get(key) == value,
                 f"the saved position has {key} {state.get(key)}, this loader {value}: the order would be another",
             )
         batches, rest = divmod(state["entries"], self._clips_a_batch)
-        _check(
+        check(
             not rest,
             f"the saved position, {state['entries']} clips, is within a batch of "
             f"{self._clips_a_batch // self._order.world_size} clips x {self._order.world_size} ranks",
         )
+        share = state.get("host_share")
+        if self._stage is not None and share is not None and not self._host_share_is_given:
+            self.close()
+            self._workers.routing = replace(self._workers.routing, host_share=share)
         self._go_to(state["epoch"], batches)
 
     def _identity(self) -> dict[str, int | str]:
@@ -324,171 +440,63 @@ class ClipLoader:
 
     def close(self) -> None:
         """Stops the workers; the next `iter` starts them again."""
-        if self._watchdog is not None:
-            self._watchdog.is_waited_for = True  # a worker that hangs would not end either
-        self._pipeline = self._place = None
-        if self._watchdog is not None:
-            self._watchdog.stop()
-            self._watchdog = None
+        if self._stage is not None:
+            self._stage.close()
+        self._workers.close()
 
     def _next_batch(self) -> Batch:
         place = self._epoch * self._order.rank_entries + self._batches * self._batch_size
-        restarts = 0
-        while True:
-            try:
-                if self._pipeline is None or self._place != place:
-                    self._start(place)
-                self._place = None  # an interrupt within `run` leaves it unknown
-                with self._watched():
-                    outputs = self._pipeline.run()
-                break
-            except InputError:
-                raise
-            except (RuntimeError, AssertionError, ValueError, OSError, EOFError) as error:
-                # The first from DALI; the others from its queues, where a worker died in the midst of using them.
-                # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
-                have_ended = self._watchdog is not None and self._watchdog.have_ended
-                have_ended = have_ended or "Workers initialization failed" in str(error)
-                restarts = 0 if self._blame(place, error) else restarts + 1
-                self.close()
-                if restarts > _RESTARTS:
-                    _check(
-                        not have_ended,
-                        f"the loader's processes end again and again: out of memory? {self._workers} workers, batches "
-                        f"of {self._batch_size} videos; /dev/shm has {_free_shared_memory() >> 20} MB free",
-                    )
-                    raise
-        self._place = place + self._batch_size
-        return self._receive(*outputs)
+        if self._stage is not None:
+            return self._from_stage(*self._stage.run(place))
+        return self._from_graph(*self._workers.run(place))
 
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        if self._watchdog is None:
-            yield
-            return
-        self._watchdog.is_waited_for = True
-        try:
-            yield
-        finally:
-            self._watchdog.is_waited_for = False
+    def _from_stage(self, clips, decoded: list) -> Batch:
+        outcomes = [
+            Outcome(int(sample.sample_id), each.engine, tuple(sample.packets.tolist()), each.fault, each.fallback)
+            for sample, each in decoded
+        ]
+        return self._receive(self._to_torch(clips, self._stage.pipeline), outcomes)
 
-    def _start(self, place: int) -> None:
-        self.close()
-        source = ClipSource(
-            table=self._table.name,
-            root=absolute(self.manifest.root),
-            cache=self._cache,
-            view=self._view,
-            order=self._order,
-            start=place,
-            dali_codecs=self._dali_codecs,
-            on_gpu=self.device.type == "cuda",
-            host_ids=self._host_ids,
-            given_up=self._given_up,
-        )
-        self._pipeline = clip_pipeline(
-            source,
-            batch_size=self._batch_size,
-            crop_size=self._view.crop_size,
-            clips=self._view.count,
-            windows=self._view.windows,
-            mean=self._mean,
-            std=self._std,
-            half=self._dtype == torch.float16,
-            device_id=self.device.index,
-            workers=self._workers,
-            prefetch=_PREFETCH,
-        )
-        if self._workers:
-            self._check_shared_memory()
-            with _hidden_main(), _blocked_interrupt():
-                self._pipeline.start_py_workers()
-            self._watchdog = Watchdog(self._table.name, self._pipeline._py_pool, self._timeout_s)
-        with self._watched():
-            self._pipeline.build()
-        self._place = place
-
-    def _check_shared_memory(self) -> None:
-        """The workers hand over pictures in /dev/shm, and die without a word where it is full."""
-        free = _free_shared_memory()
-        pixels = float(np.median(self.manifest.areas))
-        # About half of a picture, of as many as there are in the batches under way.
-        pictures = self._view.num_frames * (self._view.windows if self._view.mode == "test" else 1) * self._batch_size
-        needed = 3 * pixels / 2 * pictures * (_PREFETCH + 2)
-        _check(
-            self._dali_codecs or free > needed,
-            f"/dev/shm has {free / 2**20:.0f} MB free, and batches of {self._batch_size} videos need about "
-            f"{needed / 2**20:.0f} MB: use a smaller batch, or more of it (in Docker: --shm-size 8g, or --ipc host)",
-        )
-
-    def _blame(self, place: int, error: Exception) -> bool:
-        """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""
-        if "decoders.video" in str(error):
-            # DALI's decoder cannot name the video that it failed on: the workers decode what was under way. Those that
-            # they could decode before go back to DALI.
-            ahead = range(place, place + self._batch_size * (_PREFETCH + 2))
-            entries = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
-            under_way = {entry // self._view.parts for entry in entries}
-            suspects = {row for row in under_way if self.manifest[row].codec in self._dali_codecs} - self._host_ids
-            self._host_ids = suspects | (self._host_ids & (self._bad_ids | under_way))
-            self._count_fallback("DALI's decoder failed on a batch", len(suspects))
-            return bool(suspects)
-        if self._watchdog is None or not self._watchdog.have_ended:
-            return False
-        known = len(self._given_up)
-        for sample_id in self._watchdog.stuck:
-            self._given_up[sample_id] = f"not decoded within timeout_s = {self._timeout_s:g} seconds"
-        if self._watchdog.has_killed:
-            self._count_fallback("a worker process hung", 1)
-        else:
-            self._count_fallback("a worker process died", 1)
-            for status, sample_id in self._watchdog.dead():
-                self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
-                if self._deaths[sample_id] > 1:
-                    end = f"signal {-status}" if status < 0 else f"status {status}"
-                    self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
-        self._watchdog.kill()  # DALI would wait for those that cannot end
-        return len(self._given_up) > known
-
-    def _count_fallback(self, reason: str, count: int) -> None:
-        self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + count
-
-    def _receive(self, clips, sample_ids, packets, faults, fallbacks, is_host, shapes) -> Batch:
-        sample_ids = torch.from_numpy(np.array(sample_ids.as_tensor()))
-        valid = sample_ids != PADDING
-        # On the CPU the batch keeps DALI's memory; on a GPU, a copy spares it from knowing DALI's streams.
-        clips = to_torch_tensor(clips.as_tensor(), copy=self.device.type != "cpu" or not self._pipeline.exec_dynamic)
-        for index, sample_id in enumerate(sample_ids.tolist()):
-            self._deaths.pop(sample_id, None)
-            reason = np.array(faults.at(index)).tobytes().decode()
-            if fallback := np.array(fallbacks.at(index)).tobytes().decode():
-                self._count_fallback(fallback, 1)
-            if not np.array(is_host.at(index)):
+    def _from_graph(self, clips, sample_ids, packets, faults, fallbacks, is_host, shapes) -> Batch:
+        clips = self._to_torch(clips, self._workers.pipeline)
+        outcomes = []
+        for index, sample_id in enumerate(np.array(sample_ids.as_tensor()).tolist()):
+            fault, fallback = (np.array(each.at(index)).tobytes().decode() for each in (faults, fallbacks))
+            engine = "host" if np.array(is_host.at(index)) else "dali"
+            if engine == "dali":
                 height, width = np.array(shapes.at(index))[1:3].tolist()
-                reason = size_mismatch((height, width), coded_size(self.manifest[sample_id]))
-                if reason:
+                fault = size_mismatch((height, width), coded_size(self.manifest[sample_id]))
+                if fault:
                     clips[index] = self._black
-            if reason:
-                valid[index] = False
-                self._bad_ids.add(sample_id)
-                self.stats.faults.append(Fault(self._epoch, sample_id, self.manifest.file(sample_id), reason))
-        read, kept = np.array(packets.as_tensor()).sum(axis=0)
-        self.stats.packets_read += int(read)
-        self.stats.packets_kept += int(kept)
-        if self._view.per_decode > 1:
+            read_and_kept = tuple(np.array(packets.at(index)).tolist())
+            outcomes.append(Outcome(sample_id, engine, read_and_kept, fault, fallback))
+        return self._receive(clips, outcomes)
+
+    def _to_torch(self, clips, pipeline) -> torch.Tensor:
+        # On the CPU the batch keeps DALI's memory; on a GPU, a copy spares it from knowing DALI's streams.
+        return to_torch_tensor(clips.as_tensor(), copy=self.device.type != "cpu" or not pipeline.exec_dynamic)
+
+    def _receive(self, clips: torch.Tensor, outcomes: list[Outcome]) -> Batch:
+        stats, views = self.stats, self._view.per_decode
+        sample_ids, valid, engines = [], [], []
+        for sample_id, engine, (read, kept), fault, fallback in outcomes:
+            self._workers.note(sample_id, is_bad=bool(fault))
+            is_valid = sample_id != PADDING and not fault
+            stats.packets_read += read
+            stats.packets_kept += kept
+            if fallback:
+                stats.count_fallback(fallback)
+            if fault:
+                stats.faults.append(Fault(self._epoch, sample_id, self.manifest.file(sample_id), fault))
+            if is_valid:
+                stats.engines[engine] = stats.engines.get(engine, 0) + 1
+            sample_ids += [sample_id] * views
+            valid += [is_valid] * views
+            engines += [engine if is_valid else ""] * views
+        if views > 1:
             clips = clips.flatten(0, 1)
-            sample_ids, valid = (each.repeat_interleave(self._view.per_decode) for each in (sample_ids, valid))
-        return Batch(clips, self._labels[sample_ids], sample_ids, valid)
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)
-
-
-def _free_shared_memory() -> int:
-    """Bytes."""
-    return shutil.disk_usage("/dev/shm").free
+        sample_ids = torch.tensor(sample_ids)
+        return Batch(clips, self._labels[sample_ids], sample_ids, torch.tensor(valid), tuple(engines))
 
 
 def _short_sides(mode: Mode, crop_size: int, short_side: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -500,7 +508,7 @@ def _short_sides(mode: Mode, crop_size: int, short_side: float | tuple[float, fl
         }[mode]
         return low * crop_size, high * crop_size
     low, high = short_side if isinstance(short_side, Sequence) else (short_side, short_side)
-    _check(
+    check(
         crop_size <= low <= high,
         f"short_side is {short_side}; expected at least the crop of {crop_size} pixels, and low <= high",
     )
@@ -513,31 +521,8 @@ def _device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device is {name!r}; expected cpu, cuda or cuda:N") from None
-    _check(device.type in ("cpu", "cuda"), f"device is {name!r}; expected cpu, cuda or cuda:N")
+    check(device.type in ("cpu", "cuda"), f"device is {name!r}; expected cpu, cuda or cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
-    _check(torch.cuda.is_available(), f"device is {name!r}, but torch finds no GPU here")
+    check(torch.cuda.is_available(), f"device is {name!r}, but torch finds no GPU here")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-
-
-@contextlib.contextmanager
-def _blocked_interrupt() -> Iterator[None]:
-    """Processes that start within never see Ctrl-C: it is for this one to handle, and theirs would be tracebacks."""
-    resource_tracker.ensure_running()  # its own start, within the first spawn, would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Hides the user's script from spawn, which would import it in every worker: torch with it, or all of it again
-    where the script has no main guard."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

@@ -22,7 +22,7 @@ import abc
 import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import av
 import numpy as np
@@ -109,6 +109,11 @@ class PacketReader:
         if any(self.packets[number] is None for run in runs for number in run):
             raise UncertainError("it is long, and its groups of pictures need each other")
         return Selection(runs, shown)
+
+    @property
+    def parameter_sets(self) -> list[bytes]:
+        """Of H.264 and HEVC: the NAL units of SPS and PPS; of MPEG-4: the video object layer; of others: none."""
+        return self._codec.parameter_sets
 
     def count(self) -> int:
         """How many pictures a decoder puts out for the whole video. Raises `UncertainError`."""
@@ -208,12 +213,22 @@ class Remuxed(NamedTuple):
     """int64: where the wanted pictures are among those that it holds."""
     packets_read: int
     packets_kept: int
+    reorder_delay: int
+    """Frames that a decoder has to hold back to put these packets out in order."""
+    parameter_sets: list[bytes]
+    """See `PacketReader.parameter_sets`."""
+
+
+REMUXED_FPS = 25
+"""Frames/s of what `remux` makes, from 0 on: frame k is shown at k / `REMUXED_FPS` seconds."""
 
 
 def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remuxed:
     """The packets for `positions` as a file of their own in memory: MP4, or Matroska where MP4 does not fit.
 
-    Its pictures are numbered anew from 0 and evenly spaced, whatever the timestamps were. Raises `UncertainError`.
+    Its pictures are numbered anew from 0 and evenly spaced, whatever the timestamps were, and are not turned. Only the
+    first is marked as a keyframe: who decodes it goes through it once and cannot seek. (MPEG-4's B-VOPs after a later
+    I-VOP are lost where a decoder seeks to it.) Raises `UncertainError`.
     """
     reader = PacketReader(container)
     selection = reader.select(positions, in_one_go=True)
@@ -230,21 +245,29 @@ def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remu
     options = {} if in_matroska else {"movflags": "+negative_cts_offsets", "use_editlist": "0"}
     with av.open(file, "w", format="matroska" if in_matroska else "mp4", options=options) as out:
         stream = out.add_stream_from_template(source, opaque=True)
-        stream.time_base = tick = Fraction(1, 25)
+        stream.time_base = tick = Fraction(1, REMUXED_FPS)
+        stream.set_display_rotation(0)
         for place, number in enumerate(numbers):
             packet = reader.packets[number]
             packet.stream, packet.time_base, packet.duration = stream, tick, 1
             packet.pts, packet.dts = ranks[number], place - delay
-            packet.is_keyframe = reader.pictures[number].starts_group
+            packet.is_keyframe = place == 0
             out.mux(packet)
     wanted = [ranks[selection.shown[position]] for position in positions.tolist()]
-    return Remuxed(np.frombuffer(file.getbuffer(), np.uint8), np.array(wanted), len(reader.packets), len(numbers))
+    return Remuxed(
+        np.frombuffer(file.getbuffer(), np.uint8),
+        np.array(wanted),
+        len(reader.packets),
+        len(numbers),
+        delay,
+        reader.parameter_sets,
+    )
 
 
 # -- reading bits --
 
 
-class _Bits:
+class Bits:
     """Unsigned numbers from the start of some bytes."""
 
     def __init__(self, data: bytes):
@@ -266,7 +289,7 @@ class _Bits:
         return self.u(zeros + 1) - 1
 
 
-def _rbsp(nal: bytes) -> bytes:
+def rbsp(nal: bytes) -> bytes:
     """Without the bytes that keep start codes from appearing in it."""
     return nal.replace(b"\0\0\3", b"\0\0")
 
@@ -310,6 +333,10 @@ class _NalCodec:
         for unit in units:
             self._keep_set(unit)
 
+    @property
+    def parameter_sets(self) -> list[bytes]:
+        return sorted(self._known)
+
     def _units(self, data: memoryview) -> Iterable[memoryview | bytes]:
         return _length_prefixed(data, self._length_size) if self._length_size else _annex_b(bytes(data))
 
@@ -346,11 +373,15 @@ def _read_sets(data: bytes, place: int, count: int) -> Iterator[bytes]:
         place = end
 
 
-class _H264Sps(NamedTuple):
+class H264Sps(NamedTuple):
     frame_number_bits: int
     gaps_allowed: int
     order_type: int
     order_bits: int
+    width: int
+    """Coded, in macroblocks."""
+    map_units: int
+    """Coded height, in macroblocks of a frame (`frames_only`) or of a field."""
     frames_only: int
 
 
@@ -373,11 +404,11 @@ class _H264(_NalCodec):
 
     def _keep_set(self, unit: bytes) -> None:
         self._known.add(unit.rstrip(b"\0"))
-        bits = _Bits(_rbsp(unit[1:]))
+        bits = Bits(rbsp(unit[1:]))
         if unit[0] & 31 == 7:
             profile = bits.u(24) >> 16
             number = bits.ue()
-            self._sets["sps", number] = _h264_sps(profile, bits)
+            self._sets["sps", number] = h264_sps(profile, bits)
         elif unit[0] & 31 == 8:
             number = bits.ue()
             self._sets["pps", number] = _H264Pps(bits.ue())
@@ -411,7 +442,7 @@ class _H264(_NalCodec):
 
     def _read_slice(self, unit: memoryview | bytes) -> tuple[int, int]:
         """(order count, 1 where it is of one field)."""
-        bits = _Bits(_rbsp(bytes(unit[1:_SLICE_HEADER])))
+        bits = Bits(rbsp(bytes(unit[1:_SLICE_HEADER])))
         bits.ue(), bits.ue()  # first_mb_in_slice, slice_type
         _, sps = self._parameters(bits.ue())
         frame_number = bits.u(sps.frame_number_bits)
@@ -435,8 +466,8 @@ class _H264(_NalCodec):
 _H264_HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
 
 
-def _h264_sps(profile: int, bits: _Bits) -> _H264Sps:
-    """`bits` begin after seq_parameter_set_id."""
+def h264_sps(profile: int, bits: Bits) -> H264Sps:
+    """`bits` begin after seq_parameter_set_id; they are read up to frame_mbs_only_flag."""
     if profile in _H264_HIGH:
         chroma = bits.ue()
         if chroma == 3:  # FFmpeg decodes it by the version of x264 that only the first packet names
@@ -453,11 +484,11 @@ def _h264_sps(profile: int, bits: _Bits) -> _H264Sps:
     order_bits = bits.ue() + 4 if order_type == 0 else 0
     bits.ue()  # reference frames
     gaps_allowed = bits.u(1)
-    bits.ue(), bits.ue()  # width, height
-    return _H264Sps(frame_number_bits, gaps_allowed, order_type, order_bits, bits.u(1))
+    width, map_units = bits.ue() + 1, bits.ue() + 1
+    return H264Sps(frame_number_bits, gaps_allowed, order_type, order_bits, width, map_units, bits.u(1))
 
 
-def _skip_scaling_list(bits: _Bits, size: int) -> None:
+def _skip_scaling_list(bits: Bits, size: int) -> None:
     last = following = 8
     for _ in range(size):
         if following:
@@ -466,9 +497,16 @@ def _skip_scaling_list(bits: _Bits, size: int) -> None:
         last = following or last
 
 
-class _HevcSps(NamedTuple):
+class HevcSps(NamedTuple):
+    is_interlaced: bool
+    """The source was, and the frames may be fields."""
     top_layer: int
     separate_planes: int
+    width: int
+    """Coded, in pixels."""
+    height: int
+    window: tuple[int, int, int, int]
+    """Left, right, top, bottom of the conformance window, in units of chroma samples."""
     order_bits: int
 
 
@@ -499,9 +537,9 @@ class _Hevc(_NalCodec):
         if unit[0] & 1 or unit[1] >> 3:  # of another layer
             return
         self._known.add(unit.rstrip(b"\0"))
-        bits = _Bits(_rbsp(unit[2:]))
+        bits = Bits(rbsp(unit[2:]))
         if unit[0] >> 1 == 33:
-            number, sps = _hevc_sps(bits)
+            number, sps = hevc_sps(bits)
             self._sets["sps", number] = sps
         elif unit[0] >> 1 == 34:
             number, sps_number = bits.ue(), bits.ue()
@@ -532,7 +570,7 @@ class _Hevc(_NalCodec):
         if 10 <= kind < 16 or kind > 21:
             raise UncertainError("a reserved kind of picture")
         is_first, is_idr, is_rasl = self._sequence < 0, kind in (19, 20), kind in (8, 9)
-        bits = _Bits(_rbsp(bytes(unit[2:_SLICE_HEADER])))
+        bits = Bits(rbsp(bytes(unit[2:_SLICE_HEADER])))
         bits.u(1)
         if kind >= 16 and bits.u(1) and not is_first:
             raise UncertainError("pictures that are decoded and thrown away")
@@ -564,11 +602,14 @@ class _Hevc(_NalCodec):
         )
 
 
-def _hevc_sps(bits: _Bits) -> tuple[int, _HevcSps]:
-    """(its number, what is needed of it)."""
+def hevc_sps(bits: Bits) -> tuple[int, HevcSps]:
+    """(its number, what is needed of it); `bits` are read up to log2_max_pic_order_cnt_lsb_minus4."""
     bits.u(4)
     top_layer = bits.u(3)
-    bits.u(1 + 88 + 8)
+    bits.u(1)
+    bits.u(2 + 1 + 5 + 32)  # profile: space, tier, number, compatibility
+    progressive_source_flag, interlaced_source_flag = bits.u(1), bits.u(1)
+    bits.u(46 + 8)  # constraints, level
     present = [(bits.u(1), bits.u(1)) for _ in range(top_layer)]
     if top_layer:
         bits.u(2 * (8 - top_layer))
@@ -576,11 +617,11 @@ def _hevc_sps(bits: _Bits) -> tuple[int, _HevcSps]:
         bits.u(88 * has_profile + 8 * has_level)
     number = bits.ue()
     separate_planes = bits.u(1) if bits.ue() == 3 else 0
-    bits.ue(), bits.ue()  # width, height
-    if bits.u(1):  # conformance window
-        bits.ue(), bits.ue(), bits.ue(), bits.ue()
+    width, height = bits.ue(), bits.ue()
+    window = (bits.ue(), bits.ue(), bits.ue(), bits.ue()) if bits.u(1) else (0, 0, 0, 0)
     bits.ue(), bits.ue()  # bit depths
-    return number, _HevcSps(top_layer, separate_planes, bits.ue() + 4)
+    is_interlaced = bool(interlaced_source_flag and not progressive_source_flag)
+    return number, HevcSps(is_interlaced, top_layer, separate_planes, width, height, window, bits.ue() + 4)
 
 
 class _Mpeg4:
@@ -592,11 +633,15 @@ class _Mpeg4:
         self._layer = next(filter(_is_mpeg4_layer, _annex_b(extradata)), None)
         if self._layer is None:
             raise UncertainError("no header of the stream")
-        self._resolution, self._has_b = _mpeg4_layer(_Bits(self._layer[1:]))
+        self._resolution, self._has_b = _mpeg4_layer(Bits(self._layer[1:]))
         self._references = self._count = 0
         self._follows_start = False
         self._seconds = self._previous_seconds = 0  # that times of the next reference, and of B pictures, count from
         self._times = (0, 0)  # of the last two references
+
+    @property
+    def parameter_sets(self) -> list[bytes]:
+        return [self._layer]
 
     def picture(self, data: memoryview) -> Picture:
         units = list(_annex_b(bytes(data)))
@@ -605,11 +650,11 @@ class _Mpeg4:
             raise UncertainError("the parameters of the stream change")
         if len(pictures) != 1:
             raise UncertainError("packets of several pictures" if pictures else "a packet without a picture")
-        bits = _Bits(pictures[0][1:_SLICE_HEADER])
+        bits = Bits(pictures[0][1:_SLICE_HEADER])
         kind = bits.u(2)
         for unit in units:
             if unit[:1] == b"\xb3":
-                self._seconds = _mpeg4_seconds(_Bits(unit[1:]))
+                self._seconds = _mpeg4_seconds(Bits(unit[1:]))
         self._read_time(bits, is_b=kind == 2)
         if not bits.u(1):
             raise UncertainError("pictures that are not coded")
@@ -624,7 +669,7 @@ class _Mpeg4:
         self._follows_start = kind == 0
         return Picture((2 * self._references + 1, 0), starts_group=kind == 0)
 
-    def _read_time(self, bits: _Bits, *, is_b: bool) -> None:
+    def _read_time(self, bits: Bits, *, is_b: bool) -> None:
         """FFmpeg throws B pictures away whose times are not between those of the two references, and shows references
         at once where no B pictures are announced."""
         seconds = 0
@@ -649,14 +694,14 @@ def _is_mpeg4_layer(unit: bytes) -> bool:
     return len(unit) > 1 and 0x20 <= unit[0] <= 0x2F
 
 
-def _mpeg4_seconds(bits: _Bits) -> int:
+def _mpeg4_seconds(bits: Bits) -> int:
     """The time code of a group of pictures."""
     hours, minutes = bits.u(5), bits.u(6)
     bits.u(1)
     return bits.u(6) + 60 * (minutes + 60 * hours)
 
 
-def _mpeg4_layer(bits: _Bits) -> tuple[int, bool]:
+def _mpeg4_layer(bits: Bits) -> tuple[int, bool]:
     """(units of time a second, whether B pictures are announced), from a video object layer."""
     bits.u(1 + 8)
     if bits.u(1):
@@ -679,9 +724,17 @@ class _InOrder(abc.ABC):
     """Codecs that show pictures in the order of their packets."""
 
     reorder = 0
+    parameter_sets: ClassVar[list[bytes]] = []
 
     def __init__(self, extradata: bytes):
         self._count = 0
+        self._size: tuple[int, int] | None = None
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """Of a new frame. A decoder of the whole file goes on with another size; nobody else can be relied on to."""
+        if self._size not in (None, size):
+            raise UncertainError("the size of the frames changes")
+        self._size = size
 
     def picture(self, data: memoryview) -> Picture:
         self._count += 1
@@ -699,6 +752,9 @@ class _Mjpeg(_InOrder):
 
 class _Vp8(_InOrder):
     def _read(self, data: memoryview) -> Picture:
+        if not data[0] & 1:
+            width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+            self._check_size((width, height))
         return Picture(starts_group=not data[0] & 1, is_shown=bool(data[0] & 0x10))
 
 
@@ -728,16 +784,50 @@ class _Vp9(_InOrder):
                 yield data[place : place + size]
             place += size
 
-    @staticmethod
-    def _read_frame(data: memoryview) -> tuple[bool, bool]:
+    def _read_frame(self, data: memoryview) -> tuple[bool, bool]:
         """(is a key frame, is shown)."""
-        bits = _Bits(bytes(data[:2]))
-        bits.u(2)
-        low, high = bits.u(1), bits.u(1)
-        bits.u(low & high)  # profile 3
-        if bits.u(1):  # shows an earlier one
+        bits = Bits(bytes(data[:20]))
+        bits.u(2)  # frame_marker
+        profile = bits.u(1) + 2 * bits.u(1)
+        if profile == 3:
+            bits.u(1)
+        if bits.u(1):  # show_existing_frame
             return False, True
-        return not bits.u(1), bool(bits.u(1))
+        is_key, is_shown, is_resilient = not bits.u(1), bool(bits.u(1)), bits.u(1)
+        if is_key:
+            bits.u(24)  # frame_sync_code
+            self._skip_colours(bits, profile)
+            self._check_size((bits.u(16) + 1, bits.u(16) + 1))
+        else:
+            self._read_inter_size(bits, profile, is_resilient, is_shown)
+        return is_key, is_shown
+
+    @staticmethod
+    def _skip_colours(bits: Bits, profile: int) -> None:
+        if profile >= 2:
+            bits.u(1)  # ten_or_twelve_bit
+        if bits.u(3) != 7:  # color_space is not sRGB
+            bits.u(1)  # color_range
+            if profile in (1, 3):
+                bits.u(3)  # subsampling_x, subsampling_y, reserved
+        elif profile in (1, 3):
+            bits.u(1)
+
+    def _read_inter_size(self, bits: Bits, profile: int, is_resilient: int, is_shown: bool) -> None:
+        intra_only = 0 if is_shown else bits.u(1)
+        if not is_resilient:
+            bits.u(2)  # reset_frame_context
+        if intra_only:
+            bits.u(24)  # frame_sync_code
+            if profile:
+                self._skip_colours(bits, profile)
+            bits.u(8)  # refresh_frame_flags
+            self._check_size((bits.u(16) + 1, bits.u(16) + 1))
+            return
+        bits.u(8)  # refresh_frame_flags
+        bits.u(3 * (3 + 1))  # ref_frame_idx, ref_frame_sign_bias
+        if not any(bits.u(1) for _ in range(3)):  # found_ref: that of a reference, which is the same so far
+            self._check_size((bits.u(16) + 1, bits.u(16) + 1))
 
 
 class _Av1Sequence(NamedTuple):
@@ -771,14 +861,14 @@ class _Av1(_InOrder):
     def _keep_header(self, header: bytes) -> None:
         """The stream's own; that of the file may say other things (SVT-AV1's does)."""
         if self._header is None:
-            self._header, self._sequence = header, _av1_sequence(_Bits(header))
+            self._header, self._sequence = header, _av1_sequence(Bits(header))
         elif header != self._header:
             raise UncertainError("the parameters of the stream change")
 
     def _read_frame(self, data: memoryview) -> Picture:
         if self._header is None:
             raise UncertainError("the file does not begin with a picture that stands alone")
-        bits = _Bits(bytes(data[:16]))
+        bits = Bits(bytes(data[:16]))
         if bits.u(1):  # shows an earlier one
             return Picture()
         kind, is_shown = bits.u(2), bits.u(1)
@@ -818,7 +908,7 @@ def _obus(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         place += size
 
 
-def _av1_sequence(bits: _Bits) -> _Av1Sequence:
+def _av1_sequence(bits: Bits) -> _Av1Sequence:
     bits.u(3)
     if bits.u(2):
         raise UncertainError("a still picture")

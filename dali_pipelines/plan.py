@@ -23,7 +23,7 @@ MODES = ("train", "validate", "test")
 PADDING = -1
 """Sample id of an entry that only fills the last step of an evaluation."""
 
-_ORDER, _CLIP = 0, 1  # what a stream of random numbers is for
+_ORDER, _CLIP, _ENGINE = 0, 1, 2  # what a stream of random numbers is for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +164,12 @@ class Order:
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     return _generator(seed, epoch, _ORDER, 0).permutation(rows)
+
+
+def engine_draw(seed: int, sample_id: int) -> float:
+    """In [0, 1), the same in every epoch: which of two engines decodes a video may depend on it, so that its pixels
+    depend on nothing else."""
+    return float(_generator(seed, 0, _ENGINE, sample_id).random())
 
 
 def _generator(seed: int, epoch: int, purpose: int, sample_id: int, clip: int = 0) -> np.random.Generator:

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dali_pipelines.clip_source import DECODES
+from dali_pipelines.engines import DECODES
 from dali_pipelines.errors import InputError
 from dali_pipelines.sampling import PAST_END
 from model.timesformer import Attention
@@ -70,8 +70,12 @@ class DataConfig:
     workers: int | None = None
     """Processes that read and decode, for each training process; default: its share of the CPU cores."""
     decode: str = "auto"
-    """auto: NVDEC (by DALI) on a GPU for what it takes, the workers (PyAV) for everything else; dali: DALI also on the
-    CPU (VP8, VP9, MJPEG); host: the workers."""
+    """auto: on a GPU, NVDEC and the workers (PyAV) side by side; on the CPU, the workers. nvdec: NVDEC alone, for what
+    it takes. dali: DALI's own decoder, slow on a GPU. host: the workers."""
+    host_share: float | None = None
+    """Share of the videos that NVDEC takes, 0 to 1, which the workers decode; default: what keeps both busy."""
+    decode_threads: int | None = None
+    """Threads that feed NVDEC, for each training process; default: one a worker, 4 to 16."""
     views_per_decode: int = 1
     """Training clips cut out of one decode of a video, each with a window, crop and flip of its own."""
     timeout_s: float = 60
@@ -303,6 +307,8 @@ _VALUES = {
     "data.batch_size": _optional(_COUNT),
     "data.workers": _optional(_NOT_NEGATIVE),
     "data.decode": _one_of(*DECODES),
+    "data.host_share": _optional(_FRACTION),
+    "data.decode_threads": _optional(_COUNT),
     "data.views_per_decode": _COUNT,
     "data.timeout_s": _POSITIVE,
     "data.max_fault_fraction": _FRACTION,
@@ -381,6 +387,8 @@ def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
         "mean": data.mean,
         "std": data.std,
         "decode": data.decode,
+        "host_share": data.host_share,
+        "decode_threads": data.decode_threads,
         "views_per_decode": data.views_per_decode,
         "timeout_s": data.timeout_s,
         "cache": data.cache,

@@ -7,18 +7,9 @@ from nvidia.dali import backend
 from torch.nn.functional import interpolate
 
 from dali_pipelines.clip_source import Sample
-from dali_pipelines.graph import clip_pipeline
+from dali_pipelines.graph import Cut, clip_pipeline, cut_pipeline
 
-SETTINGS = dict(
-    crop_size=32,
-    mean=(0.45, 0.4, 0.5),
-    std=(0.225, 0.2, 0.3),
-    half=False,
-    device_id=None,
-    workers=0,
-    prefetch=1,
-    windows=1,
-)
+CUT = Cut(crop_size=32, clips=1, windows=1, mean=(0.45, 0.4, 0.5), std=(0.225, 0.2, 0.3), half=False)
 
 
 def fixed(samples):
@@ -42,11 +33,25 @@ def host_sample(pictures, rectangles, *, transpose=False, sample_id=0):
     )
 
 
-def run(samples, *, clips=1, **changes):
-    settings = SETTINGS | changes
-    pipeline = clip_pipeline(fixed(samples), batch_size=len(samples), clips=clips, **settings)
-    out = pipeline.run()[0]
-    return torch.from_numpy(np.array((out if settings["device_id"] is None else out.as_cpu()).as_tensor()))
+def make_pipeline(samples, way, device_id=None, **cut):
+    """Of the graph that also decodes ("clips"), or of the one that is fed decoded frames ("cut")."""
+    settings = dict(batch_size=len(samples), device_id=device_id, threads=1, prefetch=1)
+    if way == "clips":
+        return clip_pipeline(fixed(samples), cut=CUT._replace(**cut), workers=0, **settings)
+    frames = [sample.pictures if device_id is None else torch.from_numpy(sample.pictures).cuda() for sample in samples]
+    rest = [[sample.picks for sample in samples], [sample.rectangles for sample in samples]]
+    rest.append([sample.transpose for sample in samples])
+    return cut_pipeline(lambda number: frames, lambda number: rest, CUT._replace(**cut), **settings)
+
+
+def run(samples, *, device_id=None, **cut):
+    """The clips, which both graphs give."""
+    both = []
+    for way in ("clips", "cut"):
+        out = make_pipeline(samples, way, device_id, **cut).run()[0]
+        both.append(torch.from_numpy(np.array((out if device_id is None else out.as_cpu()).as_tensor())))
+    assert (both[0] == both[1]).all()
+    return both[0]
 
 
 def expected(pictures, size, y, x, flip=False):
@@ -55,7 +60,7 @@ def expected(pictures, size, y, x, flip=False):
     frames = interpolate(frames, size=size, mode="bilinear", align_corners=False, antialias=False)
     frames = frames[:, :, y : y + 32, x : x + 32]
     frames = frames.flip(3) if flip else frames
-    mean, std = (torch.tensor(SETTINGS[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (CUT.mean, CUT.std))
     return ((frames - mean) / std).permute(1, 0, 2, 3).float()
 
 
@@ -120,13 +125,13 @@ def test_half_precision():
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_the_gpu_form_is_well_defined(views):
+@pytest.mark.parametrize("way", ["clips", "cut"])
+def test_the_gpu_form_is_well_defined(monkeypatch, way, views):
     """What can be said without a GPU: every operator exists for its device and takes its arguments, and nothing comes
     back to the host after the decoder. Building or serialising it would need a GPU."""
-    settings = SETTINGS | {"device_id": 0, "half": True}
-    pipeline = clip_pipeline(
-        fixed([host_sample(noise(2, 4, 4), [[0, 0, 4, 4]] * views)]), batch_size=2, clips=views, **settings
-    )
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    samples = [host_sample(noise(2, 4, 4), [[0, 0, 4, 4]] * views)] * 2
+    pipeline = make_pipeline(samples, way, device_id=0, half=True, clips=views)
     pipeline._build_graph()
     devices = {}
     for op in pipeline._ops:
@@ -138,10 +143,11 @@ def test_the_gpu_form_is_well_defined(views):
         elif "gpu" in found and not name.startswith("_conditional"):
             assert name in backend.RegisteredGPUOps()
         devices.setdefault(name, set()).update(found)
-    on_gpu = ["decoders__Video", "SequenceRearrange", "Resize", "Transpose", "CropMirrorNormalize"] + ["Stack"] * (
-        views > 1
-    )
+    on_gpu = ["SequenceRearrange", "Resize", "Transpose", "CropMirrorNormalize"]
+    on_gpu += ["decoders__Video"] * (way == "clips") + ["Stack"] * (views > 1)
     assert all(devices[name] == {"gpu"} for name in on_gpu)
+    # Decoded frames come in on the GPU, what else there is from the workers on the CPU.
+    assert devices["ExternalSource"] == ({"cpu"} if way == "clips" else {"cpu", "gpu"})
 
 
 @pytest.mark.gpu

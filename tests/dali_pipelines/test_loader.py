@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-import dali_pipelines.loader as loader_module
+import dali_pipelines.workers as workers_module
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import probe
 from dali_pipelines.plan import PADDING
@@ -381,13 +381,13 @@ def test_an_interrupt_while_waiting_loses_no_batch(textured_videos):
     made.set_epoch(0)
     batches = iter(made)
     next(batches)
-    run = made._pipeline.run
+    run = made._workers.pipeline.run
 
     def interrupted():
         run()
         raise KeyboardInterrupt
 
-    made._pipeline.run = interrupted
+    made._workers.pipeline.run = interrupted
     with pytest.raises(KeyboardInterrupt):
         next(batches)
     made.load_state_dict(made.state_dict())
@@ -463,7 +463,7 @@ def test_a_killed_worker_costs_a_restart_and_no_clip(textured_videos):
 
 
 def test_a_hanging_and_a_crashing_decoder_cost_one_sample_each(textured_videos, monkeypatch):
-    monkeypatch.setattr(loader_module, "ClipSource", TroubledSource)
+    monkeypatch.setattr(workers_module, "ClipSource", TroubledSource)
     made = loader(textured_videos, "validate", workers=2, timeout_s=2)
     batches = list(made)
     assert sum(ids(batches), []) == [*range(13), -1, -1, -1]
@@ -487,7 +487,7 @@ def test_workers_in_trouble_do_not_stop_the_run(textured_videos, trouble):
             if "idle" in trouble:
                 time.sleep(0.5)
             if "lock" in trouble:
-                lock = made._pipeline._py_pool.pool._result_queue.lock
+                lock = made._workers.pipeline._py_pool.pool._result_queue.lock
                 if not os.fork():  # a process that ends with it
                     os._exit(not lock.acquire(timeout=10))
                 assert os.wait()[1] == 0
@@ -499,13 +499,13 @@ def test_workers_in_trouble_do_not_stop_the_run(textured_videos, trouble):
 
 
 def test_workers_that_cannot_live_end_the_run(textured_videos, monkeypatch):
-    monkeypatch.setattr(loader_module, "ClipSource", DyingSource)
+    monkeypatch.setattr(workers_module, "ClipSource", DyingSource)
     with pytest.raises(InputError, match="the loader's processes end again and again"):
         next(iter(loader(textured_videos, workers=2)))
 
 
 def test_too_little_shared_memory_is_said_before_it_kills_workers(textured_videos, monkeypatch):
-    monkeypatch.setattr(loader_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
+    monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
     with pytest.raises(InputError, match=r"/dev/shm has 0 MB free.*--shm-size"):
         next(iter(loader(textured_videos, workers=1, num_frames=32, batch_size=13)))
 
@@ -594,7 +594,9 @@ def test_statistics(textured_videos):
         (dict(seed=2**64), "seed is"),
         (dict(workers=-1), "workers is -1"),
         (dict(world_size=0), "world_size is 0"),
-        (dict(decode="nvdec"), "decode is 'nvdec'; expected one of auto, dali, host"),
+        (dict(decode="gpu"), "decode is 'gpu'; expected one of auto, nvdec, dali, host"),
+        (dict(host_share=1.5), "host_share is 1.5; expected 0 to 1"),
+        (dict(decode_threads=0), "decode_threads is 0"),
         (dict(num_windows=0), "num_windows is 0"),
         (dict(num_windows=2, windows_at_once=3), "windows_at_once is 3; expected 1 to the 2 num_windows"),
         (dict(views_per_decode=0), "views_per_decode is 0"),

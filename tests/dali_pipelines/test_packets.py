@@ -315,7 +315,7 @@ def test_mpeg4_b_pictures_that_were_not_announced(tmp_path):
     whole = write_video(tmp_path / "a.m4v", PICTURES, codec="mpeg4", options={"bf": "2", "g": "100"})
     data = bytearray(Path(whole).read_bytes())
     start = data.index(b"\0\0\1\x20") + 4
-    bits = packets._Bits(bytes(data[start : start + 20]))
+    bits = packets.Bits(bytes(data[start : start + 20]))
     bits.u(9)
     place = 10 + 7 * bits.u(1)
     bits.u(place - 10)

@@ -1,4 +1,7 @@
-"""NVIDIA's GPUs as published: their video decoders (NVDEC), how fast one decodes, how fast the GPU multiplies.
+"""NVIDIA's GPUs: their video decoders (NVDEC), how fast one decodes, how fast the GPU multiplies.
+
+Rates at 1080p are published. What a small frame takes was measured on an H200 (docs/benchmarks.md): 22,000 frames/s of
+340x256 on its seven engines, fed the packets that training needs, most B frames left out.
 
 Sources, looked up in November 2026:
 
@@ -18,6 +21,7 @@ Sources, looked up in November 2026:
     much, "with sparsity".
 """
 
+import re
 from dataclasses import dataclass, field
 
 from dali_pipelines.errors import InputError
@@ -27,9 +31,8 @@ HD = 1920 * 1080
 
 RATES_FROM = "NVIDIA's NVDEC Application Note, SDK 13.0"
 
-SMALL_GAIN = 9.0
-"""Small pictures decode at most so many times as fast as HD ones: those below 640x360 gain nothing more. Every picture
-has a cost of its own, and nothing is published about it: unconfirmed."""
+FIXED_SHARE = 0.17
+"""Of the time that a 1080p frame takes, this share is taken by a frame of any size: see the module's first lines."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Gpu:
         if codec == "av1" and not self.generation.decodes_av1:
             return None
         rate = self.generation.rates.get(codec, self.generation.rates["h264"])
-        return rate * self.video_mhz / self.generation.mhz * min(HD / area, SMALL_GAIN)
+        return rate * self.video_mhz / self.generation.mhz / (FIXED_SHARE + (1 - FIXED_SHARE) * area / HD)
 
     def is_published(self, codec: str) -> bool:
         """Whether the codec has a rate of its own; others count as H.264."""
@@ -77,6 +80,7 @@ GPUS = {
     "t4": Gpu("T4", 2, _TURING, 1470, 65, ["its 2 NVDEC engines (a forum says so, NVIDIA's tables were not found)"]),
     "a100": Gpu("A100", 5, _TURING, 1290, 312),
     "h100": Gpu("H100", 7, _TURING, 1545, 989),
+    "h200": Gpu("H200", 7, _TURING, 1545, 989),
     "l4": Gpu("L4", 4, _ADA, 1770, 121),
     "l40s": Gpu("L40S", 3, _ADA, 2160, 362, ["its video clock: that of NVIDIA's measurements is taken"]),
 }
@@ -87,3 +91,13 @@ def find_gpu(name: str | None) -> Gpu | None:
     if name is not None and name.lower() not in GPUS:
         raise InputError(f"--gpu {name}: not known; expected one of {', '.join(GPUS)}")
     return GPUS[name.lower()] if name else None
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The GPU that CUDA and NVML call `name`, as "NVIDIA H100 80GB HBM3"; None where it is not in `GPUS`."""
+    return next((GPUS[word] for word in re.split(r"[\s-]+", name.lower()) if word in GPUS), None)
+
+
+def unknown_gpu(name: str, engines: int) -> Gpu:
+    """A GPU that is not in `GPUS`, of which the driver says how many engines it has: Turing's rates are taken."""
+    return Gpu(name, engines, _TURING, _TURING.mhz, 0, [f"decode rates of {name}: Turing's are taken"])

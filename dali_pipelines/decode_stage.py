@@ -1,0 +1,167 @@
+"""Decoding as a stage of its own, between the workers and the graph:
+
+    workers (DALI)  ──►  decode (threads, torchcodec)  ──►  graph (DALI, on the device)
+    plan, packets        NVDEC; or what the workers          one resize from each rectangle,
+    and remux            have decoded, onto the device       normalise
+
+DALI's own decoder makes a hardware decoder for every clip, and maps every decoded frame (docs/benchmarks.md).
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline
+
+from dali_pipelines.clip_source import Sample
+from dali_pipelines.graph import Cut, cut_pipeline
+from dali_pipelines.manifest import Manifest, coded_size
+from dali_pipelines.nvdec import Decoded, DecodePool, Task
+from dali_pipelines.plan import PADDING
+from dali_pipelines.workers import PREFETCH, Workers
+
+_AHEAD = 2
+"""Samples in the pool for each of its threads, so that none is idle while the last one of a batch is decoded."""
+_AHEAD_BYTES = 1 << 30
+"""Of decoded frames in the pool, from which on no other batch is begun."""
+
+
+class _Batch(NamedTuple):
+    tasks: list[Task]
+    decoded_bytes: int
+    """At most."""
+
+
+class DecodeStage:
+    """Runs workers, pool and graph so that all are busy: workers and pool are as many batches ahead as the pool has use
+    for, the graph is `PREFETCH` ahead.
+
+    `workers` must run a `source_pipeline`. Everything starts at the first `run`.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        cut: Cut,
+        *,
+        manifest: Manifest,
+        device: torch.device,
+        batch_size: int,
+        threads: int,
+        timeout_s: float,
+    ):
+        self._workers, self._cut, self._manifest, self._device = workers, cut, manifest, device
+        self._batch_size, self._threads, self._timeout_s = batch_size, threads, timeout_s
+        self.pipeline: Pipeline | None = None
+        self._feed: _Feed | None = None
+        self._place: int | None = None  # of the next entry that `run` gives; None: not known
+
+    def run(self, place: int) -> tuple[Any, list[tuple[Sample, Decoded]]]:
+        """(clips as DALI gives them, what became of each sample), for the batch whose first entry is at `place`. Raises
+        `InputError`."""
+        if self.pipeline is None or self._place != place:
+            self._start(place)
+        self._place = None  # an interrupt leaves it unknown
+        (clips,) = self.pipeline.run()
+        self._place = place + self._batch_size
+        return clips, self._feed.take()
+
+    def close(self) -> None:
+        self.pipeline = self._feed = self._place = None
+        self._workers.close()
+
+    def _start(self, place: int) -> None:
+        self.close()
+        pool = DecodePool(self._device, threads=self._threads, timeout_s=self._timeout_s)
+        self._feed = _Feed(
+            self._workers,
+            pool,
+            place=place,
+            batch_size=self._batch_size,
+            batches_ahead=1 + -(-_AHEAD * self._threads // self._batch_size),
+            manifest=self._manifest,
+            on_gpu=self._device.type == "cuda",
+        )
+        self.pipeline = cut_pipeline(
+            self._feed.frames,
+            self._feed.rest,
+            self._cut,
+            batch_size=self._batch_size,
+            device_id=self._device.index,
+            threads=self._threads,
+            prefetch=PREFETCH,
+        )
+        self.pipeline.build()
+        self._place = place
+
+
+class _Feed:
+    """What the graph is fed: batches that the workers have begun and the pool has finished. It does not know the graph,
+    so that both end when nobody holds them."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        pool: DecodePool,
+        *,
+        place: int,
+        batch_size: int,
+        batches_ahead: int,
+        manifest: Manifest,
+        on_gpu: bool,
+    ):
+        self._workers, self._pool, self._manifest, self._on_gpu = workers, pool, manifest, on_gpu
+        self._place = place  # of the next entry that the workers are asked for
+        self._batch_size, self._batches_ahead = batch_size, batches_ahead
+        self._under_way: deque[_Batch] = deque()  # in the pool
+        self._in_graph: deque[list[tuple[Sample, Decoded]]] = deque()  # frames stay alive until the graph is done
+        self._taken = 0  # batches that have left the graph
+
+    def take(self) -> list[tuple[Sample, Decoded]]:
+        """What became of each sample of the oldest batch in the graph, which has left it."""
+        self._taken += 1
+        return self._in_graph.popleft()
+
+    def frames(self, iteration: int) -> list:
+        """For the graph: the frames of each sample of a batch."""
+        frames = [decoded.frames for _, decoded in self._batch(iteration)]
+        # On the CPU as arrays: DALI would ask torch for a CUDA stream.
+        return frames if self._on_gpu else [each.numpy() for each in frames]
+
+    def rest(self, iteration: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """For the graph: `picks`, `rectangles` and `transpose` of the same samples."""
+        batch = self._batch(iteration)
+        return (
+            [sample.picks for sample, _ in batch],
+            [decoded.rectangles for _, decoded in batch],
+            [sample.transpose for sample, _ in batch],
+        )
+
+    def _batch(self, iteration: int) -> list[tuple[Sample, Decoded]]:
+        """Batch number `iteration` of the graph, once all of it is decoded. DALI calls `frames` and `rest` in any
+        order."""
+        while len(self._in_graph) <= iteration - self._taken:
+            while not self._under_way or (
+                len(self._under_way) < self._batches_ahead
+                and sum(batch.decoded_bytes for batch in self._under_way) < _AHEAD_BYTES
+            ):
+                self._under_way.append(self._submit())
+            batch = self._under_way.popleft()
+            self._in_graph.append([(task.sample, self._pool.result(task)) for task in batch.tasks])
+        return self._in_graph[iteration - self._taken]
+
+    def _submit(self) -> _Batch:
+        fields = self._workers.run(self._place)
+        self._place += self._batch_size
+        # Copies: the next run of the workers' pipeline may write over what this one has given.
+        samples = [Sample(*(np.array(field.at(index)) for field in fields)) for index in range(self._batch_size)]
+        tasks = [self._pool.submit(sample, self._size(sample)) for sample in samples]
+        return _Batch(tasks, sum(map(_decoded_bytes, tasks)))
+
+    def _size(self, sample: Sample) -> tuple[int, int]:
+        return (1, 1) if sample.sample_id == PADDING else coded_size(self._manifest[int(sample.sample_id)])
+
+
+def _decoded_bytes(task: Task) -> int:
+    return task.sample.pictures.nbytes if task.sample.is_host else 3 * len(task.sample.positions) * np.prod(task.size)

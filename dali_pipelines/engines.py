@@ -1,0 +1,200 @@
+"""Who decodes what: NVDEC (through torchcodec or through DALI), DALI's decoders on the CPU, or the host (PyAV).
+
+`CODECS` is the one table. What NVDEC takes of it is asked of the driver (`nvdec.driver_limits`) and handed to the
+workers as `Limits`. Nothing here imports torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import av
+import numpy as np
+
+from dali_pipelines.gpus import Gpu
+from dali_pipelines.manifest import Manifest, Video, coded_size
+from dali_pipelines.packets import Remuxed, UncertainError
+from dali_pipelines.plan import View, engine_draw, plan_sample
+from dali_pipelines.stream_format import check_hardware
+
+Decode = Literal["auto", "nvdec", "dali", "host"]
+DECODES = get_args(Decode)
+Engine = Literal["nvdec", "dali", "host"]
+
+
+class Support(NamedTuple):
+    """Which engines take a codec; the host takes every one."""
+
+    dali_cpu: bool
+    """`fn.decoders.video` decodes it on the CPU (DALI 2.4 documentation)."""
+    dali_gpu: bool
+    nvdec: int | None
+    """cudaVideoCodec of the driver, if torchcodec's NVDEC engine takes it (torchcodec 0.11 to 0.13); None if not."""
+
+
+CODECS = {
+    "av1": Support(dali_cpu=False, dali_gpu=True, nvdec=11),
+    "h264": Support(dali_cpu=False, dali_gpu=True, nvdec=4),
+    "hevc": Support(dali_cpu=False, dali_gpu=True, nvdec=8),
+    "mjpeg": Support(dali_cpu=True, dali_gpu=False, nvdec=None),
+    "mpeg4": Support(dali_cpu=False, dali_gpu=True, nvdec=2),
+    "vp8": Support(dali_cpu=True, dali_gpu=True, nvdec=9),
+    "vp9": Support(dali_cpu=True, dali_gpu=True, nvdec=10),
+}
+DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
+"""FFmpeg's pixel formats that hardware decodes to NV12 -> bits a sample. All are 4:2:0."""
+
+
+class Limits(NamedTuple):
+    """What NVDEC takes of one codec at one bit depth."""
+
+    min_width: int
+    min_height: int
+    max_width: int
+    max_height: int
+    max_macroblocks: int
+    engines: int = 1
+    """NVDEC engines of the GPU that take it."""
+
+    def takes(self, height: int, width: int) -> bool:
+        return (
+            self.min_width <= width <= self.max_width
+            and self.min_height <= height <= self.max_height
+            and width * height <= 256 * self.max_macroblocks
+        )
+
+
+LimitsByFormat = Mapping[tuple[str, int], Limits]
+"""(codec, bits a sample) -> limits; what is not in it is not taken."""
+
+
+def general_limits(*, decodes_av1: bool) -> LimitsByFormat:
+    """What every generation of NVDEC takes (Video Codec SDK, decode support matrix), where no driver can be asked."""
+    limits = Limits(144, 144, 4096, 4096, 65536)
+    return {
+        (codec, 8): limits for codec, support in CODECS.items() if support.nvdec and (codec != "av1" or decodes_av1)
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which engine decodes a video: the part of `decode` that the workers need to know."""
+
+    engine: Engine
+    """For what it takes; the host decodes everything else."""
+    on_gpu: bool
+    limits: LimitsByFormat | None = None
+    """None on the CPU: neither DALI nor torchcodec has limits there."""
+    host_share: float = 0.0
+    """With "nvdec": share of the videos that it could take which the host decodes instead."""
+    seed: int = 0
+
+    def engine_for(self, video: Video, sample_id: int) -> Engine:
+        """By the manifest alone; `check` knows more once the file is open."""
+        support = CODECS.get(video.codec, _NONE)
+        if self.engine == "host":
+            return "host"
+        if self.engine == "dali":
+            return "dali" if (support.dali_gpu if self.on_gpu else support.dali_cpu) else "host"
+        if support.nvdec is None or engine_draw(self.seed, sample_id) < self.host_share:
+            return "host"
+        return "nvdec"
+
+    def refusal(self, codec: str, pixel_format: str, size: tuple[int, int]) -> str:
+        """Why the engine does not take frames of (height, width) `size`; "" if it does. An unknown `pixel_format`, "",
+        counts as 8 bits."""
+        if self.limits is None:
+            return ""
+        depth = DEPTHS.get(pixel_format or "yuv420p")
+        limits = self.limits.get((codec, depth))
+        if limits is None or (self.engine == "dali" and depth > 8):
+            return f"NVDEC here does not take {codec} in {pixel_format or 'yuv420p'}"
+        if not limits.takes(*size):
+            return "NVDEC here does not take frames of this size"
+        if self.engine == "nvdec" and (size[0] % 2 or size[1] % 2):
+            return "torchcodec does not take frames with odd sides from NVDEC"
+        return ""
+
+    def check(self, file: Remuxed, context: av.VideoCodecContext) -> None:
+        """Raises `UncertainError` where the engine does not take this stream, or may not give FFmpeg's frames."""
+        if self.engine == "dali" and not self.on_gpu:
+            return
+        check_hardware(file, context)
+        size = context.height, context.width
+        if reason := self.refusal(context.codec.canonical_name, context.pix_fmt or "", size):
+            raise UncertainError(reason)
+
+    def takes_codec(self, codec: str) -> bool:
+        support = CODECS.get(codec, _NONE)
+        if self.engine == "dali":
+            return support.dali_gpu if self.on_gpu else support.dali_cpu
+        is_known = self.limits is None or any(name == codec for name, _ in self.limits)
+        return self.engine == "nvdec" and support.nvdec is not None and is_known
+
+    def takes(self, video: Video) -> bool:
+        """Whether the engine decodes it, as far as the manifest tells."""
+        return self.takes_codec(video.codec) and not self.refusal(video.codec, video.pixel_format, coded_size(video))
+
+
+_NONE = Support(dali_cpu=False, dali_gpu=False, nvdec=None)
+
+
+# -- how much of it the host decodes --
+
+_SURVEYED = 64  # videos, evenly over the manifest
+_FED = {"h264": 0.5, "hevc": 0.5}
+"""Share of a group's frames up to the wanted one that are fed, the rest being B frames that no other refers to:
+measured on Kinetics-like files. Other codecs: all."""
+# Processor seconds, measured on 16 virtual cores of an H200 machine (docs/benchmarks.md).
+_HOST_CLIP_S, _HOST_PIXEL_S = 11e-3, 11.9e-9
+"""Of a clip that the host decodes: for the clip itself, and for each pixel of the frames fed."""
+_FEED_CLIP_S, _FEED_FRAME_S = 14e-3, 0.1e-3
+"""Of a clip that NVDEC decodes: for the clip (read, select, remux, open), and for each frame fed."""
+
+
+class Estimate(NamedTuple):
+    """Clips/s, by the manifest and by measured costs: read to one digit."""
+
+    nvdec: float
+    """What the engines decode when nothing else holds them up."""
+    together: float
+    """NVDEC, and the host with the cores that feeding NVDEC leaves."""
+    host_share: float
+    """Of the videos that NVDEC takes."""
+
+
+def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, cores: float) -> Estimate:
+    """How much NVDEC and `cores` can decode of training or evaluation clips, and the share of the host with which both
+    are busy. Depends on nothing but its arguments."""
+    rows = np.linspace(0, len(manifest) - 1, min(len(manifest), _SURVEYED)).astype(int).tolist()
+    host_s, feed_s, engine_s, taken = [], [], [], []
+    for row in rows:
+        video = manifest[row]
+        plan = plan_sample(video, view, seed=routing.seed, epoch=0, sample_id=row)
+        frames, area = _frames_fed(video, plan.positions.tolist()), video.width * video.height
+        host_s.append(_HOST_CLIP_S + _HOST_PIXEL_S * frames * area)
+        feed_s.append(_FEED_CLIP_S + _FEED_FRAME_S * frames)
+        rate = gpu.frames_per_second(video.codec, area)
+        taken.append(routing.takes(video) and rate is not None)
+        engine_s.append(frames / rate / gpu.engines if taken[-1] else 0.0)
+    share = float(np.mean(taken))  # of the clips that NVDEC takes
+    if not share:
+        return Estimate(0.0, cores / float(np.mean(host_s)), 0.0)
+    host, feed, engine = float(np.mean(host_s)), _mean(feed_s, taken), _mean(engine_s, taken)
+    nvdec = 1 / engine
+    # x of all clips go to NVDEC. Both are busy where nvdec / x * ((1 - x) * host + x * feed) = cores.
+    spare = cores - nvdec * feed
+    x = min(nvdec * host / (spare + nvdec * host), share) if spare > 0 else share
+    together = min(nvdec / x, cores / ((1 - x) * host + x * feed))
+    return Estimate(nvdec, together, round(1 - x / share, 2))
+
+
+def _mean(values: Sequence[float], taken: Sequence[bool]) -> float:
+    return float(np.mean([value for value, is_taken in zip(values, taken, strict=True) if is_taken]))
+
+
+def _frames_fed(video: Video, positions: Sequence[int]) -> float:
+    """Frames that a decoder is fed for those at `positions`, if all groups are as long as the longest."""
+    gop = video.gop or video.frames
+    last = {position // gop: position % gop for position in positions}  # ascending: the last one stays
+    return max(sum(place + 1 for place in last.values()) * _FED.get(video.codec, 1), len(positions))

@@ -1,0 +1,380 @@
+"""Decoding on the GPU: what the driver says NVDEC takes, and threads that decode small files with torchcodec.
+
+`ClipSource` makes the files: the packets of one clip, remuxed in memory. Each thread of a `DecodePool` opens one with
+torchcodec's `VideoDecoder`, whose NVDEC engine keeps hardware decoders for reuse and releases the GIL. With the device
+"cpu" the same code runs on torchcodec's CPU decoder; the tests do that.
+"""
+
+import contextlib
+import ctypes
+import functools
+import io
+import os
+import queue
+import re
+import struct
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+
+from dali_pipelines.clip_source import Sample, bounds
+from dali_pipelines.engines import CODECS, DEPTHS, Limits, LimitsByFormat
+from dali_pipelines.errors import InputError
+from dali_pipelines.files import Source
+from dali_pipelines.host_decoder import decode_frames
+from dali_pipelines.manifest import size_mismatch
+from dali_pipelines.packets import REMUXED_FPS, UncertainError
+
+_DECODERS_A_THREAD = 4
+"""Hardware decoders that torchcodec keeps for reuse, a thread: a data set has more sizes than one."""
+_TICK_S = 0.5
+
+
+class UnavailableError(Exception):
+    """NVDEC, or torchcodec, cannot be used here; the message says why and what to install."""
+
+
+class Decoded(NamedTuple):
+    """What became of one `Sample`."""
+
+    frames: torch.Tensor
+    """uint8 [N, H, W, 3] RGB on the pool's device, as coded, within the rectangles only; black for a fault."""
+    rectangles: np.ndarray
+    """float32 [V, 4]: y0, x0, y1, x1 in pixels of these frames."""
+    engine: str
+    """"nvdec", or "host"."""
+    fault: str
+    fallback: str
+
+
+class DecodePool:
+    """`threads` threads that decode samples in the order of `submit`. `prepare` must have succeeded on the device.
+
+    timeout_s: seconds that a thread may take for one sample; then the sample is a fault, and another thread takes the
+    place of the one that hangs.
+
+    The threads end with `close`, or when nobody holds the pool any more.
+    """
+
+    def __init__(self, device: torch.device, *, threads: int, timeout_s: float):
+        self._device = device
+        self._timeout_s = timeout_s
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        if device.type == "cuda":
+            torchcodec = load_torchcodec()
+            capacity = max(torchcodec.decoders.get_nvdec_cache_capacity(), _DECODERS_A_THREAD * threads)
+            torchcodec.decoders.set_nvdec_cache_capacity(capacity)
+        self._threads: list[threading.Thread] = []
+        for _ in range(threads):
+            self._start()
+        self._end = weakref.finalize(self, _end_threads, self._tasks, self._threads)
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=_work, args=(self._tasks, self._device), name="decode", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def submit(self, sample: Sample, size: tuple[int, int]) -> "Task":
+        """`size` is the (height, width) that the frames must have."""
+        task = Task(sample, size)
+        self._tasks.put(task)
+        return task
+
+    def result(self, task: "Task") -> Decoded:
+        """Waits for it. A machine that sleeps meanwhile is not a thread that hangs: looks are counted, not seconds."""
+        looks, tick = 0, min(self._timeout_s / 8, _TICK_S)
+        while not task.is_done.wait(tick):
+            looks += task.is_begun
+            if looks * tick >= self._timeout_s:
+                self._start()
+                return _black(task, self._device, f"not decoded within timeout_s = {self._timeout_s:g} seconds")
+        if task.error is not None:
+            raise task.error
+        return task.decoded
+
+    def close(self) -> None:
+        """Ends the threads after what they are at; does not wait for them."""
+        self._end()
+
+
+class Task:
+    """A sample on its way through a `DecodePool`."""
+
+    def __init__(self, sample: Sample, size: tuple[int, int]):
+        self.sample, self.size = sample, size
+        self.is_begun = False
+        self.is_done = threading.Event()
+        self.decoded: Decoded | None = None
+        self.error: Exception | None = None
+
+
+def _end_threads(tasks: "queue.SimpleQueue[Task | None]", threads: list[threading.Thread]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:  # what nobody will ask for
+            tasks.get_nowait()
+    for _ in threads:
+        tasks.put(None)
+
+
+def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device) -> None:
+    """A thread, with a stream of its own on a GPU."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        while (task := tasks.get()) is not None:
+            task.is_begun = True
+            try:
+                task.decoded = _decode(task, device)
+            except Exception as error:
+                task.error = error
+            task.is_done.set()
+
+
+def _decode(task: Task, device: torch.device) -> Decoded:
+    """By torchcodec; by PyAV, from the same bytes, where that fails; black where both do."""
+    sample = task.sample
+    if sample.is_host:
+        return _finish(torch.from_numpy(sample.pictures), sample.rectangles, sample, device, engine="host")
+    rows, columns = bounds(sample.rectangles, task.size)
+    rectangles = sample.rectangles - np.array([rows.start, columns.start] * 2, np.float32)
+    try:
+        frames = decode_file(sample.encoded, sample.positions, task.size, device)
+        return _finish(frames[:, rows, columns], rectangles, sample, device, engine="nvdec")
+    except (RuntimeError, ValueError) as error:  # also of CUDA, and torch.OutOfMemoryError
+        fallback = f"by the host, as NVDEC failed: {_first_line(error)}"
+    source = Source("", data=sample.encoded.tobytes())
+    try:
+        decoded = decode_frames(source, sample.positions, size=task.size, region=(rows, columns))
+    except (InputError, UncertainError) as error:
+        return _black(task, device, str(error))
+    return _finish(torch.from_numpy(decoded.frames), rectangles, sample, device, engine="host", fallback=fallback)
+
+
+def _finish(
+    frames: torch.Tensor, rectangles: np.ndarray, sample: Sample, device: torch.device, *, engine: str, fallback=""
+) -> Decoded:
+    """The frames are on the device, for every stream, when this returns."""
+    frames = frames.to(device).contiguous()
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    fallback = fallback or sample.fallback.tobytes().decode()
+    return Decoded(frames, rectangles, engine, sample.fault.tobytes().decode(), fallback)
+
+
+def _black(task: Task, device: torch.device, fault: str) -> Decoded:
+    rectangles = np.tile(np.array([0, 0, 1, 1], np.float32), (len(task.sample.rectangles), 1))
+    frames = torch.zeros((len(task.sample.positions), 1, 1, 3), dtype=torch.uint8, device=device)
+    return Decoded(frames, rectangles, "host", fault, task.sample.fallback.tobytes().decode())
+
+
+def decode_file(
+    encoded: np.ndarray, positions: np.ndarray, size: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """Frames number `positions` (ascending) of what `remux` has made, by torchcodec, one thread.
+
+    encoded: uint8 [bytes]; size: (height, width) that the frames must have. Returns uint8 [N, H, W, 3] on the device.
+    Raises RuntimeError, from torchcodec or for frames other than planned.
+    """
+    decoder = load_torchcodec().decoders.VideoDecoder(
+        torch.from_numpy(encoded),
+        dimension_order="NHWC",
+        num_ffmpeg_threads=1,
+        device=str(device),
+        seek_mode="approximate",  # the frames of the file are evenly spaced, from 0
+    )
+    if decoder.cpu_fallback and device.type == "cuda":
+        raise RuntimeError(str(decoder.cpu_fallback))
+    found = decoder.get_frames_at(positions.tolist())
+    shown = torch.round(found.pts_seconds * REMUXED_FPS).tolist()
+    if shown != positions.tolist():
+        raise RuntimeError("frames come out in another order than their headers say")
+    if reason := size_mismatch(tuple(found.data.shape[1:3]), size):
+        raise RuntimeError(reason)
+    return found.data
+
+
+def prepare(device: torch.device) -> LimitsByFormat | None:
+    """Makes sure that a `DecodePool` can work on the device, and says what NVDEC takes there; None on the CPU.
+
+    It loads torchcodec and decodes a video made here: a library that is missing would else send every clip to the host,
+    slowly. Raises `UnavailableError`.
+    """
+    load_torchcodec()
+    limits = None if device.type == "cpu" else driver_limits(device)
+    encoded = _small_video()
+    if encoded is not None:
+        try:
+            decode_file(encoded, np.array([0, 2]), (_SMALL, _SMALL), device)
+        except RuntimeError as error:
+            raise UnavailableError(f"torchcodec fails on a test video: {_first_line(error)}") from None
+    return limits
+
+
+_SMALL = 256  # pixels a side
+
+
+def _small_video() -> np.ndarray | None:
+    """Three frames of H.264 as `remux` writes them, uint8 [bytes]; None if PyAV has no encoder."""
+    file = io.BytesIO()
+    try:
+        with av.open(file, "w", format="mp4", options={"use_editlist": "0"}) as container:
+            stream = container.add_stream("libx264", rate=REMUXED_FPS, options={"preset": "ultrafast"})
+            stream.height = stream.width = _SMALL
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.thread_count = 1
+            for number in range(3):
+                frame = av.VideoFrame.from_ndarray(np.full((_SMALL, _SMALL, 3), 80 * number, np.uint8), format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    except (ValueError, av.error.FFmpegError):
+        return None
+    return np.frombuffer(file.getbuffer(), np.uint8)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# -- torchcodec and its FFmpeg --
+
+
+@functools.cache
+def load_torchcodec():
+    """The module, on PyAV's copy of FFmpeg if PyAV brings one, else on the system's. Raises `UnavailableError`."""
+    try:
+        with _ffmpeg_of_av():
+            import torchcodec
+    except ImportError:
+        raise UnavailableError("torchcodec is not installed: pip install 'torchcodec>=0.11'") from None
+    except (RuntimeError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "Error:" in line]
+        raise UnavailableError(
+            f"torchcodec does not load ({lines[0] if lines else error}): its version must fit torch "
+            f"{torch.__version__}, and FFmpeg's shared libraries be there (apt install ffmpeg)"
+        ) from None
+    return torchcodec
+
+
+@contextlib.contextmanager
+def _ffmpeg_of_av() -> Iterator[None]:
+    """Within, libraries that need `libavcodec.so.62` and the like find those in PyAV's wheel, which have other names.
+
+    For each, a library of that name and without content is loaded that needs PyAV's in turn. Thus the process has one
+    FFmpeg, the machine needs none, and no environment variable has to be set before the process starts.
+    """
+    folder = Path(av.__file__).parents[1] / "av.libs"
+    with tempfile.TemporaryDirectory() as place:
+        for library in sorted(folder.glob("lib*.so*")):
+            if match := re.fullmatch(r"(lib(?:av|sw)\w+)-[0-9a-f]+\.so\.(\d+)\..*", library.name):
+                name = f"{match[1]}.so.{match[2]}"
+                Path(place, name).write_bytes(_alias(name, library.name))
+                ctypes.CDLL(str(library))
+                ctypes.CDLL(str(Path(place, name)))
+        yield
+
+
+_MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine
+
+
+def _alias(name: str, target: str) -> bytes:
+    """A shared library (ELF, 64 bits, little-endian) called `name` that holds nothing and needs `target`."""
+    strings = b"\0" + name.encode() + b"\0" + target.encode() + b"\0"
+    strings += bytes(-len(strings) % 8)
+    symbols = 64 + 3 * 56  # after the header and three program headers; one empty symbol of 24 bytes
+    hash_table, string_table = symbols + 24, symbols + 48
+    dynamic = string_table + len(strings)
+    entries = [
+        (1, 2 + len(name)),  # DT_NEEDED
+        (14, 1),  # DT_SONAME
+        (4, hash_table),
+        (5, string_table),
+        (6, symbols),
+        (10, len(strings)),
+        (11, 24),  # DT_SYMENT
+        (0, 0),
+    ]
+    end = dynamic + 16 * len(entries)
+    machine = _MACHINES.get(os.uname().machine, 0)
+    header = struct.pack("<16s2HI3QI6H", b"\x7fELF\x02\x01\x01", 3, machine, 1, 0, 64, 0, 0, 64, 56, 3, 64, 0, 0)
+    segments = [  # type, offset, size, alignment: PT_LOAD, PT_DYNAMIC, PT_GNU_STACK (not executable)
+        (1, 0, end, 4096),
+        (2, dynamic, end - dynamic, 8),
+        (0x6474E551, 0, 0, 16),
+    ]
+    return b"".join(
+        [
+            header,
+            *(struct.pack("<2I6Q", kind, 6, at, at, at, size, size, align) for kind, at, size, align in segments),
+            bytes(24),
+            struct.pack("<6I", 1, 1, 0, 0, 0, 0),
+            strings,
+            *(struct.pack("<2Q", *entry) for entry in entries),
+        ]
+    )
+
+
+# -- the driver --
+
+
+class _Caps(ctypes.Structure):
+    """CUVIDDECODECAPS of NVIDIA's cuviddec.h (Video Codec SDK 13)."""
+
+    _fields_ = (
+        ("codec", ctypes.c_int),
+        ("chroma_format", ctypes.c_int),
+        ("bit_depth_minus_8", ctypes.c_uint),
+        ("reserved1", ctypes.c_uint * 3),
+        ("is_supported", ctypes.c_ubyte),
+        ("num_nvdecs", ctypes.c_ubyte),
+        ("output_format_mask", ctypes.c_ushort),
+        ("max_width", ctypes.c_uint),
+        ("max_height", ctypes.c_uint),
+        ("max_mb_count", ctypes.c_uint),
+        ("min_width", ctypes.c_ushort),
+        ("min_height", ctypes.c_ushort),
+        ("histogram", ctypes.c_ubyte * 4),
+        ("reserved3", ctypes.c_uint * 10),
+    )
+
+
+_CHROMA_420 = 1
+_NV12 = 1 << 0  # of output_format_mask
+
+
+def driver_limits(device: torch.device) -> LimitsByFormat:
+    """What NVDEC of this GPU takes, by its driver. Raises `UnavailableError`."""
+    try:
+        cuvid = ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        raise UnavailableError(
+            "the driver's library for video, libnvcuvid.so.1, is missing; in a container: "
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        ) from None
+    limits = {}
+    with torch.cuda.device(device):
+        torch.zeros(1, device=device)  # makes the context that the driver is asked in
+        for codec, support in CODECS.items():
+            for depth in sorted(set(DEPTHS.values())):
+                caps = _Caps(support.nvdec or 0, _CHROMA_420, depth - 8)
+                failed = support.nvdec is None or cuvid.cuvidGetDecoderCaps(ctypes.byref(caps))
+                if not failed and caps.is_supported and caps.output_format_mask & _NV12:
+                    limits[codec, depth] = Limits(
+                        caps.min_width,
+                        caps.min_height,
+                        caps.max_width,
+                        caps.max_height,
+                        caps.max_mb_count,
+                        caps.num_nvdecs or 1,
+                    )
+    if not limits:
+        raise UnavailableError("the driver says that this GPU has no NVDEC engine")
+    return limits

@@ -1,0 +1,214 @@
+"""The loader's worker processes: started, watched, and started again where they die or hang.
+
+They run a `ClipSource` in a DALI pipeline, which hands over what they make. Each notes which sample it is at, so a
+sample at which a worker hangs, or dies twice, is given up. DALI's own decoder does not say on which sample of a batch
+it failed: then the workers decode the videos of the batches under way.
+"""
+
+import contextlib
+import shutil
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline
+
+from dali_pipelines.clip_source import ClipSource
+from dali_pipelines.engines import Routing
+from dali_pipelines.errors import InputError, check
+from dali_pipelines.manifest import Manifest
+from dali_pipelines.plan import PADDING, Order, View
+from dali_pipelines.watch import Watchdog
+
+PREFETCH = 2  # batches that DALI works ahead
+_RESTARTS = 3  # without a batch between them, before giving up
+
+
+class Workers:
+    """Runs the pipeline that `make_pipeline` makes of a source, batch by batch.
+
+    source: arguments of `ClipSource` that do not change: table, root, cache, view, order.
+    count: processes; 0 runs the source in this one.
+    count_fallback: called with a reason and a number of samples.
+    """
+
+    def __init__(
+        self,
+        make_pipeline: Callable[[ClipSource], Pipeline],
+        source: dict[str, Any],
+        *,
+        manifest: Manifest,
+        routing: Routing,
+        batch_size: int,
+        count: int,
+        timeout_s: float,
+        count_fallback: Callable[[str, int], None],
+    ):
+        self.routing = routing
+        self.pipeline: Pipeline | None = None
+        self._make_pipeline = make_pipeline
+        self._source = source
+        self._manifest = manifest
+        self._view: View = source["view"]
+        self._order: Order = source["order"]
+        self._batch_size = batch_size
+        self._count = count
+        self._timeout_s = timeout_s
+        self._count_fallback = count_fallback
+        self._watchdog: Watchdog | None = None
+        self._place: int | None = None  # of the next entry that the pipeline gives; None: not known
+        self._host_ids: frozenset[int] = frozenset()
+        self._bad_ids: set[int] = set()
+        self._deaths: dict[int, int] = {}  # sample id -> how many workers have died at it
+        self._given_up: dict[int, str] = {}  # sample id -> why it is not tried again
+
+    def run(self, place: int) -> tuple:
+        """The pipeline's outputs for the batch whose first entry is at `place`. Raises `InputError`."""
+        restarts = 0
+        while True:
+            try:
+                if self.pipeline is None or self._place != place:
+                    self._start(place)
+                self._place = None  # an interrupt within `run` leaves it unknown
+                with self._watched():
+                    outputs = self.pipeline.run()
+                break
+            except InputError:
+                raise
+            except (RuntimeError, AssertionError, ValueError, OSError, EOFError) as error:
+                # The first from DALI; the others from its queues, where a worker died in the midst of using them.
+                # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
+                have_ended = self._watchdog is not None and self._watchdog.have_ended
+                have_ended = have_ended or "Workers initialization failed" in str(error)
+                restarts = 0 if self._recover(place, error) else restarts + 1
+                self.close()
+                if restarts > _RESTARTS:
+                    check(
+                        not have_ended,
+                        f"the loader's processes end again and again: out of memory? {self._count} workers, batches "
+                        f"of {self._batch_size} videos; /dev/shm has {_free_shared_memory() >> 20} MB free",
+                    )
+                    raise
+        self._place = place + self._batch_size
+        return outputs
+
+    def note(self, sample_id: int, *, is_bad: bool) -> None:
+        """A sample has come: no worker dies at it, and whether it can be read is known."""
+        self._deaths.pop(sample_id, None)
+        if is_bad:
+            self._bad_ids.add(sample_id)
+
+    def close(self) -> None:
+        """Stops the workers; the next `run` starts them again."""
+        if self._watchdog is not None:
+            self._watchdog.is_waited_for = True  # a worker that hangs would not end either
+        self.pipeline = self._place = None
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self._watchdog is None:
+            yield
+            return
+        self._watchdog.is_waited_for = True
+        try:
+            yield
+        finally:
+            self._watchdog.is_waited_for = False
+
+    def _start(self, place: int) -> None:
+        self.close()
+        self.pipeline = self._make_pipeline(
+            ClipSource(
+                **self._source,
+                start=place,
+                routing=self.routing,
+                host_ids=self._host_ids,
+                given_up=self._given_up,
+            )
+        )
+        if self._count:
+            self._check_shared_memory()
+            with _hidden_main(), _blocked_interrupt():
+                self.pipeline.start_py_workers()
+            self._watchdog = Watchdog(self._source["table"], self.pipeline._py_pool, self._timeout_s)
+        with self._watched():
+            self.pipeline.build()
+        self._place = place
+
+    def _check_shared_memory(self) -> None:
+        """The workers hand over pictures in /dev/shm, and die without a word where it is full."""
+        free = _free_shared_memory()
+        pixels = float(np.median(self._manifest.areas))
+        # About half of a picture, of as many as there are in the batches under way.
+        windows = self._view.windows if self._view.mode == "test" else 1
+        needed = 3 * pixels / 2 * self._view.num_frames * windows * self._batch_size * (PREFETCH + 2)
+        check(
+            self.routing.engine != "host" or free > needed,
+            f"/dev/shm has {free / 2**20:.0f} MB free, and batches of {self._batch_size} videos need about "
+            f"{needed / 2**20:.0f} MB: use a smaller batch, or more of it (in Docker: --shm-size 8g, or --ipc host)",
+        )
+
+    def _recover(self, place: int, error: Exception) -> bool:
+        """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""
+        if "decoders.video" in str(error):
+            # DALI's decoder cannot name the video that it failed on: the workers decode what was under way. Those that
+            # they could decode before go back to DALI.
+            ahead = range(place, place + self._batch_size * (PREFETCH + 2))
+            entries = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
+            under_way = {entry // self._view.parts for entry in entries}
+            by_dali = {row for row in under_way if self.routing.engine_for(self._manifest[row], row) == "dali"}
+            suspects = by_dali - self._host_ids
+            self._host_ids = suspects | (self._host_ids & (self._bad_ids | under_way))
+            self._count_fallback("DALI's decoder failed on a batch", len(suspects))
+            return bool(suspects)
+        if self._watchdog is None or not self._watchdog.have_ended:
+            return False
+        known = len(self._given_up)
+        for sample_id in self._watchdog.stuck:
+            self._given_up[sample_id] = f"not decoded within timeout_s = {self._timeout_s:g} seconds"
+        if self._watchdog.has_killed:
+            self._count_fallback("a worker process hung", 1)
+        else:
+            self._count_fallback("a worker process died", 1)
+            for status, sample_id in self._watchdog.dead():
+                self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
+                if self._deaths[sample_id] > 1:
+                    end = f"signal {-status}" if status < 0 else f"status {status}"
+                    self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
+        self._watchdog.kill()  # DALI would wait for those that cannot end
+        return len(self._given_up) > known
+
+
+def _free_shared_memory() -> int:
+    """Bytes."""
+    return shutil.disk_usage("/dev/shm").free
+
+
+@contextlib.contextmanager
+def _blocked_interrupt() -> Iterator[None]:
+    """Processes that start within never see Ctrl-C: it is for this one to handle, and theirs would be tracebacks."""
+    resource_tracker.ensure_running()  # its own start, within the first spawn, would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Hides the user's script from spawn, which would import it in every worker: torch with it, or all of it again
+    where the script has no main guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
