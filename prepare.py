@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dali_pipelines.errors import InputError, run_command
 from dali_pipelines.files import is_url
+from dali_pipelines.gpus import find_gpu
 from dali_pipelines.manifest import Manifest
 from preparation.datasets import (
     Expected,
@@ -35,7 +36,6 @@ from preparation.datasets import (
     ucf101_annotations,
 )
 from preparation.demo import CLASSES, render_demo
-from preparation.gpus import find_gpu
 from preparation.index import (
     Listed,
     Rejected,
@@ -126,7 +126,7 @@ def main() -> None:
     budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="of the training videos")
     budget.add_argument("-c", "--config", metavar="FILE", help="YAML of the experiment (default: ViT-B, 8 frames)")
     budget.add_argument("-o", "--override", nargs="+", default=[], metavar="KEY=VALUE", help="over the config's values")
-    budget.add_argument("--gpu", metavar="NAME", help="that trains: a100, h100, ... (default: measure here)")
+    budget.add_argument("--gpu", metavar="NAME", help="that trains: a100, h100, h200, ... (default: measure here)")
     budget.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many of them (default 1)")
     budget.add_argument("--cores", type=_count, metavar="N", help="CPU cores of that machine (default: those here)")
     budget.add_argument("--network-clips", type=_positive, metavar="N", help="clips/s that one GPU trains, if measured")

@@ -15,7 +15,7 @@ from dali_pipelines.gpus import Gpu
 from dali_pipelines.manifest import Manifest, Video, coded_size
 from dali_pipelines.packets import Remuxed, UncertainError
 from dali_pipelines.plan import View, engine_draw, plan_sample
-from dali_pipelines.stream_format import check_hardware
+from dali_pipelines.stream_format import check_hardware, matrix_of
 
 Decode = Literal["auto", "nvdec", "dali", "host"]
 DECODES = get_args(Decode)
@@ -68,6 +68,12 @@ LimitsByFormat = Mapping[tuple[str, int], Limits]
 """(codec, bits a sample) -> limits; what is not in it is not taken."""
 
 
+def cpu_limits() -> LimitsByFormat:
+    """Of torchcodec's CPU decoder in the place of NVDEC: 8 bits, since it rounds deeper ones otherwise than PyAV."""
+    limits = Limits(1, 1, 1 << 16, 1 << 16, 1 << 24)
+    return {(codec, 8): limits for codec, support in CODECS.items() if support.nvdec is not None}
+
+
 def general_limits(*, decodes_av1: bool) -> LimitsByFormat:
     """What every generation of NVDEC takes (Video Codec SDK, decode support matrix), where no driver can be asked."""
     limits = Limits(144, 144, 4096, 4096, 65536)
@@ -84,7 +90,7 @@ class Routing:
     """For what it takes; the host decodes everything else."""
     on_gpu: bool
     limits: LimitsByFormat | None = None
-    """None on the CPU: neither DALI nor torchcodec has limits there."""
+    """None where there are none: for the host, and for DALI on the CPU."""
     host_share: float = 0.0
     """With "nvdec": share of the videos that it could take which the host decodes instead."""
     seed: int = 0
@@ -111,13 +117,15 @@ class Routing:
             return f"NVDEC here does not take {codec} in {pixel_format or 'yuv420p'}"
         if not limits.takes(*size):
             return "NVDEC here does not take frames of this size"
-        if self.engine == "nvdec" and (size[0] % 2 or size[1] % 2):
-            return "torchcodec does not take frames with odd sides from NVDEC"
+        if self.engine == "nvdec" and (size[0] % 2 or size[1] % 2):  # an error with NVDEC, other chroma on the CPU
+            return "torchcodec does not convert frames with odd sides as FFmpeg does"
         return ""
 
     def check(self, file: Remuxed, context: av.VideoCodecContext) -> None:
         """Raises `UncertainError` where the engine does not take this stream, or may not give FFmpeg's frames."""
         if self.engine == "dali" and not self.on_gpu:
+            if matrix_of(context) != "BT.601":
+                raise UncertainError("DALI converts all colours as BT.601 on the CPU")
             return
         check_hardware(file, context)
         size = context.height, context.width
@@ -182,11 +190,22 @@ def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, core
         return Estimate(0.0, cores / float(np.mean(host_s)), 0.0)
     host, feed, engine = float(np.mean(host_s)), _mean(feed_s, taken), _mean(engine_s, taken)
     nvdec = 1 / engine
-    # x of all clips go to NVDEC. Both are busy where nvdec / x * ((1 - x) * host + x * feed) = cores.
-    spare = cores - nvdec * feed
-    x = min(nvdec * host / (spare + nvdec * host), share) if spare > 0 else share
-    together = min(nvdec / x, cores / ((1 - x) * host + x * feed))
+    x = share_of_nvdec(nvdec=nvdec, host=host, feed=feed, cores=cores, most=share)
+    together = min(nvdec / x if x else np.inf, cores / ((1 - x) * host + x * feed))
     return Estimate(nvdec, together, round(1 - x / share, 2))
+
+
+def share_of_nvdec(*, nvdec: float, host: float, feed: float, cores: float, most: float) -> float:
+    """Share of all clips to give to NVDEC, at most `most`, so that it and the cores are both busy.
+
+    nvdec: clips/s that its engines decode; host, feed: core seconds of a clip that the host decodes, and of one that
+    NVDEC is fed; most: share of the clips that NVDEC takes. 0 if a clip costs the cores less to decode than to feed.
+    """
+    if feed >= host:
+        return 0.0
+    # With a share of x, both are busy if nvdec / x * ((1 - x) * host + x * feed) = cores.
+    spare = cores - nvdec * feed
+    return min(nvdec * host / (spare + nvdec * host), most) if spare > 0 else most
 
 
 def _mean(values: Sequence[float], taken: Sequence[bool]) -> float:

@@ -5,6 +5,7 @@ file: DALI's own decoder gives up on a whole batch.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -82,11 +83,18 @@ def _decode(source, positions, size, region, feed, *, fallback: str = "", is_str
     return Decoded(frames, pictures.packets_read, pictures.packets_kept, fallback)
 
 
-_reformatter = av.video.reformatter.VideoReformatter()  # keeps its tables from one frame to the next
+class _Reformatter(threading.local):
+    """Keeps its tables from one frame to the next. Two threads that share one wait for each other for ever."""
+
+    def __init__(self):
+        self.reformat = av.video.reformatter.VideoReformatter().reformat
+
+
+_reformatter = _Reformatter()
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [H, W, 3], a view of memory that the next call may overwrite."""
+    """uint8 [H, W, 3], a view of memory that the next call in this thread may overwrite."""
     plane = _reformatter.reformat(frame, format="rgb24").planes[0]
     return np.ndarray((frame.height, frame.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
 

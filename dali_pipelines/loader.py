@@ -214,7 +214,7 @@ class ClipLoader:
         self.device = _device(device)
         self.stats = LoaderStats()
         self._batch_size = batch_size // views_per_decode  # in videos, as is the order
-        self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1).to(self.device)
+        self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1)
         check(num_windows >= 1, f"num_windows is {num_windows}; expected 1 or more")
         check(
             windows_at_once is None or 1 <= windows_at_once <= num_windows,
@@ -467,7 +467,7 @@ class ClipLoader:
                 height, width = np.array(shapes.at(index))[1:3].tolist()
                 fault = size_mismatch((height, width), coded_size(self.manifest[sample_id]))
                 if fault:
-                    clips[index] = self._black
+                    clips[index] = self._black.to(clips.device)
             read_and_kept = tuple(np.array(packets.at(index)).tolist())
             outcomes.append(Outcome(sample_id, engine, read_and_kept, fault, fallback))
         return self._receive(clips, outcomes)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from dali_pipelines.clip_source import Sample, bounds
-from dali_pipelines.engines import CODECS, DEPTHS, Limits, LimitsByFormat
+from dali_pipelines.engines import CODECS, DEPTHS, Limits, LimitsByFormat, cpu_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source
 from dali_pipelines.host_decoder import decode_frames
@@ -201,14 +201,14 @@ def decode_file(
     return found.data
 
 
-def prepare(device: torch.device) -> LimitsByFormat | None:
-    """Makes sure that a `DecodePool` can work on the device, and says what NVDEC takes there; None on the CPU.
+def prepare(device: torch.device) -> LimitsByFormat:
+    """Makes sure that a `DecodePool` can work on the device, and says what it takes there.
 
     It loads torchcodec and decodes a video made here: a library that is missing would else send every clip to the host,
     slowly. Raises `UnavailableError`.
     """
     load_torchcodec()
-    limits = None if device.type == "cpu" else driver_limits(device)
+    limits = cpu_limits() if device.type == "cpu" else driver_limits(device)
     encoded = _small_video()
     if encoded is not None:
         try:

@@ -15,7 +15,7 @@ from dali_pipelines.packets import Bits, Remuxed, UncertainError, h264_sps, hevc
 
 _UNSPECIFIED = 2
 _MATRICES = {_UNSPECIFIED: "BT.601", 5: "BT.601", 6: "BT.601", 1: "BT.709", 9: "BT.2020", 10: "BT.2020"}
-"""matrix_coefficients -> the conversion that torchcodec's NVDEC engine and FFmpeg both take for it."""
+"""matrix_coefficients -> the conversion to RGB that torchcodec, on the CPU and a GPU, and FFmpeg all take for it."""
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
@@ -39,8 +39,8 @@ class StreamFormat(NamedTuple):
 
 def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
     """Raises `UncertainError` where a hardware decoder may not give FFmpeg's frames for these packets."""
-    codec = context.codec.canonical_name
-    for format in _formats(codec, file.parameter_sets):
+    _check_colours(context)
+    for format in _formats(context.codec.canonical_name, file.parameter_sets):
         if format.has_fields:
             raise UncertainError("its frames may be coded as fields")
         if format.has_warping:
@@ -49,17 +49,27 @@ def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
             raise UncertainError("frames are held back for longer than a decoder's buffer allows")
         if format.offset != (0, 0) or format.size not in (None, (context.height, context.width)):
             raise UncertainError("its frames are cropped at the top or left, or not to the size of the container")
-        _check_colours(format, context)
+        if format.matrix is not None and _MATRICES.get(format.matrix) != matrix_of(context):
+            raise UncertainError("its colour matrix is in the container only")
+        if format.full_range is not None and format.full_range != _is_full_range(context):
+            raise UncertainError("its colour range is in the container only")
 
 
-def _check_colours(format: StreamFormat, context: av.VideoCodecContext) -> None:
-    shown = _MATRICES.get(context.colorspace)
-    if format.matrix is not None and (shown is None or shown != _MATRICES.get(format.matrix)):
-        raise UncertainError("its colour matrix is not in the stream, or not known to torchcodec")
-    if format.full_range is not None:
-        is_full = context.color_range == _FULL_RANGE or (context.pix_fmt or "").startswith("yuvj")
-        if is_full != format.full_range:
-            raise UncertainError("its colour range is not in the stream")
+def matrix_of(context: av.VideoCodecContext) -> str:
+    """ "BT.601", "BT.709" or "BT.2020": how FFmpeg converts the frames to RGB; "" for other ways."""
+    return _MATRICES.get(context.colorspace, "")
+
+
+def _check_colours(context: av.VideoCodecContext) -> None:
+    """Of any codec: for colours that torchcodec does not convert as FFmpeg does."""
+    if not matrix_of(context):
+        raise UncertainError("its colour matrix is neither BT.601 nor BT.709 nor BT.2020")
+    if _is_full_range(context) and not (context.pix_fmt or "").startswith("yuvj"):
+        raise UncertainError("full range that its pixel format does not tell")
+
+
+def _is_full_range(context: av.VideoCodecContext) -> bool:
+    return context.color_range == _FULL_RANGE or (context.pix_fmt or "").startswith("yuvj")
 
 
 def _formats(codec: str, parameter_sets: list[bytes]) -> list[StreamFormat]:

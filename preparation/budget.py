@@ -1,9 +1,10 @@
 """Will decoding starve a training, and what would help?
 
-    preparation/gpus.py   what GPUs can do, as published
-    arithmetic            frames, seconds and clips/s from numbers alone
-    survey, timings       what is read from files and measured here
-    budget, table         all of it as one report
+    dali_pipelines/gpus.py      what GPUs can do, published and measured
+    dali_pipelines/engines.py   what NVDEC takes, and how `auto` shares the clips between it and the cores
+    arithmetic                  frames, seconds and clips/s from numbers alone
+    survey, timings             what is read from files and measured here
+    budget, table               all of it as one report
 
 A decode is one training sample as `plan` decides it: `data.views_per_decode` clips of one video. Frames are counted by
 their packets: those that a decoder is fed.
@@ -22,16 +23,18 @@ import av
 import numpy as np
 import torch
 
-from dali_pipelines.clip_source import _NVDEC_SIDES, DALI_GPU_CODECS, _bounds, _check_nvdec
+from dali_pipelines.clip_source import bounds
+from dali_pipelines.engines import Routing, estimate, general_limits, share_of_nvdec
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
+from dali_pipelines.gpus import HD, RATES_FROM, Gpu
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.loader import _short_sides
 from dali_pipelines.manifest import Manifest, coded_size
-from dali_pipelines.packets import PacketReader, UncertainError, remux, video_stream
+from dali_pipelines.packets import PacketReader, Remuxed, UncertainError, remux, video_stream
 from dali_pipelines.plan import SamplePlan, View, plan_sample
 from model import TimeSformer, timesformer
-from preparation.gpus import HD, RATES_FROM, SMALL_GAIN, Gpu
+from preparation.transcode import copy_size
 from training.config import Config, clip_settings
 from training.labels import class_names, read_manifest
 from training.precision import autocast, resolve_precision
@@ -41,10 +44,18 @@ UTILISATION = 0.4
 """Share of a GPU's peak that training reaches; an estimate, not measured."""
 GOP, B_PICTURES, SHORT_SIDE = 16, 3, 256
 """What `prepare.py transcode --short-side 256 --gop 16` writes."""
+MEASURED_GPU = "H200"
+"""The GPU on which decoding was measured (docs/benchmarks.md)."""
+MEASURED_SIZE = 256, 340
+MEASURED_FPS, MEASURED_GOP_16_FPS = 22_000, 25_000
+"""Frames/s of that size and H.264 on all its engines: with B frames left out; and of groups of `GOP` frames. `Gpu`
+models the first."""
+MEASURED_HOW = f"one {MEASURED_GPU}, 2026-11-27, torchcodec's CUDA decoder, 16 threads"
 _MEASURE_S = 3.0
 _NEAR, _NEAR_NVDEC = 1.25, 2.0  # ratios that measurements here, and numbers of GPUs, are no better than
 _SHOWN = 5  # files that are named
 _WIDTH = 118  # of printed lines
+NVDEC, CORES, BOTH = "NVDEC", "CPU cores", "NVDEC and CPU cores"
 
 START, SEEK, SELECTED, TRANSCODED, VIEWS = WAYS = "start", "seek", "selected", "transcoded", "views"
 _TITLES = {
@@ -64,17 +75,19 @@ class Decode(NamedTuple):
 
     codec: str
     area: int
-    """Pixels of a picture as coded."""
+    """Pixels of a frame as coded."""
     transcoded_area: int
     """The same, after transcoding."""
     on_gpu: bool
-    """NVDEC decodes it; otherwise the workers do."""
+    """NVDEC takes it; otherwise the workers decode it."""
     transcoded_on_gpu: bool
     frames: dict[str, int]
-    """Way -> pictures decoded."""
+    """Way -> frames decoded."""
     packets_read: int
     fallback: str = ""
-    """Why everything from the start is decoded; "" where only some packets are."""
+    """Why everything from the start is decoded; "" if only some packets are."""
+    has_short_groups: bool = False
+    """Its groups of pictures are no longer than `GOP`."""
 
 
 def seeking_frames(starts: Sequence[int], wanted: Iterable[int], leading: frozenset[int] = frozenset()) -> int:
@@ -105,19 +118,19 @@ def transcoded_frames(positions: Sequence[int], frames: int) -> int:
     return count
 
 
-def transcoded_size(height: int, width: int) -> tuple[int, int]:
-    """Of pictures whose short side becomes `SHORT_SIDE`; smaller ones stay as they are."""
-    scale = min(1, SHORT_SIDE / min(height, width))
-    return round(height * scale), round(width * scale)
+def is_taken(decode: Decode, way: str) -> bool:
+    """Whether NVDEC takes it."""
+    return decode.transcoded_on_gpu if way == TRANSCODED else decode.on_gpu
 
 
 def engine_seconds(decode: Decode, way: str, gpu: Gpu) -> float:
-    """Of one NVDEC engine; 0 where the workers decode."""
-    is_new = way == TRANSCODED
-    if not (decode.transcoded_on_gpu if is_new else decode.on_gpu):
+    """Time of one NVDEC engine; 0 if NVDEC does not take the video."""
+    if not is_taken(decode, way):
         return 0.0
+    is_new = way == TRANSCODED
     codec, area = ("h264", decode.transcoded_area) if is_new else (decode.codec, decode.area)
-    return decode.frames[way] / gpu.frames_per_second(codec, area)
+    gain = MEASURED_GOP_16_FPS / MEASURED_FPS if is_new or decode.has_short_groups else 1
+    return decode.frames[way] / (gain * gpu.frames_per_second(codec, area))
 
 
 def pixels(decode: Decode, way: str) -> float:
@@ -133,22 +146,84 @@ class Timings:
     headers: float
     """Of that: opening, reading packets and choosing them."""
     feed: float
-    """All that they do for one that NVDEC decodes."""
+    """All that they do for one that NVDEC decodes; torchcodec's own time is not in it."""
 
 
-def core_seconds(decodes: Sequence[Decode], way: str, timings: Timings, *, on_gpu: bool) -> float:
-    """Mean of a clip's decode in a worker; on_gpu: in a worker that feeds NVDEC. Measured for `SELECTED`; for other
-    ways what follows the headers is scaled with the pixels that are decoded."""
-    fed = [on_gpu and (each.transcoded_on_gpu if way == TRANSCODED else each.on_gpu) for each in decodes]
-    share = np.mean(fed)
+def core_seconds(decodes: Sequence[Decode], way: str, timings: Timings, *, host_share: float) -> float:
+    """Mean of a decode in a worker, which feeds NVDEC what it takes but for `host_share` of that, and decodes the rest.
+    Measured for `SELECTED`; for other ways, what follows the headers is scaled with the pixels that are decoded."""
+    fed = (1 - host_share) * float(np.mean([is_taken(each, way) for each in decodes]))
     scale = sum(pixels(each, way) for each in decodes) / sum(pixels(each, SELECTED) for each in decodes)
     host = timings.headers + (timings.decode - timings.headers) * scale
-    return float(share * timings.feed + (1 - share) * host)
+    return fed * timings.feed + (1 - fed) * host
 
 
 def clips_per_second(units: float, seconds: float, clips: int = 1) -> float:
     """Of `units` engines or cores of which each decode takes `seconds` and gives `clips`."""
     return units * clips / seconds if seconds else float("inf")
+
+
+class Rates(NamedTuple):
+    """Clips/s, of all clips together."""
+
+    cores: float
+    """The cores alone decode."""
+    nvdec: float | None = None
+    """NVDEC alone decodes what it takes, always busy; None if it takes nothing."""
+    feeding: float | None = None
+    """The cores feed NVDEC, and decode only what it does not take."""
+    nvdec_limit: float = float("inf")
+    """NVDEC leaves `host_share` to the cores."""
+    cores_limit: float = float("inf")
+    """The cores feed NVDEC, and decode the rest, with that same `host_share`."""
+    host_share: float = 1.0
+    """Of what NVDEC takes."""
+
+    @property
+    def together(self) -> float:
+        return min(self.nvdec_limit, self.cores_limit)
+
+
+def clip_rates(
+    decodes: Sequence[Decode],
+    way: str,
+    timings: Timings,
+    *,
+    gpu: Gpu | None,
+    gpus: int,
+    cores: float,
+    clips: int = 1,
+    host_share: float | None = 0.0,
+) -> Rates:
+    """What `gpus` NVDECs and `cores` decode. gpu: None without NVDEC. clips: of a decode. host_share: None for the
+    share that keeps NVDEC and the cores both busy."""
+    own, fed = (core_seconds(decodes, way, timings, host_share=each) for each in (1.0, 0.0))
+    alone = clips_per_second(cores, own, clips)
+    taken = float(np.mean([is_taken(each, way) for each in decodes]))
+    if gpu is None or not taken:
+        return Rates(alone, cores_limit=alone)
+    engines = gpu.engines * gpus
+    engine = float(np.mean([engine_seconds(each, way, gpu) for each in decodes]))
+    if host_share is None:
+        x = share_of_nvdec(nvdec=engines * taken / engine, host=own, feed=timings.feed, cores=cores, most=taken)
+        host_share = 1 - x / taken
+    return Rates(
+        cores=alone,
+        nvdec=clips_per_second(engines, engine, clips),
+        feeding=clips_per_second(cores, fed, clips),
+        nvdec_limit=clips_per_second(engines, (1 - host_share) * engine, clips),
+        cores_limit=clips_per_second(cores, core_seconds(decodes, way, timings, host_share=host_share), clips),
+        host_share=host_share,
+    )
+
+
+def limits(rates: Rates, *, is_auto: bool, knows_cores: bool) -> dict[str, float]:
+    """Engine or engines -> clips/s that training can have of them. is_auto: NVDEC and the cores share the work."""
+    if rates.nvdec is None:
+        return {CORES: rates.cores}
+    if not knows_cores:
+        return {NVDEC: rates.nvdec_limit}
+    return {BOTH: rates.together} if is_auto else {NVDEC: rates.nvdec_limit, CORES: rates.cores_limit}
 
 
 def network_demand(multiply_adds: float, gpu: Gpu, gpus: int, *, passes: int = 3) -> float:
@@ -179,6 +254,7 @@ class Survey:
     manifest: Manifest
     view: View
     seed: int
+    routing: Routing
     rows: list[int]
     decodes: list[Decode]
     unreadable: dict[int, str]
@@ -189,16 +265,18 @@ class Survey:
 
 
 def survey(manifest: Manifest, config: Config, samples: int, nvdec: Gpu | None) -> Survey:
-    """Reads packets and headers of `samples` videos; decodes nothing. Raises `InputError` where none can be read."""
+    """Reads packets and headers of `samples` videos; decodes nothing. Raises `InputError` if none can be read."""
     rows = np.random.default_rng(0).permutation(len(manifest))[:samples].tolist()
-    found = Survey(manifest, _view(config), config.seed, rows, [], {}, 0.0, 0.0)
+    routing = _routing(config, nvdec)
+    found = Survey(manifest, _view(config), config.seed, routing, rows, [], {}, 0.0, 0.0)
     headers, feeds = [], []
     for row in rows:
         try:
             for epoch in range(WINDOWS):
                 start = time.process_time()
-                decode = _look(found, row, epoch, nvdec, feeds)
-                headers.append(time.process_time() - start - (feeds[-1] if decode.on_gpu else 0))
+                decode, remux_s = _look(found, row, epoch)
+                headers.append(time.process_time() - start - remux_s)
+                feeds += [remux_s] * decode.on_gpu
                 found.decodes.append(decode)
         except InputError as error:
             found.unreadable[row] = str(error)
@@ -208,12 +286,21 @@ def survey(manifest: Manifest, config: Config, samples: int, nvdec: Gpu | None) 
         row, reason = next(iter(found.unreadable.items()))
         raise InputError(f"{manifest.file(row)}: {reason}; none of {len(rows)} sampled videos can be read")
     found.headers_s = float(np.mean(headers)) / 2  # read twice: for the windows as they are, and with twice as many
-    found.feed_s = float(np.mean(feeds)) if feeds else 0.0
+    found.feed_s = float(np.mean(feeds)) if feeds else found.headers_s  # nothing was remuxed: at least that
     return found
 
 
-def _look(survey: Survey, row: int, epoch: int, nvdec: Gpu | None, feeds: list[float]) -> Decode:
-    """One decode; what NVDEC is fed is made as training makes it, and its time appended to `feeds`."""
+def _routing(config: Config, nvdec: Gpu | None) -> Routing:
+    """The loader's rules for that GPU, whose driver cannot be asked."""
+    if nvdec is None:
+        return Routing(engine="host", on_gpu=False)
+    engine = "dali" if config.data.decode == "dali" else "nvdec"
+    takes = general_limits(decodes_av1=nvdec.generation.decodes_av1)
+    return Routing(engine=engine, on_gpu=True, limits=takes, seed=config.seed)
+
+
+def _look(survey: Survey, row: int, epoch: int) -> tuple[Decode, float]:
+    """One decode, and the processor seconds that it takes to make what NVDEC is fed, as training makes it."""
     video = survey.manifest[row]
     height, width = coded_size(video)
     plan = _plan(survey, row, epoch)
@@ -221,18 +308,13 @@ def _look(survey: Survey, row: int, epoch: int, nvdec: Gpu | None, feeds: list[f
     frames = dict.fromkeys((START, SEEK, SELECTED), everything) | {
         TRANSCODED: transcoded_frames(plan.positions.tolist(), video.frames)
     }
-    on_gpu, read, fallback = False, everything, ""
-    if nvdec and video.codec in DALI_GPU_CODECS and nvdec.frames_per_second(video.codec, height * width):
-        start = time.process_time()
-        try:
-            with open_video(survey.manifest.source(row)) as container:
-                _check_nvdec(video_stream(container).codec_context)
-                file = remux(container, plan.positions)
-            on_gpu, read = True, file.packets_read
-            frames[SELECTED] = file.packets_kept
-            feeds.append(time.process_time() - start)
-        except UncertainError:
-            pass  # for the workers
+    read, fallback = everything, ""
+    start = time.process_time()
+    file = _remux(survey, row, plan.positions)
+    remux_s = time.process_time() - start
+    on_gpu = file is not None
+    if on_gpu:
+        frames[SELECTED], read = file.packets_kept, file.packets_read
     try:
         reader, selection = _select(survey, row, plan.positions, in_one_go=on_gpu)
         wanted = [selection.shown[position] for position in plan.positions.tolist()]
@@ -248,9 +330,33 @@ def _look(survey: Survey, row: int, epoch: int, nvdec: Gpu | None, feeds: list[f
         frames[VIEWS] = sum(map(len, _select(survey, row, twice, in_one_go=on_gpu)[1].runs))
     except UncertainError:
         frames[VIEWS] = int(twice[-1]) + 1
-    new = transcoded_size(height, width)
-    new_on_gpu = nvdec is not None and all(side in _NVDEC_SIDES for side in new)
-    return Decode(video.codec, height * width, new[0] * new[1], on_gpu, new_on_gpu, frames, read, fallback)
+    new_height, new_width = copy_size(video, SHORT_SIDE)
+    copy = video._replace(codec="h264", pixel_format="yuv420p", height=new_height, width=new_width, rotation=0)
+    decode = Decode(
+        codec=video.codec,
+        area=height * width,
+        transcoded_area=new_height * new_width,
+        on_gpu=on_gpu,
+        transcoded_on_gpu=survey.routing.takes(copy),
+        frames=frames,
+        packets_read=read,
+        fallback=fallback,
+        has_short_groups=0 < video.gop <= GOP,
+    )
+    return decode, remux_s
+
+
+def _remux(survey: Survey, row: int, positions: np.ndarray) -> Remuxed | None:
+    """What NVDEC is fed; None if it does not take the video, by the loader's rules."""
+    if not survey.routing.takes(survey.manifest[row]):
+        return None
+    try:
+        with open_video(survey.manifest.source(row)) as container:
+            file = remux(container, positions)
+            survey.routing.check(file, video_stream(container).codec_context)
+            return file
+    except UncertainError:
+        return None
 
 
 def _select(survey: Survey, row: int, positions: np.ndarray, *, in_one_go: bool):
@@ -269,7 +375,7 @@ def time_decoding(survey: Survey, seconds: float) -> tuple[float, int]:
             if row in survey.unreadable:
                 continue
             plan, size = _plan(survey, row, epoch), coded_size(survey.manifest[row])
-            region = _bounds(plan.rectangles, size)
+            region = bounds(plan.rectangles, size)
             start = time.process_time()
             try:
                 decode_frames(survey.manifest.source(row), plan.positions, size=size, region=region)
@@ -354,31 +460,40 @@ def budget(
     if gpus > 1 and not (gpu or network_clips or torch.cuda.is_available()):
         raise InputError(f"--gpus {gpus}: there is no GPU here to measure the network on; name one with --gpu")
     classes = len(class_names(_labels(config), manifest))
-    nvdec = None if config.data.decode == "host" else gpu
+    nvdec = None if _host_share(config) == 1 else gpu
     found = survey(manifest, config, samples, nvdec)
     decode_s, measured = time_decoding(found, _MEASURE_S)
     timings = Timings(decode_s, min(found.headers_s, decode_s), found.feed_s)
     demand, network = _demand(config, classes, gpu, gpus, network_clips)
-    here = len(os.sched_getaffinity(0))
+    knows_cores = bool(cores) or torch.cuda.is_available()  # those of the machine that trains
+    cores = cores or len(os.sched_getaffinity(0))
+    host_share = _host_share(config)
+    knows_share = host_share is not None or knows_cores
     views = found.view.per_decode
-    ways = {}
+    ways, rates = {}, {}
     for way in WAYS:
         clips = views * (2 if way == VIEWS else 1)
-        engine = np.mean([engine_seconds(each, way, nvdec) for each in found.decodes]) if nvdec else 0
-        own, fed = (core_seconds(found.decodes, way, timings, on_gpu=on_gpu) for on_gpu in (False, True))
+        rates[way] = each = clip_rates(
+            found.decodes,
+            way,
+            timings,
+            gpu=nvdec,
+            gpus=gpus,
+            cores=cores,
+            clips=clips,
+            host_share=host_share if knows_share else 0.0,
+        )
+        way_limits = limits(each, is_auto=config.data.decode == "auto", knows_cores=knows_cores)
         ways[way] = {
-            "frames_per_clip": float(np.mean([each.frames[way] for each in found.decodes])) / clips,
-            "megapixels_per_clip": float(np.mean([pixels(each, way) for each in found.decodes])) / clips / 1e6,
-            "nvdec_clips_per_second": clips_per_second(nvdec.engines * gpus, engine, clips) if engine else None,
-            "cores_clips_per_second": clips_per_second(cores or here, own, clips),
-            "feeding_clips_per_second": clips_per_second(cores or here, fed, clips) if engine else None,
+            "frames_per_clip": float(np.mean([decode.frames[way] for decode in found.decodes])) / clips,
+            "megapixels_per_clip": float(np.mean([pixels(decode, way) for decode in found.decodes])) / clips / 1e6,
+            "nvdec_clips_per_second": each.nvdec,
+            "cores_clips_per_second": each.cores,
+            "feeding_clips_per_second": each.feeding,
+            "together_clips_per_second": way_limits.get(BOTH),
+            "limits": way_limits,
         }
-    selected = ways[SELECTED]
-    by_nvdec = selected["nvdec_clips_per_second"] is not None
-    limits = {"NVDEC": selected["nvdec_clips_per_second"]} if by_nvdec else {}
-    if not by_nvdec or cores or torch.cuda.is_available():  # otherwise those that will feed NVDEC are not known
-        limits["CPU cores"] = selected["feeding_clips_per_second" if by_nvdec else "cores_clips_per_second"]
-    bound_by, ratio = judge(demand, limits)
+    bound_by, ratio = judge(demand, ways[SELECTED]["limits"])
     report = {
         "manifest": manifest_file,
         "videos": len(manifest),
@@ -388,27 +503,71 @@ def budget(
         "unreadable": {"count": len(found.unreadable), "files": _named(found)[:_SHOWN]},
         "fallbacks": dict(Counter(each.fallback for each in found.decodes if each.fallback)),
         "codecs": dict(Counter(each.codec for each in found.decodes)),
-        "decoded_by_nvdec": float(np.mean([each.on_gpu for each in found.decodes])),
+        "taken_by_nvdec": float(np.mean([each.on_gpu for each in found.decodes])),
         "picture_pixels": float(np.mean([each.area for each in found.decodes])),
         "packets_read_per_clip": float(np.mean([each.packets_read for each in found.decodes])) / views,
         "ways": ways,
         "gpu": gpu and {"name": gpu.name, "gpus": gpus, "engines": gpu.engines * gpus},
-        "cores": cores or here,
+        "cores": cores,
+        "knows_cores": knows_cores,
         "core_ms_per_clip": {name: 1000 * each / views for name, each in asdict(timings).items()},
         "measured_windows": measured,
         "network": {"clips_per_second": demand} | network,
-        "limits": limits,
+        "decode": config.data.decode,
+        "limits": ways[SELECTED]["limits"],
         "bound_by": bound_by,
         "times": ratio,
     }
+    report["supply"] = _supply(report, rates[SELECTED], knows_share=knows_share)
+    if host_share is None and BOTH in report["limits"]:
+        workers = cores // gpus if config.data.workers is None else config.data.workers
+        share = estimate(manifest, found.view, found.routing, gpu=nvdec, cores=max(workers, 1)).host_share
+        by_default = clip_rates(
+            found.decodes, SELECTED, timings, gpu=nvdec, gpus=gpus, cores=cores, clips=views, host_share=share
+        )
+        report["supply"] |= {"default_host_share": share, "default_clips_per_second": by_default.together}
+    report["needed"] = _needed(report, found.decodes, timings, host_share)
     report["verdict"] = verdict(report)
     report["remedies"] = remedies(report)
-    report["assumptions"] = _assumptions(report, config, gpu, cores)
+    report["assumptions"] = _assumptions(report, config, gpu)
     return report
 
 
+def _host_share(config: Config) -> float | None:
+    """Share of what NVDEC takes that the cores decode; None for what keeps both busy."""
+    shares = {"auto": config.data.host_share, "nvdec": config.data.host_share or 0.0, "dali": 0.0, "host": 1.0}
+    return shares[config.data.decode]
+
+
+def _supply(report: dict[str, Any], rates: Rates, *, knows_share: bool) -> dict[str, Any]:
+    """Clips/s with `data.decode` as configured, how many of them each engine decodes, and the share of the cores in
+    what NVDEC takes: None if it takes nothing, or if only the number of cores would tell."""
+    clips = min(report["limits"].values())
+    by_nvdec = clips * report["taken_by_nvdec"] * (1 - rates.host_share)
+    by_engine = {NVDEC: by_nvdec, CORES: clips - by_nvdec}
+    return {
+        "clips_per_second": clips,
+        "by_engine": {name: each for name, each in by_engine.items() if each},
+        "host_share": round(rates.host_share, 2) if rates.nvdec is not None and knows_share else None,
+    }
+
+
+def _needed(
+    report: dict[str, Any], decodes: Sequence[Decode], timings: Timings, host_share: float | None
+) -> dict[str, float] | None:
+    """Cores with which the clips that the network takes are decoded, and the share of them that the cores decode. None
+    without NVDEC. host_share None: the cores decode what is too much for NVDEC."""
+    demand, nvdec = report["network"]["clips_per_second"], report["ways"][SELECTED]["nvdec_clips_per_second"]
+    if nvdec is None:
+        return None
+    if host_share is None:
+        host_share = max(1 - nvdec / demand, 0.0)
+    seconds = core_seconds(decodes, SELECTED, timings, host_share=host_share) / report["views_per_decode"]
+    return {"cores": demand * seconds, "decoded_by_cores": 1 - report["taken_by_nvdec"] * (1 - host_share)}
+
+
 def _labels(config: Config) -> str | None:
-    """The file of class names, where it is here: the count hardly matters."""
+    """The file of class names, if it is here: the count hardly matters."""
     path = config.data.labels
     return path if path and os.path.exists(path) else None
 
@@ -433,7 +592,7 @@ def _demand(
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """Who bounds, in words."""
+    """What bounds, in words."""
     demand, ratio = report["network"]["clips_per_second"], report["times"]
     if report["bound_by"] == "network":
         name = min(report["limits"], key=report["limits"].get)
@@ -448,8 +607,12 @@ def verdict(report: dict[str, Any]) -> str:
             f"decoding bounds: {_noun(name, report)} can supply {_number(supply)} clips/s, and the network could take "
             f"{_number(demand)}, {ratio:.1f} times as many; it would wait for {1 - 1 / ratio:.0%} of the time"
         )
-    if ratio < (_NEAR_NVDEC if "NVDEC" in report["limits"] else _NEAR):
+    if report["bound_by"] == "network" and report["supply"].get("default_clips_per_second", demand) < demand:
+        said += f", with data.host_share={report['supply']['host_share']:g}; the loader's default is too slow"
+    if ratio < (_NEAR if set(report["limits"]) == {CORES} else _NEAR_NVDEC):
         said += ". That is too near to call by estimates; `benchmark.py train` on that machine measures it"
+    if report["decode"] == "auto" and set(report["limits"]) == {NVDEC}:
+        said += ". The CPU of that machine decodes as well; `--cores N` says how much"
     if report["network"].get("device") == "cpu":
         together = 1 / (1 / demand + 1 / report["ways"][SELECTED]["cores_clips_per_second"])
         said += f". Both need the same cores: together about {_number(together)} clips/s"
@@ -457,66 +620,108 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _noun(name: str, report: dict[str, Any]) -> str:
-    what, count = ("NVDEC", report["gpu"]["engines"]) if name == "NVDEC" else ("the CPU", report["cores"])
-    return f"{what} ({count} {'engine' if name == 'NVDEC' else 'core'}{'s' * (count != 1)})"
+    nvdec = f"NVDEC ({_count(report['gpu']['engines'], 'engine')})" if report["gpu"] else ""
+    cores = f"the CPU ({_count(report['cores'], 'core')})"
+    return {NVDEC: nvdec, CORES: cores, BOTH: f"{nvdec} and {cores} together"}[name]
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def remedies(report: dict[str, Any]) -> list[str]:
-    """What transcoding and more clips out of a decode would bring to whoever decodes."""
+    """What transcoding, more clips out of a decode and another share of the cores would bring."""
     demand, now = report["network"]["clips_per_second"], report["ways"][SELECTED]
-    before, _ = _decoder(now)
+    before = min(now["limits"].values())
     said = []
     for way, what in (
         (TRANSCODED, f"`prepare.py transcode --short-side {SHORT_SIDE} --gop {GOP}`"),
         (VIEWS, f"data.views_per_decode={2 * report['views_per_decode']} (clips of a video side by side in a batch)"),
     ):
         then = report["ways"][way]
-        after, who = _decoder(then)
+        after = min(then["limits"].values())
         if after < 1.05 * before:
             said.append(f"{what}: nothing to gain")
             continue
         said.append(
             f"{what}: {_number(then['frames_per_clip'])} frames a clip instead of {_number(now['frames_per_clip'])}; "
-            f"{who} would supply {_number(after)} clips/s, {after / before:.1f} times as many, "
+            f"{_decoder(then['limits'])} would supply {_number(after)} clips/s, {after / before:.1f} times as many, "
             f"{'enough' if after >= demand else 'not enough'} for this network"
+        )
+    by_default = report["supply"].get("default_clips_per_second", before)
+    if before >= 1.05 * by_default:
+        said.append(
+            f"data.host_share={report['supply']['host_share']:g}: {_number(before)} clips/s instead of "
+            f"{_number(by_default)} with the loader's default, on cores like these"
         )
     return said
 
 
-def _decoder(row: dict[str, float]) -> tuple[float, str]:
-    """Clips/s of the one who decodes, and its name."""
-    if row["nvdec_clips_per_second"] is not None:
-        return row["nvdec_clips_per_second"], "NVDEC"
-    return row["cores_clips_per_second"], "the CPU"
+def _decoder(limits: dict[str, float]) -> str:
+    """What decodes, and what holds it up if that is something else."""
+    if BOTH in limits:
+        return "NVDEC and the CPU"
+    if NVDEC not in limits:
+        return "the CPU"
+    return "NVDEC" if min(limits, key=limits.get) == NVDEC else "NVDEC, held up by the CPU,"
 
 
-def _assumptions(report: dict[str, Any], config: Config, gpu: Gpu | None, cores: int | None) -> list[str]:
+def _assumptions(report: dict[str, Any], config: Config, gpu: Gpu | None) -> list[str]:
     said = [
         f"{report['sampled_videos']} of {report['videos']} videos, drawn at random, the same every time; "
         f"the training windows of their first {WINDOWS} epochs",
         f"the CPU: processor time of {report['measured_windows']} decodes here, one thread, times {report['cores']} "
-        f"cores{'' if cores else ' (those here; --cores N for others)'}: an extrapolation. Waiting for storage and "
-        "DALI's resize are not in it. Only the row `as training does` is measured; the others are scaled with the "
-        "pixels decoded, which is too good for transcoded files, whose keyframes take longer",
-        f"transcode: the frame count stays, closed groups of {GOP}, {B_PICTURES} B pictures between two references",
+        f"cores{'' if report['knows_cores'] else ' (those here; --cores N for others)'}: an extrapolation. Waiting for "
+        "storage and DALI's resize are not in it. Only the row `as training does` is measured; the others are scaled "
+        "with the pixels decoded, which is too good for transcoded files, whose keyframes take longer",
+        f"transcode: the frame count stays, closed groups of {GOP}, {B_PICTURES} B frames between two references",
     ]
     if gpu:
-        said.append(
-            f"NVDEC: {gpu.engines} engines a GPU, {gpu.frames_per_second('h264', HD):.0f} frames/s each of H.264 at "
-            f"1080p ({RATES_FROM}, at {gpu.video_mhz:g} MHz), more for smaller pictures in proportion to their "
-            "pixels; always busy, and no cost for each new file: an upper bound"
-        )
-        codecs = [codec for codec in report["codecs"] if not gpu.is_published(codec)]
-        said += [f"unconfirmed: {each}" for each in gpu.unconfirmed]
-        said.append(f"unconfirmed: pictures below 640x360 decode {SMALL_GAIN:g} times as fast as 1080p, no faster")
-        if report["decoded_by_nvdec"] and codecs:
-            said.append(f"unconfirmed: no rate is published for {', '.join(codecs)}: that of H.264 is taken")
-        if report["decoded_by_nvdec"] < 1:
-            said.append(f"{1 - report['decoded_by_nvdec']:.0%} of the clips are decoded by the workers, not by NVDEC")
+        said += _nvdec_assumptions(report, gpu)
         if not report["network"].get("device") and config.train.precision == "float32":
             said.append("the network is taken to train in bf16 or fp16; train.precision=float32 is far slower")
+    elif report["decode"] != "host" and torch.cuda.is_available():
+        said.append("NVDEC is not counted; --gpu NAME counts it")
     if config.distill.teacher:
         said.append("the teacher of distill.teacher, and frames that only it takes, are not counted")
+    return said
+
+
+def _nvdec_assumptions(report: dict[str, Any], gpu: Gpu) -> list[str]:
+    if report["decode"] == "host":
+        return ["decode=host: NVDEC is idle"]
+    height, width = MEASURED_SIZE
+    small, full = (gpu.frames_per_second("h264", area) for area in (height * width, HD))
+    said = [
+        f"NVDEC, measured: {MEASURED_FPS:,} frames/s of {width}x{height}, H.264 with B frames left out, and "
+        f"{MEASURED_GOP_16_FPS:,} in groups of {GOP}; {MEASURED_HOW}",
+        f"NVDEC, derived: {gpu.engines * small:,.0f} frames/s of that size on the {gpu.engines} engines of one "
+        f"{gpu.name}, and {full:.0f} frames/s an engine at 1080p, at {gpu.video_mhz:g} MHz ({RATES_FROM}); other sizes "
+        "are interpolated. NVDEC is always busy: an upper bound",
+        "feeding NVDEC: reading, choosing and remuxing packets, measured here. torchcodec's own CPU time is not in it, "
+        "13 to 30 ms a clip on that machine; so what the cores decode beside NVDEC is an upper bound, too",
+    ]
+    if gpu.name != MEASURED_GPU:
+        said.append(
+            f"unconfirmed: the {gpu.name} was not measured; its rates are those of the {MEASURED_GPU}, scaled by the "
+            "published rate of an engine, the number of engines and the video clock"
+        )
+    said += [f"unconfirmed: {each}" for each in gpu.unconfirmed]
+    codecs = [codec for codec in report["codecs"] if not gpu.is_published(codec)]
+    if report["taken_by_nvdec"] and codecs:
+        said.append(f"unconfirmed: no rate is published for {', '.join(codecs)}: that of H.264 is taken")
+    if report["taken_by_nvdec"] < 1:
+        said.append(f"{1 - report['taken_by_nvdec']:.0%} of the clips are decoded by the workers, not by NVDEC")
+    if report["decode"] == "dali":
+        said.append(
+            "decode=dali: the rates are those of torchcodec. DALI's own decoder is far slower: 11 clips/s in the "
+            f"loader, on that {MEASURED_GPU}, transcoded or not"
+        )
+    if "default_host_share" in report["supply"]:
+        said.append(
+            "host_share: by the times of the cores here. Without data.host_share the loader goes by times that were "
+            f"measured on the machine of the {MEASURED_GPU}"
+        )
     return said
 
 
@@ -527,24 +732,28 @@ def _number(value: float) -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
     gpu, network = report["gpu"], report["network"]
-    nvdec = f"{gpu['gpus']} x {gpu['name']} NVDEC" if gpu else ""
+    nvdec = f"{gpu['gpus']} x {gpu['name']} NVDEC" if gpu and report["decode"] != "host" else ""
     cores = f"{report['cores']} CPU cores"
+    together = "together" if BOTH in report["limits"] else ""
     lines = [
         f"{report['manifest']}: {', '.join(report['codecs'])}, {report['picture_pixels'] / 1e3:.0f} thousand pixels a "
-        f"picture; {report['packets_read_per_clip']:.0f} packets read a clip",
+        f"frame; {report['packets_read_per_clip']:.0f} packets read a clip",
         "",
-        f"{'decoded of a video':36} {'frames/clip':>11} {nvdec:>18} {cores:>20}",
+        f"{'decoded of a video':36} {'frames/clip':>11} {nvdec:>18} {cores:>20} {together:>18}".rstrip(),
     ]
     for way, row in report["ways"].items():
-        by_nvdec = "" if row["nvdec_clips_per_second"] is None else f"{_number(row['nvdec_clips_per_second'])} clips/s"
-        by_cores = f"{_number(row['cores_clips_per_second'])} clips/s"
-        lines.append(f"{_TITLES[way]:36} {row['frames_per_clip']:11.1f} {by_nvdec:>18} {by_cores:>20}")
-    lines += ["", f"The network takes {_number(network['clips_per_second'])} clips/s ({network['how']})."]
-    if feeding := report["ways"][SELECTED]["feeding_clips_per_second"]:
-        needed = network["clips_per_second"] * report["cores"] / feeding
-        rest = 1 - report["decoded_by_nvdec"]
-        what = f"feed NVDEC, and to decode the {rest:.0%} that it does not take," if rest else "feed NVDEC"
-        lines.append(f"To {what} for that, the workers need {_number(needed)} CPU cores like these.")
+        by_nvdec, by_cores, by_both = (
+            "" if row[f"{name}_clips_per_second"] is None else f"{_number(row[f'{name}_clips_per_second'])} clips/s"
+            for name in ("nvdec", "cores", "together")
+        )
+        line = f"{_TITLES[way]:36} {row['frames_per_clip']:11.1f} {by_nvdec:>18} {by_cores:>20} {by_both:>18}"
+        lines.append(line.rstrip())
+    lines += ["", *textwrap.wrap(_supply_text(report), _WIDTH)]
+    lines.append(f"The network takes {_number(network['clips_per_second'])} clips/s ({network['how']}).")
+    if needed := report["needed"]:
+        rest = needed["decoded_by_cores"]
+        what = f"to feed NVDEC and to decode {rest:.0%} of the clips" if rest else "to feed NVDEC"
+        lines.append(f"For that, the workers need {_number(needed['cores'])} CPU cores like these, {what}.")
     for reason, count in report["fallbacks"].items():
         lines.append(f"{count} of {report['windows']} windows are decoded from the file's start: {reason}.")
     if report["unreadable"]["count"]:
@@ -556,3 +765,20 @@ def table(report: dict[str, Any]) -> str:
         for each in report[key]:
             lines += textwrap.wrap(each, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines)
+
+
+def _supply_text(report: dict[str, Any]) -> str:
+    """Which engine decodes how much, with `data.decode` as configured."""
+    supply, names = report["supply"], {NVDEC: "NVDEC", CORES: "the CPU"}
+    parts = [f"{names[name]} decodes {_number(each)} clips/s" for name, each in supply["by_engine"].items()]
+    said = f"decode={report['decode']}: {' and '.join(parts)}"
+    if len(parts) > 1:
+        said += f", together {_number(supply['clips_per_second'])}"
+    if supply["host_share"] is not None and BOTH in report["limits"]:
+        said += f", with data.host_share={supply['host_share']:g}"
+    if "default_host_share" in supply:
+        said += (
+            f", which keeps both busy on cores like these. The loader's default is {supply['default_host_share']:g}: "
+            f"{_number(supply['default_clips_per_second'])} clips/s"
+        )
+    return said + "."
