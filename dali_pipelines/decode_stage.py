@@ -7,7 +7,9 @@
 DALI's own decoder makes a hardware decoder for every clip, and maps every decoded frame (docs/benchmarks.md).
 """
 
+import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +58,9 @@ class DecodeStage:
         self.pipeline: Pipeline | None = None
         self._feed: _Feed | None = None
         self._place: int | None = None  # of the next entry that `run` gives; None: not known
+        # DALI's pipelines hold themselves, and the feed: workers and threads must not wait for the garbage collector.
+        self._closers: list[Callable[[], None]] = [workers.close]
+        weakref.finalize(self, _call, self._closers).atexit = False
 
     def run(self, place: int) -> tuple[Any, list[tuple[Sample, Decoded]]]:
         """(clips as DALI gives them, what became of each sample), for the batch whose first entry is at `place`. Raises
@@ -69,11 +74,13 @@ class DecodeStage:
 
     def close(self) -> None:
         self.pipeline = self._feed = self._place = None
-        self._workers.close()
+        _call(self._closers)
+        del self._closers[1:]
 
     def _start(self, place: int) -> None:
         self.close()
         pool = DecodePool(self._device, threads=self._threads, timeout_s=self._timeout_s)
+        self._closers.append(pool.close)
         self._feed = _Feed(
             self._workers,
             pool,
@@ -161,6 +168,11 @@ class _Feed:
 
     def _size(self, sample: Sample) -> tuple[int, int]:
         return (1, 1) if sample.sample_id == PADDING else coded_size(self._manifest[int(sample.sample_id)])
+
+
+def _call(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 def _decoded_bytes(task: Task) -> int:

@@ -148,7 +148,7 @@ def _decode(task: Task, device: torch.device) -> Decoded:
     try:
         frames = decode_file(sample.encoded, sample.positions, task.size, device)
         return _finish(frames[:, rows, columns], rectangles, sample, device, engine="nvdec")
-    except (RuntimeError, ValueError) as error:  # also of CUDA, and torch.OutOfMemoryError
+    except (RuntimeError, ValueError, IndexError) as error:  # torchcodec's, CUDA's, torch.OutOfMemoryError
         fallback = f"by the host, as NVDEC failed: {_first_line(error)}"
     source = Source("", data=sample.encoded.tobytes())
     try:
@@ -183,13 +183,15 @@ def decode_file(
     encoded: uint8 [bytes]; size: (height, width) that the frames must have. Returns uint8 [N, H, W, 3] on the device.
     Raises RuntimeError, from torchcodec or for frames other than planned.
     """
-    decoder = load_torchcodec().decoders.VideoDecoder(
-        torch.from_numpy(encoded),
-        dimension_order="NHWC",
-        num_ffmpeg_threads=1,
-        device=str(device),
-        seek_mode="approximate",  # the frames of the file are evenly spaced, from 0
-    )
+    decoders = load_torchcodec().decoders
+    with decoders.set_cuda_backend("beta"):  # the NVDEC engine, as 0.11 calls it; the other goes through FFmpeg
+        decoder = decoders.VideoDecoder(
+            torch.from_numpy(encoded),
+            dimension_order="NHWC",
+            num_ffmpeg_threads=1,
+            device=str(device),
+            seek_mode="approximate",  # the frames of the file are evenly spaced, from 0
+        )
     if decoder.cpu_fallback and device.type == "cuda":
         raise RuntimeError(str(decoder.cpu_fallback))
     found = decoder.get_frames_at(positions.tolist())
@@ -207,7 +209,9 @@ def prepare(device: torch.device) -> LimitsByFormat:
     It loads torchcodec and decodes a video made here: a library that is missing would else send every clip to the host,
     slowly. Raises `UnavailableError`.
     """
-    load_torchcodec()
+    version = load_torchcodec().__version__
+    if device.type == "cuda" and version.endswith("+cpu"):
+        raise UnavailableError(f"torchcodec {version} is built without CUDA: install its build for the CUDA of torch")
     limits = cpu_limits() if device.type == "cpu" else driver_limits(device)
     encoded = _small_video()
     if encoded is not None:

@@ -219,8 +219,9 @@ class Remuxed(NamedTuple):
     """See `PacketReader.parameter_sets`."""
 
 
-REMUXED_FPS = 25
-"""Frames/s of what `remux` makes, from 0 on: frame k is shown at k / `REMUXED_FPS` seconds."""
+REMUXED_FPS = 8
+"""Frames/s of what `remux` makes, from 0 on: frame k is shown at k / `REMUXED_FPS` seconds. A power of two: then
+durations are exact, from which torchcodec computes how many frames there are (1.16 s * 25 would be 28.999...)."""
 
 
 def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remuxed:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 
 ENCODERS = {
     "h264": ("libx264", {"preset": "veryfast", "x264-params": "bframes=3:keyint=250:scenecut=0"}),
@@ -31,8 +32,14 @@ def write_video(
     times: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
     pix_fmt: str | None = None,
+    matrix: int | None = None,
+    full_range: bool = False,
 ) -> str:
-    """Encodes uint8 [H, W, 3] pictures; `rotation` only tags the file; `times` are presentation times in 1/fps."""
+    """Encodes uint8 [H, W, 3] pictures; `rotation` only tags the file; `times` are presentation times in 1/fps.
+
+    `matrix`: of the colours, as a number of H.273 (1 BT.709, 6 BT.601); frames are converted to it, or to BT.601 for
+    others, and the stream says so.
+    """
     pictures = list(pictures)
     encoder, defaults = ENCODERS[codec]
     options = defaults | (options or {})
@@ -46,8 +53,19 @@ def write_video(
         stream.codec_context.thread_count = 1
         if rotation:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            stream.codec_context.colorspace = matrix
+        if full_range:
+            stream.codec_context.color_range = 2
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            if matrix is not None or full_range:
+                frame = frame.reformat(
+                    format=stream.pix_fmt,
+                    dst_colorspace="itu709" if matrix == 1 else "itu601",
+                    dst_color_range="JPEG" if full_range else "MPEG",
+                )
+                frame.colorspace, frame.color_range = matrix or 2, 2 if full_range else 1
             frame.pts = number if times is None else times[number]
             frame.time_base = Fraction(1, 1) / fps
             container.mux(stream.encode(frame))
@@ -76,6 +94,34 @@ def edit_packets(source: str | Path, path: str | Path, edit: Callable[[int, byte
                 edited.pts, edited.dts, edited.time_base = packet.pts, packet.dts, packet.time_base
                 edited.is_keyframe, edited.stream = packet.is_keyframe, stream
                 container.mux(edited)
+    return str(path)
+
+
+def join_packets(first: str | Path, second: str | Path, path: str | Path) -> str:
+    """One stream of the packets of two, one after the other; its header is that of the first."""
+    with av.open(str(path), "w") as container:
+        stream, start = None, 0
+        for source in (first, second):
+            with av.open(str(source)) as original:
+                stream = stream or container.add_stream_from_template(original.streams.video[0])
+                packets = [packet for packet in original.demux(video=0) if packet.size]
+                for number, packet in enumerate(packets):
+                    packet.pts = packet.dts = (start + number) * 40
+                    packet.time_base, packet.stream = Fraction(1, 1000), stream
+                    container.mux(packet)
+                start += len(packets)
+    return str(path)
+
+
+def filter_packets(source: str | Path, path: str | Path, bitstream_filter: str) -> str:
+    """Copies a video through a bitstream filter of FFmpeg, as "h264_metadata=crop_left=16"."""
+    with av.open(str(source)) as original, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(original.streams.video[0])
+        context = BitStreamFilterContext(bitstream_filter, original.streams.video[0], stream)
+        for packet in original.demux(video=0):
+            for filtered in context.filter(packet if packet.size else None):
+                filtered.stream = stream
+                container.mux(filtered)
     return str(path)
 
 

@@ -72,6 +72,10 @@ def shown(video: Video) -> torch.Tensor:
     return torch.stack(frames)
 
 
+HIDDEN_DAMAGE = {"bits_in_every_packet_mp4", "bits_in_every_packet_mkv"}
+"""Damage within H.264's slices, which torchcodec, as NVDEC, conceals without a sign: see docs/data.md."""
+
+
 def is_exact(video: Video, clip: torch.Tensor) -> bool:
     """The planned frames and no others, compared with all of them."""
     frames = shown(video)
@@ -99,12 +103,16 @@ def test_probe_counts_the_frames_or_says_what_is_wrong(kinds):
     assert not wrong
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_gives_the_frames_or_a_named_fault(kinds, workers):
-    clips, reasons = read(loader([kind.row for kind in kinds], workers=workers))
+@pytest.mark.parametrize("workers, decode", [(0, "host"), (2, "host"), (2, "nvdec")])
+def test_the_loader_gives_the_frames_or_a_named_fault(kinds, workers, decode):
+    made = loader([kind.row for kind in kinds], workers=workers, decode=decode)
+    clips, reasons = read(made)
     assert len(clips) == len(kinds)
+    assert decode == "host" or made.stats.engines["nvdec"] > 30
     wrong = []
     for kind, clip, reason in zip(kinds, clips, reasons):
+        if decode == "nvdec" and kind.name in HIDDEN_DAMAGE:
+            continue
         if bool(reason) != bool(kind.loader) or not re.search(kind.loader, reason):
             wrong.append((kind.name, reason))
         elif not reason and not is_exact(kind.row, clip):
