@@ -2,6 +2,7 @@
 
 python benchmark.py loader my_videos
 python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out output/benchmark
+python benchmark.py loader my_videos --quick            # on a GPU: three minutes
 python benchmark.py soak my_videos --clips 10000
 python benchmark.py model --size small --batch-size 4 --compile
 python benchmark.py train -c configs/demo.yaml -o data.workers=2 --steps 30
@@ -9,6 +10,7 @@ torchrun --nproc-per-node 8 benchmark.py train -c configs/pptimesformer_k400.yam
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from dali_pipelines.errors import InputError, run_command
@@ -20,12 +22,20 @@ def main() -> None:
     loader = commands.add_parser("loader", help="clips per second of the loader, its peers and the floor")
     loader.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
     loader.add_argument("--contestants", nargs="+", metavar="NAME", help="which to time (default: all)")
-    loader.add_argument("--workers", type=int, default=2, help="processes that decode (default 2)")
-    loader.add_argument("--clips", type=int, default=96, help="clips to time in a run, rounded up (default 96)")
-    loader.add_argument("--rounds", type=int, default=5, help="runs of each (default 5)")
+    loader.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    loader.add_argument("--workers", type=int, help="processes that decode (default: 2; on a GPU one a core)")
+    loader.add_argument("--clips", type=int, default=96, help="CPU: clips to time in a run, rounded up (default 96)")
+    loader.add_argument("--rounds", type=int, help="runs of each (default 5; on a GPU 3)")
     loader.add_argument("--num-frames", type=int, default=8, help="frames a clip (default 8)")
     loader.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
-    loader.add_argument("--batch-size", type=int, default=8, help="clips a batch (default 8)")
+    loader.add_argument("--batch-size", type=int, help="clips a batch (default 8; on a GPU 32)")
+    loader.add_argument(
+        "--gop", type=int, help="CPU: measure copies with groups of N frames, which it makes", metavar="N"
+    )
+    loader.add_argument("--threads", type=int, default=16, help="GPU: threads that feed NVDEC (default 16)")
+    loader.add_argument("--sizes", type=int, default=24, help="GPU: frame sizes in the third set (default 24)")
+    loader.add_argument("--seconds", type=float, default=10, help="GPU: that a run counts clips for (default 10)")
+    loader.add_argument("--quick", action="store_true", help="GPU: one run of 3 seconds each, about three minutes")
     loader.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON and PNG")
     soak = commands.add_parser("soak", help="many clips: memory, open files and shared memory must stay flat")
     soak.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
@@ -58,9 +68,7 @@ def main() -> None:
 
     command = arguments.pop("command")
     if command == "loader":
-        from benchmarks.loader import benchmark_loader
-
-        benchmark_loader(**arguments)
+        _benchmark_loader(**arguments)
     elif command == "model":
         from benchmarks.model import benchmark_model
 
@@ -73,6 +81,34 @@ def main() -> None:
         from benchmarks.soak import soak as soak_loader
 
         soak_loader(**arguments)
+
+
+def _benchmark_loader(
+    *, device, workers, clips, rounds, batch_size, gop, threads, sizes, seconds, quick, **shared
+) -> None:
+    import torch
+
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
+        from benchmarks.loader import benchmark_loader
+
+        benchmark_loader(
+            **shared, workers=workers or 2, clips=clips, rounds=rounds or 5, batch_size=batch_size or 8, gop=gop or 0
+        )
+        return
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here")
+    from benchmarks.gpu_loader import benchmark_gpu_loader
+
+    benchmark_gpu_loader(
+        **shared,
+        workers=workers or len(os.sched_getaffinity(0)),
+        threads=threads,
+        rounds=1 if quick else rounds or 3,
+        seconds=3 if quick else seconds,
+        gop=gop or 16,
+        sizes=sizes,
+        batch_size=batch_size or 32,
+    )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
-import dali_pipelines.loader
 from benchmarks.floor import decode_floor
-from benchmarks.work import Clip, WholeFileSource, Work, needed_packets
+from benchmarks.work import Clip, Work, needed_packets
 from dali_pipelines import ClipLoader
 from dali_pipelines.files import open_video
 
@@ -34,12 +33,11 @@ class Contestant(NamedTuple):
     package: str = "av"
     """What must be installed."""
     is_peer: bool = False
-    device: str = "cpu"
 
 
-def _clip_loader(work: Work, **settings: Any) -> Iterator[torch.Tensor]:
+def make_loader(work: Work, **settings: Any) -> ClipLoader:
     view = work.view
-    loader = ClipLoader(
+    return ClipLoader(
         work.manifest,
         mode="train",
         batch_size=work.batch_size,
@@ -54,18 +52,16 @@ def _clip_loader(work: Work, **settings: Any) -> Iterator[torch.Tensor]:
         workers=work.workers,
         **settings,
     )
+
+
+def _clip_loader(work: Work) -> Iterator[torch.Tensor]:
+    loader = make_loader(work)
     while True:
         for batch in loader:
             if not batch.valid.all():
                 fault = loader.stats.faults[-1]
                 raise CannotReadError(f"cannot read {fault.path}: {fault.reason}")
             yield batch.clips
-
-
-def _whole_files(work: Work) -> Iterator[torch.Tensor]:
-    """Without selection of packets: DALI's decoder is fed the files as they are."""
-    dali_pipelines.loader.ClipSource = WholeFileSource  # this process has no other loader
-    return _clip_loader(work, device="cuda", decode="dali")
 
 
 def _data_loader(work: Work, *, decode: Decode) -> Iterator[torch.Tensor]:
@@ -200,12 +196,6 @@ CONTESTANTS = {
     ),
     FLOOR: Contestant("decode of the needed packets, nothing else", _floor),
 }
-if torch.cuda.is_available():
-    CONTESTANTS |= {
-        f"gpu {decode}": Contestant(what, partial(_clip_loader, device="cuda", decode=decode), device="cuda")
-        for decode, what in (("dali", "this loader, NVDEC"), ("host", "this loader, host decode for a GPU"))
-    }
-    CONTESTANTS["gpu dali, whole files"] = Contestant("NVDEC without selection", _whole_files, device="cuda")
 
 
 def is_installed(contestant: Contestant) -> bool:

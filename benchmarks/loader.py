@@ -13,6 +13,7 @@ Why it is fair:
 """
 
 import importlib.metadata
+import itertools
 import json
 import logging
 import multiprocessing
@@ -44,11 +45,13 @@ from benchmarks.contestants import (
     is_installed,
     to_float,
 )
+from benchmarks.copies import copy_videos
 from benchmarks.work import Work, needed_packets
 from dali_pipelines import crops
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, join, open_video, size_of
 from dali_pipelines.manifest import Manifest, Video, source_of
+from dali_pipelines.packets import video_stream
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
 from preparation.index import index, is_video_name
@@ -57,7 +60,7 @@ from training.gauges import processes, proportional_mib
 
 TARGETS = {"best peer": 1.35, REFERENCE: 3.0, FLOOR: 0.9}
 _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "decord2", "torchcodec", "spdl", "numpy")
-_CHECKED_BATCHES = 2
+CHECKED_BATCHES = 2
 _LISTED_VIDEOS = 8
 
 
@@ -84,30 +87,40 @@ def benchmark_loader(
     crop_size: int,
     batch_size: int,
     out: Path,
+    gop: int = 0,
 ) -> None:
     """Measures, prints the table and writes loader.json and loader.png into `out`. Raises `InputError`.
 
     contestants: names out of `CONTESTANTS`; None: all.
     workers, clips, rounds: processes, clips that a run times, runs of each.
+    gop: frames of a group in copies that take the place of the videos; 0: the videos as they are.
     """
     contestants = list(CONTESTANTS) if contestants is None else list(dict.fromkeys(contestants))
     for name in contestants:
         if name not in CONTESTANTS:
             raise InputError(f"--contestants {name}: expected some of {', '.join(CONTESTANTS)}")
-    found = find_videos(videos)
     out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found = find_videos(videos)
+        if gop:
+            found = copy_videos(found, Path(folder), gop=gop)
+        _benchmark(found, contestants, workers, clips, rounds, num_frames, crop_size, batch_size, out)
+
+
+def _benchmark(
+    found: Sequence[Video],
+    contestants: Sequence[str],
+    workers: int,
+    clips: int,
+    rounds: int,
+    num_frames: int,
+    crop_size: int,
+    batch_size: int,
+    out: Path,
+) -> None:
     work = Work(
         manifest=Manifest(found * -(-batch_size // len(found))),
-        view=View(
-            mode="train",
-            num_frames=num_frames,
-            crop_size=crop_size,
-            stride=32,
-            target_fps=30,
-            past_end="fit",
-            short_sides=(crops.JITTER[0] * crop_size, crops.JITTER[1] * crop_size),
-            flip=True,
-        ),
+        view=training_view(num_frames, crop_size),
         seed=0,
         batch_size=batch_size,
         workers=workers,
@@ -118,14 +131,14 @@ def benchmark_loader(
         results[name] = {"what": CONTESTANTS[name].what, "failure": None, "runs": []}
         if not is_installed(CONTESTANTS[name]):
             results[name]["failure"] = "not installed"
-        elif name != FLOOR and (first := _attempt(results[name], first_clips, name, work)) is not None:
+        elif name != FLOOR and (first := attempt(results[name], first_clips, name, work)) is not None:
             checked[name] = torch.from_numpy(first)
     for name, difference in compare(work, checked).items():
         results[name] |= difference
     for turn in range(rounds):
         for name in contestants:
             if results[name]["failure"] is None:
-                if (run := _attempt(results[name], time_run, name, work, batches)) is not None:
+                if (run := attempt(results[name], time_run, name, work, batches)) is not None:
                     results[name]["runs"].append(asdict(run))
                 print(f"turn {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
     report = {
@@ -147,6 +160,19 @@ def benchmark_loader(
     (out / "loader.json").write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
     print(f"\n{draw(report, out / 'loader.png')}, {out / 'loader.json'}")
+
+
+def training_view(num_frames: int, crop_size: int) -> View:
+    return View(
+        mode="train",
+        num_frames=num_frames,
+        crop_size=crop_size,
+        stride=32,
+        target_fps=30,
+        past_end="fit",
+        short_sides=(crops.JITTER[0] * crop_size, crops.JITTER[1] * crop_size),
+        flip=True,
+    )
 
 
 def find_videos(paths: Sequence[str]) -> list[Video]:
@@ -184,7 +210,7 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
 def first_clips(name: str, work: Work) -> np.ndarray:
     """float32 [N, 3, T, S, S]: the clips of the first batches."""
     batches = CONTESTANTS[name].batches(work)
-    return torch.cat([next(batches).cpu() for _ in range(_CHECKED_BATCHES)]).numpy()
+    return torch.cat([next(batches).cpu() for _ in range(CHECKED_BATCHES)]).numpy()
 
 
 def time_run(name: str, work: Work, count: int) -> Run:
@@ -193,22 +219,20 @@ def time_run(name: str, work: Work, count: int) -> Run:
     batches = CONTESTANTS[name].batches(work)
     for _ in range(prefetched):
         next(batches)
-    cpu_seconds, seconds = _cpu_seconds(), time.perf_counter()
+    cpu, seconds = cpu_seconds(), time.perf_counter()
     for _ in range(count):
         next(batches)
-    if CONTESTANTS[name].device == "cuda":
-        torch.cuda.synchronize()
-    seconds, cpu_seconds = time.perf_counter() - seconds, _cpu_seconds() - cpu_seconds
+    seconds, cpu = time.perf_counter() - seconds, cpu_seconds() - cpu
     worker_mib = main_mib = 0.0
     for _ in range(prefetched):
         next(batches)
         main, *others = map(proportional_mib, processes())
         worker_mib, main_mib = max(worker_mib, *others, 0), max(main_mib, main)
     clips = count * work.batch_size
-    return Run(clips / seconds, 1000 * cpu_seconds / clips, worker_mib, main_mib)
+    return Run(clips / seconds, 1000 * cpu / clips, worker_mib, main_mib)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     ticks = 0
     for process in processes():
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -216,7 +240,7 @@ def _cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _attempt(result: dict[str, Any], function: Callable, name: str, *arguments: Any) -> Any:
+def attempt(result: dict[str, Any], function: Callable, name: str, *arguments: Any) -> Any:
     """What `function` returns in a new process; None, and the reason in `result`, where the contestant fails."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -251,17 +275,22 @@ def _answer(sender, function: Callable, name: str, *arguments: Any) -> None:
 # -- what was decoded --
 
 
-def compare(work: Work, clips: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """For each contestant its mean difference from ours, of 255, and how many frames are nearer to a neighbour."""
+def compare(work: Work, clips: dict[str, torch.Tensor], base: str = OURS) -> dict[str, dict[str, float]]:
+    """For each contestant its mean difference from `base`, of 255, and how many frames are nearer to a neighbour."""
     if not clips:
         return {}
     wrong = dict.fromkeys(clips, 0)
-    for place in range(_CHECKED_BATCHES * work.batch_size):
-        clip = work.clip(place)
+    count = min(map(len, clips.values()))
+    clips = {name: contestant[:count] for name, contestant in clips.items()}
+    for place in range(count):
+        clip, row = work.clip(place), work.row(place)
+        last = work.manifest[row].frames - 1
+        neighbours = [(n, max(n - 1, 0), min(n + 1, last)) for n in clip.positions.tolist()]
+        needed = set(itertools.chain(*neighbours))
         with open_video(clip.source) as container:
-            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        for t, position in enumerate(clip.positions.tolist()):
-            near = [position, max(position - 1, 0), min(position + 1, len(pictures) - 1)]
+            decoded = itertools.islice(enumerate(container.decode(video_stream(container))), max(needed) + 1)
+            pictures = {n: frame.to_ndarray(format="rgb24") for n, frame in decoded if n in needed}
+        for t, near in enumerate(neighbours):
             frames = torch.from_numpy(np.stack([pictures[n] for n in near]))
             expected = torch.stack([c(frames, clip.rectangle, work.view.crop_size) for c in (cut, cut_exactly)])
             for name, contestant in clips.items():
@@ -271,7 +300,7 @@ def compare(work: Work, clips: dict[str, torch.Tensor]) -> dict[str, dict[str, f
     return {
         name: {
             "wrong_frames": wrong[name],
-            "mean_difference_of_255": 255 * (contestant - clips[OURS]).abs().mean().item() if OURS in clips else None,
+            "mean_difference_of_255": 255 * (contestant - clips[base]).abs().mean().item() if base in clips else None,
         }
         for name, contestant in clips.items()
     }
@@ -279,7 +308,7 @@ def compare(work: Work, clips: dict[str, torch.Tensor]) -> dict[str, dict[str, f
 
 def count_packets(work: Work) -> dict[str, float]:
     """Packets a clip: in the file, in the window (up to the last wanted picture), and fed after selection."""
-    clips = [work.clip(place) for place in range(_CHECKED_BATCHES * work.batch_size)]
+    clips = [work.clip(place) for place in range(CHECKED_BATCHES * work.batch_size)]
     needed = [needed_packets(clip) for clip in clips]
     return {
         "in_window": statistics.mean(packets.in_window for packets in needed),
@@ -400,7 +429,7 @@ def draw(report: dict[str, Any], path: Path) -> str:
     middle = np.median(speeds, axis=1)
     figure = Figure(figsize=(7, 0.6 + 0.5 * len(timed)), layout="constrained")
     axes = figure.subplots()
-    colours = ["tab:blue" if name.startswith((OURS, "gpu")) else "tab:gray" for name in timed]
+    colours = ["tab:blue" if name == OURS else "tab:gray" for name in timed]
     bars = axes.barh(
         [f"{name}: {result['what']}" for name, result in timed.items()],
         middle,

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loader import _cpu_seconds, machine
+from benchmarks.loader import cpu_seconds, machine
 from dali_pipelines.errors import InputError
 from dali_pipelines.loader import Batch
 from training.config import load_config
@@ -198,7 +198,7 @@ class Contest:
         """Seconds: on the wall, waiting for the loader, of processors, and idle, which one process a machine counts."""
         idle = sum(map(int, Path("/proc/stat").read_text().split()[4:6])) / _TICKS
         is_first = self._trainer.process.local_rank == 0
-        return time.perf_counter(), self._trainer.train_loader.stats.wait_seconds, _cpu_seconds(), idle * is_first
+        return time.perf_counter(), self._trainer.train_loader.stats.wait_seconds, cpu_seconds(), idle * is_first
 
 
 # -- what is reported --

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dali_pipelines.clip_source import ClipSource, Sample
-from dali_pipelines.files import Source, open_video, read_bytes
+from dali_pipelines.files import Source, open_video
 from dali_pipelines.manifest import Manifest
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
-from dali_pipelines.plan import Order, SamplePlan, View, plan_sample
+from dali_pipelines.plan import Order, View, plan_sample
 
 
 class Clip(NamedTuple):
@@ -34,7 +33,11 @@ class Work:
     workers: int
     """Processes, or threads, that decode."""
 
-    def clip(self, place: int) -> Clip:
+    def row(self, place: int) -> int:
+        return self._sample(place)[1]
+
+    def _sample(self, place: int) -> tuple[int, int]:
+        """(epoch, row of the manifest)."""
         order = Order(
             rows=len(self.manifest),
             training=True,
@@ -43,16 +46,12 @@ class Work:
             rank=0,
             world_size=1,
         )
-        epoch, row = order.sample(place)
+        return order.sample(place)
+
+    def clip(self, place: int) -> Clip:
+        epoch, row = self._sample(place)
         plan = plan_sample(self.manifest[row], self.view, seed=self.seed, epoch=epoch, sample_id=row)
         return Clip(self.manifest.source(row), plan.positions[plan.picks[0]], plan.rectangles[0])
-
-
-class WholeFileSource(ClipSource):
-    """Feeds DALI's decoder whole files."""
-
-    def _encoded(self, source: Source, plan: SamplePlan, sample_id: int) -> Sample:
-        return self._sample(plan, sample_id, encoded=np.frombuffer(read_bytes(source), np.uint8))
 
 
 class Packets(NamedTuple):

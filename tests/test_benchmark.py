@@ -10,12 +10,12 @@ import torch
 
 import benchmarks.model
 import benchmarks.train
-import dali_pipelines.loader
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.copies import copy_videos
+from benchmarks.gpu_loader import FLOOR, HOST, NVDEC, PEER, benchmark_gpu_loader
 from benchmarks.loader import find_videos
 from benchmarks.train import LOADER, NETWORK, TOGETHER, Turn
-from benchmarks.work import WholeFileSource
-from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines import InputError, Manifest
 from dali_pipelines.manifest import probe
 from tests.training.conftest import run
 from tests.videos import textured, write_video
@@ -54,16 +54,6 @@ def test_every_contestant_is_timed_or_says_why_not(report):
     assert report["contestants"]["ours"]["runs"][0]["worker_mib"] > 1
 
 
-def test_whole_files_for_dalis_decoder(tmp_path, monkeypatch):
-    """As they are fed to NVDEC; here to what DALI decodes on the CPU."""
-    video = probe(write_video(tmp_path / "a.webm", textured(20, height=64, width=80), codec="vp9"))
-    settings = dict(mode="validate", batch_size=1, num_frames=4, crop_size=32, decode="dali", workers=0)
-    selected, whole = (ClipLoader(Manifest([video]), **settings) for _ in range(2))
-    expected = next(iter(selected)).clips
-    monkeypatch.setattr(dali_pipelines.loader, "ClipSource", WholeFileSource)
-    assert (next(iter(whole)).clips == expected).all() and whole.stats.packets_read == 0
-
-
 def test_soak(videos):
     done = run("benchmark.py", "soak", videos, "--clips", 200, "--workers", 1, "--crop-size", 32)
     assert done.returncode == 0 and "flat; 0 faults, fall-backs none" in done.stdout, done.stderr + done.stdout
@@ -85,6 +75,52 @@ def test_says_what_was_measured(report, videos):
     ratio = report["ratios"]["floor"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["target"] == 0.9
     assert "ours / floor: " in report["stdout"]
+
+
+def test_copies_of_a_benchmark(videos):
+    """As many sizes as are asked for, all different to a decoder, in groups as short as they are to be."""
+    found = find_videos([str(videos)])
+    assert benchmark_on_a_gpu(videos, contestants=[FLOOR])["sets"].keys() == {"as they are", "gop 8", "gop 8, 3 sizes"}
+    copies = copy_videos(found, videos / "copies", gop=8, sizes=3)
+    coded = {(-(-video.width // 16), -(-video.height // 16)) for video in copies}
+    assert len(coded) == 3 and all(video.gop == 8 and video.frames == 30 for video in copies)
+    same = copy_videos(found, videos / "same", gop=8)
+    assert [(video.width, video.height) for video in same] == [(80, 64)] * 2
+    with pytest.raises(InputError, match="--sizes is 1000; expected at most"):
+        copy_videos(found, videos / "copies", gop=8, sizes=1000)
+
+
+def benchmark_on_a_gpu(videos, **changes):
+    """The benchmark of a GPU, with torchcodec's CPU decoder in the place of NVDEC."""
+    settings = dict(
+        workers=1, threads=2, rounds=1, seconds=0.3, gop=8, sizes=3, num_frames=4, crop_size=32, batch_size=4
+    )
+    return benchmark_gpu_loader([str(videos)], **settings | changes, out=videos / "gpu", device="cpu")
+
+
+def test_the_benchmark_of_a_gpu(videos, capsys):
+    names = [NVDEC, HOST, FLOOR, PEER, "pynvvideocodec"]
+    report = benchmark_on_a_gpu(videos, contestants=names, gop=0, sizes=0)
+    text = capsys.readouterr().out
+    assert json.loads((videos / "gpu" / "loader_gpu.json").read_text()) == report
+    found = report["sets"]["as they are"]["contestants"]
+    assert list(found) == names and found.pop("pynvvideocodec")["failure"] == "not installed"
+    for name, result in found.items():
+        (measured,) = result["runs"]
+        assert result["failure"] is None and measured["clips_per_second"] > 0 and measured["first_batch_s"] > 0
+        assert set(measured["engines"]) == {NVDEC: {"nvdec"}, HOST: {"host"}}.get(name, set())
+        assert name == FLOOR or result["wrong_frames"] == 0
+    assert found[NVDEC]["mean_difference_of_255"] < 1e-3 and found[PEER]["mean_difference_of_255"] < 8
+    assert {target["what"].split(",")[0] for target in report["targets"]} == {
+        "nvdec / nvdec floor",
+        "nvdec / torchcodec on whole files",
+    }
+    assert "nvdec / nvdec floor, as they are: " in text and "wrong frames" in text
+
+
+def test_the_benchmark_of_a_gpu_needs_one(videos):
+    done = run("benchmark.py", "loader", videos, "--device", "cuda")
+    assert torch.cuda.is_available() or (done.returncode == 2 and "torch finds no GPU here" in done.stderr)
 
 
 @pytest.fixture(scope="module")

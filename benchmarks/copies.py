@@ -1,0 +1,61 @@
+"""Copies of videos for a benchmark: short groups of pictures, and as many frame sizes as are asked for."""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+
+from dali_pipelines.errors import InputError
+from dali_pipelines.files import open_video
+from dali_pipelines.manifest import Video, probe, source_of
+from dali_pipelines.packets import video_stream
+from preparation.transcode import CODECS
+
+_WIDTHS, _HEIGHTS = range(272, 449, 16), range(208, 273, 16)
+"""Pixels, around the 340x256 and 426x240 of Kinetics; multiples of 16, so that all are different to a decoder."""
+_SHORTER = 256
+
+
+def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int | None = None) -> list[Video]:
+    """H.264 in closed groups of `gop` frames, encoded as `prepare.py transcode` does, in all cores at once.
+
+    sizes: how many frame sizes, each of one copy of one of the videos in turn; None: one copy of each video, its short
+    side at most 256 pixels. Raises `InputError`.
+    """
+    if sizes is None:
+        tasks = [(video, _transcoded_size(video)) for video in videos]
+    else:
+        known = sorted(itertools.product(_HEIGHTS, _WIDTHS), key=lambda size: abs(size[0] * size[1] - 340 * 256))
+        if sizes > len(known):
+            raise InputError(f"--sizes is {sizes}; expected at most {len(known)}")
+        tasks = list(zip(itertools.cycle(videos), known[:sizes]))
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(video, size, str(folder / f"{number}.mp4"), gop) for number, (video, size) in enumerate(tasks)]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+        return list(pool.map(_copy, tasks))
+
+
+def _transcoded_size(video: Video) -> tuple[int, int]:
+    scale = min(1, _SHORTER / min(video.height, video.width))
+    return tuple(round(side * scale / 2) * 2 for side in (video.height, video.width))
+
+
+def _copy(task: tuple[Video, tuple[int, int], str, int]) -> Video:
+    video, (height, width), path, gop = task
+    codec, fps = CODECS["h264"], Fraction(video.fps).limit_denominator(1 << 16)
+    with open_video(source_of(video, ".")) as original, av.open(path, "w") as container:
+        stream = container.add_stream(codec.encoder, rate=fps, options=codec.options(gop, codec.crf))
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(original.decode(video_stream(original))):
+            frame = frame.reformat(width=width, height=height, format="yuv420p")
+            frame.pts, frame.time_base, frame.pict_type = number, 1 / fps, av.video.frame.PictureType.NONE
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return probe(path)._replace(path=os.path.abspath(path))
