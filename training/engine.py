@@ -705,7 +705,9 @@ class Trainer:
             f"{self.multi_tensor.name}",
             f"{len(train.manifest)} training and {len(self.val_loader.manifest)} validation videos, "
             f"{len(self.classes)} classes",
-            "decoders: " + ", ".join(f"{codec} {by}" for codec, by in train.decoders.items()),
+            "decoders: "
+            + ", ".join(f"{codec} {by}" for codec, by in train.decoders.items())
+            + (f"; {train.decode_note}" if train.decode_note else ""),
             f"global batch {optim.global_batch_size} = {process.world_size} ranks x {self.batch_size} clips x "
             f"{self.micro_steps} micro-steps; {self.steps_per_epoch} steps an epoch ({left} clips left over), "
             f"{self.total_steps} in {self.config.train.epochs} epochs",

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import hashlib
+import sys
 import platform
 import time
 from collections.abc import Sequence
@@ -91,6 +92,8 @@ def evaluate(
         world_size=process.world_size,
         workers=process.workers(config.data.workers, share),
     )
+    if progress and loader.decode_note:
+        tqdm.write(loader.decode_note, file=sys.stderr)
     networks = [weights.build(process.device) for weights in members]
     precision = resolve_precision(config.train.precision, process.device)
     ids, rows, counts = [], [], torch.zeros(len(members), 2, dtype=torch.float64)
