@@ -43,6 +43,7 @@ def main() -> None:
     soak.add_argument("--workers", type=int, default=2, help="processes that decode (default 2)")
     soak.add_argument("--batch-size", type=int, default=8, help="clips a batch (default 8)")
     soak.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
+    soak.add_argument("--sizes", type=int, metavar="N", help="use copies of N frame sizes, which it makes")
     model = commands.add_parser("model", help="seconds and memory of the network and its peers")
     model.add_argument("--size", default="base", help="base (default), small or tiny")
     model.add_argument("--batch-size", type=int, default=2, help="clips a batch (default 2)")

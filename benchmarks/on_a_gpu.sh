@@ -17,4 +17,4 @@ step() { # NAME SECONDS COMMAND...
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/summary.txt"
 step tests 120 "$python" -m pytest -q -m gpu tests/dali_pipelines
 step loader 220 "$python" benchmark.py loader "$videos" --quick --out "$out"
-step soak 60 "$python" benchmark.py soak "$videos" --clips 2000 --workers 8 --batch-size 32
+step soak 60 "$python" benchmark.py soak "$videos" --clips 4000 --workers 8 --batch-size 32 --sizes 24

@@ -2,22 +2,38 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from benchmarks.copies import copy_videos
 from benchmarks.loader import find_videos
 from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.manifest import Video
 from training.gauges import processes, proportional_mib
 
 _LOOKS = 10
 _GROWTH = 1.05  # of the last looks over those in the middle
 
 
-def soak(videos: Sequence[str], *, clips: int, workers: int, batch_size: int, crop_size: int) -> None:
-    """Prints memory (MiB, each shared page in parts), shared memory and open files of the loader's processes after
-    every tenth of `clips`. Raises `InputError` where one of them grows."""
-    found = find_videos(videos)
+def soak(
+    videos: Sequence[str], *, clips: int, workers: int, batch_size: int, crop_size: int, sizes: int | None
+) -> None:
+    """Prints memory (MiB, each shared page in parts), shared memory, open files of the loader's processes and memory of
+    the GPU after every tenth of `clips`. Raises `InputError` where one of them grows.
+
+    sizes: use copies of as many frame sizes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = find_videos(videos)
+        if sizes:
+            found = copy_videos(found, Path(folder), gop=16, sizes=sizes)
+        _soak(found, clips, workers, batch_size, crop_size)
+
+
+def _soak(found: Sequence[Video], clips: int, workers: int, batch_size: int, crop_size: int) -> None:
     loader = ClipLoader(
         Manifest(found * -(-batch_size // len(found))),
         mode="train",
@@ -28,14 +44,16 @@ def soak(videos: Sequence[str], *, clips: int, workers: int, batch_size: int, cr
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     looks: list[dict[str, float]] = []
-    print(f"{'clips':>8} {'clips/s':>8} {'main MiB':>9} {'workers MiB':>12} {'/dev/shm MiB':>13} {'open files':>11}")
+    header = f"{'clips':>8} {'clips/s':>8} {'main MiB':>9} {'workers MiB':>12} {'/dev/shm MiB':>13} {'open files':>11}"
+    print(f"{header} {'GPU MiB':>9}")
     while len(looks) < _LOOKS:
         for _ in loader:
             if loader.stats.clips >= clips * (len(looks) + 1) / _LOOKS and len(looks) < _LOOKS:
                 looks.append(_look())
-                main, others, shared, files = looks[-1].values()
+                main, others, shared, files, gpu = looks[-1].values()
                 speed = loader.stats.clips_per_second
-                print(f"{loader.stats.clips:>8} {speed:>8.1f} {main:>9.0f} {others:>12.0f} {shared:>13.0f} {files:>11}")
+                row = f"{loader.stats.clips:>8} {speed:>8.1f} {main:>9.0f} {others:>12.0f} {shared:>13.0f} {files:>11}"
+                print(f"{row} {gpu:>9.0f}")
     loader.close()
     for name in looks[0]:
         middle, last = (max(look[name] for look in part) for part in (looks[3:6], looks[7:]))
@@ -45,6 +63,14 @@ def soak(videos: Sequence[str], *, clips: int, workers: int, batch_size: int, cr
     print(f"flat; {len(stats.faults)} faults, fall-backs {stats.fallbacks or 'none'}")
 
 
+def _gpu_mib() -> float:
+    """In use, by whomever; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20
+
+
 def _look() -> dict[str, float]:
     main, *others = processes()
     return {
@@ -52,4 +78,5 @@ def _look() -> dict[str, float]:
         "memory of the workers": sum(map(proportional_mib, others)),
         "/dev/shm": shutil.disk_usage("/dev/shm").used / 2**20,
         "open files": sum(len(os.listdir(f"/proc/{process}/fd")) for process in (main, *others)),
+        "memory of the GPU": _gpu_mib(),
     }

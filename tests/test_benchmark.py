@@ -55,7 +55,7 @@ def test_every_contestant_is_timed_or_says_why_not(report):
 
 
 def test_soak(videos):
-    done = run("benchmark.py", "soak", videos, "--clips", 200, "--workers", 1, "--crop-size", 32)
+    done = run("benchmark.py", "soak", videos, "--clips", 200, "--workers", 1, "--crop-size", 32, "--sizes", 2)
     assert done.returncode == 0 and "flat; 0 faults, fall-backs none" in done.stdout, done.stderr + done.stdout
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 import datetime
 import hashlib
-import sys
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
