@@ -99,9 +99,9 @@ def benchmark_loader(
     for name in contestants:
         if name not in CONTESTANTS:
             raise InputError(f"--contestants {name}: expected some of {', '.join(CONTESTANTS)}")
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         found = find_videos(videos)
+        out.mkdir(parents=True, exist_ok=True)
         if gop:
             found = copy_videos(found, Path(folder), gop=gop)
         _benchmark(found, contestants, workers, clips, rounds, num_frames, crop_size, batch_size, out)

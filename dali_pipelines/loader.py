@@ -14,14 +14,13 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 from dali_pipelines import crops
 from dali_pipelines.decode_stage import DecodeStage
-from dali_pipelines.engines import DECODES, Decode, Routing, estimate, general_limits
+from dali_pipelines.engines import DECODES, Decode
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import absolute, check_reachable
-from dali_pipelines.gpus import gpu_of_device, unknown_gpu
 from dali_pipelines.graph import Cut, clip_pipeline, source_pipeline
 from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
-from dali_pipelines.nvdec import UnavailableError, driver_limits, prepare
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View, windows_of_test
+from dali_pipelines.routing import choose_routing
 from dali_pipelines.sampling import PAST_END
 from dali_pipelines.workers import PREFETCH, Workers
 
@@ -243,8 +242,9 @@ class ClipLoader:
         )
         count = len(os.sched_getaffinity(0)) if workers is None else workers
         self._host_share_is_given = host_share is not None
-        self.decode_note = ""
-        routing = self._route(decode, host_share, cores=max(count, 1))
+        routing, self.decode_note = choose_routing(
+            decode, self.device, manifest, self._view, seed=seed, host_share=host_share, cores=max(count, 1)
+        )
         self._labels = torch.from_numpy(np.append(manifest.labels, -1))  # the last one is padding's
         self._epoch = 0
         self._batches = 0  # consumed in this epoch
@@ -294,41 +294,6 @@ class ClipLoader:
                 threads=decode_threads or min(max(count, 4), _THREADS),
                 timeout_s=timeout_s,
             )
-
-    def _route(self, decode: Decode, host_share: float | None, *, cores: int) -> Routing:
-        """Which engine decodes here. Where that is not NVDEC although a GPU is used, `decode_note` says why."""
-        on_gpu, seed = self.device.type == "cuda", self._order.seed
-        if decode == "dali":
-            limits = None
-            if on_gpu:
-                try:
-                    limits = driver_limits(self.device)
-                except UnavailableError:
-                    limits = general_limits(decodes_av1=False)
-            return Routing(engine="dali", on_gpu=on_gpu, limits=limits, seed=seed)
-        if decode == "nvdec" or (decode == "auto" and on_gpu):
-            try:
-                routing = Routing(engine="nvdec", on_gpu=on_gpu, limits=prepare(self.device), seed=seed)
-            except UnavailableError as error:
-                check(decode == "auto", f"decode is 'nvdec', but {error}")
-                self.decode_note = f"the GPU does not decode: {error}"
-            else:
-                if host_share is None and decode == "auto":
-                    host_share = self._balance(routing, cores)
-                return replace(routing, host_share=host_share or 0.0)
-        return Routing(engine="host", on_gpu=on_gpu, seed=seed)
-
-    def _balance(self, routing: Routing, cores: int) -> float:
-        """The share of the host with which NVDEC and the workers are both busy."""
-        name = torch.cuda.get_device_name(self.device)
-        engines = max(limits.engines for limits in routing.limits.values())
-        gpu = gpu_of_device(name) or unknown_gpu(name, engines)
-        found = estimate(self.manifest, self._view, routing, gpu=replace(gpu, engines=engines), cores=cores)
-        self.decode_note = (
-            f"by the manifest, NVDEC ({engines} engines) alone decodes about {found.nvdec:.0f} clips/s, together with "
-            f"{cores} workers about {found.together:.0f}: host_share {found.host_share:g}"
-        )
-        return found.host_share
 
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipelines import ClipLoader, InputError, Manifest, decode_stage, nvdec
-from dali_pipelines import loader as loader_module
+from dali_pipelines import ClipLoader, InputError, Manifest, decode_stage, nvdec, routing
 from dali_pipelines.clip_source import ClipSource
 from dali_pipelines.engines import Limits, Routing
 from dali_pipelines.files import open_video
@@ -417,7 +416,7 @@ def test_without_torchcodec_or_nvdec(some, monkeypatch, reason):
     def unavailable(device):
         raise UnavailableError(reason)
 
-    monkeypatch.setattr(loader_module, "prepare", unavailable)
+    monkeypatch.setattr(routing, "prepare", unavailable)
     with pytest.raises(InputError, match=f"decode is 'nvdec', but {re.escape(reason)}"):
         loader(some)
     pretend_a_gpu(monkeypatch)
@@ -436,7 +435,7 @@ def pretend_a_gpu(monkeypatch):
 def test_auto_on_a_gpu_uses_both_and_says_so(monkeypatch):
     pretend_a_gpu(monkeypatch)
     limits = {("h264", 8): Limits(48, 16, 4096, 4096, 65536, 7)}
-    monkeypatch.setattr(loader_module, "prepare", lambda device: limits)
+    monkeypatch.setattr(routing, "prepare", lambda device: limits)
     from tests.dali_pipelines.test_engines import manifest
 
     made = loader(manifest(250), "train", decode="auto", device="cuda", workers=16, crop_size=224, stride=32)
@@ -473,7 +472,7 @@ def test_workers_give_what_hardware_does_not_take_to_the_host(some, tmp_path):
     ]
     manifest = Manifest([probe(path) for path in made])
     manifest.save_arrays(tmp_path)
-    routing = Routing(engine="nvdec", on_gpu=True, limits={("h264", 8): Limits(144, 144, 4096, 4096, 65536)})
+    rules = Routing(engine="nvdec", on_gpu=True, limits={("h264", 8): Limits(144, 144, 4096, 4096, 65536)})
     source = ClipSource(
         table=str(tmp_path),
         root="",
@@ -481,7 +480,7 @@ def test_workers_give_what_hardware_does_not_take_to_the_host(some, tmp_path):
         view=loader(manifest)._view,
         order=Order(rows=4, training=False, seed=0, step_entries=1, rank=0, world_size=1),
         start=0,
-        routing=routing,
+        routing=rules,
         host_ids=frozenset(),
         given_up={},
     )
@@ -514,10 +513,10 @@ def test_nvdec_gives_the_planned_frames_itself(numbered_videos, mode, workers):
     """The host decodes what this GPU does not take, and nothing else."""
     on_host = by_sample(loader(numbered_videos, mode, decode="host"))
     made = loader(numbered_videos, mode, device="cuda", workers=workers)
-    routing = made._workers.routing
+    rules = made._workers.routing
     for sample_id, (clip, engine) in by_sample(made).items():
         video = numbered_videos[sample_id]
-        assert engine == ("nvdec" if routing.takes(video) else "host"), (video.path, made.stats.fallbacks)
+        assert engine == ("nvdec" if rules.takes(video) else "host"), (video.path, made.stats.fallbacks)
         expected = on_host[sample_id][0]
         for got, right in zip(clip.cpu(), expected) if mode == "test" else [(clip.cpu(), expected)]:
             assert read_numbers(got.numpy()) == read_numbers(right.numpy()), video.path
