@@ -89,7 +89,7 @@ def benchmark_gpu_loader(
 ) -> dict[str, Any]:
     """Measures, prints the tables and writes loader_gpu.json into `out`. Raises `InputError`.
 
-    workers, threads: of ours; peers that have threads have as many. seconds: that a run counts clips for.
+    workers, threads: of this loader; peers use as many threads. seconds: that a run counts clips for.
     gop: frames of a group in the copies; sizes: different ones in the third set. 0 leaves that set out.
     """
     names = list(CONTESTANTS) if contestants is None else list(dict.fromkeys(contestants))
@@ -353,7 +353,7 @@ CONTESTANTS = {
 }
 
 
-# -- what is reported --
+# -- the report --
 
 
 def median(result: dict[str, Any], key: str = "clips_per_second") -> float | None:

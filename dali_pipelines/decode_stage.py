@@ -63,8 +63,10 @@ class DecodeStage:
         weakref.finalize(self, _call, self._closers).atexit = False
 
     def run(self, place: int) -> tuple[Any, list[tuple[Sample, Decoded]]]:
-        """(clips as DALI gives them, what became of each sample), for the batch whose first entry is at `place`. Raises
-        `InputError`."""
+        """(clips as DALI gives them, each sample with its result), for the batch whose first entry is at `place`.
+
+        Raises `InputError`.
+        """
         if self.pipeline is None or self._place != place:
             self._start(place)
         self._place = None  # an interrupt leaves it unknown
@@ -104,8 +106,7 @@ class DecodeStage:
 
 
 class _Feed:
-    """What the graph is fed: batches that the workers have begun and the pool has finished. It does not know the graph,
-    so that both end when nobody holds them."""
+    """Feeds the graph with batches that the workers have prepared and the pool has decoded."""
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class _Feed:
         self._taken = 0  # batches that have left the graph
 
     def take(self) -> list[tuple[Sample, Decoded]]:
-        """What became of each sample of the oldest batch in the graph, which has left it."""
+        """Each sample of the batch that has just left the graph, with its result."""
         self._taken += 1
         return self._in_graph.popleft()
 

@@ -65,7 +65,7 @@ class Limits(NamedTuple):
 
 
 LimitsByFormat = Mapping[tuple[str, int], Limits]
-"""(codec, bits a sample) -> limits; what is not in it is not taken."""
+"""(codec, bits a sample) -> limits; NVDEC takes nothing else."""
 
 
 def cpu_limits() -> LimitsByFormat:

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one sample."""
+    """The result for one sample."""
 
     sample_id: int
     engine: str

@@ -1,4 +1,4 @@
-"""Decoding on the GPU: what the driver says NVDEC takes, and threads that decode small files with torchcodec.
+"""Decoding on the GPU: the limits that the driver reports, and threads that decode small files with torchcodec.
 
 `ClipSource` makes the files: the packets of one clip, remuxed in memory. Each thread of a `DecodePool` opens one with
 torchcodec's `VideoDecoder`, whose NVDEC engine keeps hardware decoders for reuse and releases the GIL. With the device
@@ -42,7 +42,7 @@ class UnavailableError(Exception):
 
 
 class Decoded(NamedTuple):
-    """What became of one `Sample`."""
+    """The result for one `Sample`."""
 
     frames: torch.Tensor
     """uint8 [N, H, W, 3] RGB on the pool's device, as coded, within the rectangles only; black for a fault."""

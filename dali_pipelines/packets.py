@@ -112,7 +112,7 @@ class PacketReader:
 
     @property
     def parameter_sets(self) -> list[bytes]:
-        """Of H.264 and HEVC: the NAL units of SPS and PPS; of MPEG-4: the video object layer; of others: none."""
+        """H.264 and HEVC: the NAL units of SPS and PPS. MPEG-4: the video object layer. Other codecs have none."""
         return self._codec.parameter_sets
 
     def count(self) -> int:
@@ -227,9 +227,9 @@ durations are exact, from which torchcodec computes how many frames there are (1
 def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remuxed:
     """The packets for `positions` as a file of their own in memory: MP4, or Matroska where MP4 does not fit.
 
-    Its pictures are numbered anew from 0 and evenly spaced, whatever the timestamps were, and are not turned. Only the
-    first is marked as a keyframe: who decodes it goes through it once and cannot seek. (MPEG-4's B-VOPs after a later
-    I-VOP are lost where a decoder seeks to it.) Raises `UncertainError`.
+    Its frames are numbered anew from 0 and evenly spaced, whatever the timestamps were, and are not turned. Only the
+    first is marked as a keyframe, so that no decoder seeks: after a seek to an I-VOP, MPEG-4's B-VOPs are lost. Raises
+    `UncertainError`.
     """
     reader = PacketReader(container)
     selection = reader.select(positions, in_one_go=True)
@@ -604,7 +604,7 @@ class _Hevc(_NalCodec):
 
 
 def hevc_sps(bits: Bits) -> tuple[int, HevcSps]:
-    """(its number, what is needed of it); `bits` are read up to log2_max_pic_order_cnt_lsb_minus4."""
+    """(its number, its values); `bits` are read up to log2_max_pic_order_cnt_lsb_minus4."""
     bits.u(4)
     top_layer = bits.u(3)
     bits.u(1)
@@ -732,7 +732,7 @@ class _InOrder(abc.ABC):
         self._size: tuple[int, int] | None = None
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        """Of a new frame. A decoder of the whole file goes on with another size; nobody else can be relied on to."""
+        """Raises `UncertainError` if a frame has another size than those before it: hardware decoders do not follow."""
         if self._size not in (None, size):
             raise UncertainError("the size of the frames changes")
         self._size = size

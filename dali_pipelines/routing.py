@@ -55,7 +55,7 @@ def _limits_of_dali(device: torch.device) -> LimitsByFormat | None:
 def _balanced(
     routing: Routing, device: torch.device, manifest: Manifest, view: View, cores: int
 ) -> tuple[Routing, str]:
-    """With the share of the host that keeps NVDEC and the workers busy, and what is expected of them."""
+    """The routing with the share of the host that keeps NVDEC and the workers busy, and the expected rates as text."""
     name = torch.cuda.get_device_name(device)
     engines = max(limits.engines for limits in routing.limits.values())
     gpu = replace(gpu_of_device(name) or unknown_gpu(name, engines), engines=engines)

@@ -1,7 +1,7 @@
 """What the headers of a stream say that a hardware decoder may treat otherwise than FFmpeg does.
 
 NVDEC itself decides in which order frames are shown, which part of the coded frame is shown, and in which colours. It
-goes by the stream's own headers. FFmpeg also goes by the container and by what it meets on the way. `check_hardware`
+goes by the stream's own headers. FFmpeg also uses the container, and adapts while it decodes. `check_hardware`
 finds the streams for which the two could differ; the host decodes these.
 
 Sources: ITU-T H.264 7.3.2.1, annexes A.3.1 (MaxDpbMbs) and E.1; H.265 7.3.2.2; ISO/IEC 14496-2 6.2.3.
@@ -90,7 +90,7 @@ _MAX_DPB_MBS = {
     9: 396, 10: 396, 11: 900, 12: 2376, 13: 2376, 20: 2376, 21: 4752, 22: 8100, 30: 8100, 31: 18000, 32: 20480,
     40: 32768, 41: 32768, 42: 34816, 50: 110400, 51: 184320, 52: 184320, 60: 696320, 61: 696320, 62: 696320,
 }  # fmt: skip
-"""level_idc -> macroblocks of the frames in a decoder's buffer (table A-1); 9 stands for level 1b."""
+"""level_idc -> macroblocks of the frames in a decoder's buffer (table A-1); 9 means level 1b."""
 _BASELINE_TO_EXTENDED = (66, 77, 88)
 _EXTENDED_SAR = 255
 

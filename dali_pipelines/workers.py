@@ -143,10 +143,10 @@ class Workers:
         self._place = place
 
     def _check_shared_memory(self) -> None:
-        """The workers hand over pictures in /dev/shm, and die without a word where it is full."""
+        """The workers hand over frames in /dev/shm, and die without a message if it is full."""
         free = _free_shared_memory()
         pixels = float(np.median(self._manifest.areas))
-        # About half of a picture, of as many as there are in the batches under way.
+        # About half of each frame of the batches under way.
         windows = self._view.windows if self._view.mode == "test" else 1
         needed = 3 * pixels / 2 * self._view.num_frames * windows * self._batch_size * (PREFETCH + 2)
         check(
@@ -158,8 +158,8 @@ class Workers:
     def _recover(self, place: int, error: Exception) -> bool:
         """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""
         if "decoders.video" in str(error):
-            # DALI's decoder cannot name the video that it failed on: the workers decode what was under way. Those that
-            # they could decode before go back to DALI.
+            # DALI's decoder cannot name the video that it failed on: the workers decode the batches under way. Videos
+            # that they could decode go back to DALI afterwards.
             ahead = range(place, place + self._batch_size * (PREFETCH + 2))
             entries = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
             under_way = {entry // self._view.parts for entry in entries}

@@ -411,7 +411,7 @@ def test_torchcodec_takes_the_ffmpeg_of_pyav():
     ],
 )
 def test_without_torchcodec_or_nvdec(some, monkeypatch, reason):
-    """ "nvdec" is an error that says what to do; "auto" goes on with the host, and says so in a line."""
+    """decode="nvdec" is an error that says what to do; "auto" uses the host, and says so in one line."""
 
     def unavailable(device):
         raise UnavailableError(reason)
