@@ -29,7 +29,7 @@ setup(
         "dask": ["distributed>=2026.8"],
         "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
         "hub": ["huggingface_hub>=2.4"],
-        "nvdec": ["torchcodec>=0.13"],
+        "nvdec": ["torchcodec>=0.11,<0.14"],
         "pictures": ["matplotlib>=3.11"],
         "remote": ["aiohttp>=3.14", "fsspec>=2026.9"],
         "test": [
@@ -46,7 +46,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.17",
             "timm>=1.0.31",
-            "torchcodec>=0.13",
+            "torchcodec>=0.13,<0.14",
             "transformers>=5.23",
             "webdataset>=1.0.2",
         ],

@@ -17,7 +17,9 @@ from dali_pipelines.packets import video_stream
 from preparation.transcode import CODECS
 
 _WIDTHS, _HEIGHTS = range(272, 449, 16), range(208, 273, 16)
-"""Pixels, around the 340x256 and 426x240 of Kinetics; multiples of 16, so that all are different to a decoder."""
+"""Pixels, around the 340x256 and 426x240 of Kinetics; each is another number of whole blocks, so that all are different
+to a decoder. Every second copy is 12 pixels narrower, as most videos are no multiple of 16."""
+_NARROWER = 12
 _SHORTER = 256
 
 
@@ -33,7 +35,10 @@ def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int |
         known = sorted(itertools.product(_HEIGHTS, _WIDTHS), key=lambda size: abs(size[0] * size[1] - 340 * 256))
         if sizes > len(known):
             raise InputError(f"--sizes is {sizes}; expected at most {len(known)}")
-        tasks = list(zip(itertools.cycle(videos), known[:sizes]))
+        tasks = [
+            (videos[number % len(videos)], (height, width - _NARROWER * (number % 2)))
+            for number, (height, width) in enumerate(known[:sizes])
+        ]
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [(video, size, str(folder / f"{number}.mp4"), gop) for number, (video, size) in enumerate(tasks)]
     context = multiprocessing.get_context("spawn")

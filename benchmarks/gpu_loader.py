@@ -41,8 +41,9 @@ from benchmarks.work import Clip, Work
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
 from dali_pipelines.manifest import Manifest, Video
-from dali_pipelines.nvdec import decode_file, load_torchcodec
+from dali_pipelines.nvdec import decode_file, load_torchcodec, nvdec_backend
 from dali_pipelines.packets import UncertainError, remux
+from dali_pipelines.stream_format import uncrop
 from training.gauges import nvml_gauges
 
 _FLOOR_CLIPS = 96  # that the floor goes round
@@ -293,11 +294,14 @@ def _peer(work: GpuWork, *, decode: Callable[[Clip, str], torch.Tensor]):
 
 def _torchcodec(clip: Clip, device: str) -> torch.Tensor:
     decoders = load_torchcodec().decoders
-    with decoders.set_cuda_backend("beta"):
+    with decoders.set_cuda_backend(nvdec_backend()):
         decoder = decoders.VideoDecoder(
             clip.source.path, dimension_order="NHWC", num_ffmpeg_threads=1, device=device, seek_mode="approximate"
         )
-    return decoder.get_frames_at(clip.positions.tolist()).data
+    frames = decoder.get_frames_at(clip.positions.tolist()).data
+    if device != "cpu":
+        torch.cuda.current_stream().synchronize()  # before another thread has its hardware decoder
+    return frames
 
 
 def _pynvvideocodec(clip: Clip, device: str) -> torch.Tensor:
@@ -317,18 +321,15 @@ def _floor(work: GpuWork):
     for place in range(_FLOOR_CLIPS):
         clip = work.clip(place)
         with open_video(clip.source) as container:
-            size = container.streams.video[0].height, container.streams.video[0].width
             try:
-                files.append((remux(container, np.unique(clip.positions)), size))
+                files.append(remux(container, np.unique(clip.positions), uncrop))
             except UncertainError:
                 continue
     device = torch.device(work.device)
 
     def decode(place: int) -> None:
-        file, size = files[place % len(files)]
-        decode_file(file.encoded, file.positions, size, device)
-        if work.device != "cpu":
-            torch.cuda.current_stream().synchronize()
+        file = files[place % len(files)]
+        decode_file(file.encoded, file.positions, file.size, device)
 
     def batches() -> Iterator[None]:
         done = _in_threads(work, decode)

@@ -13,10 +13,11 @@ from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size
+from dali_pipelines.manifest import Manifest, Video, coded_size, size_mismatch
 from dali_pipelines.packets import UncertainError, remux, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
+from dali_pipelines.stream_format import uncrop
 from dali_pipelines.watch import NOTHING, Progress
 
 
@@ -26,7 +27,9 @@ class Sample(NamedTuple):
     pictures: np.ndarray
     """uint8 [N, H, W, 3], decoded here; one black pixel where `is_host` is false."""
     encoded: np.ndarray
-    """uint8 [bytes]: a small file of the needed packets, for DALI's decoder; one zero byte where `is_host` is true."""
+    """uint8 [bytes]: a small file of the needed packets; one zero byte where `is_host` is true."""
+    size: np.ndarray
+    """int32 [2]: height and width of the frames in it, of which the video's may be a part, from the top left."""
     positions: np.ndarray
     """int32 [N]: which pictures of that file."""
     picks: np.ndarray
@@ -52,9 +55,10 @@ class ClipSource:
     ends.
 
     `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `cache` see
-    `files.fetch`; `start` the place in `order` of the first call; `routing` says what is decoded here and what is
-    handed on; `host_ids` samples that DALI has failed on and that are decoded here instead; `given_up` samples that are
-    not tried (again), and why.
+    `files.fetch`; `start` the place in `order` of the first call, `end` the first one that nobody will ask for (DALI
+    works ahead: from there on it gets padding), or None; `routing` says what is decoded here and what is handed on;
+    `host_ids` samples that DALI has failed on and that are decoded here instead; `given_up` samples that are not tried
+    (again), and why.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class ClipSource:
         view: View,
         order: Order,
         start: int,
+        end: int | None,
         routing: Routing,
         host_ids: frozenset[int],
         given_up: dict[int, str],
@@ -75,7 +80,7 @@ class ClipSource:
         self._cache = cache
         self._view = view
         self._order = order
-        self._start = start
+        self._start, self._end = start, end
         self._routing = routing
         self._host_ids = host_ids
         self._given_up = given_up
@@ -92,6 +97,8 @@ class ClipSource:
             self._manifest = Manifest.map_arrays(self._table, self._root)
             self._progress = Progress(self._table)
         epoch, entry = self._order.sample(place)
+        if self._end is not None and place >= self._end:
+            entry = PADDING
         if entry == PADDING:
             return self._black(PADDING, "")
         sample_id, part = divmod(entry, self._view.parts)
@@ -117,23 +124,27 @@ class ClipSource:
             reason = self._routing.refusal(video.codec, video.pixel_format, coded_size(video))
             if not reason:
                 try:
-                    return self._encoded(source, plan, sample_id)
+                    return self._encoded(source, video, plan, sample_id)
                 except UncertainError as error:
                     reason = str(error)
             fallback = f"not by {'DALI' if engine == 'dali' else 'NVDEC'}: {reason}"
         return self._decoded(source, video, plan, sample_id, fallback)
 
-    def _encoded(self, source: Source, plan: SamplePlan, sample_id: int) -> Sample:
+    def _encoded(self, source: Source, video: Video, plan: SamplePlan, sample_id: int) -> Sample:
         with open_video(source) as container:
+            context = video_stream(container).codec_context
             try:
-                file = remux(container, plan.positions)
+                file = remux(container, plan.positions, uncrop if self._routing.engine == "nvdec" else None)
             except av.error.FFmpegError as error:
                 raise InputError(error.strerror.lower()) from None
-            self._routing.check(file, video_stream(container).codec_context)
+            self._routing.check(file, context)
+            if reason := size_mismatch((context.height, context.width), coded_size(video)):
+                raise UncertainError(reason)
         return self._sample(
             plan,
             sample_id,
             encoded=file.encoded,
+            size=file.size,
             positions=file.positions,
             packets=(file.packets_read, file.packets_kept),
             fallback=source.note,
@@ -169,6 +180,7 @@ class ClipSource:
         *,
         pictures: np.ndarray | None = None,
         encoded: np.ndarray | None = None,
+        size: tuple[int, int] = (1, 1),
         positions: np.ndarray | None = None,
         rectangles: np.ndarray | None = None,
         packets: tuple[int, int] = (0, 0),
@@ -178,6 +190,7 @@ class ClipSource:
         return Sample(
             pictures=np.zeros((1, 1, 1, 3), np.uint8) if pictures is None else pictures,
             encoded=np.zeros(1, np.uint8) if encoded is None else encoded,
+            size=np.array(size, np.int32),
             positions=(plan.positions if positions is None else positions).astype(np.int32),
             picks=plan.picks.astype(np.int32),
             rectangles=(plan.rectangles if rectangles is None else rectangles).astype(np.float32),

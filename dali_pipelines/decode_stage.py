@@ -7,6 +7,7 @@
 DALI's own decoder makes a hardware decoder for every clip, and maps every decoded frame (docs/benchmarks.md).
 """
 
+import contextlib
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -70,7 +71,9 @@ class DecodeStage:
         if self.pipeline is None or self._place != place:
             self._start(place)
         self._place = None  # an interrupt leaves it unknown
-        (clips,) = self.pipeline.run()
+        # DALI is fed on the stream that is torch's current one, of the current device.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            (clips,) = self.pipeline.run()
         self._place = place + self._batch_size
         return clips, self._feed.take()
 
@@ -81,7 +84,12 @@ class DecodeStage:
 
     def _start(self, place: int) -> None:
         self.close()
-        pool = DecodePool(self._device, threads=self._threads, timeout_s=self._timeout_s)
+        pool = DecodePool(
+            self._device,
+            threads=self._threads,
+            timeout_s=self._timeout_s,
+            largest=int(self._manifest.areas.max()),
+        )
         self._closers.append(pool.close)
         self._feed = _Feed(
             self._workers,

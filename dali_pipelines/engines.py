@@ -45,6 +45,12 @@ DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
 """FFmpeg's pixel formats that hardware decodes to NV12 -> bits a sample. All are 4:2:0."""
 
 
+BLOCKS = {"h264": 16, "hevc": 16, "vp8": 16, "mpeg4": 16, "vp9": 64, "av1": 64}
+"""Codec -> pixels that the sides of coded frames must be multiples of for NVDEC. torchcodec reuses a hardware decoder
+for frames of the same size in whole blocks, and then crops as for the first (see `stream_format.uncrop`). How NVDEC
+rounds sizes is not known here: these are the largest blocks."""
+
+
 class Limits(NamedTuple):
     """What NVDEC takes of one codec at one bit depth."""
 
@@ -55,6 +61,8 @@ class Limits(NamedTuple):
     max_macroblocks: int
     engines: int = 1
     """NVDEC engines of the GPU that take it."""
+    block: int = 1
+    """Pixels that the sides of coded frames must be multiples of."""
 
     def takes(self, height: int, width: int) -> bool:
         return (
@@ -62,6 +70,9 @@ class Limits(NamedTuple):
             and self.min_height <= height <= self.max_height
             and width * height <= 256 * self.max_macroblocks
         )
+
+    def is_whole(self, size: tuple[int, int]) -> bool:
+        return not any(side % self.block for side in size)
 
 
 LimitsByFormat = Mapping[tuple[str, int], Limits]
@@ -76,10 +87,8 @@ def cpu_limits() -> LimitsByFormat:
 
 def general_limits(*, decodes_av1: bool) -> LimitsByFormat:
     """What every generation of NVDEC takes (Video Codec SDK, decode support matrix), where no driver can be asked."""
-    limits = Limits(144, 144, 4096, 4096, 65536)
-    return {
-        (codec, 8): limits for codec, support in CODECS.items() if support.nvdec and (codec != "av1" or decodes_av1)
-    }
+    codecs = [codec for codec, support in CODECS.items() if support.nvdec and (codec != "av1" or decodes_av1)]
+    return {(codec, 8): Limits(144, 144, 4096, 4096, 65536, block=BLOCKS[codec]) for codec in codecs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +120,19 @@ class Routing:
         counts as 8 bits."""
         if self.limits is None:
             return ""
-        depth = DEPTHS.get(pixel_format or "yuv420p")
-        limits = self.limits.get((codec, depth))
-        if limits is None or (self.engine == "dali" and depth > 8):
+        limits = self._limits(codec, pixel_format)
+        if limits is None or (self.engine == "dali" and DEPTHS.get(pixel_format, 8) > 8):
             return f"NVDEC here does not take {codec} in {pixel_format or 'yuv420p'}"
         if not limits.takes(*size):
             return "NVDEC here does not take frames of this size"
+        if self.engine == "nvdec" and codec not in CROPPED_LATER and not limits.is_whole(size):
+            return _NO_WHOLE_BLOCKS
         if self.engine == "nvdec" and (size[0] % 2 or size[1] % 2):  # an error with NVDEC, other chroma on the CPU
             return "torchcodec does not convert frames with odd sides as FFmpeg does"
         return ""
+
+    def _limits(self, codec: str, pixel_format: str | None) -> Limits | None:
+        return self.limits.get((codec, DEPTHS.get(pixel_format or "yuv420p")))
 
     def check(self, file: Remuxed, context: av.VideoCodecContext) -> None:
         """Raises `UncertainError` where the engine does not take this stream, or may not give FFmpeg's frames."""
@@ -128,9 +141,14 @@ class Routing:
                 raise UncertainError("DALI converts all colours as BT.601 on the CPU")
             return
         check_hardware(file, context)
-        size = context.height, context.width
-        if reason := self.refusal(context.codec.canonical_name, context.pix_fmt or "", size):
+        codec = context.codec.canonical_name
+        if reason := self.refusal(codec, context.pix_fmt or "", (context.height, context.width)):
             raise UncertainError(reason)
+        if self.engine == "nvdec" and not self._limits(codec, context.pix_fmt).is_whole(file.size):
+            raise UncertainError(_NO_WHOLE_BLOCKS)
+        is_601 = matrix_of(context) == "BT.601"
+        if self.engine == "nvdec" and self.on_gpu and not (is_601 or (codec in _MATRIX_KNOWN and _is_709(context))):
+            raise UncertainError(f"torchcodec may convert {matrix_of(context)} otherwise from {codec} by NVDEC")
 
     def takes_codec(self, codec: str) -> bool:
         support = CODECS.get(codec, _NONE)
@@ -142,6 +160,19 @@ class Routing:
     def takes(self, video: Video) -> bool:
         """Whether the engine decodes it, as far as the manifest tells."""
         return self.takes_codec(video.codec) and not self.refusal(video.codec, video.pixel_format, coded_size(video))
+
+
+CROPPED_LATER = ("h264", "hevc")
+"""Codecs of which NVDEC is given frames without cropping (`stream_format.uncrop`), whatever size the video has."""
+_NO_WHOLE_BLOCKS = "torchcodec may mix up frames of NVDEC whose sides are not whole blocks"
+
+_MATRIX_KNOWN = ("h264", "hevc")
+"""Codecs whose headers give the colour matrix in H.273's numbers, which torchcodec reads from NVDEC. VP9 has numbers of
+its own. BT.2020 fails torchcodec's own comparison with the CPU (meta-pytorch/torchcodec#1267)."""
+
+
+def _is_709(context: av.VideoCodecContext) -> bool:
+    return matrix_of(context) == "BT.709"
 
 
 _NONE = Support(dali_cpu=False, dali_gpu=False, nvdec=None)

@@ -15,6 +15,7 @@ from dali_pipelines.clip_source import Sample
 _FEEDS = Sample(
     pictures=(types.UINT8, 4, "FHWC"),
     encoded=(types.UINT8, 1, ""),
+    size=(types.INT32, 1, ""),
     positions=(types.INT32, 1, ""),
     picks=(types.INT32, 2, ""),
     rectangles=(types.FLOAT, 2, ""),
@@ -51,8 +52,8 @@ def clip_pipeline(
     threads: int,
     prefetch: int,
 ) -> Pipeline:
-    """A pipeline, not built yet, whose outputs are clips, sample_id, packets, fault, fallback, is_host and the shapes
-    of the decoded pictures.
+    """A pipeline, not built yet, whose outputs are clips, sample_id, packets, fault, fallback, is_host, the shapes of
+    the decoded frames, and size.
 
     Clips are (value / 255 - mean) / std: [C, T, H, W] a sample, or [V, C, T, H, W] where there are several.
     `device_id` None is the CPU. `workers` processes run the source; 0 runs it in this one. `threads` of this process
@@ -123,7 +124,8 @@ def _clip_pipeline(source, cut, device):
             pad_mode="none",
         )
     clips = _clips(frames, sample.picks, sample.rectangles, sample.transpose, cut)
-    return clips, sample.sample_id, sample.packets, sample.fault, sample.fallback, sample.is_host, frames.shape()
+    shapes, unused = frames.shape(), sample.size  # DALI warns of what a source gives and nobody takes
+    return clips, sample.sample_id, sample.packets, sample.fault, sample.fallback, sample.is_host, shapes, unused
 
 
 @pipeline_def

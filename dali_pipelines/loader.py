@@ -391,6 +391,7 @@ class ClipLoader:
         if self._stage is not None and share is not None and not self._host_share_is_given:
             self.close()
             self._workers.routing = replace(self._workers.routing, host_share=share)
+            self.decode_note = f"host_share {share:g}, as before"
         self._go_to(state["epoch"], batches)
 
     def _identity(self) -> dict[str, int | str]:
@@ -413,7 +414,8 @@ class ClipLoader:
         place = self._epoch * self._order.rank_entries + self._batches * self._batch_size
         if self._stage is not None:
             return self._from_stage(*self._stage.run(place))
-        return self._from_graph(*self._workers.run(place))
+        *outputs, _ = self._workers.run(place)
+        return self._from_graph(*outputs)
 
     def _from_stage(self, clips, decoded: list) -> Batch:
         outcomes = [

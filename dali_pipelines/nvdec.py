@@ -15,6 +15,7 @@ import re
 import struct
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from dali_pipelines.clip_source import Sample, bounds
-from dali_pipelines.engines import CODECS, DEPTHS, Limits, LimitsByFormat, cpu_limits
+from dali_pipelines.engines import BLOCKS, CODECS, DEPTHS, Limits, LimitsByFormat, cpu_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source
 from dali_pipelines.host_decoder import decode_frames
@@ -34,7 +35,10 @@ from dali_pipelines.packets import REMUXED_FPS, UncertainError
 
 _DECODERS_A_THREAD = 4
 """Hardware decoders that torchcodec keeps for reuse, a thread: a data set has more sizes than one."""
+_DECODER_BYTES, _SURFACES = 1 << 30, 12
+"""Memory of these decoders together, if each has so many surfaces of the largest frame; an estimate, not measured."""
 _TICK_S = 0.5
+_JOIN_S = 5.0
 
 
 class UnavailableError(Exception):
@@ -58,19 +62,20 @@ class DecodePool:
     """`threads` threads that decode samples in the order of `submit`. `prepare` must have succeeded on the device.
 
     timeout_s: seconds that a thread may take for one sample; then the sample is a fault, and another thread takes the
-    place of the one that hangs.
+        place of the one that hangs.
+    largest: pixels of the largest frame, which bounds how many hardware decoders are kept.
 
     The threads end with `close`, or when nobody holds the pool any more.
     """
 
-    def __init__(self, device: torch.device, *, threads: int, timeout_s: float):
+    def __init__(self, device: torch.device, *, threads: int, timeout_s: float, largest: int = 1):
         self._device = device
         self._timeout_s = timeout_s
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         if device.type == "cuda":
-            torchcodec = load_torchcodec()
-            capacity = max(torchcodec.decoders.get_nvdec_cache_capacity(), _DECODERS_A_THREAD * threads)
-            torchcodec.decoders.set_nvdec_cache_capacity(capacity)
+            fitting = int(_DECODER_BYTES / (1.5 * largest * _SURFACES))
+            capacity = min(max(fitting, threads), _DECODERS_A_THREAD * threads)
+            load_torchcodec().decoders.set_nvdec_cache_capacity(capacity)
         self._threads: list[threading.Thread] = []
         for _ in range(threads):
             self._start()
@@ -92,7 +97,10 @@ class DecodePool:
         looks, tick = 0, min(self._timeout_s / 8, _TICK_S)
         while not task.is_done.wait(tick):
             looks += task.is_begun
+            if not any(thread.is_alive() for thread in self._threads):
+                raise RuntimeError("the threads that decode have ended")
             if looks * tick >= self._timeout_s:
+                self._threads.remove(task.thread)  # nobody waits for it any more
                 self._start()
                 return _black(task, self._device, f"not decoded within timeout_s = {self._timeout_s:g} seconds")
         if task.error is not None:
@@ -100,7 +108,7 @@ class DecodePool:
         return task.decoded
 
     def close(self) -> None:
-        """Ends the threads after what they are at; does not wait for them."""
+        """Ends the threads, after the sample that each is at."""
         self._end()
 
 
@@ -110,6 +118,7 @@ class Task:
     def __init__(self, sample: Sample, size: tuple[int, int]):
         self.sample, self.size = sample, size
         self.is_begun = False
+        self.thread: threading.Thread | None = None
         self.is_done = threading.Event()
         self.decoded: Decoded | None = None
         self.error: Exception | None = None
@@ -121,17 +130,28 @@ def _end_threads(tasks: "queue.SimpleQueue[Task | None]", threads: list[threadin
             tasks.get_nowait()
     for _ in threads:
         tasks.put(None)
+    # A thread that is within C++ when the interpreter ends would abort the process.
+    deadline = time.monotonic() + _JOIN_S
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(deadline - time.monotonic(), 0))
 
 
 def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device) -> None:
     """A thread, with a stream of its own on a GPU."""
     with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        failure: Exception | None = None
+        try:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        except RuntimeError as error:
+            failure = error
         while (task := tasks.get()) is not None:
-            task.is_begun = True
+            task.thread, task.is_begun = threading.current_thread(), True
             try:
+                if failure is not None:
+                    raise failure
                 task.decoded = _decode(task, device)
             except Exception as error:
                 task.error = error
@@ -146,13 +166,14 @@ def _decode(task: Task, device: torch.device) -> Decoded:
     rows, columns = bounds(sample.rectangles, task.size)
     rectangles = sample.rectangles - np.array([rows.start, columns.start] * 2, np.float32)
     try:
-        frames = decode_file(sample.encoded, sample.positions, task.size, device)
+        frames = decode_file(sample.encoded, sample.positions, tuple(sample.size.tolist()), device)
         return _finish(frames[:, rows, columns], rectangles, sample, device, engine="nvdec")
-    except (RuntimeError, ValueError, IndexError) as error:  # torchcodec's, CUDA's, torch.OutOfMemoryError
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # torchcodec's, CUDA's, out of memory
         fallback = f"by the host, as NVDEC failed: {_first_line(error)}"
     source = Source("", data=sample.encoded.tobytes())
     try:
-        decoded = decode_frames(source, sample.positions, size=task.size, region=(rows, columns))
+        size = tuple(sample.size.tolist())
+        decoded = decode_frames(source, sample.positions, size=size, region=(rows, columns))
     except (InputError, UncertainError) as error:
         return _black(task, device, str(error))
     return _finish(torch.from_numpy(decoded.frames), rectangles, sample, device, engine="host", fallback=fallback)
@@ -171,7 +192,7 @@ def _finish(
 
 def _black(task: Task, device: torch.device, fault: str) -> Decoded:
     rectangles = np.tile(np.array([0, 0, 1, 1], np.float32), (len(task.sample.rectangles), 1))
-    frames = torch.zeros((len(task.sample.positions), 1, 1, 3), dtype=torch.uint8, device=device)
+    frames = torch.zeros((len(task.sample.positions), 1, 1, 3), dtype=torch.uint8).to(device)
     return Decoded(frames, rectangles, "host", fault, task.sample.fallback.tobytes().decode())
 
 
@@ -184,7 +205,7 @@ def decode_file(
     Raises RuntimeError, from torchcodec or for frames other than planned.
     """
     decoders = load_torchcodec().decoders
-    with decoders.set_cuda_backend("beta"):  # the NVDEC engine, as 0.11 calls it; the other goes through FFmpeg
+    with decoders.set_cuda_backend(nvdec_backend()):
         decoder = decoders.VideoDecoder(
             torch.from_numpy(encoded),
             dimension_order="NHWC",
@@ -194,7 +215,12 @@ def decode_file(
         )
     if decoder.cpu_fallback and device.type == "cuda":
         raise RuntimeError(str(decoder.cpu_fallback))
-    found = decoder.get_frames_at(positions.tolist())
+    try:
+        found = decoder.get_frames_at(positions.tolist())
+    finally:
+        if device.type == "cuda":
+            # The hardware decoder goes to another thread with `decoder`; the last frame may still be in its surface.
+            torch.cuda.current_stream(device).synchronize()
     shown = torch.round(found.pts_seconds * REMUXED_FPS).tolist()
     if shown != positions.tolist():
         raise RuntimeError("frames come out in another order than their headers say")
@@ -215,18 +241,33 @@ def prepare(device: torch.device) -> LimitsByFormat:
     limits = cpu_limits() if device.type == "cpu" else driver_limits(device)
     encoded = _small_video()
     if encoded is not None:
+        positions, size = np.arange(3), (_SMALL, _SMALL)
+        expected = decode_frames(Source("", data=encoded.tobytes()), positions, size=size).frames
         try:
-            decode_file(encoded, np.array([0, 2]), (_SMALL, _SMALL), device)
-        except RuntimeError as error:
+            found = decode_file(encoded, positions, size, device).cpu().numpy()
+        except Exception as error:  # of whatever kind a version of torchcodec that is not known here raises
             raise UnavailableError(f"torchcodec fails on a test video: {_first_line(error)}") from None
+        if np.abs(found.astype(float) - expected).mean() > _TOLERANCE:
+            raise UnavailableError("torchcodec gives other colours for a test video than FFmpeg")
     return limits
 
 
+@functools.cache
+def nvdec_backend() -> str:
+    """torchcodec's name of its NVDEC engine: "nvdec", in 0.11 "beta". Its other engine goes through FFmpeg."""
+    try:
+        with load_torchcodec().decoders.set_cuda_backend("nvdec"):
+            return "nvdec"
+    except ValueError:
+        return "beta"
+
+
 _SMALL = 256  # pixels a side
+_TOLERANCE = 4.0  # of 255, on average; colours that are mixed up are far more
 
 
 def _small_video() -> np.ndarray | None:
-    """Three frames of H.264 as `remux` writes them, uint8 [bytes]; None if PyAV has no encoder."""
+    """A red, a green and a blue frame of H.264, as `remux` writes them, uint8 [bytes]; None if PyAV has no encoder."""
     file = io.BytesIO()
     try:
         with av.open(file, "w", format="mp4", options={"use_editlist": "0"}) as container:
@@ -235,7 +276,8 @@ def _small_video() -> np.ndarray | None:
             stream.pix_fmt = "yuv420p"
             stream.codec_context.thread_count = 1
             for number in range(3):
-                frame = av.VideoFrame.from_ndarray(np.full((_SMALL, _SMALL, 3), 80 * number, np.uint8), format="rgb24")
+                colour = 200 * np.eye(3, dtype=np.uint8)[number]
+                frame = av.VideoFrame.from_ndarray(np.tile(colour, (_SMALL, _SMALL, 1)), format="rgb24")
                 frame.pts = number
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
@@ -255,17 +297,29 @@ def _first_line(error: Exception) -> str:
 def load_torchcodec():
     """The module, on PyAV's copy of FFmpeg if PyAV brings one, else on the system's. Raises `UnavailableError`."""
     try:
+        _load_npp()
         with _ffmpeg_of_av():
             import torchcodec
     except ImportError:
         raise UnavailableError("torchcodec is not installed: pip install 'torchcodec>=0.11'") from None
     except (RuntimeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "Error:" in line]
+        reason = lines[0] if lines else str(error)
+        remedy = "FFmpeg's shared libraries must be there (apt install ffmpeg)"
+        if "libnpp" in reason:
+            remedy = "NVIDIA's NPP must be there (pip install nvidia-npp, of the CUDA of torch)"
         raise UnavailableError(
-            f"torchcodec does not load ({lines[0] if lines else error}): its version must fit torch "
-            f"{torch.__version__}, and FFmpeg's shared libraries be there (apt install ffmpeg)"
+            f"torchcodec does not load ({reason}): its version must fit torch {torch.__version__}, and {remedy}"
         ) from None
     return torchcodec
+
+
+def _load_npp() -> None:
+    """NVIDIA's NPP, which torchcodec needs on a GPU, from the packages of pip, where nothing looks for it."""
+    for library in ("libnppc.so*", "libnppicc.so*"):
+        for path in Path(av.__file__).parents[1].glob(f"nvidia/*/lib/{library}"):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(path))
 
 
 @contextlib.contextmanager
@@ -378,6 +432,7 @@ def driver_limits(device: torch.device) -> LimitsByFormat:
                         caps.max_height,
                         caps.max_mb_count,
                         caps.num_nvdecs or 1,
+                        BLOCKS[codec],
                     )
     if not limits:
         raise UnavailableError("the driver says that this GPU has no NVDEC engine")

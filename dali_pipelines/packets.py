@@ -20,7 +20,7 @@ Sources: ITU-T H.264 7.3, 8.2.1; H.265 7.3, 8.3.1; ISO/IEC 14496-2 6.2; RFC 6386
 
 import abc
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
@@ -109,6 +109,11 @@ class PacketReader:
         if any(self.packets[number] is None for run in runs for number in run):
             raise UncertainError("it is long, and its groups of pictures need each other")
         return Selection(runs, shown)
+
+    @property
+    def length_size(self) -> int:
+        """Bytes of the length before each NAL unit of a packet; 0 for start codes, and other codecs."""
+        return getattr(self._codec, "length_size", 0)
 
     @property
     def parameter_sets(self) -> list[bytes]:
@@ -209,6 +214,8 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
 class Remuxed(NamedTuple):
     encoded: np.ndarray
     """uint8 [bytes]: a small file of the needed packets only."""
+    size: tuple[int, int]
+    """(height, width) of its frames."""
     positions: np.ndarray
     """int64: where the wanted pictures are among those that it holds."""
     packets_read: int
@@ -224,8 +231,21 @@ REMUXED_FPS = 8
 durations are exact, from which torchcodec computes how many frames there are (1.16 s * 25 would be 28.999...)."""
 
 
-def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remuxed:
+class Rewrite(NamedTuple):
+    """Parameter sets to put in the place of others, and the (height, width) that frames have then."""
+
+    sets: dict[bytes, bytes]
+    size: tuple[int, int]
+
+
+def remux(
+    container: av.container.InputContainer,
+    positions: np.ndarray,
+    rewrite: Callable[[str, list[bytes]], Rewrite | None] | None = None,
+) -> Remuxed:
     """The packets for `positions` as a file of their own in memory: MP4, or Matroska where MP4 does not fit.
+
+    `rewrite` is called with the codec and `PacketReader.parameter_sets`.
 
     Its frames are numbered anew from 0 and evenly spaced, whatever the timestamps were, and are not turned. Only the
     first is marked as a keyframe, so that no decoder seeks: after a seek to an I-VOP, MPEG-4's B-VOPs are lost. Raises
@@ -240,7 +260,12 @@ def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remu
     ranks = {number: rank for rank, number in enumerate(in_order)}
     delay = max(place - ranks[number] for place, number in enumerate(numbers))
     source = video_stream(container)
-    in_matroska = source.codec_context.codec.canonical_name in ("vp8", "vp9", "mjpeg")
+    context = source.codec_context
+    codec = context.codec.canonical_name
+    in_matroska = codec in ("vp8", "vp9", "mjpeg")
+    rewritten = rewrite(codec, reader.parameter_sets) if rewrite else None
+    sets = rewritten.sets if rewritten else {}
+    size = rewritten.size if rewritten else (context.height, context.width)
     file = io.BytesIO()
     # Without an edit list, which would say where the first picture is, the demuxer need not understand one.
     options = {} if in_matroska else {"movflags": "+negative_cts_offsets", "use_editlist": "0"}
@@ -248,8 +273,15 @@ def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remu
         stream = out.add_stream_from_template(source, opaque=True)
         stream.time_base = tick = Fraction(1, REMUXED_FPS)
         stream.set_display_rotation(0)
+        if sets:
+            stream.codec_context.extradata = _replaced(bytes(context.extradata), sets, in_header=True)
+            stream.height, stream.width = size
         for place, number in enumerate(numbers):
             packet = reader.packets[number]
+            if sets and any(old in memoryview(packet).tobytes() for old in sets):
+                packet = av.Packet(_replaced(bytes(packet), sets, length_size=reader.length_size))
+            if codec == "mpeg4" and place == 0:
+                packet = _with_layer(packet, bytes(context.extradata or b""))
             packet.stream, packet.time_base, packet.duration = stream, tick, 1
             packet.pts, packet.dts = ranks[number], place - delay
             packet.is_keyframe = place == 0
@@ -257,12 +289,34 @@ def remux(container: av.container.InputContainer, positions: np.ndarray) -> Remu
     wanted = [ranks[selection.shown[position]] for position in positions.tolist()]
     return Remuxed(
         np.frombuffer(file.getbuffer(), np.uint8),
+        size,
         np.array(wanted),
         len(reader.packets),
         len(numbers),
         delay,
         reader.parameter_sets,
     )
+
+
+def _replaced(data: bytes, sets: dict[bytes, bytes], *, length_size: int = 0, in_header: bool = False) -> bytes:
+    """`data` with other parameter sets, in a packet or in a codec's header: each with its length in front (2 bytes in a
+    header), or after a start code. Raises `UncertainError` if a header does not hold them as they are."""
+    if in_header and data[:1] == b"\1":
+        length_size = 2
+    for old, new in sets.items():
+        before, after = (len(each).to_bytes(length_size) + each if length_size else each for each in (old, new))
+        if before not in data:
+            if in_header:
+                raise UncertainError("parameter sets that cannot be rewritten")
+            continue
+        data = data.replace(before, after)
+    return data
+
+
+def _with_layer(packet: av.Packet, extradata: bytes) -> av.Packet:
+    """The packet with MPEG-4's stream header in front of it, for decoders that do not read the container's."""
+    data = bytes(packet)
+    return packet if any(map(_is_mpeg4_layer, _annex_b(data))) else av.Packet(extradata + data)
 
 
 # -- reading bits --
@@ -273,7 +327,12 @@ class Bits:
 
     def __init__(self, data: bytes):
         self._value = int.from_bytes(data)
-        self._left = 8 * len(data)
+        self._count = self._left = 8 * len(data)
+
+    @property
+    def place(self) -> int:
+        """Bits read so far."""
+        return self._count - self._left
 
     def u(self, count: int) -> int:
         """The next `count` bits."""
@@ -327,10 +386,10 @@ class _NalCodec:
         self._known: set[bytes] = set()
         self._sequence = -1  # number of the last picture that restarted the order count
         self._previous = 0  # order count that the next one is relative to
-        self._length_size = 0  # 0: start codes
+        self.length_size = 0  # 0: start codes
         units = _annex_b(extradata)
         if extradata[:1] == b"\1":
-            self._length_size, units = self._read_configuration(extradata)
+            self.length_size, units = self._read_configuration(extradata)
         for unit in units:
             self._keep_set(unit)
 
@@ -339,7 +398,7 @@ class _NalCodec:
         return sorted(self._known)
 
     def _units(self, data: memoryview) -> Iterable[memoryview | bytes]:
-        return _length_prefixed(data, self._length_size) if self._length_size else _annex_b(bytes(data))
+        return _length_prefixed(data, self.length_size) if self.length_size else _annex_b(bytes(data))
 
     def _check_set(self, unit: bytes) -> None:
         """A set within the stream must be one of those before it: a decoder that skips packets could miss it."""
@@ -605,6 +664,18 @@ class _Hevc(_NalCodec):
 
 def hevc_sps(bits: Bits) -> tuple[int, HevcSps]:
     """(its number, its values); `bits` are read up to log2_max_pic_order_cnt_lsb_minus4."""
+    number, is_interlaced, top_layer, separate_planes, (height, width) = _hevc_up_to_window(bits)
+    window = (bits.ue(), bits.ue(), bits.ue(), bits.ue()) if bits.u(1) else (0, 0, 0, 0)
+    bits.ue(), bits.ue()  # bit depths
+    return number, HevcSps(is_interlaced, top_layer, separate_planes, width, height, window, bits.ue() + 4)
+
+
+def hevc_up_to_window(bits: Bits) -> tuple[int, int]:
+    """Coded (height, width); `bits` are read up to conformance_window_flag."""
+    return _hevc_up_to_window(bits)[-1]
+
+
+def _hevc_up_to_window(bits: Bits) -> tuple[int, bool, int, int, tuple[int, int]]:
     bits.u(4)
     top_layer = bits.u(3)
     bits.u(1)
@@ -619,10 +690,8 @@ def hevc_sps(bits: Bits) -> tuple[int, HevcSps]:
     number = bits.ue()
     separate_planes = bits.u(1) if bits.ue() == 3 else 0
     width, height = bits.ue(), bits.ue()
-    window = (bits.ue(), bits.ue(), bits.ue(), bits.ue()) if bits.u(1) else (0, 0, 0, 0)
-    bits.ue(), bits.ue()  # bit depths
     is_interlaced = bool(interlaced_source_flag and not progressive_source_flag)
-    return number, HevcSps(is_interlaced, top_layer, separate_planes, width, height, window, bits.ue() + 4)
+    return number, is_interlaced, top_layer, separate_planes, (height, width)
 
 
 class _Mpeg4:
@@ -880,7 +949,8 @@ class _Av1(_InOrder):
         choose = 2
         allows = bits.u(1) if self._sequence.screen_content == choose else self._sequence.screen_content
         bits.u(allows and self._sequence.integer_vectors == choose)
-        bits.u(not is_switch)  # size override
+        if is_switch or bits.u(1):  # frame_size_override_flag
+            raise UncertainError("the size of the frames changes")
         bits.u(self._sequence.order_bits)
         bits.u(3 * (kind == 1 and not is_resilient))  # primary reference
         refreshed = 255 if is_key or is_switch else bits.u(8)

@@ -11,7 +11,17 @@ from typing import NamedTuple
 
 import av
 
-from dali_pipelines.packets import Bits, Remuxed, UncertainError, h264_sps, hevc_sps, rbsp
+from dali_pipelines.packets import (
+    Bits,
+    H264Sps,
+    Remuxed,
+    Rewrite,
+    UncertainError,
+    h264_sps,
+    hevc_sps,
+    hevc_up_to_window,
+    rbsp,
+)
 
 _UNSPECIFIED = 2
 _MATRICES = {_UNSPECIFIED: "BT.601", 5: "BT.601", 6: "BT.601", 1: "BT.709", 9: "BT.2020", 10: "BT.2020"}
@@ -33,8 +43,8 @@ class StreamFormat(NamedTuple):
     matrix: int | None = None
     """matrix_coefficients of H.273: 1 is BT.709, 5 and 6 BT.601, 2 unspecified."""
     full_range: bool | None = None
-    has_warping: bool = False
-    """MPEG-4's sprites and global motion compensation."""
+    rare: str = ""
+    """A tool of the codec that hardware may not have; "" for none."""
 
 
 def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
@@ -43,8 +53,8 @@ def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
     for format in _formats(context.codec.canonical_name, file.parameter_sets):
         if format.has_fields:
             raise UncertainError("its frames may be coded as fields")
-        if format.has_warping:
-            raise UncertainError("global motion compensation")
+        if format.rare:
+            raise UncertainError(format.rare)
         if format.reorder_frames is not None and file.reorder_delay > format.reorder_frames:
             raise UncertainError("frames are held back for longer than a decoder's buffer allows")
         if format.offset != (0, 0) or format.size not in (None, (context.height, context.width)):
@@ -53,6 +63,57 @@ def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
             raise UncertainError("its colour matrix is in the container only")
         if format.full_range is not None and format.full_range != _is_full_range(context):
             raise UncertainError("its colour range is in the container only")
+
+
+def uncrop(codec: str, parameter_sets: list[bytes]) -> Rewrite | None:
+    """Parameter sets of H.264 or HEVC without cropping, and the size that frames have with them; None without cropping.
+
+    torchcodec (0.11 to 0.13) reuses a hardware decoder for another stream of the same coded size, but the decoder crops
+    as it did for the first one: 340x256 and 352x256 would get each other's frames, without an error
+    (meta-pytorch/torchcodec#1704). So decoders are given whole frames, which are cropped afterwards.
+    """
+    if codec not in ("h264", "hevc"):
+        return None
+    kind = (lambda unit: unit[0] & 31 == 7) if codec == "h264" else (lambda unit: unit[0] >> 1 == 33)
+    found = [_without_cropping(codec, unit) for unit in parameter_sets if kind(unit)]
+    sizes = {size for _, size in found}
+    if len(sizes) != 1:
+        raise UncertainError("parameter sets of several sizes")
+    changed = {old: new for (new, _), old in zip(found, filter(kind, parameter_sets)) if new != old}
+    return Rewrite(changed, sizes.pop()) if changed else None
+
+
+def _without_cropping(codec: str, unit: bytes) -> tuple[bytes, tuple[int, int]]:
+    """(the SPS with the flag of its cropping window cleared, coded (height, width))."""
+    head = 1 if codec == "h264" else 2
+    payload = rbsp(unit[head:])
+    bits = Bits(payload)
+    if codec == "h264":
+        size = _h264_up_to_cropping(bits)[0]
+    else:
+        size = hevc_up_to_window(bits)
+    flag = bits.place
+    if not bits.u(1):
+        return unit, size
+    for _ in range(4):
+        bits.ue()
+    text = bin(int.from_bytes(b"\1" + payload))[3:]
+    rest = text[bits.place :].rstrip("0")  # ends with the stop bit
+    text = text[:flag] + "0" + rest
+    text += "0" * (-len(text) % 8)
+    return unit[:head] + _with_emulation_prevention(int(text, 2).to_bytes(len(text) // 8)), size
+
+
+def _with_emulation_prevention(payload: bytes) -> bytes:
+    """The opposite of `rbsp`."""
+    out, zeros = bytearray(), 0
+    for byte in payload:
+        if zeros == 2 and byte <= 3:
+            out.append(3)
+            zeros = 0
+        out.append(byte)
+        zeros = zeros + 1 if byte == 0 else 0
+    return bytes(out)
 
 
 def matrix_of(context: av.VideoCodecContext) -> str:
@@ -74,7 +135,8 @@ def _is_full_range(context: av.VideoCodecContext) -> bool:
 
 def _formats(codec: str, parameter_sets: list[bytes]) -> list[StreamFormat]:
     if codec == "h264":
-        return [_h264(unit) for unit in parameter_sets if unit[0] & 31 == 7]
+        groups = "slice groups" if any(map(_has_slice_groups, parameter_sets)) else ""
+        return [_h264(unit)._replace(rare=groups) for unit in parameter_sets if unit[0] & 31 == 7]
     if codec == "hevc":
         return [_hevc(unit) for unit in parameter_sets if unit[0] >> 1 == 33]
     if codec == "mpeg4":
@@ -95,33 +157,49 @@ _BASELINE_TO_EXTENDED = (66, 77, 88)
 _EXTENDED_SAR = 255
 
 
-def _h264(unit: bytes) -> StreamFormat:
-    bits = Bits(rbsp(unit[1:]))
+def _h264_up_to_cropping(bits: Bits) -> tuple[tuple[int, int], H264Sps, tuple[int, int, int]]:
+    """(coded (height, width), the SPS, (profile, constraints, level)); `bits` are read up to frame_cropping_flag."""
     profile, constraints, level = bits.u(8), bits.u(8), bits.u(8)
     bits.ue()  # seq_parameter_set_id
     sps = h264_sps(profile, bits)
     if not sps.frames_only:
         bits.u(1)  # mb_adaptive_frame_field_flag
     bits.u(1)  # direct_8x8_inference_flag
-    height_in_mbs = sps.map_units * (2 - sps.frames_only)
+    size = 16 * sps.map_units * (2 - sps.frames_only), 16 * sps.width
+    return size, sps, (profile, constraints, level)
+
+
+def _h264(unit: bytes) -> StreamFormat:
+    bits = Bits(rbsp(unit[1:]))
+    (height, width), sps, (profile, constraints, level) = _h264_up_to_cropping(bits)
     left = right = top = bottom = 0
     if bits.u(1):  # frame_cropping_flag; in units of 4:2:0, which is all that hardware is given
         left, right, top, bottom = bits.ue(), bits.ue(), bits.ue(), bits.ue()
     unit_y = 2 * (2 - sps.frames_only)
     if level == 11 and constraints & 0x10 and profile in _BASELINE_TO_EXTENDED:
         level = 9
-    held = min(_MAX_DPB_MBS.get(level, 0) // (sps.width * height_in_mbs), 16)
+    held = min(256 * _MAX_DPB_MBS.get(level, 0) // (height * width), 16)
     matrix, full_range, reorder_frames = _UNSPECIFIED, False, held
     if bits.u(1):  # vui_parameters_present_flag
         matrix, full_range, reorder_frames = _h264_vui(bits, held)
     return StreamFormat(
-        size=(16 * height_in_mbs - unit_y * (top + bottom), 16 * sps.width - 2 * (left + right)),
+        size=(height - unit_y * (top + bottom), width - 2 * (left + right)),
         offset=(unit_y * top, 2 * left),
         has_fields=not sps.frames_only,
         reorder_frames=reorder_frames if sps.order_type != 2 else 0,
         matrix=matrix,
         full_range=full_range,
     )
+
+
+def _has_slice_groups(unit: bytes) -> bool:
+    """Whether a NAL unit is a PPS with flexible macroblock ordering."""
+    if unit[0] & 31 != 8:
+        return False
+    bits = Bits(rbsp(unit[1:]))
+    bits.ue(), bits.ue()  # pic_parameter_set_id, seq_parameter_set_id
+    bits.u(1 + 1)  # entropy_coding_mode_flag, bottom_field_pic_order_in_frame_present_flag
+    return bits.ue() > 0  # num_slice_groups_minus1
 
 
 def _h264_vui(bits: Bits, held: int) -> tuple[int, bool, int]:
@@ -220,10 +298,32 @@ def _mpeg4(unit: bytes) -> StreamFormat:
     height = bits.u(13)
     bits.u(1)
     interlaced, _, sprite = bits.u(1), bits.u(1), bits.u(1 if version == 1 else 2)
+    if sprite:
+        rare = "global motion compensation"
+    else:
+        rare = "data partitions" if _mpeg4_is_partitioned(bits, version) else ""
     return StreamFormat(
         size=(height, width),
         has_fields=bool(interlaced),
-        has_warping=bool(sprite),
+        rare=rare,
         matrix=_UNSPECIFIED,
         full_range=False,
     )
+
+
+def _mpeg4_is_partitioned(bits: Bits, version: int) -> bool:
+    """data_partitioned; `bits` begin after sprite_enable, which is 0. True if it cannot be told."""
+    if bits.u(1):  # not_8_bit
+        bits.u(4 + 4)
+    if bits.u(1):  # quant_type: MPEG
+        for _ in range(2):
+            if bits.u(1):  # load_intra_quant_mat, load_nonintra_quant_mat
+                for _ in range(64):
+                    if not bits.u(8):
+                        break
+    if version != 1:
+        bits.u(1)  # quarter_sample
+    if not bits.u(1):  # complexity_estimation_disable
+        return True
+    bits.u(1)  # resync_marker_disable
+    return bool(bits.u(1))

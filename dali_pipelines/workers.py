@@ -25,6 +25,7 @@ from dali_pipelines.plan import PADDING, Order, View
 from dali_pipelines.watch import Watchdog
 
 PREFETCH = 2  # batches that DALI works ahead
+_SURVEYED = 256  # videos, evenly over the manifest
 _RESTARTS = 3  # without a batch between them, before giving up
 
 
@@ -128,6 +129,7 @@ class Workers:
             ClipSource(
                 **self._source,
                 start=place,
+                end=None if self._order.training else self._end_of_epoch(place),
                 routing=self.routing,
                 host_ids=self._host_ids,
                 given_up=self._given_up,
@@ -142,18 +144,28 @@ class Workers:
             self.pipeline.build()
         self._place = place
 
+    def _end_of_epoch(self, place: int) -> int:
+        """Evaluation stops its workers there."""
+        return (place // self._order.rank_entries + 1) * self._order.rank_entries
+
     def _check_shared_memory(self) -> None:
         """The workers hand over frames in /dev/shm, and die without a message if it is full."""
         free = _free_shared_memory()
-        pixels = float(np.median(self._manifest.areas))
+        rows = np.linspace(0, len(self._manifest) - 1, min(len(self._manifest), _SURVEYED)).astype(int).tolist()
+        share = float(np.mean([self._is_decoded_here(row) for row in rows]))
+        pixels = share * float(np.median(self._manifest.areas))
         # About half of each frame of the batches under way.
         windows = self._view.windows if self._view.mode == "test" else 1
         needed = 3 * pixels / 2 * self._view.num_frames * windows * self._batch_size * (PREFETCH + 2)
         check(
-            self.routing.engine != "host" or free > needed,
+            free > needed,
             f"/dev/shm has {free / 2**20:.0f} MB free, and batches of {self._batch_size} videos need about "
             f"{needed / 2**20:.0f} MB: use a smaller batch, or more of it (in Docker: --shm-size 8g, or --ipc host)",
         )
+
+    def _is_decoded_here(self, row: int) -> bool:
+        video = self._manifest[row]
+        return self.routing.engine_for(video, row) == "host" or not self.routing.takes(video)
 
     def _recover(self, place: int, error: Exception) -> bool:
         """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""

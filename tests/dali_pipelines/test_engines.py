@@ -56,6 +56,15 @@ def test_what_a_hopper_gpu_takes(row, reason):
     assert NVDEC.takes(row) == (not reason)
 
 
+def test_sides_in_whole_blocks():
+    """torchcodec may mix up others; of H.264 and HEVC NVDEC is given whole blocks whatever the size is."""
+    limits = Limits(48, 16, 8192, 8192, 65536, block=64)
+    routing = Routing(engine="nvdec", on_gpu=True, limits={("vp9", 8): limits, ("h264", 8): limits})
+    assert routing.takes(video("vp9", width=320)) and routing.takes(video(width=340))
+    for size in ({"width": 340}, {"width": 320, "height": 240}):
+        assert not routing.takes(video("vp9", **size))
+
+
 def test_macroblocks_are_a_limit_of_their_own():
     limits = Limits(48, 16, 8192, 8192, 65536)
     assert limits.takes(4096, 4096) and not limits.takes(8192, 4096)

@@ -21,6 +21,7 @@ def host_sample(pictures, rectangles, *, transpose=False, sample_id=0):
     return Sample(
         pictures=pictures,
         encoded=np.zeros(1, np.uint8),
+        size=np.ones(2, np.int32),
         positions=np.zeros(1, np.int32),
         picks=np.arange(len(pictures), dtype=np.int32)[None],
         rectangles=np.array(rectangles, np.float32),

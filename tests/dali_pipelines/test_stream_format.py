@@ -74,6 +74,10 @@ def make_fields_of_mpeg4(folder):
     return write_video(folder / "a.mp4", numbered(12, **SIZE), codec="mpeg4", options={"flags": "+ildct+ilme"})
 
 
+def make_data_partitions(folder):
+    return write_video(folder / "a.mp4", numbered(12, **SIZE), codec="mpeg4", options={"data_partitioning": "1"})
+
+
 def make_small_buffer(folder):
     """B pyramids take two frames in the buffer; at level 1, frames of 352x288 leave room for one."""
     pictures = numbered(12, height=288, width=352)
@@ -114,6 +118,7 @@ def make_rare_matrix(folder):
 TROUBLE = [
     (make_fields, "its frames may be coded as fields"),
     (make_fields_of_mpeg4, "its frames may be coded as fields"),
+    (make_data_partitions, "data partitions"),
     (make_small_buffer, "frames are held back for longer than a decoder's buffer allows"),
     (make_cropped, "its frames are cropped at the top or left, or not to the size of the container"),
     (make_cropped_hevc, "its frames are cropped at the top or left, or not to the size of the container"),

@@ -247,8 +247,9 @@ def test_nvdec_takes_what_the_loader_gives_it(config):
         video = Video("a", 0, 10, 25.0, 340, 256, "h264", 0, "yuv420p")._replace(**fields)
         return module._routing(config, find_gpu(gpu)).takes(video)
 
-    assert takes("h200") and takes("h200", codec="mpeg4") and not takes("h200", codec="mjpeg") and not takes(None)
-    assert takes("l4", codec="av1") and not takes("h200", codec="av1")
+    assert takes("h200") and not takes("h200", codec="mjpeg") and not takes(None)
+    assert takes("h200", codec="mpeg4", width=320) and not takes("h200", codec="mpeg4")  # 340 is no multiple of 16
+    assert takes("l4", codec="av1", width=320) and not takes("h200", codec="av1", width=320)
     assert not takes("h200", pixel_format="yuv444p") and not takes("h200", pixel_format="yuv420p10le")
     assert takes("h200", width=144) and not takes("h200", width=142)
     assert not takes("h200", width=341)  # torchcodec does not, DALI does
