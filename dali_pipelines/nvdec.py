@@ -49,7 +49,8 @@ class Decoded(NamedTuple):
     """The result for one `Sample`."""
 
     frames: torch.Tensor
-    """uint8 [N, H, W, 3] RGB on the pool's device, as coded, within the rectangles only; black for a fault."""
+    """uint8 [N, H, W, 3] RGB on the pool's device, not turned, only the part that the rectangles need; black for a
+    fault."""
     rectangles: np.ndarray
     """float32 [V, 4]: y0, x0, y1, x1 in pixels of these frames."""
     engine: str
@@ -180,20 +181,27 @@ def _decode(task: Task, device: torch.device) -> Decoded:
 
 
 def _finish(
-    frames: torch.Tensor, rectangles: np.ndarray, sample: Sample, device: torch.device, *, engine: str, fallback=""
+    frames: torch.Tensor,
+    rectangles: np.ndarray,
+    sample: Sample,
+    device: torch.device,
+    *,
+    engine: str,
+    fault: str = "",
+    fallback: str = "",
 ) -> Decoded:
     """The frames are on the device, for every stream, when this returns."""
     frames = frames.to(device).contiguous()
     if device.type == "cuda":
         torch.cuda.current_stream().synchronize()
-    fallback = fallback or sample.fallback.tobytes().decode()
-    return Decoded(frames, rectangles, engine, sample.fault.tobytes().decode(), fallback)
+    fault, fallback = fault or sample.fault.tobytes().decode(), fallback or sample.fallback.tobytes().decode()
+    return Decoded(frames, rectangles, engine, fault, fallback)
 
 
 def _black(task: Task, device: torch.device, fault: str) -> Decoded:
     rectangles = np.tile(np.array([0, 0, 1, 1], np.float32), (len(task.sample.rectangles), 1))
-    frames = torch.zeros((len(task.sample.positions), 1, 1, 3), dtype=torch.uint8).to(device)
-    return Decoded(frames, rectangles, "host", fault, task.sample.fallback.tobytes().decode())
+    frames = torch.zeros((len(task.sample.positions), 1, 1, 3), dtype=torch.uint8)
+    return _finish(frames, rectangles, task.sample, device, engine="host", fault=fault)
 
 
 def decode_file(
