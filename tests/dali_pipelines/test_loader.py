@@ -621,13 +621,20 @@ def test_an_empty_manifest():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["train", "validate", "test"])
-def test_nvdec_gives_the_planned_frames(numbered_videos, mode):
-    """Every codec that NVDEC decodes, in one batch with those that it does not."""
+def test_dalis_decoder_on_a_gpu_gives_the_planned_frames(numbered_videos, mode):
+    """Every codec that it takes, in one batch with those that it does not; see test_nvdec.py for the other ways."""
     on_host = by_sample(loader(numbered_videos, mode, batch_size=6, stride=8))
-    made = loader(numbered_videos, mode, batch_size=6, stride=8, device="cuda", workers=2)
-    for sample_id, clip in by_sample(made).items():
-        assert clip.is_cuda
-        views = zip(clip.cpu(), on_host[sample_id]) if mode == "test" else [(clip.cpu(), on_host[sample_id])]
-        for got, expected in views:
-            assert read_numbers(got.numpy()) == read_numbers(expected.numpy()), numbered_videos[sample_id].path
-            assert (got - expected).abs().mean() < 4 / 255
+    made = loader(numbered_videos, mode, batch_size=6, stride=8, device="cuda", workers=2, decode="dali")
+    routing = made._workers.routing
+    for batch in made:
+        for sample_id, clip, engine in zip(batch.sample_ids.tolist(), batch.clips, batch.engines):
+            if sample_id == PADDING:
+                continue
+            video = numbered_videos[sample_id]
+            assert engine == ("dali" if routing.takes(video) else "host"), (video.path, made.stats.fallbacks)
+            assert clip.is_cuda
+            views = zip(clip.cpu(), on_host[sample_id]) if mode == "test" else [(clip.cpu(), on_host[sample_id])]
+            for got, expected in views:
+                assert read_numbers(got.numpy()) == read_numbers(expected.numpy()), video.path
+                assert (got - expected).abs().mean() < 4 / 255
+    assert made.stats.engines["dali"] >= 10

@@ -648,7 +648,7 @@ def test_nvdecs_colours(tmp_path, codec, suffix, matrix, full_range):
 
 
 @pytest.mark.gpu
-def test_auto_uses_both_engines(some):
-    made = loader(some, "train", device="cuda", host_share=0.5, decode="auto", workers=2)
+def test_auto_uses_both_engines(numbered_videos):
+    made = loader(numbered_videos, "train", device="cuda", host_share=0.5, decode="auto", workers=2)
     clips = by_sample(made)
     assert {engine for _, engine in clips.values()} == {"nvdec", "host"} and not made.stats.faults
