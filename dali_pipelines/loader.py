@@ -123,7 +123,7 @@ class ClipLoader:
     host_share: share of the videos that NVDEC takes, 0 to 1, which the workers decode instead; the same videos in every
         epoch. Default: with "auto" what keeps both busy, by the manifest, the GPU and the number of workers; otherwise
         0. It is part of the position, so that a resumed run sees the same pixels.
-    decode_threads: threads that feed NVDEC; default: one a worker, 4 to 16.
+    decode_threads: threads that feed NVDEC, also those of DALI's decoder; default: one a worker, 4 to 16.
     views_per_decode: clips that training cuts out of one decode of a video, each with a window, crop and flip of its
         own; neighbours in a batch, with one sample id. It divides batch_size; an epoch has so many times more clips.
     num_windows: temporal windows of the test, evenly from the start of a video to its end, three crops of each; the
@@ -260,13 +260,13 @@ class ClipLoader:
             half=dtype == torch.float16,
         )
         is_staged = routing.engine == "nvdec"
+        threads = decode_threads or min(max(count, 4), _THREADS)
         shared = {"batch_size": self._batch_size, "workers": count, "prefetch": PREFETCH}
         if is_staged:
             make_pipeline = partial(source_pipeline, **shared)
         else:
-            make_pipeline = partial(
-                clip_pipeline, cut=cut, device_id=self.device.index, threads=max(count, 1), **shared
-            )
+            own = threads if self.device.type == "cuda" else max(count, 1)
+            make_pipeline = partial(clip_pipeline, cut=cut, device_id=self.device.index, threads=own, **shared)
         self._workers = Workers(
             make_pipeline,
             {
@@ -291,7 +291,7 @@ class ClipLoader:
                 manifest=manifest,
                 device=self.device,
                 batch_size=self._batch_size,
-                threads=decode_threads or min(max(count, 4), _THREADS),
+                threads=threads,
                 timeout_s=timeout_s,
             )
 
@@ -312,10 +312,10 @@ class ClipLoader:
 
     @property
     def decoders(self) -> dict[str, str]:
-        """Codec -> what decodes it here: "NVDEC", "NVDEC, host 31 %", "NVDEC by DALI", "torchcodec", "DALI" or
+        """Codec -> what decodes it here: "NVDEC", "NVDEC and host (31%)", "NVDEC by DALI", "torchcodec", "DALI" or
         "host"; single files may differ (`stats.fallbacks`)."""
         routing = self._workers.routing
-        share = f", host {routing.host_share:.0%}" if routing.host_share else ""
+        share = f" and host ({routing.host_share:.0%})" if routing.host_share else ""
         if routing.engine == "dali":
             name = "NVDEC by DALI" if routing.on_gpu else "DALI"
         else:
@@ -391,7 +391,7 @@ class ClipLoader:
         if self._stage is not None and share is not None and not self._host_share_is_given:
             self.close()
             self._workers.routing = replace(self._workers.routing, host_share=share)
-            self.decode_note = f"host_share {share:g}, as before"
+            self.decode_note = f"host_share {share:g}, from the checkpoint"
         self._go_to(state["epoch"], batches)
 
     def _identity(self) -> dict[str, int | str]:

@@ -220,7 +220,7 @@ def test_the_share_of_the_host_depends_on_nothing_but_the_video(some):
     training = loader(some, "train", host_share=0.5)
     assert {key: engine for key, (_, engine) in by_sample(training).items()} == reference
     assert training.stats.engines.keys() == {"nvdec", "host"} and not training.stats.fallbacks
-    assert set(loader(some, host_share=1).decoders.values()) == {"torchcodec, host 100%"}
+    assert set(loader(some, host_share=1).decoders.values()) == {"torchcodec and host (100%)"}
     assert set(loader(some).decoders.values()) == {"torchcodec"}
 
 
@@ -532,7 +532,7 @@ def test_auto_on_a_gpu_uses_both_and_says_so(monkeypatch):
         rf"2\d\d: host_share {made.host_share:g}",
         made.decode_note,
     )
-    assert made.decoders == {"h264": f"NVDEC, host {made.host_share:.0%}"}
+    assert made.decoders == {"h264": f"NVDEC and host ({made.host_share:.0%})"}
     alone = loader(manifest(250), "train", decode="nvdec", device="cuda", workers=16, crop_size=224, stride=32)
     assert alone.host_share == 0 and alone.decoders == {"h264": "NVDEC"}
 
