@@ -18,6 +18,7 @@ from benchmarks.floor import decode_floor
 from benchmarks.work import Clip, Work, needed_packets
 from dali_pipelines import ClipLoader
 from dali_pipelines.files import open_video
+from dali_pipelines.nvdec import load_torchcodec
 
 Decode = Callable[[Clip], torch.Tensor]
 """The pictures of a clip: uint8 [T, H, W, 3] RGB."""
@@ -155,9 +156,9 @@ def _decord(clip: Clip) -> torch.Tensor:
 
 
 def _torchcodec(clip: Clip) -> torch.Tensor:
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(clip.source.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+    decoder = load_torchcodec().decoders.VideoDecoder(
+        clip.source.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
+    )
     return decoder.get_frames_at(clip.positions.tolist()).data
 
 
