@@ -327,6 +327,18 @@ def test_a_size_that_changes_on_the_way_is_a_fault(tmp_path, codec, decode):
     assert read_numbers(by_sample(start)[0][0].numpy()) == [0, 2, 5, 8, 10, 13, 16, 19]
 
 
+def test_av1_that_changes_its_size_is_a_fault(tmp_path):
+    """Its sequence header keeps the size; the frames' own headers have another."""
+    options = {"svtav1-params": "resize-mode=1:resize-denom=16:resize-kf-denom=8"}
+    path = write_video(tmp_path / "a.mp4", textured(20, height=256, width=256), codec="av1", options=options)
+    video = probe(path)
+    with open_video(path) as container, pytest.raises(UncertainError, match="the size of the frames changes"):
+        remux(container, np.arange(video.frames))
+    made = loader(Manifest([video]), batch_size=1, stride=None)
+    batch = next(iter(made))
+    assert not batch.valid[0] and "128x128, the manifest says 256x256" in made.stats.faults[0].reason
+
+
 def test_frames_in_another_order_than_planned_are_noticed(tmp_path):
     """A file that marks every I-VOP as a keyframe: torchcodec seeks to them, and loses the B-VOPs that follow."""
     path = write_video(
