@@ -55,8 +55,7 @@ def make_loader(work: Work, **settings: Any) -> ClipLoader:
     )
 
 
-def _clip_loader(work: Work) -> Iterator[torch.Tensor]:
-    loader = make_loader(work)
+def endless_clips(loader: ClipLoader) -> Iterator[torch.Tensor]:
     while True:
         for batch in loader:
             if not batch.valid.all():
@@ -186,7 +185,7 @@ OURS = "ours"
 REFERENCE = "reference"
 FLOOR = "floor"
 CONTESTANTS = {
-    OURS: Contestant("this loader", _clip_loader),
+    OURS: Contestant("this loader", lambda work: endless_clips(make_loader(work))),
     "decord": Contestant("decord, DataLoader", partial(_data_loader, decode=_decord), "decord", is_peer=True),
     "torchcodec": Contestant(
         "torchcodec, DataLoader", partial(_data_loader, decode=_torchcodec), "torchcodec", is_peer=True

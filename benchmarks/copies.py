@@ -14,13 +14,12 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
 from dali_pipelines.manifest import Video, probe, source_of
 from dali_pipelines.packets import video_stream
-from preparation.transcode import CODECS
+from preparation.transcode import CODECS, Settings, copy_size
 
 _WIDTHS, _HEIGHTS = range(272, 449, 16), range(208, 273, 16)
 """Pixels, around the 340x256 and 426x240 of Kinetics; each is another number of whole blocks, so that all are different
 to a decoder. Every second copy is 12 pixels narrower, as most videos are no multiple of 16."""
 _NARROWER = 12
-_SHORTER = 256
 
 
 def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int | None = None) -> list[Video]:
@@ -30,7 +29,7 @@ def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int |
     side at most 256 pixels. Raises `InputError`.
     """
     if sizes is None:
-        tasks = [(video, _transcoded_size(video)) for video in videos]
+        tasks = [(video, copy_size(video, Settings.short_side)) for video in videos]
     else:
         known = sorted(itertools.product(_HEIGHTS, _WIDTHS), key=lambda size: abs(size[0] * size[1] - 340 * 256))
         if sizes > len(known):
@@ -44,11 +43,6 @@ def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int |
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
         return list(pool.map(_copy, tasks))
-
-
-def _transcoded_size(video: Video) -> tuple[int, int]:
-    scale = min(1, _SHORTER / min(video.height, video.width))
-    return tuple(round(side * scale / 2) * 2 for side in (video.height, video.width))
 
 
 def _copy(task: tuple[Video, tuple[int, int], str, int]) -> Video:

@@ -7,6 +7,7 @@ clips of some seconds. Every frame of its first clips is compared with that fram
 NVDEC's use and the memory of the GPU are NVML's and CUDA's figures, over the same seconds.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.contestants import cut, make_loader, to_float
+from benchmarks.contestants import cut, endless_clips, make_loader, to_float
 from benchmarks.copies import copy_videos
 from benchmarks.loader import (
     attempt,
@@ -217,29 +218,27 @@ def time_run(name: str, work: GpuWork, seconds: float) -> tuple[dict[str, Any], 
     return run, torch.cat([batch.float().cpu() for batch in first])[:_CHECKED].numpy()
 
 
-class _watch_nvdec:  # noqa: N801 - used as a context manager
-    """The shares of time, 0 to 1, that NVDEC was busy for, a look every `_LOOK_S`."""
+@contextlib.contextmanager
+def _watch_nvdec(device: str) -> Iterator[list[float]]:
+    """The shares of time, 0 to 1, that NVDEC was busy for, a look every `_LOOK_S`; none on the CPU."""
+    shares: list[float] = []
+    if device == "cpu":
+        yield shares
+        return
+    uuid, ended = str(torch.cuda.get_device_properties(device).uuid), threading.Event()
 
-    def __init__(self, device: str):
-        self._uuid = None if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
-        self._shares: list[float] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look)
+    def look() -> None:
+        while not ended.wait(_LOOK_S):
+            if (share := nvml_gauges(uuid).get("gpu/decoder_share")) is not None:
+                shares.append(share)
 
-    def __enter__(self) -> list[float]:
-        if self._uuid is not None:
-            self._thread.start()
-        return self._shares
-
-    def __exit__(self, *_) -> None:
-        self._ended.set()
-        if self._uuid is not None:
-            self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.wait(_LOOK_S):
-            if (share := nvml_gauges(self._uuid).get("gpu/decoder_share")) is not None:
-                self._shares.append(share)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield shares
+    finally:
+        ended.set()
+        thread.join()
 
 
 # -- contestants --
@@ -247,15 +246,7 @@ class _watch_nvdec:  # noqa: N801 - used as a context manager
 
 def _ours(work: GpuWork, *, decode: str):
     loader = make_loader(work, device=work.device, decode=decode, decode_threads=work.threads)
-    return (batch.clips for _ in itertools.count() for batch in _readable(loader)), loader.stats
-
-
-def _readable(loader):
-    for batch in loader:
-        if not batch.valid.all():
-            fault = loader.stats.faults[-1]
-            raise InputError(f"cannot read {fault.path}: {fault.reason}")
-        yield batch
+    return endless_clips(loader), loader.stats
 
 
 def _in_threads(work: GpuWork, function: Callable[[int], Any]) -> Iterator[Any]:

@@ -60,7 +60,7 @@ from training.gauges import processes, proportional_mib
 
 TARGETS = {"best peer": 1.35, REFERENCE: 3.0, FLOOR: 0.9}
 _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "decord2", "torchcodec", "spdl", "numpy")
-CHECKED_BATCHES = 2
+_CHECKED_BATCHES = 2
 _LISTED_VIDEOS = 8
 
 
@@ -210,7 +210,7 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
 def first_clips(name: str, work: Work) -> np.ndarray:
     """float32 [N, 3, T, S, S]: the clips of the first batches."""
     batches = CONTESTANTS[name].batches(work)
-    return torch.cat([next(batches).cpu() for _ in range(CHECKED_BATCHES)]).numpy()
+    return torch.cat([next(batches).cpu() for _ in range(_CHECKED_BATCHES)]).numpy()
 
 
 def time_run(name: str, work: Work, count: int) -> Run:
@@ -308,7 +308,7 @@ def compare(work: Work, clips: dict[str, torch.Tensor], base: str = OURS) -> dic
 
 def count_packets(work: Work) -> dict[str, float]:
     """Packets a clip: in the file, in the window (up to the last wanted picture), and fed after selection."""
-    clips = [work.clip(place) for place in range(CHECKED_BATCHES * work.batch_size)]
+    clips = [work.clip(place) for place in range(_CHECKED_BATCHES * work.batch_size)]
     needed = [needed_packets(clip) for clip in clips]
     return {
         "in_window": statistics.mean(packets.in_window for packets in needed),

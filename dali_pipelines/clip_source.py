@@ -56,7 +56,7 @@ class ClipSource:
 
     `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `cache` see
     `files.fetch`; `start` the place in `order` of the first call, `end` the first one that nobody will ask for (DALI
-    works ahead: from there on it gets padding), or None; `routing` says what is decoded here and what is handed on;
+    works ahead: from there on it gets padding), or None; `routing` decides which samples are decoded here;
     `host_ids` samples that DALI has failed on and that are decoded here instead; `given_up` samples that are not tried
     (again), and why.
     """

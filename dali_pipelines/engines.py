@@ -15,7 +15,7 @@ from dali_pipelines.gpus import Gpu
 from dali_pipelines.manifest import Manifest, Video, coded_size
 from dali_pipelines.packets import Remuxed, UncertainError
 from dali_pipelines.plan import View, engine_draw, plan_sample
-from dali_pipelines.stream_format import check_hardware, matrix_of
+from dali_pipelines.stream_format import CROPPED_LATER, check_hardware, matrix_of
 
 Decode = Literal["auto", "nvdec", "dali", "host"]
 DECODES = get_args(Decode)
@@ -146,9 +146,10 @@ class Routing:
             raise UncertainError(reason)
         if self.engine == "nvdec" and not self._limits(codec, context.pix_fmt).is_whole(file.size):
             raise UncertainError(_NO_WHOLE_BLOCKS)
-        is_601 = matrix_of(context) == "BT.601"
-        if self.engine == "nvdec" and self.on_gpu and not (is_601 or (codec in _MATRIX_KNOWN and _is_709(context))):
-            raise UncertainError(f"torchcodec may convert {matrix_of(context)} otherwise from {codec} by NVDEC")
+        matrix = matrix_of(context)
+        is_known = matrix == "BT.601" or (matrix == "BT.709" and codec in _MATRIX_KNOWN)
+        if self.engine == "nvdec" and self.on_gpu and not is_known:
+            raise UncertainError(f"torchcodec may convert {matrix} otherwise from {codec} by NVDEC")
 
     def takes_codec(self, codec: str) -> bool:
         support = CODECS.get(codec, _NONE)
@@ -162,17 +163,11 @@ class Routing:
         return self.takes_codec(video.codec) and not self.refusal(video.codec, video.pixel_format, coded_size(video))
 
 
-CROPPED_LATER = ("h264", "hevc")
-"""Codecs of which NVDEC is given frames without cropping (`stream_format.uncrop`), whatever size the video has."""
 _NO_WHOLE_BLOCKS = "torchcodec may mix up frames of NVDEC whose sides are not whole blocks"
 
 _MATRIX_KNOWN = ("h264", "hevc")
 """Codecs whose headers give the colour matrix in H.273's numbers, which torchcodec reads from NVDEC. VP9 has numbers of
 its own. BT.2020 fails torchcodec's own comparison with the CPU (meta-pytorch/torchcodec#1267)."""
-
-
-def _is_709(context: av.VideoCodecContext) -> bool:
-    return matrix_of(context) == "BT.709"
 
 
 _NONE = Support(dali_cpu=False, dali_gpu=False, nvdec=None)

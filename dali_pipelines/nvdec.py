@@ -36,7 +36,7 @@ from dali_pipelines.packets import REMUXED_FPS, UncertainError
 _DECODERS_A_THREAD = 4
 """Hardware decoders that torchcodec keeps for reuse, a thread: a data set has more sizes than one."""
 _DECODER_BYTES, _SURFACES = 1 << 30, 12
-"""Memory of these decoders together, if each has so many surfaces of the largest frame; an estimate, not measured."""
+"""Memory that these decoders may take together, at 12 surfaces of the largest frame each: an estimate, not measured."""
 _TICK_S = 0.5
 _JOIN_S = 5.0
 

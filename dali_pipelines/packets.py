@@ -232,7 +232,7 @@ durations are exact, from which torchcodec computes how many frames there are (1
 
 
 class Rewrite(NamedTuple):
-    """Parameter sets to put in the place of others, and the (height, width) that frames have then."""
+    """New parameter sets by those that they replace, and the resulting (height, width) of the frames."""
 
     sets: dict[bytes, bytes]
     size: tuple[int, int]
@@ -664,18 +664,15 @@ class _Hevc(_NalCodec):
 
 def hevc_sps(bits: Bits) -> tuple[int, HevcSps]:
     """(its number, its values); `bits` are read up to log2_max_pic_order_cnt_lsb_minus4."""
-    number, is_interlaced, top_layer, separate_planes, (height, width) = _hevc_up_to_window(bits)
+    number, is_interlaced, top_layer, separate_planes, (height, width) = hevc_up_to_window(bits)
     window = (bits.ue(), bits.ue(), bits.ue(), bits.ue()) if bits.u(1) else (0, 0, 0, 0)
     bits.ue(), bits.ue()  # bit depths
     return number, HevcSps(is_interlaced, top_layer, separate_planes, width, height, window, bits.ue() + 4)
 
 
-def hevc_up_to_window(bits: Bits) -> tuple[int, int]:
-    """Coded (height, width); `bits` are read up to conformance_window_flag."""
-    return _hevc_up_to_window(bits)[-1]
-
-
-def _hevc_up_to_window(bits: Bits) -> tuple[int, bool, int, int, tuple[int, int]]:
+def hevc_up_to_window(bits: Bits) -> tuple[int, bool, int, int, tuple[int, int]]:
+    """(number, whether it is interlaced, top layer, separate planes, coded (height, width)) of an SPS; `bits` are read
+    up to conformance_window_flag."""
     bits.u(4)
     top_layer = bits.u(3)
     bits.u(1)

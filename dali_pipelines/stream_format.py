@@ -26,6 +26,8 @@ from dali_pipelines.packets import (
 _UNSPECIFIED = 2
 _MATRICES = {_UNSPECIFIED: "BT.601", 5: "BT.601", 6: "BT.601", 1: "BT.709", 9: "BT.2020", 10: "BT.2020"}
 """matrix_coefficients -> the conversion to RGB that torchcodec, on the CPU and a GPU, and FFmpeg all take for it."""
+CROPPED_LATER = ("h264", "hevc")
+"""Codecs of which NVDEC is given frames without cropping (`uncrop`), whatever size the video has."""
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
@@ -65,6 +67,10 @@ def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
             raise UncertainError("its colour range is in the container only")
 
 
+def _is_sps(codec: str, unit: bytes) -> bool:
+    return unit[0] & 31 == 7 if codec == "h264" else unit[0] >> 1 == 33
+
+
 def uncrop(codec: str, parameter_sets: list[bytes]) -> Rewrite | None:
     """Parameter sets of H.264 or HEVC without cropping, and the size that frames have with them; None without cropping.
 
@@ -72,14 +78,13 @@ def uncrop(codec: str, parameter_sets: list[bytes]) -> Rewrite | None:
     as it did for the first one: 340x256 and 352x256 would get each other's frames, without an error
     (meta-pytorch/torchcodec#1704). So decoders are given whole frames, which are cropped afterwards.
     """
-    if codec not in ("h264", "hevc"):
+    if codec not in CROPPED_LATER:
         return None
-    kind = (lambda unit: unit[0] & 31 == 7) if codec == "h264" else (lambda unit: unit[0] >> 1 == 33)
-    found = [_without_cropping(codec, unit) for unit in parameter_sets if kind(unit)]
-    sizes = {size for _, size in found}
+    found = {unit: _without_cropping(codec, unit) for unit in parameter_sets if _is_sps(codec, unit)}
+    sizes = {size for _, size in found.values()}
     if len(sizes) != 1:
         raise UncertainError("parameter sets of several sizes")
-    changed = {old: new for (new, _), old in zip(found, filter(kind, parameter_sets)) if new != old}
+    changed = {old: new for old, (new, _) in found.items() if new != old}
     return Rewrite(changed, sizes.pop()) if changed else None
 
 
@@ -91,7 +96,7 @@ def _without_cropping(codec: str, unit: bytes) -> tuple[bytes, tuple[int, int]]:
     if codec == "h264":
         size = _h264_up_to_cropping(bits)[0]
     else:
-        size = hevc_up_to_window(bits)
+        *_, size = hevc_up_to_window(bits)
     flag = bits.place
     if not bits.u(1):
         return unit, size
@@ -136,9 +141,9 @@ def _is_full_range(context: av.VideoCodecContext) -> bool:
 def _formats(codec: str, parameter_sets: list[bytes]) -> list[StreamFormat]:
     if codec == "h264":
         groups = "slice groups" if any(map(_has_slice_groups, parameter_sets)) else ""
-        return [_h264(unit)._replace(rare=groups) for unit in parameter_sets if unit[0] & 31 == 7]
+        return [_h264(unit)._replace(rare=groups) for unit in parameter_sets if _is_sps(codec, unit)]
     if codec == "hevc":
-        return [_hevc(unit) for unit in parameter_sets if unit[0] >> 1 == 33]
+        return [_hevc(unit) for unit in parameter_sets if _is_sps(codec, unit)]
     if codec == "mpeg4":
         return [_mpeg4(unit) for unit in parameter_sets]
     if codec == "vp8":
