@@ -4,17 +4,19 @@ Bertasius, Wang, Torresani: Is Space-Time Attention All You Need for Video Under
 are theirs. PP-TimeSformer is the same network with other data and other initial weights (PaddleVideo, vit_tweaks.py).
 Parameters carry the names of timm's ViT, as they do in the published weights.
 
-Shapes: B clips, T frames, N patches a frame, D channels, H heads. Measured numbers are in docs/benchmarks.md.
+Shapes: B clips, T frames, N patches a frame, D channels. How a device computes attention and MLP is in kernels.py.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+from model.kernels import autocast_dtype, kernels_for
 
 Attention = Literal["divided_space_time", "joint_space_time", "space_only"]
 
@@ -57,6 +59,7 @@ class TimeSformer(nn.Module):
         if attention not in get_args(Attention):
             raise ValueError(f"attention is {attention!r}; expected one of {', '.join(get_args(Attention))}")
         self.attention = attention
+        self.drop_path = drop_path
         self.activation_checkpointing = False
         self.input_shape = (3, num_frames, image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
@@ -65,8 +68,8 @@ class TimeSformer(nn.Module):
         if attention != "space_only":
             self.time_embed = nn.Parameter(torch.empty(1, num_frames, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, qkv_bias, attention == "divided_space_time", drop_path * i / max(depth - 1, 1))
-            for i in range(depth)
+            Block(embed_dim, num_heads, qkv_bias, attention == "divided_space_time", is_last=number == depth)
+            for number in range(1, depth + 1)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes)
@@ -77,7 +80,7 @@ class TimeSformer(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         features = self.forward_features(clips)
-        if _autocast_dtype(clips.device.type) is None:
+        if autocast_dtype(clips.device) is None:
             return self.head(features)
         with torch.autocast(clips.device.type, enabled=False):  # logits in bf16 tie for 1 clip in 100
             return self.head(features.to(self.head.weight.dtype))
@@ -95,14 +98,37 @@ class TimeSformer(nn.Module):
             x = x + self.time_embed[:, None]
         if self.attention == "joint_space_time":  # every clip is one frame of N*T patches
             x = x.flatten(1, 2).unsqueeze(2)  # [B, N*T, 1, D]
-        for block in self.blocks:
+        for block, keep in zip(self.blocks, self._draw_paths(x), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                cls, x = checkpoint(block, cls, x, use_reentrant=False)
+                cls, x = checkpoint(block, cls, x, keep, use_reentrant=False, preserve_rng_state=False)
             else:
-                cls, x = block(cls, x)
+                cls, x = block(cls, x, keep)
         if self.attention == "space_only":
             cls = cls.unflatten(0, (clips.shape[0], -1)).mean(1)
         return self.norm(cls[:, 0, 0])
+
+    def _draw_paths(self, x: Tensor) -> "list[Paths | None]":
+        """Drop path, for the patches [B, N, T, D] and each block: one draw for all, in float32."""
+        batch, num_patches, num_frames, _ = x.shape
+        depth = len(self.blocks)
+        if not self.training or not self.drop_path or depth == 1:
+            return [None] * depth
+        keep = 1 - torch.linspace(0, self.drop_path, depth, device=x.device)[1:, None, None]
+        drawn = torch.rand(depth - 1, batch, num_patches + num_frames + 1, device=x.device) < keep
+        time, space, mlp = (drawn / keep).split([num_patches, num_frames, 1], dim=2)
+        each_block = zip(time[:, :, :, None, None], space[:, :, None, :, None], mlp[:, :, :, None, None], strict=True)
+        return [None, *(Paths(*each) for each in each_block)]
+
+
+class Paths(NamedTuple):
+    """What drop path multiplies a block's branches by: 0, or 1 / (1 - rate)."""
+
+    time: Tensor
+    """[B, N, 1, 1]"""
+    space: Tensor
+    """[B, 1, T, 1]"""
+    mlp: Tensor
+    """[B, 1, 1, 1]"""
 
 
 class PatchEmbed(nn.Module):
@@ -132,11 +158,12 @@ def multiply_adds(make: Callable[[], TimeSformer]) -> int:
 
 
 class Block(nn.Module):
-    """Attention over time (where `divided`), attention over space, MLP; each a residual branch."""
+    """Attention over time (where `divided`), attention over space, MLP; each a residual branch. After the last block
+    nothing reads the patches, so it computes only what the class token needs."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, divided: bool, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, divided: bool, *, is_last: bool):
         super().__init__()
-        self.drop_path = drop_path
+        self.is_last = is_last
         self.temporal_attn = None
         if divided:
             self.temporal_norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -147,48 +174,35 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim)
 
-    def forward(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Class token [B, 1, 1, D] and patches [B, N, T, D] -> the same."""
-        batch, num_patches, num_frames, _ = x.shape
+    def forward(self, cls: Tensor, x: Tensor, paths: Paths | None) -> tuple[Tensor, Tensor]:
+        """Class token [B, 1, 1, D] and patches [B, N, T, D] -> the same; patches of the last block are not finished."""
         if self.temporal_attn is not None:
-            # Section 3.3, equation 10: every patch sees the patches at its place in the other frames.
-            over_time = self.temporal_attn.attend(_normed(self.temporal_norm1, x).flatten(0, 1).unsqueeze(2))
-            x = x + self._project_over_time(over_time.view(x.shape), self._keep(x, batch, num_patches, 1, 1))
+            x = x + self._over_time(x, paths)
         # Equation 11: every patch sees the patches of its frame and the class token; each frame has a copy of that
         # token, and the copies are averaged afterwards.
-        frames = torch.cat([cls.expand(-1, -1, num_frames, -1), x], dim=1)  # [B, 1+N, T, D]
-        over_space = _scale(self.attn(_normed(self.norm1, frames)), self._keep(x, batch, 1, num_frames, 1))
-        cls_change, x_change = over_space.split([1, num_patches], dim=1)
-        cls, x = cls + cls_change.mean(2, keepdim=True), x + x_change
-        # The class token apart: no backward pass is then made for the last block's patches, which no loss sees.
-        keep = self._keep(x, batch, 1, 1, 1)
-        cls_change, x_change = self.mlp(_normed(self.norm2, cls), _normed(self.norm2, x))
-        return cls + _scale(cls_change, keep), x + _scale(x_change, keep)
+        frames = torch.cat([cls.expand(-1, -1, x.shape[2], -1), x], dim=1)  # [B, 1+N, T, D]
+        change = self.attn(self.norm1(frames), queries=1 if self.is_last else None)
+        if paths is not None:
+            change = change * paths.space
+        cls = cls + change[:, :1].mean(2, keepdim=True)
+        tokens = (cls,) if self.is_last else (cls, x + change[:, 1:])
+        changes = self.mlp(self.norm2, *tokens)
+        if paths is not None:
+            changes = [each * paths.mlp for each in changes]
+        cls, *patches = [token + each for token, each in zip(tokens, changes, strict=True)]
+        return cls, patches[0] if patches else x
 
-    def _project_over_time(self, x: Tensor, keep: Tensor | None) -> Tensor:
+    def _over_time(self, x: Tensor, paths: Paths | None) -> Tensor:
+        """Section 3.3, equation 10: every patch sees the patches at its place in the other frames."""
         inner, outer = self.temporal_attn.proj, self.temporal_fc
+        sequences = self.temporal_norm1(x).flatten(0, 1).unsqueeze(2)  # [B*N, T, 1, D]
         if not self.training:
-            return outer(inner(x))
+            return self.temporal_attn(sequences, lambda heads: outer(inner(heads))).view(x.shape)
         # Two products in a row: one with their product saves 4 % of a training step, and what lies between them.
-        bias = linear(inner.bias, outer.weight, outer.bias if keep is None else None)
-        x = linear(x, outer.weight @ inner.weight, bias)
-        return x if keep is None else x * keep + outer.bias
-
-    def _keep(self, like: Tensor, *shape: int) -> Tensor | None:
-        """Drop path: 0 with probability `drop_path`, else 1 / (1 - drop_path); drawn for each entry of `shape`."""
-        if not self.training or not self.drop_path:
-            return None
-        keep = 1 - self.drop_path
-        return like.new_empty(shape).bernoulli_(keep) / keep
-
-
-def _scale(branch: Tensor, keep: Tensor | None) -> Tensor:
-    return branch if keep is None else branch * keep
-
-
-def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """In the type that products take it in: cast once, not by autocast for each of three products."""
-    return norm(x).to(_autocast_dtype(x.device.type) or x.dtype)
+        weight = outer.weight @ inner.weight
+        bias = linear(inner.bias, outer.weight, outer.bias if paths is None else None)
+        change = self.temporal_attn(sequences, lambda heads: linear(heads, weight, bias)).view(x.shape)
+        return change if paths is None else change * paths.time + outer.bias
 
 
 class SelfAttention(nn.Module):
@@ -200,51 +214,13 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(x))
-
-    def attend(self, x: Tensor) -> Tensor:
-        """What the heads find, before the projection. Queries, keys and values are made apart, so that frame and head
-        are neighbours in memory: frames become heads as a view, and no copy brings a frame's patches together."""
-        biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
-        heads = x.shape[2] * self.num_heads
-        q, k, v = (
-            linear(x, weight, bias).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)  # [B, T*H, L, D/H]
-            for weight, bias in zip(self.qkv.weight.chunk(3), biases, strict=True)
-        )
-        return _attend(q, k, v).transpose(1, 2).reshape(x.shape)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over dimension 2 of [B, H, L, D/H].
-
-    CUDA's kernels have B and H at most 65,535: over time B is clips times patches, over space H is frames times heads.
-    """
-    if not (q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled()):
-        return scaled_dot_product_attention(q, k, v)
-    # The CPU's fused kernel takes 1.9 times as long in bf16 training: 65 ms against 34, two clips, one block.
-    together = [each.flatten(0, 1) for each in (q, k, v)]  # [B*H, L, D/H]
-    is_short = q.shape[2] <= q.shape[3]  # then the weights are no larger than what they come from, and are kept
-    out = _attend_by_products(*together) if is_short else _recomputed(_attend_by_products, *together)
-    return out.unflatten(0, q.shape[:2])
-
-
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
-    return scores.softmax(2) @ v
-
-
-def _recomputed(function: Callable, *inputs: Tensor) -> Any:
-    """function(*inputs), which keeps only its inputs, and in backward is run again up to its last product."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """None without autocast, which some devices (meta) do not have."""
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else None
+    def forward(
+        self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None, *, queries: int | None = None
+    ) -> Tensor:
+        """project: what is done with what the heads find, instead of `proj`. queries: so many of the L tokens, the
+        first, attend to all; the others are left out."""
+        project = self.proj if project is None else project
+        return kernels_for(x).attention(x, self.qkv, self.num_heads, project, queries)
 
 
 class Mlp(nn.Module):
@@ -253,9 +229,6 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """Each [..., D] -> [..., D]."""
-        return _recomputed(self._contract, *map(self.fc1, tokens))
-
-    def _contract(self, *hidden: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.fc2(gelu(each)) for each in hidden)  # GELU's result is a sixth of a block's memory
+    def forward(self, norm: nn.LayerNorm, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Of norm(tokens), each [B, L, T, D] -> [B, L, T, D]."""
+        return kernels_for(tokens[0]).mlp(norm, self.fc1, self.fc2, *tokens)

@@ -1,0 +1,127 @@
+"""Attention and the MLP of a block, arranged for the device that computes them.
+
+A CPU is short of memory bandwidth: `CpuKernels` copy nothing and keep little. A GPU is short of launches when the batch
+is small, and copies for nothing whatever it has to cast: `GpuKernels` make few and large products. Both compute the
+same, from the same weights. Measured numbers are in docs/benchmarks.md.
+
+Shapes: B clips, L tokens that attend to each other, T sequences of them, D channels, H heads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+
+class CpuKernels:
+    @staticmethod
+    def attention(
+        x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
+    ) -> Tensor:
+        """Multi-head self-attention over dimension 1 of [B, L, T, D], each of the T sequences by itself; then
+        `project`. Where `queries` is given, only so many tokens, the first, ask: [B, queries, T, D].
+
+        Queries, keys and values are made apart, so that sequence and head are neighbours in memory: sequences become
+        heads as a view, and no copy brings the tokens of one together.
+        """
+        x = _cast(x)
+        asking = x if queries is None else x[:, :queries]
+        biases = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
+        heads = x.shape[2] * num_heads
+        q, k, v = (
+            linear(tokens, weight, bias).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)  # [B, T*H, L, D/H]
+            for tokens, weight, bias in zip((asking, x, x), qkv.weight.chunk(3), biases, strict=True)
+        )
+        return project(_attend(q, k, v).transpose(1, 2).reshape(asking.shape))
+
+    @staticmethod
+    def mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """fc2(gelu(fc1(norm(each)))) for tokens [B, L, T, D].
+
+        GELU's result, a sixth of a block's memory, is not kept: it is computed again in the backward pass. Tokens whose
+        result no loss sees are left out of that pass, since they are not in one product with others.
+        """
+
+        def contract(*hidden: Tensor) -> tuple[Tensor, ...]:
+            return tuple(fc2(gelu(each)) for each in hidden)
+
+        return _recomputed(contract, *(fc1(_cast(norm(each))) for each in tokens))
+
+
+class GpuKernels:
+    @staticmethod
+    def attention(
+        x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
+    ) -> Tensor:
+        """As `CpuKernels.attention`. One product makes queries, keys and values; the tokens of a sequence are brought
+        together by the copy that casts them, which a compiler joins with the norm before it."""
+        sequences = _cast(x.transpose(1, 2)).flatten(0, 1)  # [B*T, L, D]
+        heads = (num_heads, -1)
+        if queries is None:
+            q, k, v = qkv(sequences).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()  # [B*T, H, L, D/H]
+        else:
+            dim = x.shape[3]
+            biases = (None, None) if qkv.bias is None else qkv.bias.split([dim, 2 * dim])
+            of_queries, of_others = qkv.weight.split([dim, 2 * dim])
+            q = linear(sequences[:, :queries], of_queries, biases[0]).unflatten(2, heads).transpose(1, 2)
+            others = linear(sequences, of_others, biases[1])
+            k, v = others.unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+        heads_found = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return project(heads_found).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+    @staticmethod
+    def mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """As `CpuKernels.mlp`, all tokens in one product. GELU's result is kept, unless a compiler joins computing it
+        again with what reads it: then that costs a write of it, and no launch."""
+
+        def contract(hidden: Tensor) -> Tensor:
+            return fc2(gelu(hidden))
+
+        shapes = [each.shape[1:3] for each in tokens]
+        parts = [each.flatten(1, 2) for each in tokens]
+        hidden = fc1(_cast(norm(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])))
+        found = _recomputed(contract, hidden) if torch.compiler.is_compiling() else contract(hidden)
+        parts = found.split([part.shape[1] for part in parts], dim=1)
+        return tuple(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def kernels_for(x: Tensor) -> type[CpuKernels] | type[GpuKernels]:
+    return GpuKernels if x.is_cuda else CpuKernels
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """None without autocast, which the meta device does not have."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Contiguous, in the type that products take it in: cast once, not by autocast for each of them."""
+    return x.to(autocast_dtype(x.device) or x.dtype, memory_format=torch.contiguous_format)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over dimension 2 of [B, H, L, D/H] on a CPU."""
+    if not (q.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+        return scaled_dot_product_attention(q, k, v)
+    # The CPU's fused kernel takes 1.9 times as long in bf16 training: 65 ms against 34, two clips, one block.
+    together = [each.flatten(0, 1) for each in (q, k, v)]  # [B*H, L, D/H]
+    is_short = q.shape[2] <= q.shape[3]  # then the weights are no larger than what they come from, and are kept
+    out = _attend_by_products(*together) if is_short else _recomputed(_attend_by_products, *together)
+    return out.unflatten(0, q.shape[:2])
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
+    return scores.softmax(2) @ v
+
+
+def _recomputed(function: Callable, *inputs: Tensor) -> Any:
+    """function(*inputs), which keeps only its inputs, and in backward is run again up to its last product."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
