@@ -91,8 +91,8 @@ class OptimConfig:
     name: str = "sgd"
     """sgd (Nesterov), adamw or lamb."""
     implementation: str = "auto"
-    """auto: Apex's fused kernels where they run, on a GPU; else torch's fused ones; else torch's multi-tensor (foreach)
-    ones. apex, fused, foreach: that or an error."""
+    """auto: torch's fused kernels; for LAMB Apex's where they run, on a GPU, else torch's multi-tensor (foreach) ones.
+    apex, fused, foreach: that or an error."""
     lr: float = 0.0025
     """At the end of the warm-up, for the global batch."""
     warmup_start_lr: float = 0.00025
@@ -151,8 +151,10 @@ class TrainConfig:
     """The weights after each of so many last epochs are averaged, into swa.safetensors."""
     activation_checkpointing: bool = False
     """Less memory for a third more computing: activations of a block are computed again when they are needed."""
-    compile: bool = False
-    """torch.compile the network."""
+    compile: bool | str = "auto"
+    """torch.compile the network. auto: on a GPU, for a run of 1,000 forward passes or more, where a compiler works."""
+    cuda_graphs: bool = False
+    """Launch the compiled network as one CUDA graph."""
     checkpoint_every_steps: int | None = None
     """Besides one at the end of every epoch."""
     log_every_steps: int = 10
@@ -338,6 +340,7 @@ _VALUES = {
     "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
     "train.label_smoothing": _SHARE,
     "train.swa_epochs": _NOT_NEGATIVE,
+    "train.compile": (lambda value: value in (True, False, "auto"), "auto, true or false"),
     "train.checkpoint_every_steps": _optional(_COUNT),
     "train.log_every_steps": _COUNT,
     "train.on_nan": _one_of("stop", "rollback"),

@@ -22,6 +22,8 @@ from dali_pipelines import ClipLoader, InputError
 from dali_pipelines.loader import Batch
 from model import TimeSformer
 from training import checkpoints
+from training.compiling import compile_network
+from training.compiling import decide as decide_compile
 from training.config import Config, preprocessing, to_yaml
 from training.data import make_data, read_teacher
 from training.distributed import WAITING, HangWatch, Process
@@ -105,8 +107,6 @@ class Trainer:
         self.average = AveragedModel(self.network) if config.train.swa_epochs else None
         # The first epoch of those averaged.
         self.average_from = None if self.average is None else config.train.epochs - config.train.swa_epochs
-        if config.train.compile:
-            self.network.compile()
         self.model = self.network
         if process.world_size > 1:
             # The gradient buckets hold sums of a step's micro-batches; `_train_step` divides.
@@ -138,9 +138,17 @@ class Trainer:
         self.saver = Saver(self.output, self._weights)
         self.monitor: Monitor | Silent = Silent()
 
+        self.is_compiled: bool | None = None  # not decided yet
+
         resumed_from = self._open_output(resume)
+        passes = self.last_step * self.micro_steps
+        self.is_compiled, how = decide_compile(config.train, process, passes=passes, before=self.is_compiled)
+        if self.is_compiled:
+            compile_network(self.network, cuda_graphs=config.train.cuda_graphs)
+            if self.teacher is not None:
+                compile_network(self.teacher)
         loaded = "" if resumed_from else self._load_pretrained()
-        self._say_what_runs(resumed_from)
+        self._say_what_runs(resumed_from, how)
         if loaded:
             self.monitor.say(loaded)
         self.profiler = StepProfiler(self.output / "profile", self.monitor.say) if profile and process.is_main else None
@@ -242,6 +250,8 @@ class Trainer:
             group["lr"] = lr
         self.model.train()
         self._seen.clear()
+        if self.config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         sums = sum(
             self._forward_backward(batch, index, is_last=index == self.micro_steps - 1)
             for index, batch in enumerate(batches)
@@ -317,6 +327,8 @@ class Trainer:
         if self.step % self.steps_per_epoch == micro_step == 0:
             self.monitor.log_clips(self.step + 1, clips, mean=self.config.data.mean, std=self.config.data.std)
         scores = logits.detach().float()
+        if self.config.train.cuda_graphs:  # whose memory the next micro-step's go to
+            scores = scores.clone()
         self._seen.append((batch.sample_ids, batch.valid, scores))
         counts = sum(
             share * top_k_counts(scores, torch.where(valid, each, -1)) for share, each in _shares(mixed, labels)
@@ -553,6 +565,7 @@ class Trainer:
                 "loader": self._loader_state,
                 "failed": self.failed,
                 "left_out": sorted(self.left_out),
+                "is_compiled": self.is_compiled,
                 **self._logged,
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
@@ -690,17 +703,19 @@ class Trainer:
         self._loader_state, self._fault_count = state["loader"], 0
         self._logged = {key: state[key] for key in self._logged}
         self.left_out.update(state["left_out"])
+        self.is_compiled = state.get("is_compiled", self.is_compiled)
         self.step, self.is_validated = state["step"], state["is_validated"]
         self.best_top1, self.failed = state["best_top1"], state["failed"]
         self.saver.saved = (self.step, self.is_validated)
 
-    def _say_what_runs(self, resumed_from: Path | None) -> None:
+    def _say_what_runs(self, resumed_from: Path | None, how: str) -> None:
         process, optim, train = self.process, self.config.optim, self.train_loader
         ranks = f"{process.world_size} ranks, {process.local_world_size} on this machine"
         name = f" {torch.cuda.get_device_name(process.device)}" if process.device.type == "cuda" else ""
         left = len(train.manifest) * self.config.data.views_per_decode - self.steps_per_epoch * optim.global_batch_size
         for line in (
             f"device {process.device}{name}, {ranks}; torch {torch.__version__}, DALI {dali_version}",
+            f"network {how}",
             f"precision {self.precision}, optimizer {describe(self.optimizer, self.implementation)}, gradients by "
             f"{self.multi_tensor.name}",
             f"{len(train.manifest)} training and {len(self.val_loader.manifest)} validation videos, "

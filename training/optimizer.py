@@ -18,11 +18,14 @@ _LAMB_EPSILON = 1e-6  # Apex fused_lamb.py
 
 
 def resolve_implementation(optim: OptimConfig, device: torch.device) -> str:
-    """apex, fused or foreach for an `optim.implementation`: Apex where its kernels run and the parameters are on a
-    GPU, else torch's fused kernels, else its multi-tensor ones. Raises `InputError` where what is forced is missing."""
+    """apex, fused or foreach for an `optim.implementation`: torch's fused kernels, which are as fast as Apex's
+    (docs/benchmarks.md); for LAMB, which torch does not have, Apex where its kernels run and the parameters are on a
+    GPU, else our own. Raises `InputError` where what is forced is missing."""
     wanted = optim.implementation
     if wanted == "fused" and optim.name == "lamb":
         raise InputError("optim.implementation is fused, and torch has no fused LAMB; expected auto, apex or foreach")
+    if wanted == "auto" and optim.name != "lamb":
+        return "fused"
     if wanted == "apex" or (wanted == "auto" and device.type == "cuda"):
         missing = _apex_missing(device)
         if not missing:
@@ -32,9 +35,7 @@ def resolve_implementation(optim: OptimConfig, device: torch.device) -> str:
                 f"optim.implementation is apex, and {missing}; NVIDIA's Apex is in NGC's PyTorch containers, or built "
                 "from its source with the CUDA extensions (the `apex` of the package index is another project)"
             )
-    if wanted == "auto":
-        return "foreach" if optim.name == "lamb" else "fused"
-    return wanted
+    return "foreach" if wanted == "auto" else wanted
 
 
 def _apex_missing(device: torch.device) -> str:

@@ -66,12 +66,13 @@ class TorchMultiTensor:
         return torch.nn.utils.get_total_norm(tensors, foreach=True).float()
 
     def scale_(self, tensors: Sequence[Tensor], factor: float) -> None:
-        torch._foreach_mul_(list(tensors), factor)
+        if tensors:
+            torch._foreach_mul_(list(tensors), factor)
 
 
 class ApexMultiTensor:
     """The same by Apex's kernels (csrc/multi_tensor_l2norm_kernel.cu, multi_tensor_scale_kernel.cu), for float32 or
-    fp16 tensors. The kernels have not been run by us: the tests hold this against a double of them in torch."""
+    fp16 tensors. The tests hold this against a double of them in torch; docs/running.md says what a GPU showed."""
 
     name = "Apex multi_tensor_applier"
 
@@ -84,10 +85,14 @@ class ApexMultiTensor:
         self.norm([torch.ones(1, device=device)])  # raises RuntimeError where the kernels do not run here
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        if not tensors:  # Apex reads the first list before it looks at how many there are
+            return torch.zeros((), device=self._flag.device)
         self._flag.zero_()  # the kernels set it where a value is not finite, and may do nothing while it is set
         return self._apply(self._kernels.multi_tensor_l2norm, self._flag, [list(tensors)], False)[0].squeeze(0)
 
     def scale_(self, tensors: Sequence[Tensor], factor: float) -> None:
+        if not tensors:
+            return
         self._flag.zero_()
         self._apply(self._kernels.multi_tensor_scale, self._flag, [list(tensors), list(tensors)], factor)
 

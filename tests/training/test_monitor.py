@@ -129,8 +129,9 @@ def test_lines_where_there_is_no_terminal(config_file, capsys):
 def test_the_start_says_what_runs_where(config_file, capsys):
     train(config_file, "train.epochs=1", "data.batch_size=2", "optim.name=lamb", "train.precision=bf16")
     said = capsys.readouterr().out.splitlines()
-    assert said[:5] == [
+    assert said[:6] == [
         f"device cpu, 1 ranks, 1 on this machine; torch {torch.__version__}, DALI {dali_version}",
+        "network eager: train.compile=auto compiles on a GPU",
         "precision bf16, optimizer Lamb (torch foreach), gradients by torch foreach",
         "13 training and 7 validation videos, 3 classes",
         "decoders: h264 host, vp9 host",

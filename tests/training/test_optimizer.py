@@ -151,10 +151,12 @@ def test_without_apex_it_is_torch(name, expected):
         assert resolve_implementation(OptimConfig(name=name), device) == expected
 
 
-def test_apex_is_for_parameters_on_a_gpu(monkeypatch):
+def test_apex_is_for_lamb_on_a_gpu_and_who_asks(monkeypatch):
     install(monkeypatch)
     monkeypatch.setattr("training.optimizer.ApexMultiTensor", lambda device: None)  # its kernels run
     assert resolve_implementation(OptimConfig(name="lamb"), GPU) == "apex"
+    assert resolve_implementation(OptimConfig(name="lamb"), CPU) == "foreach"
+    assert resolve_implementation(OptimConfig(name="sgd"), GPU) == "fused"
     assert resolve_implementation(OptimConfig(name="sgd"), CPU) == "fused"
     assert resolve_implementation(OptimConfig(name="sgd", implementation="apex"), CPU) == "apex"
     assert resolve_implementation(OptimConfig(name="sgd", implementation="foreach"), GPU) == "foreach"
@@ -166,7 +168,7 @@ def test_apex_without_kernels_that_run_is_not_used(monkeypatch):
 
     install(monkeypatch)
     monkeypatch.setattr("training.optimizer.ApexMultiTensor", no_kernels)
-    assert resolve_implementation(OptimConfig(), GPU) == "fused"
+    assert resolve_implementation(OptimConfig(name="lamb"), GPU) == "foreach"
     message = r"optim.implementation is apex, and its kernels do not run on cuda:0 \(CUDA error: no kernel image is"
     with pytest.raises(InputError, match=message):
         resolve_implementation(OptimConfig(implementation="apex"), GPU)

@@ -77,6 +77,11 @@ def test_norm_and_scaling_of_many_tensors(multi_tensor):
         torch.testing.assert_close(tensor, copy * 0.25, rtol=1e-6, atol=0)
 
 
+def test_no_tensors(multi_tensor):
+    assert multi_tensor.norm([]).item() == 0
+    multi_tensor.scale_([], 2.0)
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_value_that_is_not_finite_shows_in_the_norm_and_not_in_the_next(multi_tensor, bad):
     good, ill = torch.ones(5), torch.ones(5)

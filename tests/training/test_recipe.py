@@ -8,7 +8,6 @@ import torch
 
 from dali_pipelines import InputError
 from model import TimeSformer
-from tests.conftest import needs_compiler
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training.config import load_config, preprocessing
 from training.distributed import start_process
@@ -175,14 +174,6 @@ def test_activation_checkpointing_changes_nothing(config_file, tmp_path):
     train(config_file, "train.max_steps=4", f"output={tmp_path}/plain")
     train(config_file, "train.max_steps=4", "train.activation_checkpointing=true", f"output={tmp_path}/less")
     assert_equal_weights(tmp_path / "plain", tmp_path / "less", within=1e-6)
-
-
-@needs_compiler
-def test_a_compiled_network_trains_the_same_and_saves_the_same_names(config_file, tmp_path):
-    settings = ["train.max_steps=2", "model.drop_path=0", "model.depth=1"]
-    train(config_file, *settings, f"output={tmp_path}/plain")
-    train(config_file, *settings, "train.compile=true", f"output={tmp_path}/compiled")
-    assert_equal_weights(tmp_path / "plain", tmp_path / "compiled", within=1e-4)
 
 
 def test_what_a_config_may_say_is_kept_in_the_weights(config_file, tmp_path):

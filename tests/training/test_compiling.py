@@ -1,0 +1,181 @@
+"""Who compiles a network and who does not, and what a compiled run computes."""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dali_pipelines import InputError
+from tests.conftest import needs_compiler
+from tests.training.conftest import run
+from tests.training.test_engine import assert_equal_weights, train
+from training import compiling
+from training.compiling import WORTH_IT, decide
+from training.config import TrainConfig, load_config
+from training.distributed import Process, start_process
+from training.engine import Trainer
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+COMPILED = ["train.compile=true", "data.batch_size=2"]  # two micro-steps
+
+
+@pytest.mark.parametrize(
+    "wanted, device, passes, before, missing, expected, why",
+    [
+        ("auto", CPU, WORTH_IT, None, "", False, "eager: train.compile=auto compiles on a GPU"),
+        ("auto", GPU, WORTH_IT, None, "", True, "compiled"),
+        (
+            "auto",
+            GPU,
+            WORTH_IT - 1,
+            None,
+            "",
+            False,
+            "eager: 999 forward passes; train.compile=auto compiles from 1000",
+        ),
+        ("auto", GPU, WORTH_IT, None, "no g++", False, "eager: no g++"),
+        ("auto", GPU, 1, True, "", True, "compiled"),
+        ("auto", GPU, 1, True, "no g++", False, "eager: no g++"),
+        ("auto", GPU, WORTH_IT, False, "", False, "eager, as the run began; train.compile=true would compile it"),
+        (True, GPU, 1, False, "", True, "compiled"),
+        (True, CPU, 1, None, "", True, "compiled"),
+        (False, GPU, WORTH_IT, True, "", False, "eager, as train.compile says"),
+    ],
+)
+def test_who_compiles(monkeypatch, wanted, device, passes, before, missing, expected, why):
+    monkeypatch.setattr(compiling, "compiler_missing", lambda on: missing if on == device else "wrong device")
+    process = Process(0, 1, 0, 1, device)
+    is_compiled, said = decide(TrainConfig(compile=wanted), process, passes=passes, before=before)
+    assert is_compiled is expected and said.startswith(why)
+
+
+def test_one_process_without_a_compiler_keeps_the_others_from_it(monkeypatch):
+    monkeypatch.setattr(compiling, "compiler_missing", lambda on: "")
+    monkeypatch.setattr(Process, "gather", lambda self, mine: [mine, "no g++ on rank 1"])
+    said = decide(TrainConfig(), Process(0, 2, 0, 2, GPU), passes=WORTH_IT, before=None)
+    assert said == (False, "eager: no g++ on rank 1")
+
+
+def test_what_is_forced_and_cannot_be_had(config_file):
+    for settings, message in [
+        (["train.cuda_graphs=true"], "train.cuda_graphs is true, and the device is cpu; expected a GPU"),
+        (["train.compile=fast"], "train.compile is fast; expected auto, true or false"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            train(config_file, *settings)
+    with pytest.raises(InputError, match="needs train.compile, which is false"):
+        decide(TrainConfig(compile=False, cuda_graphs=True), Process(0, 1, 0, 1, GPU), passes=1, before=None)
+
+
+def test_without_a_compiler(monkeypatch, config_file, tmp_path):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what others compiled works without one
+    done = run("train.py", "-c", config_file, "-o", "train.compile=true")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    message = (
+        "train.compile is true, and torch.compile does not work on cpu (InvalidCxxCompiler: No working C++ compiler"
+    )
+    assert message in done.stderr
+
+
+@needs_compiler
+def test_a_compiled_run_is_the_eager_one_and_goes_on_exactly(config_file, tmp_path, capsys):
+    """Two micro-steps, autocast, drop path, epochs with validation; broken off and resumed, by a new compiler."""
+    settings = ["train.precision=bf16", *COMPILED]
+    torch.compiler.reset()
+    counters.clear()
+    trainer = train(config_file, *settings, f"output={tmp_path}/whole")
+    assert trainer.is_compiled and "network compiled\n" in capsys.readouterr().out
+    # The first and the last block, in training and in validation; nothing is compiled anew for a later step.
+    assert counters["stats"]["unique_graphs"] - 1 == 4 and not counters["graph_break"]
+    for resume, more in ((False, ["train.max_steps=4"]), (True, [])):
+        torch.compiler.reset()
+        train(config_file, *settings, *more, f"output={tmp_path}/parts", resume=resume)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@needs_compiler
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_run_of_two_processes(config_file, tmp_path, checkpointing):
+    settings = ["model.drop_path=0", "train.epochs=1", f"train.activation_checkpointing={checkpointing}"]
+    train(config_file, *settings, "train.compile=false", f"output={tmp_path}/eager")
+    arguments = ["-c", config_file, "-o", *settings, *COMPILED[:1], "data.batch_size=1", f"output={tmp_path}/compiled"]
+    done = run("train.py", *arguments, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "network compiled\n" in done.stdout
+    assert_equal_weights(tmp_path / "eager", tmp_path / "compiled", within=1e-4)
+
+
+@needs_compiler
+def test_a_compiled_student_and_its_teacher(config_file, tmp_path):
+    train(config_file, "train.max_steps=1", f"output={tmp_path}/teacher")
+    settings = [f"distill.teacher={tmp_path}/teacher/last.safetensors", "train.max_steps=2", "model.drop_path=0"]
+    train(config_file, *settings, f"output={tmp_path}/eager")
+    train(config_file, *settings, "train.compile=true", f"output={tmp_path}/compiled")
+    assert_equal_weights(tmp_path / "eager", tmp_path / "compiled", within=1e-4)
+
+
+# -- on a GPU --
+
+
+def train_on_gpu(config_file, *overrides, resume=False):
+    config = load_config(str(config_file), ["device=cuda", "data.decode=host", *overrides])
+    with start_process("cuda") as process:
+        trainer = Trainer(config, process, resume=resume)
+        trainer.train()
+    return trainer
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_compiles_by_itself_and_goes_on_exactly(config_file, tmp_path, monkeypatch):
+    train_on_gpu(config_file, "train.compile=false", f"output={tmp_path}/eager", "model.drop_path=0")
+    monkeypatch.setattr(compiling, "WORTH_IT", 1)
+    trainer = train_on_gpu(config_file, f"output={tmp_path}/same", "model.drop_path=0")
+    assert trainer.is_compiled
+    assert_equal_weights(tmp_path / "eager", tmp_path / "same", within=3e-2)
+    train_on_gpu(config_file, f"output={tmp_path}/whole")
+    for resume, more in ((False, ["train.max_steps=4"]), (True, [])):
+        torch.compiler.reset()
+        train_on_gpu(config_file, *more, f"output={tmp_path}/parts", resume=resume)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_compute_the_same_and_draw_anew(config_file, tmp_path):
+    settings = ["data.batch_size=2", "train.precision=float32", "model.drop_path=0"]  # two micro-steps
+    train_on_gpu(config_file, *settings, "train.compile=false", f"output={tmp_path}/eager")
+    train_on_gpu(config_file, *settings, "train.cuda_graphs=true", f"output={tmp_path}/graphs")
+    assert_equal_weights(tmp_path / "eager", tmp_path / "graphs", within=1e-3)
+    trainer = train_on_gpu(config_file, "model.drop_path=0.9", "train.cuda_graphs=true", f"output={tmp_path}/drawn")
+    network, clips = trainer.network.train(), torch.rand(4, 3, 4, 32, 32, device="cuda")
+    found = []
+    for seed in (1, 2, 3, 4, 1):
+        torch.manual_seed(seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        found.append(network(clips).detach().clone())
+    assert (found[0] == found[4]).all() and len(torch.stack(found[:4]).unique(dim=0)) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["train.compile=false", "train.compile=true", "train.cuda_graphs=true"])
+def test_a_step_waits_once_for_the_gpu(config_file, how):
+    waits = []
+
+    class Watched(Trainer):
+        def _train_step(self, batches):
+            batches = list(batches)
+            if self.step < 4:  # warm, and not the first of an epoch, which shows its clips
+                return super()._train_step(batches)
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                result = super()._train_step(batches)
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(sum("synchronizing" in str(each.message) for each in said))
+            return result
+
+    overrides = ["device=cuda", "data.decode=host", "mix.cutmix_prob=0.5", "mix.mixup_alpha=0.2", how]
+    with start_process("cuda") as process:
+        Watched(load_config(str(config_file), [*overrides, "train.max_steps=6"]), process, resume=False).train()
+    assert waits == [1, 1]
