@@ -292,15 +292,13 @@ def test_is_one_graph(kernels, attention, checkpointing):
 
 
 @needs_compiler
-def test_what_is_compiled_computes_the_same(kernels):
-    """Within the noise of bf16, where the kernels are a GPU's."""
+def test_what_is_compiled_for_a_gpu_computes_the_same(monkeypatch):
+    """Within the noise of bf16."""
     torch.compiler.reset()
+    monkeypatch.setattr(timesformer, "kernels_for", lambda x: GpuKernels)
     model, clips = network(drop_path=0.5).train(), torch.rand(2, 3, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, options={"fallback_random": True})
     expected = gradients(model, model, clips)
-    if kernels is CpuKernels:
-        torch.testing.assert_close(gradients(model, compiled, clips), expected, rtol=1e-3, atol=1e-3)
-        return
     exact = torch.cat([value.flatten() for value in expected.values()])
     rounded, found = (
         torch.cat([value.flatten() for value in gradients(model, in_bf16(run), clips).values()])

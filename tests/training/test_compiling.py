@@ -17,7 +17,7 @@ from training.distributed import Process, start_process
 from training.engine import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-COMPILED = ["train.compile=true", "data.batch_size=2"]  # two micro-steps
+COMPILED = ["train.compile=true", "data.batch_size=2"]  # one shape for all, so that the compiler has it cached
 
 
 @pytest.mark.parametrize(
@@ -81,26 +81,30 @@ def test_without_a_compiler(monkeypatch, config_file, tmp_path):
 
 @needs_compiler
 def test_a_compiled_run_is_the_eager_one_and_goes_on_exactly(config_file, tmp_path, capsys):
-    """Two micro-steps, autocast, drop path, epochs with validation; broken off and resumed, by a new compiler."""
-    settings = ["train.precision=bf16", *COMPILED]
+    """Two micro-steps, drop path, epochs with validation; broken off and resumed, by a new compiler."""
     torch.compiler.reset()
     counters.clear()
-    trainer = train(config_file, *settings, f"output={tmp_path}/whole")
+    trainer = train(config_file, *COMPILED, f"output={tmp_path}/whole")
     assert trainer.is_compiled and "network compiled\n" in capsys.readouterr().out
     # The first and the last block, in training and in validation; nothing is compiled anew for a later step.
     assert counters["stats"]["unique_graphs"] - 1 == 4 and not counters["graph_break"]
     for resume, more in ((False, ["train.max_steps=4"]), (True, [])):
         torch.compiler.reset()
-        train(config_file, *settings, *more, f"output={tmp_path}/parts", resume=resume)
+        train(config_file, *COMPILED, *more, f"output={tmp_path}/parts", resume=resume)
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 @needs_compiler
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_run_of_two_processes(config_file, tmp_path, checkpointing):
-    settings = ["model.drop_path=0", "train.epochs=1", f"train.activation_checkpointing={checkpointing}"]
+    settings = [
+        "model.drop_path=0",
+        "optim.global_batch_size=8",
+        "train.max_steps=2",
+        f"train.activation_checkpointing={checkpointing}",
+    ]
     train(config_file, *settings, "train.compile=false", f"output={tmp_path}/eager")
-    arguments = ["-c", config_file, "-o", *settings, *COMPILED[:1], "data.batch_size=1", f"output={tmp_path}/compiled"]
+    arguments = ["-c", config_file, "-o", *settings, *COMPILED, f"output={tmp_path}/compiled"]
     done = run("train.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     assert "network compiled\n" in done.stdout
@@ -112,7 +116,7 @@ def test_a_compiled_student_and_its_teacher(config_file, tmp_path):
     train(config_file, "train.max_steps=1", f"output={tmp_path}/teacher")
     settings = [f"distill.teacher={tmp_path}/teacher/last.safetensors", "train.max_steps=2", "model.drop_path=0"]
     train(config_file, *settings, f"output={tmp_path}/eager")
-    train(config_file, *settings, "train.compile=true", f"output={tmp_path}/compiled")
+    train(config_file, *settings, *COMPILED, f"output={tmp_path}/compiled")
     assert_equal_weights(tmp_path / "eager", tmp_path / "compiled", within=1e-4)
 
 
