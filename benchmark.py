@@ -5,6 +5,8 @@ python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out 
 python benchmark.py loader my_videos --quick            # on a GPU: three minutes
 python benchmark.py soak my_videos --clips 10000
 python benchmark.py model --size small --batch-size 4 --compile
+python benchmark.py model --device cuda --quick         # on a GPU: four minutes
+python benchmark.py model --device cuda --fit
 python benchmark.py train -c configs/demo.yaml -o data.workers=2 --steps 30
 torchrun --nproc-per-node 8 benchmark.py train -c configs/pptimesformer_k400.yaml
 """
@@ -46,12 +48,14 @@ def main() -> None:
     soak.add_argument("--sizes", type=int, metavar="N", help="use copies of N frame sizes, which it makes")
     model = commands.add_parser("model", help="seconds and memory of the network and its peers")
     model.add_argument("--size", default="base", help="base (default), small or tiny")
-    model.add_argument("--batch-size", type=int, default=2, help="clips a batch (default 2)")
+    model.add_argument("--batch-size", type=int, help="clips a batch (default 2; on a GPU 8 and 32)")
     model.add_argument("--num-frames", type=int, default=8, help="frames a clip (default 8)")
     model.add_argument("--image-size", type=int, default=224, help="pixels a side (default 224)")
-    model.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    model.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    model.add_argument("--compile", action="store_true", help="also time torch.compile of ours (takes minutes)")
+    model.add_argument("--rounds", type=int, help="turns of each (default 5)")
+    model.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
+    model.add_argument("--compile", action="store_true", help="CPU: also time torch.compile of ours (takes minutes)")
+    model.add_argument("--quick", action="store_true", help="GPU: two turns of two seconds each, about four minutes")
+    model.add_argument("--fit", action="store_true", help="instead: how many clips fit into a GPU's memory")
     model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON")
     train = commands.add_parser("train", help="clips per second of a run's loader, network and both together")
     train.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
@@ -71,9 +75,7 @@ def main() -> None:
     if command == "loader":
         _benchmark_loader(**arguments)
     elif command == "model":
-        from benchmarks.model import benchmark_model
-
-        benchmark_model(**arguments)
+        _benchmark_model(**arguments)
     elif command == "train":
         from benchmarks.train import benchmark_train
 
@@ -82,6 +84,36 @@ def main() -> None:
         from benchmarks.soak import soak as soak_loader
 
         soak_loader(**arguments)
+
+
+def _benchmark_model(*, device, batch_size, rounds, compile, quick, fit, size, out, **shape) -> None:
+    import torch
+
+    from benchmarks.model import SIZES
+
+    if size not in SIZES:
+        raise InputError(f"--size {size}: expected one of {', '.join(SIZES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here")
+    if fit:
+        from benchmarks.fit import benchmark_fit
+
+        benchmark_fit(size=size, image_size=shape["image_size"], device=device, out=out)
+    elif device == "cpu":
+        from benchmarks.model import benchmark_model
+
+        benchmark_model(size=size, **shape, batch_size=batch_size or 2, rounds=rounds or 5, compile=compile, out=out)
+    else:
+        from benchmarks.gpu_model import BATCH_SIZES, benchmark_gpu_model
+
+        benchmark_gpu_model(
+            size=size,
+            **shape,
+            batch_sizes=[batch_size] if batch_size else BATCH_SIZES,
+            rounds=2 if quick else rounds or 5,
+            seconds=2 if quick else 5,
+            out=out,
+        )
 
 
 def _benchmark_loader(

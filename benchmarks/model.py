@@ -9,7 +9,9 @@ Why it is fair:
 - bf16 is autocast, weights and gradients stay float32; a training step is forward and backward, without an optimizer.
 - Memory: one contestant and precision in a process of its own. After one step, which leaves the gradients and whatever
   is made once, freed memory is given back; the number is how far the next step's high-water mark is above what is
-  resident then (VmHWM over VmRSS): activations and workspace. On CUDA: max_memory_allocated over memory_allocated.
+  resident then (VmHWM over VmRSS): activations and workspace.
+
+What a GPU does is in gpu_model.py.
 """
 
 import contextlib
@@ -100,21 +102,15 @@ class TorchContestant:
     def forward(self, precision: str) -> None:
         with torch.no_grad():
             self._run(precision)
-        self._wait()
 
     def training(self, precision: str) -> None:
         self.module.zero_grad(set_to_none=False)
         self._run(precision).float().square().sum().backward()
-        self._wait()
 
     def _run(self, precision: str = "float32") -> Tensor:
         with torch.autocast(self.device, PRECISIONS[precision], enabled=precision != "float32"):
             result = self.module(self.clips)
         return getattr(result, "logits", result)
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 def ours(work: Work, *, compiled: bool = False, checkpointing: bool = False) -> TorchContestant:
@@ -163,8 +159,6 @@ class PaddleContestant:
         os.environ.setdefault("FLAGS_paddle_num_threads", str(torch.get_num_threads()))
         import paddle
 
-        if work.device != "cpu":
-            raise InputError("timed on the CPU only")
         self.paddle, self.work = paddle, work
         paddle.set_device("cpu")
         self.heads = SIZES[work.size][2]
@@ -241,16 +235,10 @@ CONTESTANTS: dict[str, Callable[[Work], Any]] = {
 
 
 def benchmark_model(
-    *, size: str, batch_size: int, num_frames: int, image_size: int, rounds: int, device: str, compile: bool, out: Path
+    *, size: str, batch_size: int, num_frames: int, image_size: int, rounds: int, compile: bool, out: Path
 ) -> None:
-    """Measures, prints the table and writes model.json into `out`. Raises `InputError`."""
-    if size not in SIZES:
-        raise InputError(f"--size {size}: expected one of {', '.join(SIZES)}")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: expected cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU here")
-    work = Work(size, batch_size, num_frames, image_size, device)
+    """Measures on the CPU, prints the table and writes model.json into `out`. Raises `InputError`."""
+    work = Work(size, batch_size, num_frames, image_size, "cpu")
     try:
         flops = {"forward": 2 * batch_size * multiply_adds(work.network)}
     except ValueError as error:
@@ -290,7 +278,7 @@ def benchmark_model(
         "machine": machine() | {"threads": torch.get_num_threads(), "peers": peer_versions()},
         "settings": work._asdict() | {"rounds": rounds},
         "forward_gmac_per_clip": flops["forward"] / 2e9 / batch_size,
-        "matmul_gflops": {precision: matmul_gflops(dtype, device) for precision, dtype in PRECISIONS.items()},
+        "matmul_gflops": {precision: matmul_gflops(dtype) for precision, dtype in PRECISIONS.items()},
         "not_measured": failures,
         "contestants": {
             name: {
@@ -334,11 +322,6 @@ def training_mib(name: str, work: Work, precision: str) -> float:
     contestant = CONTESTANTS[name](work)
     contestant.training(precision)
     gc.collect()
-    if work.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        contestant.training(precision)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = _resident_mib("VmRSS")
@@ -360,15 +343,13 @@ def _in_new_process(function: Callable, *arguments: Any) -> float | None:
             return None
 
 
-def matmul_gflops(dtype: torch.dtype, device: str) -> float:
+def matmul_gflops(dtype: torch.dtype) -> float:
     """The best of several products of large square matrices."""
-    a, b = torch.randn(2, _MATMUL_SIZE, _MATMUL_SIZE, device=device).to(dtype)
+    a, b = torch.randn(2, _MATMUL_SIZE, _MATMUL_SIZE).to(dtype)
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
         a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * _MATMUL_SIZE**3 / best / 1e9
 

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# All that only a GPU can show of the loader, in about six minutes: bash benchmarks/on_a_gpu.sh VIDEOS OUT
-# A log for each step in OUT, which goes on where one fails; PYTHON names another interpreter than .venv's.
+# All that only a GPU can show: bash benchmarks/on_a_gpu.sh VIDEOS OUT [STEP...]
+# Steps, of one to four minutes each: tests loader soak model fit train resume. A log for each in OUT; one that fails
+# leaves the others. PYTHON names another interpreter than .venv's, DEVICE=cpu tries train and resume without a GPU.
 set -u
-videos=$1 out=$2
+videos=$(realpath "$1") out=$2
+shift 2
+steps=${*:-tests loader soak model fit train resume}
 python=${PYTHON:-.venv/bin/python}
+device=${DEVICE:-cuda}
 mkdir -p "$out"
 
 step() { # NAME SECONDS COMMAND...
@@ -14,7 +18,44 @@ step() { # NAME SECONDS COMMAND...
     tail -n 25 "$out/$name.log"
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/summary.txt"
-step tests 120 "$python" -m pytest -q -m gpu tests/dali_pipelines
-step loader 220 "$python" benchmark.py loader "$videos" --quick --out "$out"
-step soak 60 "$python" benchmark.py soak "$videos" --clips 4000 --workers 8 --batch-size 32 --sizes 24
+train() { # The network on copies with groups of 16 frames, as `benchmark.py train` has them.
+    set -e
+    "$python" prepare.py index --list <(cd "$videos" && ls | sed 's/$/ 0/') --root "$videos" --out "$out/videos.csv"
+    "$python" prepare.py transcode "$out/videos.csv" --out "$out/gop16"
+    { grep '^#' "$out/gop16/videos.csv"; grep -v '^#' "$out/gop16/videos.csv" | head -n 1
+      for _ in $(seq 400); do grep -v '^#' "$out/gop16/videos.csv" | tail -n +2; done; } >"$out/gop16/many.csv"
+    "$python" benchmark.py train -c configs/pptimesformer_k400.yaml -o "data.train=$out/gop16/many.csv" device="$device" \
+        optim.global_batch_size=32 train.compile=true "${train_settings[@]}" --steps 20 --rounds 2 --out "$out"
+}
+
+resume() { # A compiled run of the demo, killed with -9 in its middle and resumed, is the unbroken one bit by bit.
+    set -e
+    "$python" prepare.py demo --out "$out/demo"
+    local run=("$python" train.py -c configs/demo.yaml -o "data.train=$out/demo/train.csv" "data.val=$out/demo/val.csv"
+        device="$device" train.compile=true train.max_steps=200 train.checkpoint_every_steps=50)
+    "${run[@]}" "output=$out/whole"
+    "${run[@]}" "output=$out/parts" &
+    until compgen -G "$out/parts/checkpoints/step_0000010*" >/dev/null; do sleep 0.2; done
+    kill -9 $!
+    wait || true
+    "${run[@]}" "output=$out/parts" --resume
+    cmp "$out/whole/last.safetensors" "$out/parts/last.safetensors" && echo "bit-equal after kill -9 and --resume"
+}
+
+train_settings=()
+[ "$device" = cuda ] || train_settings=(model.embed_dim=48 model.depth=2 model.num_heads=3 data.crop_size=64)
+export -f train resume
+export python videos out device
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/summary.txt"
+for name in $steps; do
+    case $name in
+        tests) step tests 180 "$python" -m pytest -q -m gpu tests ;;
+        loader) step loader 220 "$python" benchmark.py loader "$videos" --quick --out "$out" ;;
+        soak) step soak 60 "$python" benchmark.py soak "$videos" --clips 4000 --workers 8 --batch-size 32 --sizes 24 ;;
+        model) step model 300 "$python" benchmark.py model --device cuda --quick --out "$out" ;;
+        fit) step fit 180 "$python" benchmark.py model --device cuda --fit --out "$out" ;;
+        train) step train 240 bash -c "train_settings=(${train_settings[*]}); train" ;;
+        resume) step resume 240 bash -c resume ;;
+        *) echo "no step $name" >&2; exit 2 ;;
+    esac
+done

@@ -28,13 +28,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_model import matmul_tflops
 from benchmarks.loader import cpu_seconds, machine
 from dali_pipelines.errors import InputError
 from dali_pipelines.loader import Batch
-from training.config import load_config
+from model.timesformer import multiply_adds
+from training.config import load_config, preprocessing
 from training.distributed import Process, start_process
 from training.engine import Trainer
 from training.monitor import Silent
+from training.weights import build_network
 
 LOADER, NETWORK, TOGETHER = CONTESTANTS = ("loader alone", "network alone", "together")
 TARGET = 0.95
@@ -80,6 +83,7 @@ def benchmark_train(
         try:
             turns = Contest(trainer, steps, cores, of_loader, of_network).turns(rounds)
             tips = hints(trainer)
+            gib = torch.cuda.max_memory_allocated() / 2**30 if process.device.type == "cuda" else None
         finally:
             trainer.train_loader.close()
             trainer.saver.close()
@@ -87,6 +91,7 @@ def benchmark_train(
         unreadable = sum(process.gather(len(trainer.train_loader.stats.faults)))
     if not process.is_main:
         return
+    verdict = judge(turns, cores, tips)
     report = {
         "command": " ".join(sys.argv),
         "machine": machine() | {"cores": cores, "threads": torch.get_num_threads()},
@@ -98,18 +103,30 @@ def benchmark_train(
             "batch_size": trainer.batch_size,
             "micro_steps": trainer.micro_steps,
             "precision": trainer.precision,
+            "compiled": trainer.is_compiled,
             "split_cores": split_cores,
             "steps": steps,
             "rounds": rounds,
         },
         "unreadable_clips": unreadable,
         "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
-        **judge(turns, cores, tips),
+        "gpu": None if gib is None else of_the_gpu(trainer, verdict["medians"], gib),
+        **verdict,
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.json").write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
     print(f"\n{out / 'train.json'}")
+
+
+def of_the_gpu(trainer: Trainer, medians: dict[str, dict[str, float]], gib: float) -> dict[str, float]:
+    """How much of one GPU the network takes: `gib` of memory, operations a second (three forward passes a step), and
+    what a large matrix product reaches there."""
+    config, classes = trainer.config, len(trainer.classes)
+    a_clip = multiply_adds(lambda: build_network(config.model, preprocessing(config.data), classes))
+    flops = 6 * a_clip / trainer.process.world_size
+    found = {f"{name}, TFLOP/s": flops * medians[name]["clips_per_second"] / 1e12 for name in (NETWORK, TOGETHER)}
+    return found | {"matmul TFLOP/s": matmul_tflops("cuda"), "GiB": gib}
 
 
 def halves(process: Process) -> tuple[set[int], set[int]]:
@@ -263,7 +280,7 @@ def hints(trainer: Trainer) -> dict[str, list[str]]:
         },
         "network": {
             "train.precision=bf16": trainer.precision == "float32",
-            "train.compile=true": not train.compile,
+            "train.compile=true": not trainer.is_compiled,
             "train.activation_checkpointing=false": train.activation_checkpointing,
             f"data.batch_size over {trainer.batch_size}": trainer.micro_steps > 1,
             "more processes": True,
@@ -280,6 +297,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(", ".join(f"{name} {value}" for name, value in each.items()))
     if report["unreadable_clips"]:
         lines.append(f"{report['unreadable_clips']} clips could not be read; they are counted")
+    if report["gpu"]:
+        lines.append(", ".join(f"{name} {value:.1f}" for name, value in report["gpu"].items()))
     lines += ["", f"{'':14} clips/s             (rounds)   ms/step  waiting  CPU ms/clip  cores at work, free"]
     for name, one in report["medians"].items():
         speeds = [turn["clips_per_second"] for turn in report["turns"][name]]

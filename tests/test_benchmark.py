@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import benchmarks.model
 import benchmarks.train
+from benchmarks import fit, gpu_model
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.copies import copy_videos
 from benchmarks.gpu_loader import FLOOR, HOST, NVDEC, PEER, benchmark_gpu_loader
@@ -175,23 +177,70 @@ def test_network_that_computes_something_else_is_refused(monkeypatch, tmp_path):
         return Other(work.network(), work.clips(), work)
 
     monkeypatch.setitem(benchmarks.model.CONTESTANTS, "huggingface eager", other)
-    settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, device="cpu", compile=False)
+    settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, compile=False)
     with pytest.raises(InputError, match=r"huggingface eager: its logits are 1.0e-03 from ours"):
         benchmarks.model.benchmark_model(**settings, out=tmp_path)
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "arguments, message",
     [
-        (dict(size="huge"), "--size huge: expected one of base, small, tiny"),
-        (dict(image_size=40), "image_size 40 is not a multiple of patch_size 16"),
-        (dict(device="tpu"), "--device tpu: expected cpu or cuda"),
+        (["--size", "huge"], "--size huge: expected one of base, small, tiny"),
+        (["--size", "tiny", "--image-size", 40], "image_size 40 is not a multiple of patch_size 16"),
+        (["--size", "tiny", "--image-size", 40, "--fit"], "image_size 40 is not a multiple of patch_size 16"),
     ],
 )
-def test_networks_that_cannot_be_measured(tmp_path, changes, message):
-    settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, device="cpu", compile=False)
-    with pytest.raises(InputError, match=message):
-        benchmarks.model.benchmark_model(**(settings | changes), out=tmp_path)
+def test_networks_that_cannot_be_measured(tmp_path, arguments, message):
+    done = run("benchmark.py", "model", *arguments, "--out", tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_networks_on_a_gpu(tmp_path, capsys):
+    """On the CPU. One that fails leaves the others."""
+    shape = dict(size="tiny", num_frames=8, image_size=32, batch_sizes=(2, 3), rounds=2, seconds=0.05, device="cpu")
+    names = [gpu_model.OURS, gpu_model.PEERS[1]]
+    gpu_model.benchmark_gpu_model(**shape, contestants=[*names, "none such"], out=tmp_path)
+    report = json.loads((tmp_path / "model.json").read_text())
+    for batch_size in ("2", "3"):
+        results = report["batches"][batch_size]
+        assert results.pop("none such") == {"failure": "'none such'"} and set(results) == set(names)
+        assert all(
+            len(each["clips_per_second"]) == 2 and min(each["clips_per_second"]) > 0 for each in results.values()
+        )
+        assert set(report["attention_over_time_ms"][batch_size]) == {"sdpa", "products", "packed"}
+    said = capsys.readouterr().out
+    assert "batch 3, forward and backward in bf16" in said and said.endswith("model.json\n")
+    assert re.search("none such +not measured: 'none such'", said)
+
+
+def test_targets_of_a_step_on_a_gpu():
+    def batch(compiled, peer):
+        turns = {gpu_model.COMPILED: [compiled], gpu_model.PEERS[2]: [peer]}
+        return {name: {"clips_per_second": each, "gib": 19.0, "prepare_s": 1} for name, each in turns.items()}
+
+    found = gpu_model.targets({"batches": {8: batch(200, 100), 32: batch(300, 250)}})
+    assert [(each["value"], each["met"]) for each in found] == [
+        (200, False), (300, True), (2.0, True), (1.2, False), (19.0, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("attend", [gpu_model._by_products, gpu_model._packed])
+def test_ways_of_attention_over_time_are_the_same(attend):
+    q, k, v = torch.randn(3, 16, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), expected)
+
+
+def test_clips_that_fit(tmp_path, capsys):
+    fit.benchmark_fit(size="tiny", image_size=32, device="cpu", out=tmp_path)
+    rows = json.loads((tmp_path / "fit.json").read_text())["rows"]
+    a_clip = {(row["num_frames"], row["checkpointing"]): row["a_clip_gib"] for row in rows}
+    assert a_clip[8, True] < 0.9 * a_clip[8, False] and 1.5 < a_clip[16, False] / a_clip[8, False] < 2.5
+    for row in rows:
+        for card, count in row["clips"].items():
+            room = int(card) - 2 - row["once_gib"]
+            assert count * row["a_clip_gib"] <= room < (count + 1) * row["a_clip_gib"]
+    assert "computed on a CPU, not measured on a GPU" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +357,13 @@ def test_hints_are_settings_that_there_are(device, settings, expected):
     config = load_config(None, settings)
     precision = "float32" if config.train.precision == "auto" else config.train.precision
     process = SimpleNamespace(cores=4, device=torch.device(device))
-    trainer = SimpleNamespace(config=config, process=process, precision=precision, micro_steps=1, batch_size=8)
+    settings_of = {
+        "precision": precision,
+        "micro_steps": 1,
+        "batch_size": 8,
+        "is_compiled": config.train.compile is True,
+    }
+    trainer = SimpleNamespace(config=config, process=process, **settings_of)
     hints = benchmarks.train.hints(trainer)
     assert {name: len(each) for name, each in hints.items()} == expected
     for hint in (hint.split(",")[0] for each in hints.values() for hint in each if "=" in hint):

@@ -1,0 +1,174 @@
+"""`benchmark.py model --fit`: how many clips a GPU's memory takes in training, with and without checkpointing.
+
+On a GPU: the peak of an optimizer step at two batch sizes, compiled, in bf16 with SGD, gives what a run takes once and
+what a clip takes; 16 frames, 8 clips and checkpointing are then tried in 24 GiB. On the CPU the same is computed: the
+tensors that a step of the GPU's kernels keeps for its backward pass, and weights, gradients and momentum; what a kernel
+needs while it runs is not in it.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.loader import machine
+from benchmarks.model import Work
+from dali_pipelines.errors import InputError
+from model import TimeSformer, timesformer
+from model.kernels import GpuKernels
+from training.compiling import compile_network
+
+GIB = 2**30
+CARDS = (24, 40, 80)
+_KEPT_BACK = 2.0  # GiB: CUDA's context, DALI's pools and NVDEC's frames
+_FRAMES = (8, 16)
+_TRIED = (24, 16, 8)  # GiB, frames, clips
+
+
+def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None:
+    """Measures or computes, prints the table and writes fit.json into `out`. Raises `InputError`."""
+    rows = []
+    for num_frames in _FRAMES:
+        for checkpointing in (False, True):
+            work = Work(size, 1, num_frames, image_size, device)
+            print(f"{num_frames} frames, checkpointing {checkpointing}", file=sys.stderr, flush=True)
+            try:
+                one, two = (step_bytes(work._replace(batch_size=count), checkpointing) for count in (1, 2))
+            except ValueError as error:
+                raise InputError(str(error)) from None
+            a_clip = two - one
+            rows.append(
+                {
+                    "num_frames": num_frames,
+                    "checkpointing": checkpointing,
+                    "once_gib": (one - a_clip) / GIB,
+                    "a_clip_gib": a_clip / GIB,
+                    "clips": {card: clips(card, one - a_clip, a_clip) for card in CARDS},
+                }
+            )
+    report = {
+        "command": " ".join(sys.argv),
+        "machine": machine(),
+        "settings": {"size": size, "image_size": image_size, "device": device},
+        "rows": rows,
+        "tried": _try(size, image_size) if device == "cuda" else None,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "fit.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    print(f"\n{out / 'fit.json'}")
+
+
+def clips(card_gib: float, once: float, a_clip: float) -> int:
+    """That fit into a GPU of so many GiB."""
+    return max(int(((card_gib - _KEPT_BACK) * GIB - once) // a_clip), 0)
+
+
+def step_bytes(work: Work, checkpointing: bool) -> int:
+    """The most that a training step holds at a time: weights, gradients, momentum, and what is kept for backward."""
+    if work.device == "cuda":
+        return _peak_bytes(work, checkpointing)
+    network = _network(work, False)
+    state = 3 * sum(value.nbytes for value in network.parameters())
+    with mock.patch.object(timesformer, "kernels_for", _for_a_gpu):
+        kept = _kept_bytes(network, work)
+        if checkpointing:  # what goes into each block, and at one time all of one block
+            kept = kept // len(network.blocks) + _kept_bytes(_network(work, True), work)
+    return state + kept
+
+
+def _for_a_gpu(x: torch.Tensor) -> type[GpuKernels]:
+    return GpuKernels
+
+
+def _network(work: Work, checkpointing: bool) -> TimeSformer:
+    network = work.network()
+    network.activation_checkpointing = checkpointing
+    return network.to(work.device)
+
+
+def _peak_bytes(work: Work, checkpointing: bool) -> int:
+    torch.cuda.empty_cache()
+    torch.compiler.reset()
+    network = _network(work, checkpointing)
+    compile_network(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True)
+    clips = work.clips().to(work.device)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast(work.device, torch.bfloat16):
+            logits = network(clips)
+        logits.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def _kept_bytes(network: TimeSformer, work: Work) -> int:
+    """What a compiled step keeps for its backward pass. Blocks are compiled as training has them, but to operators, not
+    to code."""
+    torch.compiler.reset()
+    for block in network.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        logits = network(work.clips())
+    for value in network.parameters():
+        storages.pop(value.untyped_storage().data_ptr(), None)
+    del logits
+    return sum(storages.values())
+
+
+def _try(size: str, image_size: int) -> dict[str, Any]:
+    """Whether a step of 16 frames and 8 clips with checkpointing runs in 24 GiB, less what is kept back."""
+    card, num_frames, count = _TRIED
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min((card - _KEPT_BACK) * GIB / total, 1.0))
+    try:
+        peak = step_bytes(Work(size, count, num_frames, image_size, "cuda"), True) / GIB
+    except torch.OutOfMemoryError:
+        peak = None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return {"card_gib": card, "num_frames": num_frames, "clips": count, "peak_gib": peak}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    is_measured = report["settings"]["device"] == "cuda"
+    yield f"{report['machine']['gpu']}: measured" if is_measured else "computed on a CPU, not measured on a GPU"
+    yield ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    yield f"bf16, SGD, compiled; clips a GPU, with {_KEPT_BACK:g} GiB kept back for CUDA, DALI and NVDEC"
+    yield f"{'frames':>6}  checkpointing  once GiB  a clip GiB" + "".join(f"{card:>5} GiB" for card in CARDS)
+    for row in report["rows"]:
+        fits = "".join(f"{row['clips'][card]:>9}" for card in CARDS)
+        yield (
+            f"{row['num_frames']:>6}  {'yes' if row['checkpointing'] else 'no':>13}  {row['once_gib']:8.2f}  "
+            f"{row['a_clip_gib']:10.3f}{fits}"
+        )
+    if report["tried"]:
+        tried = report["tried"]
+        peak = tried["peak_gib"]
+        yield (
+            f"tried: {tried['num_frames']} frames x {tried['clips']} clips with checkpointing in {tried['card_gib']} "
+            "GiB: " + ("does not fit" if peak is None else f"fits, {peak:.1f} GiB")
+        )
