@@ -1,7 +1,6 @@
 """The training loop: epochs of steps, a step of micro-batches, validation and checkpoints after each epoch."""
 
 import contextlib
-import csv
 import dataclasses
 import itertools
 import math
@@ -20,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dali_pipelines import ClipLoader, InputError
 from dali_pipelines.loader import Batch
+from dali_pipelines.text import csv_writer
 from model import TimeSformer
 from training import checkpoints
 from training.config import Config, preprocessing, to_yaml
@@ -367,7 +367,7 @@ class Trainer:
                 contextlib.suppress(OSError),
                 open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file,
             ):
-                csv.writer(file, lineterminator="\n").writerows([self.step, clip] for clip in clips)
+                csv_writer(file).writerows([self.step, clip] for clip in clips)
         return path
 
     def _suspects(self) -> list[str]:

@@ -30,15 +30,67 @@ def test_a_list_as_paddlevideo_writes_it(tmp_path):
     assert read_list(tmp_path / "list.txt") == [("a.mp4", 0), ("some dir/b c.mp4", 12), ("d.avi", 3)]
 
 
-@pytest.mark.parametrize("line", ["a.mp4", "a.mp4 x", "a.mp4 -1", "3", "a.mp4 99999999999999999999"])
-def test_a_bad_line_is_named(tmp_path, line):
-    (tmp_path / "list.txt").write_text(f"a.mp4 0\n{line}\n")
-    with pytest.raises(InputError, match="list.txt:2: expected `path label`"):
-        read_list(tmp_path / "list.txt")
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a.mp4 0\r\nb c.mp4 1\r\n",
+        "a.mp4 0\nb c.mp4 1\n".encode("utf-16"),
+        b"\xff\xfe" + "a.mp4 0\r\nb c.mp4 1".encode("utf-16-le"),
+        "a.mp4 0\0b c.mp4 1\0",
+    ],
+)
+def test_a_list_from_other_systems(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_list(tmp_path / "list.txt") == [("a.mp4", 0), ("b c.mp4", 1)]
+
+
+def test_paths_hold_any_character_and_need_not_be_utf8(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a\u2028b\x0bc\x85.mp4 0\n".encode() + b"d\xff\x1c.mp4 1\n")
+    assert read_list(tmp_path / "list.txt") == [("a\u2028b\x0bc\x85.mp4", 0), ("d\udcff\x1c.mp4", 1)]
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("a.mp4", "no label"),
+        ("a.mp4 x", "'x' for the label"),
+        ("a.mp4 -1", "'-1' for the label"),
+        ("a.mp4 99999999999999999999", "'99999999999999999999' for the label"),
+        ("3", "a single number"),
+        ("0 a.mp4", "no label"),
+        ("a.mp4 0 1", "more than one number"),
+        ("a.mp4\t30\t0", "more than one number"),
+        ("frames/a 163 1", "more than one number"),
+        ("a.mp4 1.5 11.5 3", "more than one number"),
+        ("a.mp4,0", "a comma"),
+        ("a.mp4, 0", "a comma"),
+        ("a.mp4 0,1", "a comma"),
+        ("a.mp4; 0", "a comma or semicolon"),
+        ('"a b.mp4" 0', "a path in quotes"),
+        ("'a b.mp4' 0", "a path in quotes"),
+        ("a.mp4 archery 1", "more than a label after 'a.mp4'"),
+        ("a.mp4 0\rb.mp4 1", "a line end within the path"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_was_found(tmp_path, line, found):
+    (tmp_path / "list.txt").write_text(f"a.mp4 0\n{line}\n", newline="\n")
+    with pytest.raises(InputError) as error:
+        read_list(tmp_path / "list.txt", tmp_path)
+    assert "list.txt:2: expected `path label`" in str(error.value) and f"found {found}" in str(error.value)
+
+
+def test_odd_paths_are_good_if_the_file_is_there(tmp_path):
+    odd = ["a.mp4 0", "take 3", '"b.mp4"', "c,", "d.mp4 old"]
+    for name in odd:
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text("".join(f"{name} 1\n" for name in odd))
+    assert read_list(tmp_path / "list.txt", tmp_path) == [(name, 1) for name in odd]
+    with pytest.raises(InputError, match="list.txt:1: .* more than one number"):
+        read_list(tmp_path / "list.txt", tmp_path / "elsewhere")
 
 
 def test_a_folder_a_class(folder):
-    listed, classes = read_folder(folder)
+    listed, classes, _ = read_folder(folder)
     assert classes == ("jump", "run fast", "swim")
     assert listed == [
         ("jump/broken.mp4", 0),
@@ -57,21 +109,67 @@ def test_folders_without_videos_are_named(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.mp4").touch()
     (tmp_path / "bare").mkdir()
-    with pytest.raises(InputError, match="bare: no videos in this folder"):
+    with pytest.raises(InputError, match="bare: no videos in this folder; fill it or, .* --classes"):
         read_folder(tmp_path)
+    assert read_folder(tmp_path, ("bare", "full")).listed == [("full/a.mp4", 1)]
 
 
 def test_folders_of_splits_are_not_classes(tmp_path):
     for name in ("train/cat", "val/dog"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.mp4").touch()
-    with pytest.raises(InputError, match="holds train and val, which look like splits, not classes"):
+    message = "holds train and val, which look like splits, .* folder .*/val --classes train.csv --out val.csv"
+    with pytest.raises(InputError, match=message):
         read_folder(tmp_path)
+
+
+def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folder, tmp_path):
+    """As a user runs it: from the manifest, and from a file of names."""
+    for name in ("jump/c.avi", "run fast/a.mp4", "swim/e.mp4"):
+        for part in ("train", "val"):
+            if (part, name) != ("val", "jump/c.avi"):
+                (tmp_path / part / name).parent.mkdir(parents=True)
+                (tmp_path / part / name).symlink_to(folder / name)
+    done = run("prepare.py", "folder", "train", "--out", "t.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "names.txt").write_text("jump\nrun fast\nswim\n")
+    (tmp_path / "list.txt").write_text("run fast/a.mp4 1\nswim/e.mp4 2\n")
+    (tmp_path / "val" / "notes.srt").touch()
+    for arguments in (
+        ("folder", "val", "--classes", "t.csv"),
+        ("folder", "val", "--classes", "names.txt"),
+        ("index", "--list", "list.txt", "--root", "val", "--classes", "t.csv"),
+    ):
+        done = run("prepare.py", *arguments, "--out", "v.csv", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("1 file passed over: 1 .srt" in done.stdout) == (arguments[0] == "folder")
+        manifest = Manifest.read(tmp_path / "v.csv")
+        assert manifest.classes == ("jump", "run fast", "swim")
+        labels = {manifest[n].path: manifest[n].label for n in range(len(manifest))}
+        assert labels == {"run fast/a.mp4": 1, "swim/e.mp4": 2}
+    (tmp_path / "names.txt").write_text("jump\nrunfast\nswim\n")
+    done = run("prepare.py", "folder", "val", "--classes", "names.txt", "--out", "w.csv", cwd=tmp_path)
+    assert done.returncode == 2 and "val/run fast: not one of the 3 classes" in done.stderr
+    assert "the nearest: 'runfast'" in done.stderr and not (tmp_path / "w.csv").exists()
+
+
+def test_a_class_that_is_named_twice_is_refused(folder):
+    with pytest.raises(InputError, match="--classes names 'swim' twice"):
+        read_folder(folder, ("jump", "swim", "run fast", "swim"))
+
+
+def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path):
+    for name in ("a/x.mp4", "a/x.srt", "y.mp4", ".hidden/z.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    listed, classes, note = read_folder(tmp_path)
+    assert listed == [("a/x.mp4", 0)] and classes == ("a",)
+    assert note == "1 file passed over: 1 .srt; 2 videos are in no folder of a class"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, workers):
-    listed, classes = read_folder(folder)
+    listed, classes, _ = read_folder(folder)
     listed.insert(2, ("gone.mp4", 1))
     manifest, rejected = index(
         listed, root=folder, classes=classes, journal=tmp_path / "journal", crew=Crew(workers=workers)

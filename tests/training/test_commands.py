@@ -51,7 +51,7 @@ CASES = [
     ("evaluate.py -w gone.safetensors", "gone.safetensors: no such weights file"),
     ("evaluate.py -w two.safetensors", "data.test is not set: name a manifest with -o data.test=FILE"),
     ("evaluate.py -w two.safetensors -o data.test=label7.csv", "has label 7, but there are 2 classes"),
-    ("evaluate.py -w two.safetensors -c tiny.yaml", "its classes are not those in use: 3 there, 2 here"),
+    ("evaluate.py -w two.safetensors -c tiny.yaml", "its classes are not those of the weights: 3 there, 2 here"),
     ("evaluate.py -w two.safetensors -c tiny.yaml -o data.crop_size=64", "data.crop_size is 64, but these weights"),
     ("evaluate.py -w text.mp4 -c tiny.yaml", "not a safetensors file"),
     ("predict.py -w text.mp4 text.mp4", "not a safetensors file"),
