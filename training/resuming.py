@@ -23,6 +23,8 @@ _FIXED = (
 )
 """Sections and keys on which the network, what its inputs mean, or the order of clips depends."""
 
+_MAY_CHANGE = ("model.drop_path", "model.embed_init_std")  # they matter in training only, or at its start
+
 _SILENT = ("name", "output", "device", "data.train", "data.val", "data.test", "data.labels")
 """Keys whose change is no news: what they name is compared itself, or does not matter."""
 
@@ -49,7 +51,7 @@ def check_resumable(
     before, now = _flat(state["config"]), _flat(dataclasses.asdict(config))
     changed = [key for key in now if key in before and before[key] != now[key] and key not in _SILENT]
     for key in changed:
-        if key in _FIXED or key.split(".")[0] in _FIXED:
+        if key not in _MAY_CHANGE and (key in _FIXED or key.split(".")[0] in _FIXED):
             raise InputError(
                 f"{path}: {key} was {before[key]} and is {now[key]} now; resume with what it was, {remedy}"
             )

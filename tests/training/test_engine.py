@@ -312,7 +312,13 @@ def changed_data(small_data, tmp_path_factory):
 
 def test_other_settings_may_change_on_resume_and_do(config_file, tmp_path, capsys):
     train(config_file, "train.epochs=1")
-    changes = ["optim.weight_decay=0.3", "optim.momentum=0.5", "train.precision=bf16", "data.stride=2"]
+    changes = [
+        "optim.weight_decay=0.3",
+        "optim.momentum=0.5",
+        "train.precision=bf16",
+        "data.stride=2",
+        "model.drop_path=0",
+    ]
     trainer = train(config_file, *changes, resume=True)
     groups = [(group["weight_decay"], group["momentum"]) for group in trainer.optimizer.param_groups]
     assert groups == [(0.3, 0.5), (0.0, 0.5)] and trainer.step == 9
