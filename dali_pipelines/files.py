@@ -213,6 +213,8 @@ def check_reachable(source: Source, cache: str | None = None) -> None:
 
 def _check_file(source: Source) -> int:
     """Bytes of the file. Raises `InputError` for what is no file, or too short, and OSError."""
+    if "\0" in source.path:
+        raise InputError("a zero byte in its name")
     state = os.stat(source.path)
     if not stat.S_ISREG(state.st_mode):  # a pipe would block for ever
         raise InputError("a folder" if stat.S_ISDIR(state.st_mode) else "not a regular file")

@@ -54,6 +54,15 @@ def videos_below(root: str | os.PathLike) -> Found:
     return Found(sorted(videos, key=lambda path: PurePosixPath(path).parts), "; ".join(notes))
 
 
+def leads_back(root: str | os.PathLike, path: str | os.PathLike) -> bool:
+    """Whether `path`, a folder in `root`, is a link to `root` or to a folder that holds it."""
+    return _holds(os.path.realpath(path), os.path.realpath(root))
+
+
+def _holds(folder: str, other: str) -> bool:
+    return f"{other}/".startswith(f"{folder.rstrip('/')}/")
+
+
 def _walk(root: str, notes: list[str]) -> Iterator[str]:
     """The files below `root`; `notes` gets the folders that are left out. A link is left out only if it leads back to a
     folder that it is in: the same folder may well be linked from several classes."""
@@ -75,7 +84,7 @@ def _walk(root: str, notes: list[str]) -> Iterator[str]:
                 yield path
                 continue
             place = os.path.realpath(os.path.join(root, path))
-            if any(f"{each}/".startswith(f"{place.rstrip('/')}/") for each in above):
+            if any(_holds(place, each) for each in above):
                 notes.append(f"{path}: not followed, leads back to {place}")
             else:
                 pending.append((path, (*above, place)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join, open_video
-from dali_pipelines.folders import is_video_name, videos_below
+from dali_pipelines.folders import is_video_name, leads_back, videos_below
 from dali_pipelines.manifest import Manifest, Video, probe
 from dali_pipelines.packets import video_stream
 from dali_pipelines.text import csv_writer, decode, split_lines
@@ -101,7 +101,8 @@ def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected one that holds a folder of videos for each class")
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    folders = sorted(entry.name for entry in entries if not leads_back(root, entry))
     if folders and _SPLITS.issuperset(name.lower() for name in folders):
         first, *others = sorted(folders, key=lambda name: (not name.lower().startswith("train"), name))
         more = f", and then: folder {root / others[0]} --classes {first}.csv --out {others[0]}.csv" if others else ""

@@ -202,3 +202,8 @@ def test_names_with_any_character_come_back(tmp_path):
     assert again.root == tmp_path / "r\udcff"
     (tmp_path / "w.csv").write_bytes((tmp_path / "m.csv").read_bytes().decode("utf-8", "replace").encode("utf-16"))
     assert len(Manifest.read(tmp_path / "w.csv")) == len(odd)
+
+
+def test_a_zero_byte_in_a_name_is_no_crash():
+    with pytest.raises(InputError, match="a zero byte in its name"):
+        probe("a\0b.mp4")

@@ -1,5 +1,7 @@
 """Lists and folders of videos as people have them, to manifests."""
 
+import os
+
 import pytest
 
 from dali_pipelines import InputError, Manifest
@@ -162,9 +164,40 @@ def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path
     for name in ("a/x.mp4", "a/x.srt", "y.mp4", ".hidden/z.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
     listed, classes, note = read_folder(tmp_path)
     assert listed == [("a/x.mp4", 0)] and classes == ("a",)
-    assert note == "1 file passed over: 1 .srt; 2 videos are in no folder of a class"
+    assert note == (
+        f"1 file passed over: 1 .srt; loop: not followed, leads back to {tmp_path}; "
+        "2 videos are in no folder of a class"
+    )
+
+
+def test_files_of_cameras_and_other_programs_are_found_and_read(tmp_path):
+    """Real ones: container and codec are what the suffix says."""
+    made = [("a.MTS", "ts", "h264"), ("b.m2ts", "ts", "h264"), ("c.3g2", "3g2", "h264"), ("d.asf", "asf", "mpeg4")]
+    made += [("e.ivf", "ivf", "vp9"), ("f.h264", "h264", "h264"), ("g.mk3d", "mkv", "h264"), ("h.nut", "nut", "mpeg4")]
+    (tmp_path / "root" / "x").mkdir(parents=True)
+    for name, container, codec in made:
+        path = write_video(tmp_path / f"a.{container}", numbered(6, height=32, width=48), codec=codec)
+        os.rename(path, tmp_path / "root" / "x" / name)
+    done = run("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(tmp_path / "m.csv")
+    found = [(manifest[n].path, manifest[n].codec) for n in range(len(manifest))]
+    assert found == [(f"x/{name}", codec) for name, _, codec in made]
+
+
+def test_linked_videos_are_indexed(folder, tmp_path):
+    """As a user runs it: a link in a class, and a class that is a link."""
+    (tmp_path / "root" / "x").mkdir(parents=True)
+    (tmp_path / "root" / "x" / "more").symlink_to(folder / "jump" / "deep")
+    (tmp_path / "root" / "y").symlink_to(folder / "swim")
+    done = run("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(tmp_path / "m.csv")
+    assert [manifest[n].path for n in range(len(manifest))] == ["x/more/d.webm", "y/e.mp4", "y/f.MP4"]
+    assert manifest.labels.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
