@@ -167,9 +167,11 @@ def index(
     `copies`: other files of a listed one, which are tried in order where it cannot be read. `decode`: decodes all of
     every file, and rejects those with a damaged picture. `journal`: see `work.run`.
     """
-    for _, label in listed:
+    for path, label in listed:
         if classes and label >= len(classes):
-            raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
+            raise InputError(
+                f"{path}: label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})"
+            )
     place = absolute(root)  # workers elsewhere have another working folder
 
     def look_at(paths: Sequence[str]) -> list[Any]:
