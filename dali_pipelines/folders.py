@@ -3,7 +3,7 @@
 import collections
 import os
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
@@ -11,7 +11,7 @@ from dali_pipelines.files import find_below_url, is_url
 
 _SUFFIXES = """
     264 265 266 3g2 3gp 3gp2 3gpp 3gpp2 amv asf avc avi avs2 avs3 bik cavs dav dif divx dv dvr-ms evo f4p f4v flc fli
-    flv gif gxf h261 h263 h264 h265 h266 h26l hevc insv ism ismv ivf ivr kux lrv m1v m2p m2t m2ts m2v m4v mj2 mjpeg
+    flv gif gxf h261 h263 h264 h265 h266 h26l hevc insv ismv ivf ivr kux lrv m1v m2p m2t m2ts m2v m4v mj2 mjpeg
     mjpg mk3d mkv mod mov mp2v mp4 mp4v mpe mpeg mpeg1 mpeg2 mpeg4 mpg mpg2 mpg4 mpv mts mxf mxg nsv nut nuv obu ogm
     ogv ogx pva qt rcv rm rmvb roq smk swf tod tp trp ts ty vc1 viv vob vro vvc webm wm wmv wtv xmv xvid y4m
 """
@@ -57,6 +57,12 @@ def videos_below(root: str | os.PathLike) -> Found:
 def leads_back(root: str | os.PathLike, path: str | os.PathLike) -> bool:
     """Whether `path`, a folder in `root`, is a link to `root` or to a folder that holds it."""
     return _holds(os.path.realpath(path), os.path.realpath(root))
+
+
+def is_in_loop(path: str | os.PathLike) -> bool:
+    """Whether `path` is, or goes through, a link that leads back to a folder above it, as what a glob finds may do."""
+    places = [Path(path), *Path(path).parents]
+    return any(os.path.islink(place) and leads_back(place.parent, place) for place in places)
 
 
 def _holds(folder: str, other: str) -> bool:

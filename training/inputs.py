@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.folders import videos_below
+from dali_pipelines.folders import is_in_loop, videos_below
 from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.text import MARKS, UTF16_MARKS
 from training.labels import read_manifest
@@ -70,7 +70,7 @@ def _files(argument: str, warn: Callable[[str], None]) -> list[str]:
     if os.path.lexists(argument) or not glob.has_magic(argument):
         return [argument]
     paths = []
-    for match in sorted(glob.glob(argument, recursive=True)):
+    for match in itertools.filterfalse(is_in_loop, sorted(glob.glob(argument, recursive=True))):
         if not os.path.isdir(match):
             paths.append(match)
             continue

@@ -128,6 +128,18 @@ def test_files_folders_globs_and_manifests_in_the_order_they_are_named(tmp_path,
     assert chunks[1].videos[3] == Manifest.read(small_data / "val.csv")[3]
 
 
+def test_a_glob_follows_links_but_no_loops(tmp_path):
+    (tmp_path / "videos" / "deep").mkdir(parents=True)
+    (tmp_path / "more").mkdir()
+    for name in ("videos/deep/a.mp4", "more/b.mts"):
+        (tmp_path / name).touch()
+    (tmp_path / "videos" / "deep" / "loop").symlink_to(tmp_path / "videos")
+    (tmp_path / "videos" / "more").symlink_to(tmp_path / "more")
+    for pattern in ("**/*.m*", "**", "*"):
+        (found,) = inputs.find_videos([f"{tmp_path}/videos/{pattern}"], warn=lambda _: None)
+        assert found == [f"{tmp_path}/videos/deep/a.mp4", f"{tmp_path}/videos/more/b.mts"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
