@@ -12,11 +12,11 @@ Answers come in the order of the videos. Those that cannot be read are named on 
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 from dali_pipelines.errors import InputError, run_command
+from dali_pipelines.text import csv_writer
 
 _PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -70,7 +70,7 @@ def main() -> int:
     features = Features(arguments.features) if arguments.features else None
     draw = _Pictures(arguments, weights)
     if arguments.csv:
-        table = csv.writer(sys.stdout, lineterminator="\n")
+        table = csv_writer(sys.stdout)
         table.writerow(csv_columns(*shown, windows=windows))
     count = failed = 0
     with start_process(arguments.device or config.device) as process:
@@ -115,7 +115,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, path in (("--picture", arguments.picture), ("--explain", arguments.explain)):
         if path is None or (name == "--explain" and path.suffix.lower() not in _PICTURE_SUFFIXES):
             continue
-        found = count(find_videos(arguments.videos))
+        found = count(find_videos(arguments.videos, warn=lambda _: None))
         if found != 1:
             raise InputError(f"{name} draws one video, but {'a list is' if found is None else f'{found} are'} named")
         if not path.parent.is_dir():

@@ -83,7 +83,12 @@ def main() -> None:
     listed.add_argument("--list", type=Path, required=True, help="lines `path label`, as for PaddleVideo")
     listed.add_argument("--root", default=".", metavar="DIR", help="folder, or URL, the paths are relative to")
     listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
-    listed.add_argument("--labels", metavar="FILE", help="class names, one a line")
+    listed.add_argument(
+        "--classes",
+        "--labels",
+        metavar="FROM",
+        help="class names: a file with one a line, or a manifest of these classes",
+    )
     listed.set_defaults(run=_index)
 
     folder = verbs.add_parser("folder", parents=[looking], help="manifests from a folder of videos for each class")
@@ -92,6 +97,11 @@ def main() -> None:
         "--out", type=Path, help="folder for train.csv and val.csv (default: DIR), or one file NAME.csv"
     )
     folder.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="share for val.csv (default 0.1)")
+    folder.add_argument(
+        "--classes",
+        metavar="FROM",
+        help="a manifest, or a file of class names, whose labels to use, for further splits (default: the folders')",
+    )
     folder.set_defaults(run=_folder)
 
     for count, name in ((400, "k400"), (600, "k600"), (700, "k700")):
@@ -175,8 +185,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    classes = read_labels(arguments.labels) if arguments.labels else ()
-    _write(read_list(arguments.list), arguments.out, arguments.root, classes, arguments)
+    classes = read_labels(arguments.classes) if arguments.classes else ()
+    _write(read_list(arguments.list, arguments.root), arguments.out, arguments.root, classes, arguments)
 
 
 def _folder(arguments: argparse.Namespace) -> None:
@@ -185,7 +195,9 @@ def _folder(arguments: argparse.Namespace) -> None:
     out = arguments.out or arguments.folder
     if arguments.out and out.suffix not in ("", ".csv"):
         raise InputError(f"--out {out}: expected a folder, or a file name that ends in .csv")
-    listed, classes = read_folder(arguments.folder)
+    listed, classes, note = read_folder(arguments.folder, read_labels(arguments.classes) if arguments.classes else ())
+    if note:
+        print(f"{arguments.folder}: {note}")
     if out.suffix == ".csv":
         _write(listed, out, arguments.folder, classes, arguments)
         return
@@ -218,6 +230,8 @@ def _write_splits(
     """Finds the expected videos and writes a manifest a split, with lists of what is missing and what there is more
     than once. Raises `InputError` where a split has no videos at all."""
     store = Store(arguments.videos)
+    if store.passed_over:
+        print(f"{store.root}: {store.passed_over}")
     splits = store.find(list(dict.fromkeys(expected)))
     for name in splits:
         check_is_ours(out / f"{name}.csv")

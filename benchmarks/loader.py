@@ -50,11 +50,12 @@ from benchmarks.work import Work, needed_packets
 from dali_pipelines import crops
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, join, open_video, size_of
+from dali_pipelines.folders import videos_below
 from dali_pipelines.manifest import Manifest, Video, source_of
 from dali_pipelines.packets import video_stream
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
-from preparation.index import index, is_video_name
+from preparation.index import index
 from preparation.work import Crew
 from training.gauges import processes, proportional_mib
 
@@ -186,7 +187,10 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
                 place = {"shard": join(root, video.shard)} if video.shard else {"path": join(root, video.path)}
                 videos.append(video._replace(**place))
         elif path.is_dir():
-            files += filter(is_video_name, sorted(path.rglob("*")))
+            found = videos_below(path)
+            files += [path / name for name in found.videos]
+            if found.note:
+                print(f"{path}: {found.note}")
         else:
             files.append(path)
     if files:

@@ -21,7 +21,7 @@ step() { # NAME SECONDS COMMAND...
 train() { # The network on copies with groups of 16 frames, as `benchmark.py train` has them.
     set -e
     "$python" prepare.py index --list <(cd "$videos" && ls | sed 's/$/ 0/') --root "$videos" --out "$out/videos.csv"
-    "$python" prepare.py transcode "$out/videos.csv" --out "$out/gop16"
+    "$python" prepare.py transcode -m "$out/videos.csv" --out "$out/gop16"
     { grep '^#' "$out/gop16/videos.csv"; grep -v '^#' "$out/gop16/videos.csv" | head -n 1
       for _ in $(seq 400); do grep -v '^#' "$out/gop16/videos.csv" | tail -n +2; done; } >"$out/gop16/many.csv"
     "$python" benchmark.py train -c configs/pptimesformer_k400.yaml -o "data.train=$out/gop16/many.csv" device="$device" \

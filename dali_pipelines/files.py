@@ -123,27 +123,14 @@ def _what_it_is(source: Source) -> str:
         return "cut off: it has no index, the moov box"
 
 
-def files_below(root: str | os.PathLike) -> Iterator[str]:
-    """Paths, relative to `root`, of all files in that folder or URL and below it. Raises `InputError`."""
-    if is_url(root):
-        system, place = _file_system(root)
-        try:
-            for path in system.find(place):
-                yield os.path.relpath(path, place)
-        except Exception as error:  # every file system has its own
-            raise InputError(f"{root}: {_text(error)}; check the address, the network and credentials") from None
-        return
-    if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder of videos")
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:  # links can make a loop
-            folders.clear()
-            continue
-        seen.add(place)
-        for file in files:
-            yield os.path.relpath(os.path.join(folder, file), root)
+def find_below_url(root: str) -> Iterator[str]:
+    """Paths, relative to the URL `root`, of all files below it. Raises `InputError`."""
+    system, place = _file_system(root)
+    try:
+        for path in system.find(place):
+            yield os.path.relpath(path, place)
+    except Exception as error:  # every file system has its own
+        raise InputError(f"{root}: {_text(error)}; check the address, the network and credentials") from None
 
 
 def ffmpeg_url(video: str | os.PathLike | Source) -> str:
@@ -226,6 +213,8 @@ def check_reachable(source: Source, cache: str | None = None) -> None:
 
 def _check_file(source: Source) -> int:
     """Bytes of the file. Raises `InputError` for what is no file, or too short, and OSError."""
+    if "\0" in source.path:
+        raise InputError("a zero byte in its name")
     state = os.stat(source.path)
     if not stat.S_ISREG(state.st_mode):  # a pipe would block for ever
         raise InputError("a folder" if stat.S_ISDIR(state.st_mode) else "not a regular file")

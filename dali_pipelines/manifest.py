@@ -16,6 +16,7 @@ The columns after `rotation` may be missing; those of videos in tar shards are `
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -31,6 +32,7 @@ import numpy as np
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
+from dali_pipelines.text import csv_writer, decode
 
 ROTATIONS = (0, 90, 180, 270)
 _LARGEST = 2**31 - 1
@@ -213,7 +215,7 @@ class Manifest:
         """Reads a manifest file; `InputError` names the file and the line where it is wrong."""
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+            text = decode(path.read_bytes())
         except FileNotFoundError:
             raise InputError(f"{path}: no such manifest; `python prepare.py index` or `folder` makes one") from None
         body = re.sub(r"\A(?:#[^\n]*\n|\s*\n)*", "", text)
@@ -245,13 +247,30 @@ class Manifest:
         if self.made_by:
             out.write(f"# made by: {' '.join(self.made_by.split())}\n")
         count = len(Video._fields) if len(self._shards) > 1 else -len(_IN_SHARDS)
-        writer = csv.writer(out, lineterminator="\n")
+        writer = csv_writer(out)
         writer.writerow(Video._fields[:count])
         writer.writerows(self[index][:count] for index in range(len(self)))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
         unfinished.replace(path)
+
+    def checksum(self) -> str:
+        """A SHA-256 of which videos these are and how they are labelled: of labels, paths, frames, sizes and codecs, in
+        their order.
+
+        Not of the root, nor of a folder that all paths begin with, so the videos may move. Nor of what else indexing
+        measures (frame rate, rotation, pixel format, groups of pictures), or of shards that they are packed into.
+        """
+        ends = self._rows["path_end"].tolist()
+        whole = self._paths.tobytes()
+        paths = [whole[start:end] for start, end in zip([0, *ends[:-1]], ends)]
+        prefix = os.path.commonprefix([min(paths), max(paths)]) if paths else b""  # noqa: RUF071 (cut to folders below)
+        folder = prefix.rpartition(b"/")[0]
+        hashed = hashlib.sha256(b"\0".join(path[len(folder) :].lstrip(b"/") for path in paths))
+        for name in ("label", "frames", "width", "height", "codec"):
+            hashed.update(np.ascontiguousarray(self._rows[name]).tobytes())
+        return hashed.hexdigest()
 
     def save_arrays(self, folder: str | os.PathLike) -> None:
         """Writes the table as arrays that `map_arrays` opens without copying: many workers share one in memory."""

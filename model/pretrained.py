@@ -4,12 +4,13 @@ Every tensor of the file and of the network is accounted for: loaded, adapted, l
 each with its reason; anything else is a `WeightsError` and leaves the network as it was. Nothing in a file is executed.
 """
 
+import argparse
 import collections
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,8 @@ def load_pretrained(
     report = LoadReport(os.fspath(source), origin, preprocessing=file.preprocessing)
     ours = model.state_dict()
     _check_settings(file, model)
+    if theirs.pop(_COUNT, None) is not None:
+        report.left_out[_COUNT] = "counts the networks that were averaged"
     if is_image:
         for name in [name for name in theirs if name.startswith("pre_logits.")]:
             report.left_out[name] = "part of the image classifier"
@@ -134,6 +137,8 @@ def _read_file(path: Path) -> _File:
     else:
         file = _File(str(path), _read_torch(path))
     for name, value in file.tensors.items():
+        if name.rpartition(".")[2] == _COUNT and value.numel() == 1:
+            continue
         is_plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not is_plain or value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise WeightsError(f"{path}: {name} is no array of numbers as weights are ({value.dtype})")
@@ -240,23 +245,45 @@ def _read_safetensors(path: Path) -> _File:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Checkpoints of timm, DeiT and MAE hold their command line: attributes, which run nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, whose text suggests to trust the file
         raise WeightsError(
             f"{path}: no file of torch.save, damaged, or with more in it than tensors, which would have to be run "
             f"({type(error).__name__})"
         ) from None
-    for key in ("model_state", "state_dict", "model", "network"):  # checkpoints hold them beside other things
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            if any(isinstance(value, Tensor) for value in content.values()):
-                raise WeightsError(f"{path}: holds tensors beside its {key!r}; which are the weights?")
-            content = content[key]
-    is_state = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    )
-    if not is_state:
-        raise WeightsError(f"{path}: expected a dictionary of tensors, or one under 'model_state' or 'state_dict'")
-    return dict(content)
+    if isinstance(content, dict) and {"network", "loader"} <= content.keys():  # a checkpoint of ours
+        content = content["network"]
+    found = _state_dicts(content)
+    networks = {where: state for where, state in found.items() if _prefixes(state)}
+    if len(networks) > 1:
+        names = list(networks)
+        keys = "".join(f"[{key!r}]" for key in names[-1].split("/"))
+        raise WeightsError(
+            f"{path}: holds several networks: {', '.join(name or 'the file itself' for name in names)}; keep one, such "
+            f"as: torch.save(torch.load(FILE, weights_only=True){keys}, 'one.pth')"
+        )
+    if not found:
+        raise WeightsError(f"{path}: expected a dictionary of tensors, or one in others, such as under 'state_dict'")
+    state = next(iter(networks.values())) if networks else max(found.values(), key=len)
+    if any(isinstance(value, Tensor) and not isinstance(name, str) for name, value in state.items()):
+        raise WeightsError(f"{path}: expected a dictionary of tensors, with texts as their names")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _state_dicts(content: object) -> dict[str, dict]:
+    """The dictionaries in `content`, however deep, that hold named tensors: keys joined by "/" -> dictionary."""
+    found, pending, seen = {}, [("", content)], set()
+    while pending:
+        where, value = pending.pop()
+        if not isinstance(value, dict) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if any(isinstance(name, str) and isinstance(each, Tensor) for name, each in value.items()):
+            found[where] = value
+        pending += [(f"{where}/{key}".lstrip("/"), each) for key, each in value.items() if isinstance(key, str)][::-1]
+    return found
 
 
 # -- from their names to ours --
@@ -286,17 +313,17 @@ _HUGGING_FACE_NAMES = {
 
 def _our_names(file: _File) -> tuple[str, dict[str, Tensor], bool]:
     """(whose file it is, its tensors under our names, whether they are an image classifier's)."""
-    tensors = _renamed(file.path, file.tensors, lambda name: name.removeprefix("module."))  # of DataParallel
+    tensors, prefix = _unwrapped(file)
     is_image = False
     if any("encoder.layer." in name for name in tensors):
         origin, rename = "Hugging Face", from_hugging_face
-    elif any(name.startswith("backbone.") for name in tensors):
-        origin, rename = "PaddleVideo", lambda name: re.sub(r"^head\.fc\.", "head.", name.removeprefix("backbone."))
-    elif all(name.startswith("model.") for name in tensors):
-        origin, rename = "facebookresearch/TimeSformer", lambda name: name.removeprefix("model.")
+    elif prefix.endswith("backbone."):
+        origin, rename = "PaddleVideo", lambda name: re.sub(r"^head\.fc\.", "head.", name)
     else:
         is_image = not file.is_ours and not any("time_embed" in name or "temporal" in name for name in tensors)
         origin, rename = "ours" if file.is_ours else "an image ViT" if is_image else "a TimeSformer", str
+        if prefix.endswith("model."):
+            origin, is_image = "facebookresearch/TimeSformer", False
     tensors = _renamed(file.path, tensors, rename)
     if "blocks.0.attn.qkv.weight" not in tensors:
         some = ", ".join(sorted(file.tensors)[:3])[:200] or "nothing"
@@ -304,6 +331,41 @@ def _our_names(file: _File) -> tuple[str, dict[str, Tensor], bool]:
             f"{file.path}: not weights of a vision transformer that are known here; it holds {some}, ..."
         )
     return origin, tensors, is_image
+
+
+_WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What torch puts into names: of DataParallel and AveragedModel, torch.compile, checkpointing, FSDP."""
+
+_FIRST_BLOCK = re.compile(r"((?:.*\.)?)(?:blocks\.0\.attn|encoder\.layer\.0\.attention\.attention)\.qkv\.weight")
+
+_COUNT = "n_averaged"
+"""Of torch's AveragedModel, beside its network."""
+
+
+def _prefixes(names: Iterable[object]) -> list[str]:
+    """What stands before the names of each network among `names`."""
+    plain = [_WRAPPER.sub("", name) for name in names if isinstance(name, str)]
+    return sorted({found[1] for found in map(_FIRST_BLOCK.fullmatch, plain) if found})
+
+
+def _unwrapped(file: _File) -> tuple[dict[str, Tensor], str]:
+    """The tensors without what is put before the names of the network, and that; a head may be beside the network."""
+    tensors = _renamed(file.path, file.tensors, lambda name: _WRAPPER.sub("", name))
+    prefixes = _prefixes(tensors)
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"{file.path}: holds several networks, whose names begin with {', '.join(map(repr, prefixes))}; keep one"
+        )
+    prefix = prefixes[0] if prefixes else ""
+
+    def shorten(name: str) -> str:
+        parts, outer = name.split("."), prefix.split(".")[:-1]
+        same = 0
+        while same < len(outer) and parts[same : same + 1] == outer[same : same + 1]:
+            same += 1
+        return ".".join(parts[same:])
+
+    return _renamed(file.path, tensors, shorten), prefix
 
 
 def _renamed(path: str, tensors: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:

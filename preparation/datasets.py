@@ -3,6 +3,7 @@ videos under whatever names and in whatever folders they were stored."""
 
 import csv
 import difflib
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import files_below
-from preparation.index import VIDEO_SUFFIXES, Listed, is_video_name, read_list
+from dali_pipelines.folders import VIDEO_SUFFIXES, videos_below
+from dali_pipelines.text import decode, read_lines
+from preparation.index import Listed, read_list
 from training.labels import read_labels
 
 _LABELS = Path(__file__).parents[1] / "configs" / "labels"
@@ -113,26 +115,27 @@ def _known(name: str, known: dict, where: str):
 
 def _read_rows(path: Path) -> list[dict[str, str]] | None:
     """The rows of an official CSV file; None for another file."""
+    reader = csv.DictReader(io.StringIO(decode(path.read_bytes()), newline=""))
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            if not {"label", "youtube_id", "time_start", "time_end"} <= set(reader.fieldnames):
-                return None
-            return list(reader)
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; expected the official CSV or lines `path label`") from None
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        if not {"label", "youtube_id", "time_start", "time_end"} <= set(reader.fieldnames):
+            return None
+        return list(reader)
+    except csv.Error as error:
+        raise InputError(
+            f"{path}:{reader.line_num}: {error}; expected the official CSV or lines `path label`"
+        ) from None
 
 
 def _read_lines(path: Path) -> list[Listed]:
     """`path label`, with the comma that some write between them."""
-    text = path.read_text(encoding="utf-8-sig")
-    if re.search(r"\A[^\n]*,\s*\d+\s*$", text, re.MULTILINE):
-        rows = [line.rpartition(",") for line in text.splitlines() if line.strip()]
-        bad = next((number for number, row in enumerate(rows, 1) if not row[0] or not row[2].strip().isdecimal()), None)
-        if bad is not None:
-            raise InputError(f"{path}:{bad}: expected `path,label` with a label of 0 or more")
-        return [(name.strip().strip('"'), int(label)) for name, _, label in rows]
+    lines = read_lines(path)
+    if lines and re.fullmatch(r".*,[ \t]*\d+[ \t]*", lines[0]):
+        rows = [(number, *line.rpartition(",")) for number, line in enumerate(lines, 1) if line.strip()]
+        for number, name, _, label in rows:
+            if not name or not label.strip().isdecimal():
+                raise InputError(f"{path}:{number}: expected `path,label` with a label of 0 or more")
+        return [(name.strip().strip('"'), int(label)) for _, name, _, label in rows]
     return read_list(path)
 
 
@@ -157,14 +160,16 @@ def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[
     """trainlist0N.txt and testlist0N.txt (as val) of ucfTrainTestlist, with classInd.txt; labels from 0. Raises
     `InputError`."""
     classes = read_labels(str(_LABELS / "ucf101.txt"))
-    index = [line.split() for line in read_labels(str(folder / "classInd.txt"))]
-    if tuple(name for _, name in sorted((int(number), name) for number, name in index)) != classes:
+    index = [line.split(None, 1) for line in read_lines(folder / "classInd.txt") if line.strip()]
+    if sorted(index) != sorted([str(number), name] for number, name in enumerate(classes, start=1)):
         raise InputError(f"{folder / 'classInd.txt'}: not the 101 classes of UCF101 in alphabetical order")
     expected = []
     for name, part in (("trainlist", "train"), ("testlist", "val")):
         path = folder / f"{name}{split:02d}.txt"
-        for number, line in enumerate(read_labels(str(path)), start=1):
-            video = PurePosixPath((line.split() or [""])[0])
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line.strip():
+                continue
+            video = PurePosixPath(line.split()[0])
             if video.parent.name not in classes:
                 raise InputError(f"{path}:{number}: expected CLASS/VIDEO.avi with a known class, not {line[:80]!r}")
             expected.append(Expected(str(video), classes.index(video.parent.name), part))
@@ -172,7 +177,9 @@ def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[
 
 
 class Store:
-    """The videos anywhere below a folder or a URL, found by path, by name, and by the clip that a name tells."""
+    """The videos anywhere below a folder or a URL, found by path, by name, and by the clip that a name tells.
+
+    `passed_over` says what else is there, "" for nothing."""
 
     def __init__(self, root: str | os.PathLike):
         self.root = root
@@ -180,9 +187,9 @@ class Store:
         self._by_name: dict[str, list[str]] = {}
         self._by_clip: dict[Clip, list[str]] = {}
         self._by_id: dict[str, list[str]] = {}
-        for path in files_below(root):
-            if not is_video_name(path):
-                continue
+        found = videos_below(root)
+        self.passed_over = found.note
+        for path in found.videos:
             stem, _ = os.path.splitext(os.path.basename(path))
             self.paths.add(path)
             self._by_name.setdefault(stem, []).append(path)
@@ -194,6 +201,7 @@ class Store:
         if not self.paths:
             raise InputError(
                 f"{self.root}: no videos in it; expected files such as train/-3B32lodo2M_000059_000069.mp4"
+                + (f" ({found.note})" if found.note else "")
             )
 
     def find(self, expected: Sequence[Expected]) -> dict[str, Found]:

@@ -1,37 +1,30 @@
 """Looks at every video of a list or a folder and makes a manifest of those that can be read."""
 
-import csv
+import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import absolute, as_source, check_reachable, fetch, join, open_video
+from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join, open_video
+from dali_pipelines.folders import is_video_name, leads_back, videos_below
 from dali_pipelines.manifest import Manifest, Video, probe
 from dali_pipelines.packets import video_stream
+from dali_pipelines.text import csv_writer, decode, split_lines
 from preparation.work import Crew, Failed, run
-
-VIDEO_SUFFIXES = frozenset(
-    [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
-)
 
 _LARGEST_LABEL = 2**31 - 1
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 Listed = tuple[str, int]
 """A path, relative to a root or absolute, and its label."""
-
-
-def is_video_name(path: str | os.PathLike) -> bool:
-    """Whether a file is called as videos are; macOS puts others into archives, `._NAME` for every NAME."""
-    name = os.path.basename(path)
-    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("._")
 
 
 @dataclass(frozen=True)
@@ -43,50 +36,120 @@ class Rejected:
     reason: str
 
 
-def read_list(path: str | os.PathLike) -> list[Listed]:
-    """Lines `path label`, as PaddleVideo and mmaction2 write them; paths may hold spaces, empty lines are skipped."""
+def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Listed]:
+    """Lines `path label`, as PaddleVideo and mmaction2 write them; paths may hold spaces, empty lines are skipped.
+    Entries may also end with a zero byte. Raises `InputError` that names the line."""
+    text = decode(Path(path).read_bytes())
+    lines = text.split("\0") if "\0" in text else split_lines(text)
     listed = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; expected lines `path label`") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        line = line.strip(" \t\r\n")
+        if not line:
             continue
-        file, label = ("", *line.strip().rsplit(None, 1))[-2:]
-        if not file or not label.isdecimal() or int(label) > _LARGEST_LABEL:
-            raise InputError(f"{path}:{number}: expected `path label` with a label of 0 or more, not {line[:80]!r}")
+        file, label = ("", *re.split(r"[ \t]+(?=[^ \t]*$)", line, maxsplit=1))[-2:]
+        problem = _problem(file, label, root)
+        if problem:
+            raise InputError(
+                f"{path}:{number}: expected `path label`, with one label of 0 or more; {problem}: {line[:80]!r}"
+            )
         listed.append((file, int(label)))
     if not listed:
         raise InputError(f"{path}: no videos in it; expected lines `path label`")
     return listed
 
 
-def read_folder(root: str | os.PathLike) -> tuple[list[Listed], tuple[str, ...]]:
-    """A folder a class, videos in it or below it: the videos with paths relative to `root`, and the sorted classes."""
+def _problem(file: str, label: str, root: str | os.PathLike) -> str:
+    """What is wrong with a line of a list; "" for nothing. Odd paths are good if the file exists."""
+    if not label.isdecimal() or int(label) > _LARGEST_LABEL:
+        if is_video_name(label):
+            return "found no label after the path"
+        if re.search(r"[^,;]*[,;][ \t]*\d+$", label):
+            return "found a comma or semicolon"
+        return f"found {label[:40]!r} for the label"
+    if not file:
+        return "found a single number"
+    if not is_url(file) and not is_url(root) and os.path.lexists(join(root, file)):
+        return ""
+    if file.endswith((",", ";")):
+        return "found a comma or semicolon"
+    if file[0] in "\"'`" and file[-1] == file[0]:
+        return "found a path in quotes"
+    if re.search(r"[ \t][+-]?\d+(\.\d*)?[,;]?$", file):
+        return "found more than one number (several labels, or a count of frames?)"
+    if "\r" in file or "\n" in file:
+        return "found a line end within the path"
+    first = re.match(r"(.*?\.\w+)[ \t,;]", file)
+    if first and is_video_name(first[1]) and not is_video_name(file):
+        return f"found more than a label after {first[1]!r}"
+    return ""
+
+
+class Folder(NamedTuple):
+    """What `read_folder` found."""
+
+    listed: list[Listed]
+    classes: tuple[str, ...]
+    note: str
+    """What was passed over, "" for nothing."""
+
+
+def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
+    """A folder a class, videos in it or below it: the videos with paths relative to `root`, and the classes.
+
+    The folders in alphabetical order are labels 0, 1, ...; with `classes`, labels are places in it. Then a folder that
+    it does not name is an `InputError`, while a class may lack its folder."""
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected one that holds a folder of videos for each class")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if classes and _SPLITS.issuperset(name.lower() for name in classes):
+    entries = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    folders = sorted(entry.name for entry in entries if not leads_back(root, entry))
+    if folders and _SPLITS.issuperset(name.lower() for name in folders):
+        first, *others = sorted(folders, key=lambda name: (not name.lower().startswith("train"), name))
+        more = f", and then: folder {root / others[0]} --classes {first}.csv --out {others[0]}.csv" if others else ""
         raise InputError(
-            f"{root}: holds {' and '.join(classes)}, which look like splits, not classes; index each of them, "
-            f"such as: folder {root / classes[0]} --out {classes[0]}.csv"
+            f"{root}: holds {' and '.join(folders)}, which look like splits, not classes; index each of them, "
+            f"such as: folder {root / first} --out {first}.csv{more}"
         )
-    listed = [
-        (file.relative_to(root).as_posix(), label)
-        for label, name in enumerate(classes)
-        for file in sorted((root / name).rglob("*"))
-        if is_video_name(file)
-    ]
-    if not listed:
+    found = videos_below(root)
+    by_folder: dict[str, list[str]] = {name: [] for name in folders}
+    outside = 0
+    for path in found.videos:
+        name, *rest = path.split("/", 1)
+        if rest and name in by_folder:
+            by_folder[name].append(path)
+        else:
+            outside += 1
+    notes = [found.note] if found.note else []
+    if outside:
+        notes.append(f"{outside} {'video is' if outside == 1 else 'videos are'} in no folder of a class")
+    note = "; ".join(notes)
+    if not any(by_folder.values()):
         raise InputError(
             f"{root}: no videos; expected a folder for each class with videos in it, such as archery/1.mp4"
+            + (f" ({note})" if note else "")
         )
-    empty = sorted(set(range(len(classes))) - {label for _, label in listed})
-    if empty:
-        raise InputError(f"{root / classes[empty[0]]}: no videos in this folder; fill it or remove it")
-    return listed, tuple(classes)
+    if classes:
+        if len(set(classes)) < len(classes):
+            twice = next(name for name in classes if classes.count(name) > 1)
+            raise InputError(f"--classes names {twice!r} twice; its videos cannot have two labels")
+        unknown = [name for name in folders if name not in classes]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], classes, 1, 0)[0]
+            raise InputError(
+                f"{root / unknown[0]}: not one of the {len(classes)} classes that --classes names (the nearest: "
+                f"{near!r}); rename or remove this folder"
+            )
+    else:
+        empty = [name for name, videos in by_folder.items() if not videos]
+        if empty:
+            raise InputError(
+                f"{root / empty[0]}: no videos in this folder; fill it or, if this is one of several splits, give the "
+                "classes of the training manifest with --classes, so that labels stay the same; else remove it"
+                + (f" ({note})" if note else "")
+            )
+        classes = folders
+    labels = {name: label for label, name in enumerate(classes)}
+    return Folder([(path, labels[name]) for name, paths in by_folder.items() for path in paths], tuple(classes), note)
 
 
 def index(
@@ -104,9 +167,11 @@ def index(
     `copies`: other files of a listed one, which are tried in order where it cannot be read. `decode`: decodes all of
     every file, and rejects those with a damaged picture. `journal`: see `work.run`.
     """
-    for _, label in listed:
+    for path, label in listed:
         if classes and label >= len(classes):
-            raise InputError(f"label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})")
+            raise InputError(
+                f"{path}: label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})"
+            )
     place = absolute(root)  # workers elsewhere have another working folder
 
     def look_at(paths: Sequence[str]) -> list[Any]:
@@ -182,7 +247,7 @@ def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[
         path.unlink(missing_ok=True)
         return
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow(columns)
         writer.writerows(rows)
 

@@ -23,8 +23,9 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import check_reachable, read_bytes, size_of
+from dali_pipelines.folders import VIDEO_SUFFIXES
 from dali_pipelines.manifest import Manifest
-from preparation.index import VIDEO_SUFFIXES, Rejected
+from preparation.index import Rejected
 from preparation.work import Crew, Failed, run
 
 _OVERHEAD = 4096  # bytes of a shard for each video, beside its own: three headers, padding, label and facts

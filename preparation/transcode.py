@@ -25,12 +25,13 @@ import numpy as np
 from dali_pipelines.crops import resized_size
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, absolute, fetch, ffmpeg_url, open_video, size_of
+from dali_pipelines.folders import VIDEO_SUFFIXES
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, Video, coded_size, probe, size_mismatch
 from dali_pipelines.packets import video_stream
 from dali_pipelines.sampling import frame_positions
 from preparation.child import in_child
-from preparation.index import VIDEO_SUFFIXES, Rejected
+from preparation.index import Rejected
 from preparation.work import Crew, Failed, finish, run
 
 _SAMPLED = 16  # videos that tell how large and how slow the others will be

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.text import read_lines
 from preparation.child import end_children, in_child
 
 _UNDER_WAY = 1024  # tasks that an executor is given ahead
@@ -165,7 +166,7 @@ def _journals(journal: Path) -> list[Path]:
 def _read_journals(journal: Path) -> Iterator[tuple[str, Any]]:
     for path in _journals(journal):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_lines(path)
         except FileNotFoundError:
             continue
         for line in lines:

@@ -239,6 +239,8 @@ def _parse(where: str, parse: Callable[[], T]) -> T:
         return parse()
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not YAML: {error}") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: not UTF-8; a path that is not needs a link with another name") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"{where}: {key}{str(error).splitlines()[0]}") from None

@@ -86,8 +86,11 @@ def make_data(config: Config, process: Process, teacher: Weights | None) -> Data
     data = config.data
     train, val = (read_manifest(getattr(data, name), key=f"data.{name}") for name in ("train", "val"))
     classes = class_names(data.labels, train)
-    for path, manifest in ((data.train, train), (data.val, val)):
-        check_labels(manifest, classes, name=path, renamed=data.labels is not None)
+    renamed = data.labels is not None
+    check_labels(train, classes, name=data.train, of=str(data.labels), renamed=renamed)
+    check_labels(val, classes, name=data.val, of=data.labels or data.train, renamed=renamed)
+    if renamed and train.classes:  # names of neither may be in the file
+        check_labels(val, train.classes, name=data.val, of=data.train, renamed=True)
     sharing = share_out(config, process.world_size, len(train) * data.views_per_decode)
     if teacher is not None and teacher.classes != classes:
         raise InputError(

@@ -1,7 +1,6 @@
 """The training loop: epochs of steps, a step of micro-batches, validation and checkpoints after each epoch."""
 
 import contextlib
-import csv
 import dataclasses
 import itertools
 import math
@@ -20,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dali_pipelines import ClipLoader, InputError
 from dali_pipelines.loader import Batch
+from dali_pipelines.text import csv_writer
 from model import TimeSformer
 from training import checkpoints
 from training.compiling import compile_network
@@ -43,10 +43,10 @@ from training.optimizer import (
 from training.precision import LossScale, autocast, gradient_factor, resolve_precision
 from training.preemption import REQUEUE, Preemption
 from training.profiling import StepProfiler, record_function
+from training.resuming import FORMAT, check_resumable
 from training.saving import Saver, find_checkpoint
 from training.weights import Weights, build_network, load_into
 
-_FORMAT = 2  # of checkpoints
 _SHOWN = 5  # faults, or clips, in a message
 _BLIND_CLIPS = 16  # a run that can read none of so many stops
 _ROLLBACKS = 3  # without a good step between them
@@ -98,6 +98,7 @@ class Trainer:
         """Frames of the training clips for each one that the network takes."""
         self.train_loader, self.val_loader, self.classes, sharing = make_data(config, process, teacher)
         self.batch_size, self.micro_steps = sharing
+        self._checksums = {"train": self.train_loader.manifest.checksum(), "val": self.val_loader.manifest.checksum()}
         self.teacher = None if teacher is None else teacher.build(process.device).requires_grad_(False)
 
         torch.manual_seed(config.seed)  # equal initial weights on every process
@@ -139,6 +140,7 @@ class Trainer:
         self.monitor: Monitor | Silent = Silent()
 
         self.is_compiled: bool | None = None  # not decided yet
+        self._changes: list[str] = []  # of the settings and data since the checkpoint
 
         resumed_from = self._open_output(resume)
         passes = self.last_step * self.micro_steps
@@ -379,7 +381,7 @@ class Trainer:
                 contextlib.suppress(OSError),
                 open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file,
             ):
-                csv.writer(file, lineterminator="\n").writerows([self.step, clip] for clip in clips)
+                csv_writer(file).writerows([self.step, clip] for clip in clips)
         return path
 
     def _suspects(self) -> list[str]:
@@ -553,7 +555,7 @@ class Trainer:
         """Of a checkpoint, in host memory. With the lock, where another thread asks."""
         return checkpoints.host_copy(
             {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "step": self.step,
                 "is_validated": self.is_validated,
                 "best_top1": self.best_top1,
@@ -569,6 +571,7 @@ class Trainer:
                 **self._logged,
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
+                "manifests": self._checksums,
             }
         )
 
@@ -672,28 +675,9 @@ class Trainer:
             raise InputError(f"{error}, though rank 0 can; `output` must be a folder that all machines share") from None
 
     def _load_state(self, path: Path, state: dict[str, Any]) -> None:
-        """`state` of a checkpoint; what the config says of the optimizer beyond its kind may have changed since."""
-        if state.get("format") != _FORMAT:
-            raise InputError(
-                f"{path}: written by another version of this program; name another folder with -o output=DIR"
-            )
-        for section, keys in (("model", None), ("optim", ("name",))):
-            saved, wanted = state["config"][section], dataclasses.asdict(getattr(self.config, section))
-            for key in keys or wanted:
-                if saved[key] != wanted[key]:
-                    raise InputError(
-                        f"{path}: {section}.{key} was {saved[key]} and is {wanted[key]} now; "
-                        "resume with what it was, or name another folder with -o output=DIR"
-                    )
-        if state["classes"] != list(self.classes):
-            raise InputError(
-                f"{path} was trained on {len(state['classes'])} classes that are not the {len(self.classes)} of now"
-            )
-        if state["average"] and state["average"]["n_averaged"] and state["average_from"] != self.average_from:
-            raise InputError(
-                f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the "
-                "train.epochs and train.swa_epochs of then, or name another folder with -o output=DIR"
-            )
+        """`state` of a checkpoint; raises `InputError` if the run cannot go on from it."""
+        data = {"rows": len(self.train_loader.manifest), "checksums": self._checksums}
+        self._changes = check_resumable(path, state, self.config, classes=self.classes, **data)
         if state["average"] and self.average is not None:
             self.average.load_state_dict(state["average"])
         self.train_loader.load_state_dict(state["loader"])
@@ -730,6 +714,8 @@ class Trainer:
             + (f", resumed from {resumed_from.name} at step {self.step}" if resumed_from else ""),
         ):
             self.monitor.say(line)
+        for note in self._changes:
+            self.monitor.say(note)
         if self.step >= self.last_step and not self._is_due:
             self.monitor.say(f"all {self.last_step} steps are done already")
 

@@ -64,7 +64,7 @@ def manifest_for(config: Config, weights: Weights) -> Manifest:
     """The manifest to evaluate: `data.test`, else `data.val`."""
     path = config.data.test or config.data.val
     manifest = read_manifest(path, key="data.test")
-    check_labels(manifest, weights.classes, name=path)
+    check_labels(manifest, weights.classes, name=path, of="the weights")
     return manifest
 
 

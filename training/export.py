@@ -402,7 +402,7 @@ dynamic_batching {{ }}
     labels = "".join(f"{' '.join(each.split())}\n" for each in weights.classes)  # a line each, whatever is in them
     for path, text in ((model / "labels.txt", labels), (model / "config.pbtxt", config)):
         with whole_file(path) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="backslashreplace"))
     if (model / "1" / "model.onnx").resolve() != onnx_file.resolve():
         with whole_file(model / "1" / "model.onnx") as file, open(onnx_file, "rb") as source:
             shutil.copyfileobj(source, file)

@@ -1,12 +1,12 @@
 """faults.csv of a run: the videos that could not be read, by all processes."""
 
 import contextlib
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from dali_pipelines import ClipLoader
 from dali_pipelines.loader import Fault
+from dali_pipelines.text import csv_writer
 from training.distributed import Process
 
 
@@ -46,7 +46,7 @@ class FaultLog:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file, lineterminator="\n")
+                writer = csv_writer(file)
                 if not file.tell():
                     writer.writerow(["epoch", "mode", "sample_id", "path", "reason"])
                 writer.writerows([epoch + 1, mode, fault.sample_id, fault.path, fault.reason] for fault in faults)

@@ -17,6 +17,8 @@ from model.torchvision import let_torchvision_load
 from training.export import Clips, MismatchError, check, verified
 from training.weights import Weights
 
+_TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of classes need not be UTF-8; JSON reads them again
+
 
 def export_hugging_face(folder: Path, weights: Weights, clips: Clips, *, results: Path | None = None) -> str:
     """Writes the folder and compares it in transformers, where that is installed; what was found, in words.
@@ -40,9 +42,9 @@ def export_hugging_face(folder: Path, weights: Weights, clips: Clips, *, results
             ("config.json", _config(network, weights)),
             ("preprocessor_config.json", _processor(weights)),
         ):
-            (unverified / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (unverified / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", **_TEXT)
         (unverified / "README.md").write_text(
-            _card(folder.resolve().name, network.attention, weights, results), encoding="utf-8"
+            _card(folder.resolve().name, network.attention, weights, results), **_TEXT
         )
         found = _check(unverified, weights, clips)
     return f"{found}\nsaved to {folder}: a folder for TimesformerForVideoClassification.from_pretrained"

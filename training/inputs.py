@@ -1,15 +1,18 @@
 """What predict.py is asked about: files, folders, globs, manifests and stdin, as videos in the order they are named."""
 
+import codecs
 import glob
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.folders import is_in_loop, videos_below
 from dali_pipelines.manifest import Manifest, Video
-from preparation.index import is_video_name
+from dali_pipelines.text import MARKS, UTF16_MARKS
 from training.labels import read_manifest
 
 STDIN = "-"
@@ -31,10 +34,15 @@ Found = list[str] | Manifest | str
 """Paths of files, or the rows of a manifest, or `STDIN`."""
 
 
-def find_videos(arguments: Sequence[str]) -> list[Found]:
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def find_videos(arguments: Sequence[str], warn: Callable[[str], None] = _warn) -> list[Found]:
     """Files, manifests and `STDIN`, which is not read yet; `InputError` where an argument stands for nothing.
 
-    A file that does not exist is found nevertheless: it has its place among the results, with the reason.
+    A file that does not exist is found nevertheless: it has its place among the results, with the reason. `warn` is
+    told what is passed over in folders.
     """
     found: list[Found] = []
     if arguments.count(STDIN) > 1:
@@ -47,27 +55,37 @@ def find_videos(arguments: Sequence[str]) -> list[Found]:
         else:
             if not (found and isinstance(found[-1], list)):
                 found.append([])
-            found[-1].extend(_files(argument))
+            found[-1].extend(_files(argument, warn))
     return found
 
 
-def _files(argument: str) -> list[str]:
+def _files(argument: str, warn: Callable[[str], None]) -> list[str]:
     if os.path.isdir(argument):
-        paths = _below(argument)
+        paths, note = _below(argument)
         if not paths:
-            raise InputError(f"{argument}: no videos in this folder or below it")
+            raise InputError(f"{argument}: no videos in this folder or below it" + (f" ({note})" if note else ""))
+        if note:
+            warn(f"{argument}: {note}")
         return paths
     if os.path.lexists(argument) or not glob.has_magic(argument):
         return [argument]
-    matches = sorted(glob.glob(argument, recursive=True))
-    paths = [path for match in matches for path in (_below(match) if os.path.isdir(match) else [match])]
+    paths = []
+    for match in itertools.filterfalse(is_in_loop, sorted(glob.glob(argument, recursive=True))):
+        if not os.path.isdir(match):
+            paths.append(match)
+            continue
+        below, note = _below(match)
+        paths += below
+        if note and "**" not in argument:  # with it, the files are named by the pattern itself
+            warn(f"{match}: {note}")
     if not paths:
         raise InputError(f"{argument}: no file and no pattern that any file fits")
     return list(dict.fromkeys(paths))  # `**` finds a folder and what is in it
 
 
-def _below(folder: str) -> list[str]:
-    return [str(file) for file in sorted(Path(folder).rglob("*")) if is_video_name(file)]
+def _below(folder: str) -> tuple[list[str], str]:
+    found = videos_below(folder)
+    return [str(Path(folder, path)) for path in found.videos], found.note
 
 
 def count(found: Sequence[Found]) -> int | None:
@@ -94,14 +112,44 @@ def _split(videos: Iterable, size: int) -> Iterator[list]:
 
 
 def _from_stdin() -> Iterator[Chunk]:
-    """Lines as they come: `read` returns what there is, where reading by lines would wait for more."""
-    rest, are_none = b"", True
-    while data := os.read(0, 1 << 16):
-        *lines, rest = (rest + data).split(b"\n")
-        for paths in _split((os.fsdecode(line) for line in lines if line.strip()), _CHUNK):
+    """Paths as they come, one a line or each with a zero byte at its end (`find -print0`)."""
+    are_none = True
+    for entries in _stdin_entries():
+        for paths in _split((os.fsdecode(entry) for entry in entries), _CHUNK):
             are_none = False
             yield Chunk(".", paths)
-    if rest.strip():
-        yield Chunk(".", [os.fsdecode(rest)])
-    elif are_none:
+    if are_none:
         raise InputError("no path came on stdin; expected one a line")
+
+
+def _stdin_entries() -> Iterator[list[bytes]]:
+    """`read` returns what there is, where reading by lines would wait for more."""
+    rest, end = b"", b"\n"
+    recode = None  # from what stdin holds to UTF-8, once its first bytes have told
+    while data := os.read(0, 1 << 16):
+        rest += data if recode is None else recode(data)
+        if recode is None:
+            if rest not in MARKS and any(mark.startswith(rest) for mark in MARKS):
+                continue  # not all of the byte order mark is here yet
+            recode, rest = _recoder(rest)
+        if b"\0" in rest:
+            end = b"\0"
+        *entries, rest = rest.split(end)
+        yield [entry for entry in (_entry(each, end) for each in entries) if entry]
+    if rest := _entry(rest, end):
+        yield [rest]
+
+
+def _recoder(start: bytes) -> tuple[Callable[[bytes], bytes], bytes]:
+    """(what makes UTF-8 of the bytes that follow, the first bytes without a byte order mark, as UTF-8)."""
+    if not start.startswith(UTF16_MARKS):
+        return lambda data: data, start.removeprefix(codecs.BOM_UTF8)
+    decoder = codecs.getincrementaldecoder("utf-16")("replace")
+    return lambda data: decoder.decode(data).encode(), decoder.decode(start).encode()
+
+
+def _entry(entry: bytes, end: bytes) -> bytes:
+    """Without the carriage return of Windows, and b"" for a line of white space."""
+    if end == b"\n":
+        entry = entry.removesuffix(b"\r")
+    return entry if entry.strip() else b""

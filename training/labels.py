@@ -1,12 +1,27 @@
 """Manifests that a config names, the names of classes, and whether the two fit."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.folders import is_video_name
 from dali_pipelines.manifest import Manifest
+from dali_pipelines.text import decode, split_lines
 
 _MOST_UNNAMED = 10_000  # classes without names: beyond that, a label is a mistake
+_EXPECTED = "expected a class name a line, label 0 first; or lines `0 name`, JSON, or a manifest"
+_NUMBERED = (
+    re.compile(r"(?P<label>\d+)[ \t]*[,;:.)\t ][ \t]*(?P<name>.*[^ \t])"),  # 0 archery; 0,archery
+    re.compile(r"(?P<name>.*[^ \t,;:])[ \t]*[,;\t][ \t]*(?P<label>\d+)"),  # archery,0
+    re.compile(r"(?P<name>.*[^ \t,;:]) (?P<label>\d+)"),  # archery 0: maybe; a class may be called "level 0"
+)
+_COLUMNS = """
+    id idx index label labels class classes name names category action text description label_id class_id category_id
+    class_idx class_index label_name class_name classname category_name display_name path file filename video video_id
+    youtube_id time_start time_end start end split is_cc frames num_frames fps width height codec
+"""
 
 
 def read_manifest(path: str | None, *, key: str) -> Manifest:
@@ -20,14 +35,94 @@ def read_manifest(path: str | None, *, key: str) -> Manifest:
 
 
 def read_labels(path: str) -> tuple[str, ...]:
-    """Class names from a text file, one a line; line 1 is label 0."""
-    try:
-        names = tuple(Path(path).read_text(encoding="utf-8-sig").strip().splitlines())
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; expected a class name a line") from None
-    if not names:
-        raise InputError(f"{path}: empty; expected a class name a line")
+    """Class names from a text file, one a line; line 1 is label 0.
+
+    Also from a manifest, a JSON list, a JSON object of names and labels, and lines with a name and its label. Raises
+    `InputError`, which says what was found, for other files, and where labels are not 0, 1, 2, ...
+    """
+    text = decode(Path(path).read_bytes())
+    if "\0" in text:
+        raise InputError(f"{path}: not a text file; {_EXPECTED}")
+    lines = [line.strip(" \t") for line in split_lines(text)]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise InputError(f"{path}: empty; {_EXPECTED}")
+    for number, line in enumerate(lines, start=1):
+        if not line.isascii() and re.search("[\ud800-\udfff]", line):
+            raise InputError(f"{path}:{number}: not UTF-8: {line[:80]!r}; save the file as UTF-8")
+    if lines[0].startswith(("# root:", "# classes:", "path,label,frames")):
+        names = Manifest.read(path).classes
+        if not names:
+            raise InputError(f"{path}: a manifest without class names; {_EXPECTED}")
+        return names
+    if lines[0][0:1] in ("[", "{") and (names := _from_json(path, text)):
+        return names
+    if re.match(r"<(!doctype|html|\?xml)", lines[0], re.IGNORECASE):
+        raise InputError(f"{path}: a web page or XML; {_EXPECTED}")
+    if is_video_name(re.sub(r"[ \t,;]+\d+$", "", lines[0])):
+        raise InputError(f"{path}: a list of videos, such as {lines[0][:80]!r}; {_EXPECTED}")
+    names = _from_numbered(path, lines) or tuple(lines)
+    if "" in names:
+        raise InputError(f"{path}:{names.index('') + 1}: an empty line, which would be a class; remove it")
+    if all(re.match(r"- |\w+ *: *$|item *\{|[\w ]+\{", name) for name in names[:1]) and len(names) > 1:
+        raise InputError(f"{path}: YAML or another format, with lines such as {lines[0][:80]!r}; {_EXPECTED}")
     return names
+
+
+def _from_json(path: str, text: str) -> tuple[str, ...] | None:
+    """None if it is no JSON after all, but names in brackets."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if re.match(r"\s*(\[\s*[\n'\"\d{]|\{\s*[\n'\"])", text):
+            raise InputError(f"{path}: begins as JSON does, but is not ({error}); {_EXPECTED}") from None
+        return None
+    if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
+        return tuple(content)
+    if isinstance(content, dict) and content:
+        pairs = [(key, value) if isinstance(value, str) else (value, key) for key, value in content.items()]
+        if all(type(label) is int or (isinstance(label, str) and label.isdecimal()) for label, _ in pairs):
+            return _in_order(path, [(int(label), name.strip('"')) for label, name in pairs])
+    raise InputError(f"{path}: JSON that is neither a list of names nor an object of names and labels; {_EXPECTED}")
+
+
+def _from_numbered(path: str, lines: Sequence[str]) -> tuple[str, ...] | None:
+    """Names of lines that tell their labels; None for lines of names alone."""
+    cells = re.split(r"[,;\t]", lines[0].lower())
+    is_table = len(cells) > 1
+    columns = [cell.strip(' "') for cell in (cells if is_table else lines[0].lower().split())]
+    has_header = len(columns) > 1 and len(lines) > 1 and set(columns) <= set(_COLUMNS.split())
+    rows = lines[has_header:] if len(columns) == 2 else lines
+    for pattern in _NUMBERED:
+        found = [pattern.fullmatch(line) for line in rows]
+        if not all(found):
+            continue
+        pairs = [(int(each["label"]), each["name"]) for each in found]
+        labels, names = ({pair[place] for pair in pairs} for place in (0, 1))
+        is_plain = len(names) < len(pairs) or len(labels) < len(
+            pairs
+        )  # "class 0", "class 1"; "100 m run", "100 m walk"
+        if pattern is _NUMBERED[-1]:
+            is_plain = is_plain or labels != set(range(len(pairs))) or len(pairs) == 1
+        if not is_plain:
+            if is_table:
+                pairs = [(label, re.sub(r'^"(.*)"$', r"\1", name).replace('""', '"')) for label, name in pairs]
+            return _in_order(path, pairs)
+    if has_header and is_table:
+        raise InputError(f"{path}: a table with the columns {', '.join(columns)}; {_EXPECTED}")
+    return None
+
+
+def _in_order(path: str, pairs: Iterable[tuple[int, str]]) -> tuple[str, ...]:
+    pairs = sorted(pairs)
+    for expected, (label, name) in enumerate(pairs):
+        if label != expected:
+            raise InputError(
+                f"{path}: gives {name!r} the label {label}; expected the labels 0 to {len(pairs) - 1}, each once. If "
+                "the numbers belong to the names, write these as a JSON list"
+            )
+    return tuple(name for _, name in pairs)
 
 
 def class_names(labels: str | None, manifest: Manifest) -> tuple[str, ...]:
@@ -42,21 +137,27 @@ def class_names(labels: str | None, manifest: Manifest) -> tuple[str, ...]:
     return manifest.classes or tuple(map(str, range(largest + 1)))
 
 
-def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, renamed: bool = False) -> None:
-    """`InputError` where the manifest called `name` speaks of other classes than `classes`.
+def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: str, renamed: bool = False) -> None:
+    """`InputError` if the manifest called `name` has other classes than `classes`, which are those `of` something.
 
-    Its own names are not compared where they were `renamed` (data.labels), or where `classes` are mere numbers.
+    Where names were `renamed` (data.labels), those of the manifest may be spelled in another way, but not be names of
+    other labels. They are not compared with `classes` that are mere numbers.
     """
-    unnamed = tuple(classes) == tuple(map(str, range(len(classes))))
-    if manifest.classes and not renamed and manifest.classes != tuple(classes):
-        pairs = enumerate(zip(manifest.classes, classes, strict=False))
-        different = [f"class {k} is {there!r} there, {here!r} here" for k, (there, here) in pairs if there != here]
-        if len(manifest.classes) != len(classes):
-            different = [f"{len(manifest.classes)} there, {len(classes)} here"]
-        if len(manifest.classes) != len(classes) or not unnamed:
-            raise InputError(
-                f"{name}: its classes are not those in use: {different[0]}; mend the line `# classes:` in it"
-            )
+    theirs, classes = manifest.classes, tuple(classes)
+    unnamed = classes == tuple(map(str, range(len(classes))))
+    different = ""
+    if theirs and len(theirs) != len(classes):
+        different = f"{len(theirs)} there, {len(classes)} here"
+    elif theirs and not unnamed:
+        moved = (k for k, each in enumerate(theirs) if each != classes[k] and (not renamed or each in classes))
+        if (first := next(moved, None)) is not None:
+            different = f"class {first} is {theirs[first]!r} there, {classes[first]!r} here"
+    if different:
+        raise InputError(
+            f"{name}: its classes are not those of {of}: {different}. Its labels count its own classes, so editing its "
+            "line `# classes:` would give videos the labels of others: index it again, with prepare.py folder|index "
+            "--classes FROM (the training manifest, or a file of its class names)"
+        )
     worst = int(manifest.labels.argmax())
     if manifest.labels[worst] >= len(classes):
         raise InputError(

@@ -19,6 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from dali_pipelines import ClipLoader
+from dali_pipelines.text import split_lines
 from training.config import Config, preprocessing, to_yaml
 from training.gauges import gpu_gauges, host_memory_gib
 from training.pictures import clip_grid
@@ -196,7 +197,7 @@ class Monitor:
     def _open_tensorboard(self) -> SummaryWriter:
         writer = SummaryWriter(self._folder / "tensorboard", purge_step=self._purge_step)
         text = to_yaml(self._config)
-        writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
+        writer.add_text("config", "".join(f"    {line}\n" for line in split_lines(text)))
         experiment, start, _ = hparams(_hyperparameters(self._config), _FINAL)
         for summary in (experiment, start):
             writer.file_writer.add_summary(summary)

@@ -24,8 +24,8 @@ def clip_grid(clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def _plain(text: str) -> str:
-    """`text` as it is, where matplotlib would read dollar signs as mathematics."""
-    return text.replace("$", r"\$")
+    """`text` as it is: matplotlib would read dollar signs as mathematics, and refuses names that are not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def save_prediction_picture(

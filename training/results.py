@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.text import csv_writer
 
 SUMMARY, PREDICTIONS, PER_CLASS = FILES = ("results.json", "predictions.csv", "per_class.csv")
 AVERAGES = ("prob", "score")
@@ -215,13 +216,15 @@ def _predictions_csv(results: Results) -> Iterator[str]:
     form = ",%.7g" * len(classes) + "\n"  # at once: 20,000 videos of 400 classes are eight million numbers
     nothing = "," * len(classes) + "\n"
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="")
+    writer = csv_writer(out)
     for row, (path, label, top) in enumerate(zip(results.paths, results.labels.tolist(), results.top.tolist())):
         out.seek(0)
         out.truncate()
         best = ["" if each < 0 else each for each in top]
         writer.writerow([row, path, label, classes[label], reasons.get(row, ""), *best])
-        yield out.getvalue() + (form % tuple(results.probabilities[row].tolist()) if results.valid[row] else nothing)
+        yield out.getvalue().removesuffix("\n") + (
+            form % tuple(results.probabilities[row].tolist()) if results.valid[row] else nothing
+        )
 
 
 def _per_class_csv(results: Results) -> Iterator[str]:
@@ -234,7 +237,7 @@ def _per_class_csv(results: Results) -> Iterator[str]:
         for each in (labels, labels[results.right], labels[results.right5])
     )
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv_writer(out)
     writer.writerow(PER_CLASS_COLUMNS)
     for label, (name, others) in enumerate(zip(classes, confusion)):
         count, worst = videos[label], int(others.argmax())

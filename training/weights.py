@@ -69,7 +69,7 @@ def describe(weights: Weights, format: str) -> dict[str, str]:
         "format": format,
         "model": json.dumps(weights.model),
         "preprocessing": json.dumps(weights.preprocessing),
-        "classes": json.dumps(weights.classes, ensure_ascii=False),
+        "classes": json.dumps(weights.classes),  # as ASCII: names of folders need not be UTF-8
     }
 
 

@@ -1,6 +1,7 @@
 """The manifest file, there and back, and what probing a file finds."""
 
 import io
+import re
 
 import av
 import numpy as np
@@ -164,3 +165,45 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
     assert (video.codec, video.frames) == ("h264", 30)
     loader = ClipLoader(Manifest([video]), mode="validate", batch_size=1, num_frames=4, crop_size=32, workers=0)
     assert read_numbers(next(iter(loader)).clips[0].numpy()) == [0, 9, 19, 29]
+
+
+def test_the_checksum_is_of_videos_and_labels_wherever_they_are():
+    rows = [
+        Video(f"x/{name}.mp4", label, 8, 25.0, 48, 32, "h264", 0) for label, name in enumerate(("a", "b", "c\udcff"))
+    ]
+
+    def checksum(*rows, **settings):
+        return Manifest(rows, **settings).checksum()
+
+    same = checksum(*rows)
+    assert re.fullmatch("[0-9a-f]{64}", same) and checksum() != same
+    assert checksum(*rows, root="/elsewhere", classes=("x", "y", "z"), rejected=3) == same
+    for folder in ("/data/old/", "s3://bucket/", "../", ""):
+        assert checksum(*(row._replace(path=folder + row.path) for row in rows)) == same
+        assert checksum(*(row._replace(path=folder + row.path[2:]) for row in rows)) == same
+    measured = {"fps": 30.0, "rotation": 90, "pixel_format": "yuv420p", "vfr": 1, "gop": 7}
+    assert checksum(*(row._replace(**measured) for row in rows)) == same
+    assert checksum(*(row._replace(shard="s.tar", offset=n, size=5) for n, row in enumerate(rows))) == same
+    for change in ({"label": 5}, {"path": "x/d.mp4"}, {"frames": 9}, {"width": 50}, {"height": 50}, {"codec": "vp9"}):
+        assert checksum(rows[0], rows[1]._replace(**change), rows[2]) != same
+    assert checksum(rows[1], rows[0], rows[2]) != same and checksum(*rows[:2]) != same
+    moved = [row._replace(path=f"{n}/{row.path[2:]}") for n, row in enumerate(rows)]
+    assert checksum(*moved) != same
+
+
+def test_names_with_any_character_come_back(tmp_path):
+    """Also a carriage return, which Python's csv does not quote by itself."""
+    odd = ["a\rb.mp4", "c\nd.mp4", "e\r\nf.mp4", "g\u2028\x0b\x85\x1c.mp4", "h\udcff.mp4", ' i, "j".mp4']
+    rows = [Video(name, 0, 8, 25.0, 48, 32, "h264", 0) for name in odd]
+    classes = ("k\rl", "m\u2028n", "o\udcfe")
+    Manifest(rows, root=tmp_path / "r\udcff", classes=classes).write(tmp_path / "m.csv")
+    again = Manifest.read(tmp_path / "m.csv")
+    assert [again[n].path for n in range(len(again))] == odd and again.classes == classes
+    assert again.root == tmp_path / "r\udcff"
+    (tmp_path / "w.csv").write_bytes((tmp_path / "m.csv").read_bytes().decode("utf-8", "replace").encode("utf-16"))
+    assert len(Manifest.read(tmp_path / "w.csv")) == len(odd)
+
+
+def test_a_zero_byte_in_a_name_is_no_crash():
+    with pytest.raises(InputError, match="a zero byte in its name"):
+        probe("a\0b.mp4")

@@ -1,5 +1,6 @@
 """Weights of others: the logits of the libraries they come from, and every difference told or refused."""
 
+import argparse
 import collections
 import contextlib
 import http.server
@@ -371,6 +372,90 @@ def test_checkpoints_of_facebookresearch(hugging_face, tmp_path, prefix):
     assert report.origin == "facebookresearch/TimeSformer"
     with torch.no_grad():
         torch.testing.assert_close(model(clips), their_logits(theirs, clips), atol=1e-5, rtol=1e-5)
+
+
+def wrapped(state: dict, *prefixes: str) -> dict:
+    return {"".join(prefixes) + name: value for name, value in state.items()}
+
+
+def averaged(state: dict) -> dict:
+    return {"n_averaged": torch.tensor(3)} | wrapped(state, "module.")
+
+
+CONTAINERS = {
+    "compiled": lambda state: wrapped(state, "_orig_mod."),
+    "DDP, compiled": lambda state: wrapped(state, "module.", "_orig_mod."),
+    "compiled, DDP": lambda state: wrapped(state, "_orig_mod.", "module."),
+    "blocks compiled": lambda state: {name.replace("blocks.0.", "blocks.0._orig_mod."): v for name, v in state.items()},
+    "FSDP, checkpointing": lambda state: {
+        name.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): value
+        for name, value in state.items()
+    },
+    "model_state_dict": lambda state: {"model_state_dict": state, "epoch": 3, "optimizer_state_dict": {"state": {}}},
+    "state_dict": lambda state: {"state_dict": wrapped(state, "module."), "arch": "x", "best": 0.5},
+    "state_dict_ema": lambda state: {"state_dict_ema": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+    "model": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)},
+    "model_ema": lambda state: {"model_ema": averaged(state), "n_averaged": torch.tensor(3)},
+    "nested": lambda state: {
+        "checkpoint": {"model": {"state_dict": wrapped(state, "model.")}},
+        "losses": torch.ones(9),
+    },
+    "AveragedModel": averaged,
+    "AveragedModel, compiled": lambda state: averaged(wrapped(state, "_orig_mod.")),
+    "Lightning": lambda state: {"state_dict": wrapped(state, "model."), "pytorch-lightning_version": "2"},
+    "a network in a network": lambda state: wrapped(state, "net.video.backbone."),
+    "backbone and head": lambda state: {
+        ("model.head.fc" + name[4:] if name.startswith("head.") else f"model.backbone.{name}"): value
+        for name, value in state.items()
+    },
+    "one network under two names": lambda state: {"model": state, "state_dict": state},
+    "ours, with an average": lambda state: {"network": state, "loader": {}, "average": averaged(state)},
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_wrappers_and_containers(tmp_path, name):
+    source, model = scatter(network()), network()
+    torch.save(CONTAINERS[name](source.state_dict()), tmp_path / "w.pth")
+    report = load_pretrained(model, tmp_path / "w.pth")
+    assert sorted(report.loaded) == sorted(source.state_dict()) and not (report.adapted or report.initial)
+    assert all((model.state_dict()[key] == value).all() for key, value in source.state_dict().items())
+    assert report.left_out.keys() <= {"n_averaged"}
+    assert ("n_averaged" in report.left_out) == ("Averaged" in name or name == "model_ema")
+
+
+def test_wrappers_in_safetensors(tmp_path):
+    source, model = scatter(network()), network()
+    save_file(averaged(wrapped(source.state_dict(), "_orig_mod.")), tmp_path / "w.safetensors")
+    load_pretrained(model, tmp_path / "w.safetensors")
+    assert all((model.state_dict()[key] == value).all() for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda a, b: {"state_dict": a, "state_dict_ema": b},
+            r"networks: state_dict, state_dict_ema; .*\['state_dict_ema'\]",
+        ),
+        (lambda a, b: {"x": {"model": a, "model_ema": averaged(b)}}, r"x/model, x/model_ema; .*\['x'\]\['model_ema'\]"),
+        (lambda a, b: a | {"ema": b}, "networks: the file itself, ema;"),
+        (lambda a, b: wrapped(a, "student.") | wrapped(b, "teacher."), "begin with 'student.', 'teacher.'"),
+        (lambda a, b: a | wrapped(b, "ema."), "begin with '', 'ema.'"),
+    ],
+)
+def test_several_networks_in_a_file_are_an_error_that_names_them(tmp_path, make, message):
+    torch.save(make(network().state_dict(), network().state_dict()), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        load_pretrained(network(), tmp_path / "w.pth")
+
+
+def test_a_checkpoint_that_holds_itself(tmp_path):
+    content = {"epoch": 1}
+    content["self"] = content
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="expected a dictionary of tensors"):
+        load_pretrained(network(), tmp_path / "w.pth")
 
 
 def edit_json(path, **changes):

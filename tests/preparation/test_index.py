@@ -1,5 +1,7 @@
 """Lists and folders of videos as people have them, to manifests."""
 
+import os
+
 import pytest
 
 from dali_pipelines import InputError, Manifest
@@ -30,15 +32,67 @@ def test_a_list_as_paddlevideo_writes_it(tmp_path):
     assert read_list(tmp_path / "list.txt") == [("a.mp4", 0), ("some dir/b c.mp4", 12), ("d.avi", 3)]
 
 
-@pytest.mark.parametrize("line", ["a.mp4", "a.mp4 x", "a.mp4 -1", "3", "a.mp4 99999999999999999999"])
-def test_a_bad_line_is_named(tmp_path, line):
-    (tmp_path / "list.txt").write_text(f"a.mp4 0\n{line}\n")
-    with pytest.raises(InputError, match="list.txt:2: expected `path label`"):
-        read_list(tmp_path / "list.txt")
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a.mp4 0\r\nb c.mp4 1\r\n",
+        "a.mp4 0\nb c.mp4 1\n".encode("utf-16"),
+        b"\xff\xfe" + "a.mp4 0\r\nb c.mp4 1".encode("utf-16-le"),
+        "a.mp4 0\0b c.mp4 1\0",
+    ],
+)
+def test_a_list_from_other_systems(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_list(tmp_path / "list.txt") == [("a.mp4", 0), ("b c.mp4", 1)]
+
+
+def test_paths_hold_any_character_and_need_not_be_utf8(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a\u2028b\x0bc\x85.mp4 0\n".encode() + b"d\xff\x1c.mp4 1\n")
+    assert read_list(tmp_path / "list.txt") == [("a\u2028b\x0bc\x85.mp4", 0), ("d\udcff\x1c.mp4", 1)]
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("a.mp4", "no label"),
+        ("a.mp4 x", "'x' for the label"),
+        ("a.mp4 -1", "'-1' for the label"),
+        ("a.mp4 99999999999999999999", "'99999999999999999999' for the label"),
+        ("3", "a single number"),
+        ("0 a.mp4", "no label"),
+        ("a.mp4 0 1", "more than one number"),
+        ("a.mp4\t30\t0", "more than one number"),
+        ("frames/a 163 1", "more than one number"),
+        ("a.mp4 1.5 11.5 3", "more than one number"),
+        ("a.mp4,0", "a comma"),
+        ("a.mp4, 0", "a comma"),
+        ("a.mp4 0,1", "a comma"),
+        ("a.mp4; 0", "a comma or semicolon"),
+        ('"a b.mp4" 0', "a path in quotes"),
+        ("'a b.mp4' 0", "a path in quotes"),
+        ("a.mp4 archery 1", "more than a label after 'a.mp4'"),
+        ("a.mp4 0\rb.mp4 1", "a line end within the path"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_was_found(tmp_path, line, found):
+    (tmp_path / "list.txt").write_text(f"a.mp4 0\n{line}\n", newline="\n")
+    with pytest.raises(InputError) as error:
+        read_list(tmp_path / "list.txt", tmp_path)
+    assert "list.txt:2: expected `path label`" in str(error.value) and f"found {found}" in str(error.value)
+
+
+def test_odd_paths_are_good_if_the_file_is_there(tmp_path):
+    odd = ["a.mp4 0", "take 3", '"b.mp4"', "c,", "d.mp4 old"]
+    for name in odd:
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text("".join(f"{name} 1\n" for name in odd))
+    assert read_list(tmp_path / "list.txt", tmp_path) == [(name, 1) for name in odd]
+    with pytest.raises(InputError, match="list.txt:1: .* more than one number"):
+        read_list(tmp_path / "list.txt", tmp_path / "elsewhere")
 
 
 def test_a_folder_a_class(folder):
-    listed, classes = read_folder(folder)
+    listed, classes, _ = read_folder(folder)
     assert classes == ("jump", "run fast", "swim")
     assert listed == [
         ("jump/broken.mp4", 0),
@@ -57,21 +111,98 @@ def test_folders_without_videos_are_named(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.mp4").touch()
     (tmp_path / "bare").mkdir()
-    with pytest.raises(InputError, match="bare: no videos in this folder"):
+    with pytest.raises(InputError, match="bare: no videos in this folder; fill it or, .* --classes"):
         read_folder(tmp_path)
+    assert read_folder(tmp_path, ("bare", "full")).listed == [("full/a.mp4", 1)]
 
 
 def test_folders_of_splits_are_not_classes(tmp_path):
     for name in ("train/cat", "val/dog"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.mp4").touch()
-    with pytest.raises(InputError, match="holds train and val, which look like splits, not classes"):
+    message = "holds train and val, which look like splits, .* folder .*/val --classes train.csv --out val.csv"
+    with pytest.raises(InputError, match=message):
         read_folder(tmp_path)
+
+
+def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folder, tmp_path):
+    """As a user runs it: from the manifest, and from a file of names."""
+    for name in ("jump/c.avi", "run fast/a.mp4", "swim/e.mp4"):
+        for part in ("train", "val"):
+            if (part, name) != ("val", "jump/c.avi"):
+                (tmp_path / part / name).parent.mkdir(parents=True)
+                (tmp_path / part / name).symlink_to(folder / name)
+    done = run("prepare.py", "folder", "train", "--out", "t.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "names.txt").write_text("jump\nrun fast\nswim\n")
+    (tmp_path / "list.txt").write_text("run fast/a.mp4 1\nswim/e.mp4 2\n")
+    (tmp_path / "val" / "notes.srt").touch()
+    for arguments in (
+        ("folder", "val", "--classes", "t.csv"),
+        ("folder", "val", "--classes", "names.txt"),
+        ("index", "--list", "list.txt", "--root", "val", "--classes", "t.csv"),
+    ):
+        done = run("prepare.py", *arguments, "--out", "v.csv", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("1 file passed over: 1 .srt" in done.stdout) == (arguments[0] == "folder")
+        manifest = Manifest.read(tmp_path / "v.csv")
+        assert manifest.classes == ("jump", "run fast", "swim")
+        labels = {manifest[n].path: manifest[n].label for n in range(len(manifest))}
+        assert labels == {"run fast/a.mp4": 1, "swim/e.mp4": 2}
+    (tmp_path / "names.txt").write_text("jump\nrunfast\nswim\n")
+    done = run("prepare.py", "folder", "val", "--classes", "names.txt", "--out", "w.csv", cwd=tmp_path)
+    assert done.returncode == 2 and "val/run fast: not one of the 3 classes" in done.stderr
+    assert "the nearest: 'runfast'" in done.stderr and not (tmp_path / "w.csv").exists()
+
+
+def test_a_class_that_is_named_twice_is_refused(folder):
+    with pytest.raises(InputError, match="--classes names 'swim' twice"):
+        read_folder(folder, ("jump", "swim", "run fast", "swim"))
+
+
+def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path):
+    for name in ("a/x.mp4", "a/x.srt", "y.mp4", ".hidden/z.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    listed, classes, note = read_folder(tmp_path)
+    assert listed == [("a/x.mp4", 0)] and classes == ("a",)
+    assert note == (
+        f"1 file passed over: 1 .srt; loop: not followed, leads back to {tmp_path}; "
+        "2 videos are in no folder of a class"
+    )
+
+
+def test_files_of_cameras_and_other_programs_are_found_and_read(tmp_path):
+    """Real ones: container and codec are what the suffix says."""
+    made = [("a.MTS", "ts", "h264"), ("b.m2ts", "ts", "h264"), ("c.3g2", "3g2", "h264"), ("d.asf", "asf", "mpeg4")]
+    made += [("e.ivf", "ivf", "vp9"), ("f.h264", "h264", "h264"), ("g.mk3d", "mkv", "h264"), ("h.nut", "nut", "mpeg4")]
+    (tmp_path / "root" / "x").mkdir(parents=True)
+    for name, container, codec in made:
+        path = write_video(tmp_path / f"a.{container}", numbered(6, height=32, width=48), codec=codec)
+        os.rename(path, tmp_path / "root" / "x" / name)
+    done = run("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(tmp_path / "m.csv")
+    found = [(manifest[n].path, manifest[n].codec) for n in range(len(manifest))]
+    assert found == [(f"x/{name}", codec) for name, _, codec in made]
+
+
+def test_linked_videos_are_indexed(folder, tmp_path):
+    """As a user runs it: a link in a class, and a class that is a link."""
+    (tmp_path / "root" / "x").mkdir(parents=True)
+    (tmp_path / "root" / "x" / "more").symlink_to(folder / "jump" / "deep")
+    (tmp_path / "root" / "y").symlink_to(folder / "swim")
+    done = run("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(tmp_path / "m.csv")
+    assert [manifest[n].path for n in range(len(manifest))] == ["x/more/d.webm", "y/e.mp4", "y/f.MP4"]
+    assert manifest.labels.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, workers):
-    listed, classes = read_folder(folder)
+    listed, classes, _ = read_folder(folder)
     listed.insert(2, ("gone.mp4", 1))
     manifest, rejected = index(
         listed, root=folder, classes=classes, journal=tmp_path / "journal", crew=Crew(workers=workers)

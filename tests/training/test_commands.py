@@ -25,6 +25,8 @@ def place(config_file, small_data, tmp_path):
     (tmp_path / "list.txt").write_text("val_0.mp4 0\n")
     (tmp_path / "nolabel.txt").write_text("val_0.mp4 0\nval_1.webm\n")
     (tmp_path / "text.mp4").write_text("no video " * 50)
+    (tmp_path / "numbers.txt").write_text("val_0.mp4 0\nval_1.webm 0 2\n")
+    (tmp_path / "classes.json").write_text('{"ash": 1, "birch": 2, "cedar": 3}')
     (tmp_path / "text.txt").write_text("text.mp4 0\n")
     network = build_network(config.model, preprocessing(config.data), 2)
     two = Weights(vars(config.model), preprocessing(config.data), ("ash", "birch"), network.state_dict())
@@ -44,6 +46,8 @@ CASES = [
         "label7.csv: val_0.mp4 has label 7, but there are 3 classes (0 to 2)",
     ),
     ("train.py -c tiny.yaml -o data.val=beech.csv", "class 1 is 'beech' there, 'birch' here"),
+    ("train.py -c tiny.yaml -o data.val=beech.csv", "index it again, with prepare.py folder|index --classes FROM"),
+    ("train.py -c tiny.yaml -o data.labels=classes.json", "classes.json: gives 'ash' the label 1; expected the labels"),
     ("train.py -c tiny.yaml -o output=file/folder", "file"),
     ("train.py -c tiny.yaml -o data.views_per_decode=3", "cannot share evenly, a multiple of 3 each; the nearest"),
     ("train.py -c tiny.yaml -o data.decode=gpu", "data.decode is gpu; expected one of auto, nvdec, dali, host"),
@@ -51,7 +55,7 @@ CASES = [
     ("evaluate.py -w gone.safetensors", "gone.safetensors: no such weights file"),
     ("evaluate.py -w two.safetensors", "data.test is not set: name a manifest with -o data.test=FILE"),
     ("evaluate.py -w two.safetensors -o data.test=label7.csv", "has label 7, but there are 2 classes"),
-    ("evaluate.py -w two.safetensors -c tiny.yaml", "its classes are not those in use: 3 there, 2 here"),
+    ("evaluate.py -w two.safetensors -c tiny.yaml", "its classes are not those of the weights: 3 there, 2 here"),
     ("evaluate.py -w two.safetensors -c tiny.yaml -o data.crop_size=64", "data.crop_size is 64, but these weights"),
     ("evaluate.py -w text.mp4 -c tiny.yaml", "not a safetensors file"),
     ("predict.py -w text.mp4 text.mp4", "not a safetensors file"),
@@ -63,6 +67,8 @@ CASES = [
     ("predict.py -w two.safetensors text.mp4 --features f.csv", "--features f.csv: expected a name that ends in .npz"),
     ("prepare.py index --list gone.txt --out out.csv", "gone.txt: No such file or directory"),
     ("prepare.py index --list nolabel.txt --out out.csv", "nolabel.txt:2: expected `path label`"),
+    ("prepare.py index --list numbers.txt --out out.csv", "numbers.txt:2: expected `path label`, with one label"),
+    ("prepare.py index --list list.txt --out out.csv --classes list.txt", "list.txt: a list of videos, such as"),
     ("prepare.py index --list text.txt --out out.csv", "none of the 1 listed videos can be read"),
     ("prepare.py index --list list.txt --out out.csv", "none of the 1 listed videos can be read"),
     ("prepare.py folder gone", "gone: no such folder"),
@@ -97,6 +103,37 @@ def test_a_folder_that_cannot_be_written(place):
     """Root may write anywhere, so the folder is one that nobody can write."""
     done = run("train.py", "-c", "tiny.yaml", "-o", "output=/proc/nothing", cwd=place)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "/proc/nothing" in done.stderr
+
+
+def test_names_that_are_not_utf8_go_through_all_commands(config_file, small_data, tmp_path):
+    """Of a class and of its videos, from the folder to the pictures."""
+    names = [b"k\xff", "l\u2028m".encode(), b"n\ro"]
+    for name in names:
+        folder = os.path.join(os.fsencode(tmp_path), b"videos", name)
+        os.makedirs(folder)
+        for number in (0, 3, 6, 9):
+            os.symlink(
+                os.fsencode(small_data / f"train_{number}.{('mp4', 'webm')[number % 2]}"),
+                folder + b"/v\xfe%d.mp4" % number,
+            )
+    (tmp_path / "videos" / "notes.txt").touch()
+    done = run("prepare.py", "folder", "videos", "--val-fraction", "0.3", cwd=tmp_path)
+    assert done.returncode == 0 and "videos: 1 file passed over: 1 .txt" in done.stdout, done.stderr
+    manifest = Manifest.read(tmp_path / "videos" / "val.csv")
+    assert manifest.classes == tuple(map(os.fsdecode, names)) and manifest[0].path.startswith("k\udcff/v\udcfe")
+    data = ["data.train=videos/train.csv", "data.val=videos/val.csv", "train.epochs=1"]
+    commands = [
+        ("train.py", "-c", config_file, "-o", *data),
+        ("evaluate.py", "-w", "output/best.safetensors", "-o", "data.test=videos/val.csv", "device=cpu"),
+        ("predict.py", "-w", "output/best.safetensors", "videos", "--csv", "--explain", "pictures", "-o", "device=cpu"),
+    ]
+    for command in commands:
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\\udcff") >= 4
+    assert len(os.listdir(tmp_path / "pictures")) == 12
+    done = run("train.py", "-c", config_file, "-o", os.fsdecode(b"data.train=v\xff.csv"), cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "not UTF-8" in done.stderr
 
 
 @pytest.mark.parametrize("lines_before", [4, 5])

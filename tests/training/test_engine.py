@@ -254,20 +254,105 @@ def test_a_global_batch_that_processes_cannot_share(config_file):
     [
         ("model.depth=3", "model.depth was 2 and is 3 now; resume with what it was"),
         ("optim.name=adamw", "optim.name was sgd and is adamw now"),
+        ("data.crop_size=64", "data.crop_size was 32 and is 64 now"),
+        ("data.num_frames=8", "data.num_frames was 4 and is 8 now"),
+        ("data.mean=[0.5,0.5,0.5]", r"data.mean was \[0.0, 0.0, 0.0\] and is \[0.5, 0.5, 0.5\] now"),
+        ("data.std=[2,2,2]", r"data.std was \[1.0, 1.0, 1.0\]"),
+        ("model.patch_size=8", "model.patch_size was 16 and is 8 now"),
+        ("model.attention=space_only", "model.attention was divided_space_time and is space_only now"),
+        ("optim.global_batch_size=2", "optim.global_batch_size was 4 and is 2 now"),
+        ("data.views_per_decode=2", "data.views_per_decode was 1 and is 2 now"),
+        ("seed=1", "seed was 0 and is 1 now"),
+        ("data.labels={folder}/renamed.txt", "data.labels: class 1 was 'birch' and is 'Birke' now"),
+        ("data.train={folder}/other_classes.csv", "data.train: class 2 was 'cedar' and is 'Zeder' now"),
+        ("data.train={folder}/fewer.csv", "data.train .*fewer.csv has changed: it has 12 videos, and had 13"),
+        ("data.train={folder}/relabelled.csv", "data.train .*: its videos, their labels or their order are not those"),
+        ("data.train={folder}/replaced.csv", "data.train .*: its videos, their labels or their order are not those"),
+        ("data.train={folder}/shuffled.csv", "data.train .*: its videos, their labels or their order are not those"),
     ],
 )
-def test_resuming_as_something_else_is_refused(config_file, override, message):
+def test_resuming_as_something_else_is_refused(config_file, small_data, tmp_path, override, message, changed_data):
     train(config_file, "train.epochs=1")
-    with pytest.raises(InputError, match=message):
-        train(config_file, override, resume=True)
+    config = (tmp_path / "output" / "config.yaml").read_text()
+    override = override.format(folder=changed_data)
+    overrides = [override]
+    if "other_classes" in override:
+        overrides.append(f"data.val={changed_data}/other_val.csv")
+    with pytest.raises(InputError, match=message) as error:
+        train(config_file, *overrides, resume=True)
+    assert "\n" not in str(error.value)
+    assert f"train.pretrained={tmp_path}/output/last.safetensors output=DIR" in str(error.value)
+    assert (tmp_path / "output" / "config.yaml").read_text() == config
+    assert train(config_file, "train.epochs=1", resume=True).step == 3  # nothing is lost
 
 
-def test_other_settings_may_change_on_resume_and_do(config_file, tmp_path):
+@pytest.fixture(scope="session")
+def changed_data(small_data, tmp_path_factory):
+    """The manifests of `small_data` with one change each."""
+    folder = tmp_path_factory.mktemp("changed")
+    (folder / "renamed.txt").write_text("ash\nBirke\ncedar\n")
+    for name in ("train", "val"):
+        manifest = Manifest.read(small_data / f"{name}.csv")
+        rows = [manifest[n] for n in range(len(manifest))]
+        for file, videos in (
+            ("fewer", rows[:-1]),
+            ("relabelled", [rows[0]._replace(label=1), *rows[1:]]),
+            ("replaced", [*rows[:3], rows[3]._replace(frames=rows[3].frames + 1), *rows[4:]]),
+            ("shuffled", rows[::-1]),
+            ("measured_anew", [row._replace(fps=row.fps + 0.5, gop=3, vfr=1) for row in rows]),
+        ):
+            file = file if name == "train" else f"{file}_val"
+            Manifest(videos, root=small_data, classes=manifest.classes).write(folder / f"{file}.csv")
+        other = "other_classes" if name == "train" else "other_val"
+        Manifest(rows, root=small_data, classes=("ash", "birch", "Zeder")).write(folder / f"{other}.csv")
+        moved = [row._replace(path=str(small_data / row.path)) for row in rows]
+        Manifest(moved, root="/", classes=manifest.classes).write(folder / f"moved_{name}.csv")
+    return folder
+
+
+def test_other_settings_may_change_on_resume_and_do(config_file, tmp_path, capsys):
     train(config_file, "train.epochs=1")
-    trainer = train(config_file, "optim.weight_decay=0.3", "optim.momentum=0.5", "train.precision=bf16", resume=True)
+    changes = [
+        "optim.weight_decay=0.3",
+        "optim.momentum=0.5",
+        "train.precision=bf16",
+        "data.stride=2",
+        "model.drop_path=0",
+    ]
+    trainer = train(config_file, *changes, resume=True)
     groups = [(group["weight_decay"], group["momentum"]) for group in trainer.optimizer.param_groups]
     assert groups == [(0.3, 0.5), (0.0, 0.5)] and trainer.step == 9
     assert yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())["optim"]["weight_decay"] == 0.3
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    for change in (
+        "data.stride was None and is 2.0 now",
+        "optim.momentum was 0.9 and is 0.5",
+        "train.epochs was 1 and",
+    ):
+        assert change in note
+    assert "output" not in note
+
+
+def test_data_may_move_and_be_measured_anew_and_old_checkpoints_resume(config_file, changed_data, tmp_path, capsys):
+    train(config_file, "train.epochs=1")
+    for name in ("moved_train", "measured_anew"):
+        train(config_file, "train.epochs=1", f"data.train={changed_data}/{name}.csv", resume=True)
+    train(config_file, "train.epochs=1", f"data.val={changed_data}/moved_val.csv", resume=True)
+    assert "note:" not in capsys.readouterr().out
+    train(config_file, "train.epochs=1", f"data.val={changed_data}/relabelled_val.csv", resume=True)
+    assert re.search(
+        r"note: data.val .*relabelled_val.csv has other videos or labels than before; the best top-1 so "
+        r"far, \d\.\d{4}",
+        capsys.readouterr().out,
+    )
+    for path in (tmp_path / "output" / "checkpoints").glob("step_*"):
+        state = load_checkpoint(path)
+        del state["manifests"], state["config"]["data"]["host_share"]
+        path.unlink()
+        save_checkpoint(path.parent, state["step"], state)
+    train(config_file, "train.epochs=1", f"data.train={changed_data}/relabelled.csv", resume=True)
+    with pytest.raises(InputError, match="it has 12 videos, and had 13"):
+        train(config_file, "train.epochs=1", f"data.train={changed_data}/fewer.csv", resume=True)
 
 
 def test_resuming_without_a_readable_checkpoint_overwrites_nothing(config_file, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -127,6 +128,18 @@ def test_files_folders_globs_and_manifests_in_the_order_they_are_named(tmp_path,
     assert chunks[1].videos[3] == Manifest.read(small_data / "val.csv")[3]
 
 
+def test_a_glob_follows_links_but_no_loops(tmp_path):
+    (tmp_path / "videos" / "deep").mkdir(parents=True)
+    (tmp_path / "more").mkdir()
+    for name in ("videos/deep/a.mp4", "more/b.mts"):
+        (tmp_path / name).touch()
+    (tmp_path / "videos" / "deep" / "loop").symlink_to(tmp_path / "videos")
+    (tmp_path / "videos" / "more").symlink_to(tmp_path / "more")
+    for pattern in ("**/*.m*", "**", "*"):
+        (found,) = inputs.find_videos([f"{tmp_path}/videos/{pattern}"], warn=lambda _: None)
+        assert found == [f"{tmp_path}/videos/deep/a.mp4", f"{tmp_path}/videos/more/b.mts"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -159,6 +172,56 @@ def test_a_producer_that_waits_for_its_answer_gets_it(weights_file, small_data):
     assert process.returncode == 1 and b"1 of 4 videos cannot be read" in errors
     none = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert none.returncode == 2 and none.stderr == "predict.py: error: no path came on stdin; expected one a line\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"b c.mp4\r\n\r\n\xe9.mp4\r\n",
+        b"\xef\xbb\xbfb c.mp4\n\xe9.mp4",
+        b"b c.mp4\0\xe9.mp4\0",
+        b"b c.mp4\0\xe9.mp4",
+    ],
+    ids=["Windows", "byte order mark", "print0", "print0 without an end"],
+)
+def test_lists_on_stdin_as_other_programs_write_them(weights_file, small_data, tmp_path, content):
+    """One of the paths is not UTF-8."""
+    for name in (b"b c.mp4", b"\xe9.mp4"):
+        os.symlink(os.fsencode(small_data / "val_0.mp4"), os.path.join(os.fsencode(tmp_path), name))
+    command = [sys.executable, PROJECT / "predict.py", "-w", weights_file, "-", "--json", *IN_PROCESS]
+    done = subprocess.run(command, input=content, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(each["video"], each["error"]) for each in answers] == [("b c.mp4", None), ("\udce9.mp4", None)]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("a\r\nü\n".encode("utf-16"), ["a", "ü"]),
+        (b"\xfe\xff" + "a\nü".encode("utf-16-be"), ["a", "ü"]),
+        (b"\xef\xbb\xbfa\n", ["a"]),
+        (b"\xef\xbb", ["\udcef\udcbb"]),
+        (b"\xff\n\xfe\xff\n", ["\udcff", "\udcfe\udcff"]),
+        ("a\u2028b\x0b\n \n\r\n".encode(), ["a\u2028b\x0b"]),
+    ],
+)
+def test_stdin_in_pieces_and_encodings(monkeypatch, content, expected, pieces):
+    waiting = [content[start : start + pieces] for start in range(0, len(content), pieces)] + [b""]
+    monkeypatch.setattr(os, "read", lambda *_: waiting.pop(0))
+    assert [path for chunk in inputs.chunks([inputs.STDIN]) for path in chunk.videos] == expected
+
+
+def test_folders_with_links_and_what_is_passed_over(weights_file, small_data, tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "n.txt").touch()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.MTS").symlink_to(small_data / "val_0.mp4")
+    (tmp_path / "videos" / "more").symlink_to(tmp_path / "more")
+    done = run("predict.py", "-w", weights_file, "videos", "--json", *IN_PROCESS, cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["video"] == "videos/more/a.MTS"
+    assert done.stderr == "videos: 1 file passed over: 1 .txt\n"
 
 
 def test_answers_as_json_and_csv_keep_the_order_also_of_bad_videos(weights_file, mixed, small_data, tmp_path):

@@ -35,6 +35,12 @@ def test_there_and_back(weights, tmp_path):
     assert (read.build()(clips) == weights.build()(clips)).all() and not read.build().training
 
 
+def test_names_of_classes_come_back_whatever_is_in_them(weights, tmp_path):
+    names = ("first\u2028half", "\udcff", "a\nb\r\x85")
+    save_weights(tmp_path / "w.safetensors", dataclasses.replace(weights, classes=names))
+    assert load_weights(tmp_path / "w.safetensors").classes == names
+
+
 def test_other_files_are_refused(weights, tmp_path):
     save_weights(tmp_path / "whole", weights)
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])

@@ -1,0 +1,96 @@
+"""Which files of a folder are videos, and what is said of the others."""
+
+import collections
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from dali_pipelines.errors import InputError
+from dali_pipelines.files import find_below_url, is_url
+
+_SUFFIXES = """
+    264 265 266 3g2 3gp 3gp2 3gpp 3gpp2 amv asf avc avi avs2 avs3 bik cavs dav dif divx dv dvr-ms evo f4p f4v flc fli
+    flv gif gxf h261 h263 h264 h265 h266 h26l hevc insv ismv ivf ivr kux lrv m1v m2p m2t m2ts m2v m4v mj2 mjpeg
+    mjpg mk3d mkv mod mov mp2v mp4 mp4v mpe mpeg mpeg1 mpeg2 mpeg4 mpg mpg2 mpg4 mpv mts mxf mxg nsv nut nuv obu ogm
+    ogv ogx pva qt rcv rm rmvb roq smk swf tod tp trp ts ty vc1 viv vob vro vvc webm wm wmv wtv xmv xvid y4m
+"""
+VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+"""Those of FFmpeg's demuxers for video, and the names that cameras, recorders and discs give to the same formats. Not:
+audio, images, subtitles, playlists, and formats without a header (.yuv)."""
+_KINDS_SHOWN = 6
+
+
+def is_video_name(path: str | os.PathLike) -> bool:
+    """Whether a file is called as videos are; macOS puts others into archives, `._NAME` for every NAME."""
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("._")
+
+
+class Found(NamedTuple):
+    videos: list[str]
+    """Paths relative to the folder, sorted."""
+    note: str
+    """What was passed over, such as "12 files passed over: 10 .txt, 2 .srt"; "" for nothing."""
+
+
+def videos_below(root: str | os.PathLike) -> Found:
+    """The videos in a folder, or below a URL, and in all folders below; links are followed. Raises `InputError`."""
+    notes: list[str] = []
+    files = find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes)
+    videos, kinds = [], collections.Counter()
+    for path in files:
+        if is_video_name(path):
+            videos.append(path)
+        else:
+            name = os.path.basename(path)
+            kinds["._* of macOS" if name.startswith("._") else os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    if kinds:
+        named = [f"{count} {kind}" for kind, count in kinds.most_common(_KINDS_SHOWN)]
+        if rest := kinds.total() - sum(count for _, count in kinds.most_common(_KINDS_SHOWN)):
+            named.append(f"{rest} others")
+        files = "1 file" if kinds.total() == 1 else f"{kinds.total()} files"
+        notes.insert(0, f"{files} passed over: {', '.join(named)}")
+    return Found(sorted(videos, key=lambda path: PurePosixPath(path).parts), "; ".join(notes))
+
+
+def leads_back(root: str | os.PathLike, path: str | os.PathLike) -> bool:
+    """Whether `path`, a folder in `root`, is a link to `root` or to a folder that holds it."""
+    return _holds(os.path.realpath(path), os.path.realpath(root))
+
+
+def is_in_loop(path: str | os.PathLike) -> bool:
+    """Whether `path` is, or goes through, a link that leads back to a folder above it, as what a glob finds may do."""
+    places = [Path(path), *Path(path).parents]
+    return any(os.path.islink(place) and leads_back(place.parent, place) for place in places)
+
+
+def _holds(folder: str, other: str) -> bool:
+    return f"{other}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def _walk(root: str, notes: list[str]) -> Iterator[str]:
+    """The files below `root`; `notes` gets the folders that are left out. A link is left out only if it leads back to a
+    folder that it is in: the same folder may well be linked from several classes."""
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such folder of videos")
+    pending = [("", (os.path.realpath(root),))]
+    while pending:
+        folder, above = pending.pop()
+        try:
+            entries = os.listdir(os.path.join(root, folder))
+        except OSError as error:
+            if not folder:
+                raise
+            notes.append(f"{folder}: {error.strerror.lower()}")
+            continue
+        for name in entries:
+            path = os.path.join(folder, name)
+            if not os.path.isdir(os.path.join(root, path)):
+                yield path
+                continue
+            place = os.path.realpath(os.path.join(root, path))
+            if any(_holds(place, each) for each in above):
+                notes.append(f"{path}: not followed, leads back to {place}")
+            else:
+                pending.append((path, (*above, place)))
