@@ -40,7 +40,7 @@ from training.optimizer import (
     make_optimizer,
     resolve_implementation,
 )
-from training.precision import LossScale, autocast, gradient_factor, resolve_precision
+from training.precision import LossScale, autocast, deterministic, gradient_factor, resolve_precision
 from training.preemption import REQUEUE, Preemption
 from training.profiling import StepProfiler, record_function
 from training.resuming import FORMAT, check_resumable
@@ -323,7 +323,7 @@ class Trainer:
                 loss = self._loss(logits, mixed, labels, valid)
             if is_last and self.process.world_size > 1:
                 self.process.whereabouts.at(WAITING)
-            with record_function("backward"):
+            with record_function("backward"), deterministic(self.process.device):
                 # The sum over a whole step overflows fp16 sooner than its mean; `_train_step` knows the true count.
                 (loss * (self.loss_scale.value / self.config.optim.global_batch_size)).backward()
         if self.step % self.steps_per_epoch == micro_step == 0:

@@ -1,7 +1,9 @@
-"""Mixed precision: in which type to compute, the loss scale of fp16, and the norm and scaling of all gradients."""
+"""Mixed precision: in which type to compute, the loss scale of fp16, and the norm and scaling of all gradients; and in
+which order gradients are added up."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,21 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within, a GPU adds up gradients in the same order each time, so that runs can be repeated exactly. By itself,
+    fused attention does not: its backward pass adds up what blocks of keys bring as it comes."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is written once more
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class LossScale:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.apex_double import install
-from training.precision import ApexMultiTensor, LossScale, TorchMultiTensor, gradient_factor
+from training.precision import ApexMultiTensor, LossScale, TorchMultiTensor, deterministic, gradient_factor
 
 
 def test_the_loss_scale_moves_as_that_of_torch(monkeypatch):
@@ -75,6 +75,16 @@ def test_norm_and_scaling_of_many_tensors(multi_tensor):
     multi_tensor.scale_(tensors, 0.25)
     for tensor, copy in zip(tensors, copies, strict=True):
         torch.testing.assert_close(tensor, copy * 0.25, rtol=1e-6, atol=0)
+
+
+def test_only_a_gpu_has_to_be_told_the_order_of_sums(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    for device, is_told in (("cpu", False), ("cuda", True)):
+        with deterministic(torch.device(device)):
+            assert torch.are_deterministic_algorithms_enabled() == is_told
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention only warns then
+            assert torch.utils.deterministic.fill_uninitialized_memory != is_told
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_no_tensors(multi_tensor):
