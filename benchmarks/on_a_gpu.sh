@@ -25,27 +25,30 @@ train() { # The network on copies with groups of 16 frames, as `benchmark.py tra
     { grep '^#' "$out/gop16/videos.csv"; grep -v '^#' "$out/gop16/videos.csv" | head -n 1
       for _ in $(seq 400); do grep -v '^#' "$out/gop16/videos.csv" | tail -n +2; done; } >"$out/gop16/many.csv"
     "$python" benchmark.py train -c configs/pptimesformer_k400.yaml -o "data.train=$out/gop16/many.csv" device="$device" \
-        optim.global_batch_size=32 train.compile=true "${train_settings[@]}" --steps 20 --rounds 2 --out "$out"
+        optim.global_batch_size=32 train.compile=true $train_settings --steps 20 --rounds 2 --out "$out"
 }
 
 resume() { # A compiled run of the demo, killed with -9 in its middle and resumed, is the unbroken one bit by bit.
     set -e
     "$python" prepare.py demo --out "$out/demo"
     local run=("$python" train.py -c configs/demo.yaml -o "data.train=$out/demo/train.csv" "data.val=$out/demo/val.csv"
-        device="$device" train.compile=true train.max_steps=200 train.checkpoint_every_steps=50)
+        device="$device" train.compile=true train.max_steps=100 train.checkpoint_every_steps=25 $resume_settings)
     "${run[@]}" "output=$out/whole"
     "${run[@]}" "output=$out/parts" &
-    until compgen -G "$out/parts/checkpoints/step_0000010*" >/dev/null; do sleep 0.2; done
+    until compgen -G "$out/parts/checkpoints/step_0000005*" >/dev/null; do sleep 0.2; done
     kill -9 $!
     wait || true
     "${run[@]}" "output=$out/parts" --resume
     cmp "$out/whole/last.safetensors" "$out/parts/last.safetensors" && echo "bit-equal after kill -9 and --resume"
 }
 
-train_settings=()
-[ "$device" = cuda ] || train_settings=(model.embed_dim=48 model.depth=2 model.num_heads=3 data.crop_size=64)
+train_settings='' resume_settings=''
+if [ "$device" = cpu ]; then
+    train_settings='model.embed_dim=48 model.depth=2 model.num_heads=3 data.crop_size=64'
+    resume_settings='optim.global_batch_size=4'
+fi
 export -f train resume
-export python videos out device
+export python videos out device train_settings resume_settings
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/summary.txt"
 for name in $steps; do
     case $name in
@@ -54,7 +57,7 @@ for name in $steps; do
         soak) step soak 60 "$python" benchmark.py soak "$videos" --clips 4000 --workers 8 --batch-size 32 --sizes 24 ;;
         model) step model 300 "$python" benchmark.py model --device cuda --quick --out "$out" ;;
         fit) step fit 180 "$python" benchmark.py model --device cuda --fit --out "$out" ;;
-        train) step train 240 bash -c "train_settings=(${train_settings[*]}); train" ;;
+        train) step train 240 bash -c train ;;
         resume) step resume 240 bash -c resume ;;
         *) echo "no step $name" >&2; exit 2 ;;
     esac
