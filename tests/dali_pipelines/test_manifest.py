@@ -86,7 +86,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_probe_counts_pictures_and_applies_rotation(numbered_videos):
     found = {numbered_videos[index].path: numbered_videos[index] for index in range(len(numbered_videos))}
-    assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0, "yuv420p", 0, 100, "", 0, 0)
+    assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0, "yuv420p", 0, 100, "", 0, 0, 0)
     assert found["bframes.mkv"].frames == 100  # the header of a Matroska file claims 0
     assert found["av1.mp4"].codec == "av1"
     assert found["odd_size.webm"][4:6] == (127, 95)

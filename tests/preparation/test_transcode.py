@@ -93,7 +93,7 @@ def test_every_codec_frames_one_to_one_in_closed_groups_that_selection_understan
     with open_video(path) as container:
         assert not container.streams.audio
         reader = PacketReader(container)
-        assert reader.count() == 53
+        assert len(reader.shown()) == 53
     starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
     assert np.diff([*starts, len(reader.pictures)]).max() == made.gop == (1 if codec == "mjpeg" else GOP)
     assert not any(picture.is_leading or not picture.is_shown for picture in reader.pictures)
@@ -144,7 +144,7 @@ def test_picture_k_stays_picture_k(tmp_path, name, settings):
     assert not made.vfr
     with open_video(path) as container:
         reader = PacketReader(container)
-        reader.count()
+        reader.shown()
     assert [n for n, picture in enumerate(reader.pictures) if picture.starts_group] == list(range(0, count, GOP))
 
 
@@ -328,7 +328,7 @@ def test_bad_videos_are_left_out_and_the_rest_goes_on(folder):
     assert (len(made), made.rejected, made.listed) == (3, 4, 7)
     rejected = (folder / "out" / "all.rejected.csv").read_text().splitlines()
     assert rejected[1].startswith("a/1.mp4,2,not a video that FFmpeg can read")
-    assert rejected[2] == 'b/1.webm,0,"7 frames come out, the manifest says 12; index the file again"'
+    assert rejected[2] == 'b/1.webm,0,"7 frames come out, not 12; if the file was replaced, index it again"'
     assert not list((folder / "out").rglob("*.part"))
     for name in ("c.mp4", "a/2, b.avi", "b/ä.mkv"):
         (folder / name).unlink()
@@ -340,7 +340,7 @@ def test_bad_videos_are_left_out_and_the_rest_goes_on(folder):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda data: data[: len(data) // 3], r"invalid data found .* after \d+ of its 40 frames"),
+        (lambda data: data[: len(data) // 3], r"invalid data found .* after frame"),
         (lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), r"frame \d+ is damaged"),
     ],
 )
