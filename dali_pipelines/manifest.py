@@ -384,8 +384,7 @@ def probe(video: str | os.PathLike | Source) -> Video:
         with open_video(source) as container:
             stream = video_stream(container)
             codec = stream.codec_context.codec.canonical_name
-            header_rate = stream.average_rate or stream.guessed_rate
-            tick = stream.time_base
+            average_rate, guessed_rate, tick = stream.average_rate, stream.guessed_rate, stream.time_base
             stream.codec_context.thread_count = 1  # as the loader; with several, damage shows here or there by chance
             first = next(decode_packets(container.demux(stream)), None)
         if first is None:
@@ -398,14 +397,16 @@ def probe(video: str | os.PathLike | Source) -> Video:
     except av.error.FFmpegError as error:
         raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
     gaps = _gaps(structure.times)
-    fps = frame_rate(gaps, tick, header_rate)
+    fps = frame_rate(gaps, tick, average_rate) or guessed_rate or average_rate
+    if not fps:
+        raise InputError("no frame rate in it")
     rotation, mirrored = _orientation(first)
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
     return Video(
         path=as_source(video).path,
         label=0,
         frames=frames,
-        fps=fps,
+        fps=float(fps),
         width=width,
         height=height,
         codec=codec,
@@ -460,29 +461,35 @@ _MOST_TIMES = 0.75
 """Times are of use if this share of frames has them."""
 
 
-def frame_rate(gaps: np.ndarray, tick: Fraction, header_rate: Fraction | None) -> float:
-    """Frames a second: the usual rate by the times of the frames, `header_rate` if that agrees or there are no times.
+def frame_rate(gaps: np.ndarray, tick: Fraction, header_rate: Fraction | None) -> float | None:
+    """Frames a second that most of a video has by the times of its frames; None if these say nothing.
 
-    gaps: ticks of `tick` seconds from each frame to the next. Rates are taken over stretches of `_STRETCH` frames,
-    because times are rounded (33, 33, 34 ms), and frames come in pairs. The median ignores what is shown for long, and
-    the mean of what is near it ignores jitter.
+    gaps: ticks of `tick` seconds from each frame to the next. `header_rate` is taken as it is if it agrees.
+
+    The mean of the gaps that are near the median: long pauses and dropped frames do not count, and jitter and rounded
+    times (33, 33, 34 ms) even out. If few are near it, such as when frames come in pairs, so for stretches of frames.
     """
-    stretch = min(_STRETCH, max(len(gaps) // 4, 1))
-    sums = np.convolve(gaps, np.ones(stretch), "valid") if len(gaps) else gaps
-    usual = np.median(sums) if len(sums) else 0
-    if usual > 0:
-        gap = sums[np.abs(sums - usual) <= usual / 4].mean() / stretch
-        if not header_rate or abs(gap - 1 / float(header_rate * tick)) > gap / 100 + 1 / len(gaps):
-            rate = 1 / (gap * float(tick))
-            whole = round(rate)
-            return float(whole) if abs(rate - whole) < rate / 200 else rate
-    if not header_rate:
-        raise InputError("no frame rate in it")
-    return float(header_rate)
+    if not len(gaps) or not gaps.sum():
+        return None
+    for stretch in (1, min(_STRETCH, len(gaps))):
+        sums = np.sort(np.convolve(gaps, np.ones(stretch), "valid"))
+        near = sums[np.abs(sums - sums[len(sums) // 2]) <= sums[len(sums) // 2] / 2]
+        gap = float(near.mean()) / stretch
+        if len(near) > len(sums) * 2 / 3:
+            break
+    if not gap:
+        return None
+    if header_rate and abs(gap - 1 / float(header_rate * tick)) <= gap / 100 + 1 / len(gaps):
+        return float(header_rate)
+    rate = 1 / (gap * float(tick))
+    whole = round(rate)
+    if abs(rate - whole / 1.001) < rate / 10_000:
+        return whole / 1.001
+    return float(whole) if abs(rate - whole) < rate / 200 else rate
 
 
-_STRETCH = 6
-"""At 12, 24, 25, 30, 50 and 60 frames a second, so many frames take whole milliseconds."""
+_STRETCH = 12
+"""Frames: a multiple of 2, 3 and 4, in which they may come."""
 
 
 def _is_variable(gaps: np.ndarray) -> int:
