@@ -27,7 +27,7 @@ from preparation.child import end_children
 from preparation.transcode import CODECS, Job, Settings, copy_size, target_names
 from preparation.work import Crew
 from tests.training.conftest import PROJECT, run
-from tests.videos import ENCODERS, decode_all, edit_packets, numbered, read_numbers, textured, write_video
+from tests.videos import ENCODERS, decode_all, edit_packets, numbered, read_numbers, set_matrix, textured, write_video
 
 GOP = 8
 
@@ -104,13 +104,20 @@ def test_every_codec_frames_one_to_one_in_closed_groups_that_selection_understan
     assert np.array_equal(decoded.frames, decode_all(path)[positions])
 
 
-@pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_turned_videos_are_turned_for_good(tmp_path, rotation):
-    pictures = textured(3, height=48, width=80, seed=rotation)
-    original, made, path = make(tmp_path, "v.mp4", pictures, rotation=rotation, options={"crf": "1"})
-    assert original.rotation == rotation and made.rotation == 0
+@pytest.mark.parametrize("codec", ["h264", "mjpeg"])
+@pytest.mark.parametrize("mirrored", [0, 1])
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_turned_and_mirrored_videos_are_so_for_good(tmp_path, rotation, mirrored, codec):
+    path = write_video(tmp_path / "v.mp4", textured(3, height=48, width=80, seed=rotation))
+    a, b = {0: (1, 0), 90: (0, -1), 180: (-1, 0), 270: (0, 1)}[rotation]
+    set_matrix(path, [-a, -b, -b, a] if mirrored else [a, b, -b, a])
+    original = probe(path)
+    assert (original.rotation, original.mirrored) == (rotation, mirrored)
+    _, made, path = copy(tmp_path, original, codec=codec, crf=1)
+    assert (made.rotation, made.mirrored) == (0, 0)
     assert (made.height, made.width) == (original.height, original.width)
-    shown = np.rot90(decode_all(original.path), rotation // 90, axes=(1, 2))
+    frames = decode_all(original.path)
+    shown = np.rot90(frames[:, :, ::-1] if mirrored else frames, rotation // 90, axes=(1, 2))
     assert np.abs(decode_all(path).astype(int) - shown).mean() < 5
 
 
