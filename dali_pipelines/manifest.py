@@ -452,7 +452,7 @@ def _gaps(times: Sequence[tuple[int | None, int | None]]) -> np.ndarray:
     # Recordings that were joined: times begin anew.
     parts = np.split(table, np.flatnonzero(np.diff(table[:, 1]) < 0) + 1)
     for column in (0, 1):
-        if np.isfinite(table[:, column]).mean() > _MOST_TIMES:
+        if np.isfinite(table[:, column]).sum() > _MOST_TIMES * len(table):
             return np.concatenate([np.diff(np.sort(part[np.isfinite(part[:, column]), column])) for part in parts])
     return np.empty(0)
 
