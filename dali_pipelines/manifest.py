@@ -52,7 +52,7 @@ class Video(NamedTuple):
     frames: int
     """Pictures that a decoder puts out, not what the header claims."""
     fps: float
-    """The usual rate by the frames' times (`frame_rate`)."""
+    """That of most of the video by the times of its frames (`frame_rate`)."""
     width: int
     height: int
     codec: str
@@ -530,7 +530,7 @@ def _count_frames(container: av.container.InputContainer, shown: list[int], *, u
     try:
         for count, frame in enumerate(decode_packets(_numbered(container.demux(stream))), start=1):
             if shown and frame.opaque != shown[count - 1 : count]:
-                raise InputError("other frames come out of a decoder than its headers say; encode it anew")
+                raise InputError("a decoder puts out other frames than its headers say: packets may be missing; encode it anew")
     except av.error.FFmpegError:
         if not (until_damage and count):  # a file that is cut off is good up to there
             raise

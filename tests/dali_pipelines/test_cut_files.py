@@ -123,7 +123,7 @@ def test_a_file_whose_frames_are_other_ones_than_its_headers_say_is_refused(tmp_
     """Nothing is known that does so: the selection here is made wrong."""
     shown = PacketReader.shown
     monkeypatch.setattr(PacketReader, "shown", lambda reader: shown(reader)[::-1])
-    with pytest.raises(InputError, match="other frames come out of a decoder than its headers say"):
+    with pytest.raises(InputError, match="a decoder puts out other frames than its headers say"):
         probe(whole("hevc"))
 
 
