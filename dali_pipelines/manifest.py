@@ -530,7 +530,9 @@ def _count_frames(container: av.container.InputContainer, shown: list[int], *, u
     try:
         for count, frame in enumerate(decode_packets(_numbered(container.demux(stream))), start=1):
             if shown and frame.opaque != shown[count - 1 : count]:
-                raise InputError("a decoder puts out other frames than its headers say: packets may be missing; encode it anew")
+                raise InputError(
+                    "a decoder puts out other frames than its headers say: packets may be missing; encode it anew"
+                )
     except av.error.FFmpegError:
         if not (until_damage and count):  # a file that is cut off is good up to there
             raise
