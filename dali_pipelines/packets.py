@@ -866,17 +866,21 @@ class _InOrder(abc.ABC):
 
 
 class _Mjpeg(_InOrder):
+    _place, _header = 0, b""  # of the last header of a frame: most packets have the same one at the same place
+
     def _read(self, data: memoryview) -> Picture:
+        if not self._header or data[self._place : self._place + len(self._header)] != self._header:
+            self._read_size(data)
+        return Picture(starts_group=True, is_disposable=True)
+
+    def _read_size(self, data: memoryview) -> None:
         place = 2  # after the marker of the start
         while data[place] == 0xFF:
-            marker = data[place + 1]
-            if marker in _JPEG_FRAMES:
-                self._check_size(
-                    (int.from_bytes(data[place + 7 : place + 9]), int.from_bytes(data[place + 5 : place + 7]))
-                )
-                break
+            if data[place + 1] in _JPEG_FRAMES:
+                self._place, self._header = place, bytes(data[place : place + 9])
+                self._check_size((int.from_bytes(self._header[7:9]), int.from_bytes(self._header[5:7])))
+                return
             place += 2 + int.from_bytes(data[place + 2 : place + 4])
-        return Picture(starts_group=True, is_disposable=True)
 
 
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
