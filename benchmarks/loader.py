@@ -203,8 +203,8 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
     if not videos:
         raise InputError(f"{', '.join(map(str, paths))}: no videos there")
     for video in videos:
-        if video.rotation:
-            raise InputError(f"{video.path}: is turned by {video.rotation} degrees, which not all contestants can undo")
+        if video.rotation or video.mirrored:
+            raise InputError(f"{video.path}: is turned or mirrored, which not all contestants can undo")
     return videos
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size, size_mismatch
+from dali_pipelines.host_decoder import decode_frames, size_mismatch
+from dali_pipelines.manifest import Manifest, Video, coded_size
 from dali_pipelines.packets import UncertainError, remux, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent

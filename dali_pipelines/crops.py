@@ -49,10 +49,13 @@ def uniform_crops(*, height: int, width: int, crop_size: int, short_side: int) -
     return np.concatenate([_rectangle(height, width, size, y, x, crop_size) for y, x in corners])
 
 
-def to_coded(rectangles: np.ndarray, *, rotation: int, height: int, width: int) -> tuple[np.ndarray, bool]:
-    """Rectangles in the picture as shown -> rectangles in the picture as coded, and whether to transpose after.
+def to_coded(
+    rectangles: np.ndarray, *, rotation: int, mirrored: bool, height: int, width: int
+) -> tuple[np.ndarray, bool]:
+    """Rectangles in the frame as shown -> rectangles in the frame as coded, and whether to transpose after.
 
-    `rotation`: degrees anticlockwise by which the coded picture (`height` x `width`, as coded) is turned to be shown.
+    The coded frame (`height` x `width`) is mirrored left to right if `mirrored`, then turned anticlockwise by
+    `rotation` degrees, to be shown.
     """
     y0, x0, y1, x1 = rectangles.T
     if rotation == 90:
@@ -63,6 +66,9 @@ def to_coded(rectangles: np.ndarray, *, rotation: int, height: int, width: int) 
         turned = (height - x0, y0, height - x1, y1)
     else:
         turned = (y0, x0, y1, x1)
+    if mirrored:
+        y0, x0, y1, x1 = turned
+        turned = (y0, width - x0, y1, width - x1)
     return np.stack(turned, axis=1), rotation in (90, 270)
 
 

@@ -6,7 +6,7 @@ file: DALI's own decoder gives up on a whole batch.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import av
@@ -14,7 +14,6 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.manifest import size_mismatch
 from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, video_stream
 
 
@@ -52,35 +51,107 @@ def decode_frames(
 
 def _decode(source, positions, size, region, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
     wanted = {int(position): index for index, position in enumerate(positions)}
-    frames, found, last = None, 0, -1
+    frames, found = None, 0
     with open_video(source) as container:
-        context = video_stream(container).codec_context
-        context.thread_count = 1
-        if is_strict:
-            context.options = {"err_detect": "explode"}
-        try:
-            pictures = feed(container, positions)
-            for position, frame in pictures:
-                if frame.is_corrupt:
-                    raise InputError(f"frame {position} is damaged")
-                if position <= last:
-                    raise UncertainError("pictures come out in another order than their headers say")
-                last = position
-                index = wanted.get(position)
-                if index is not None:
-                    if reason := size_mismatch((frame.height, frame.width), size):
-                        raise InputError(reason)
-                    picture = _rgb(frame)[region]
-                    if frames is None:
-                        frames = np.empty((len(positions), *picture.shape), np.uint8)
-                    frames[index] = picture
-                    found += 1
-        except av.error.FFmpegError as error:
-            where = f" after frame {last}" if last >= 0 else ""
-            raise InputError(f"{error.strerror.lower()}{where}") from None
+        _prepare(container, is_strict)
+        fed = feed(container, positions)
+        for position, frame in _checked(fed):
+            index = wanted.get(position)
+            if index is not None:
+                if reason := size_mismatch((frame.height, frame.width), size):
+                    raise InputError(reason)
+                picture = _rgb(frame)[region]
+                if frames is None:
+                    frames = np.empty((len(positions), *picture.shape), np.uint8)
+                frames[index] = picture
+                found += 1
     if found < len(positions):
         raise UncertainError("a picture does not come out of its packets")
-    return Decoded(frames, pictures.packets_read, pictures.packets_kept, fallback)
+    return Decoded(frames, fed.packets_read, fed.packets_kept, fallback)
+
+
+def decode_all(video: str | os.PathLike | Source, *, frames: int, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
+    """All frames of a video that has `frames` of `size`, with the checks of `decode_frames`. Raises `InputError`."""
+    source = fetch(video)
+    count = 0
+    try:
+        with open_video(source) as container:
+            stream = _prepare(container, _misses_frames(source))
+            for position, frame in _checked(enumerate(decode_packets(container.demux(stream)))):
+                if reason := size_mismatch((frame.height, frame.width), size):
+                    raise InputError(reason)
+                count = position + 1
+                yield frame
+    except InputError:
+        if count != frames:  # a file that is cut off is good up to there
+            raise
+    if count != frames:
+        raise InputError(f"{count} frames come out, not {frames}; if the file was replaced, index it again")
+
+
+def decode_packets(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
+    """The frames of packets, as they come out of a decoder. Before the first key frame, a packet that cannot be decoded
+    is not damaged: it refers to frames before the start of the file."""
+    has_begun, refused = False, None
+    for packet in packets:
+        has_begun |= packet.is_keyframe
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError as error:
+            if has_begun:
+                raise
+            refused = error
+            continue
+        has_begun |= bool(frames)
+        yield from frames
+    if refused and not has_begun:
+        raise refused
+
+
+def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
+    """What is wrong with frames of (height, width) `found` where others are `expected`; "" for nothing."""
+    if found == expected:
+        return ""
+    return (
+        f"a frame is {found[1]}x{found[0]}, not {expected[1]}x{expected[0]}: the size changes within the video; "
+        "if the file was replaced, index it again"
+    )
+
+
+def _prepare(container: av.container.InputContainer, is_strict: bool) -> av.VideoStream:
+    stream = video_stream(container)
+    stream.codec_context.thread_count = 1
+    if is_strict:
+        stream.codec_context.options = {"err_detect": "explode"}
+    return stream
+
+
+def _misses_frames(source: Source) -> bool:
+    """Whether frames that others refer to seem to be missing: FFmpeg says so only when it is told to be strict."""
+    try:
+        with open_video(source) as container:
+            PacketReader(container).shown()
+    except MissingPictureError:
+        return True
+    except (UncertainError, av.error.FFmpegError):
+        pass
+    return False
+
+
+def _checked(frames: Iterable[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The same, as long as they are whole and in order. Raises `InputError`, `UncertainError`."""
+    last = -1
+    try:
+        for position, frame in frames:
+            if frame.is_corrupt:
+                raise InputError(f"frame {position} is damaged")
+            if position <= last:
+                raise UncertainError("pictures come out in another order than their headers say")
+            last = position
+            yield position, frame
+    except av.error.FFmpegError as error:
+        where = f" after frame {last}" if last >= 0 else ""
+        raise InputError(f"{error.strerror.lower()}{where}") from None
 
 
 class _Reformatter(threading.local):
@@ -100,36 +171,36 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 class _Selected:
-    """(position, picture) from the packets that `positions` need, in the order in which they come out."""
+    """(position, frame) from the packets that `positions` need, in the order in which they come out."""
 
     def __init__(self, container: av.container.InputContainer, positions: np.ndarray):
-        self._context = video_stream(container).codec_context
-        self._reader = PacketReader(container)
-        self._selection = self._reader.select(positions)
-        self.packets_read = len(self._reader.packets)
-        self.packets_kept = sum(map(len, self._selection.runs))
+        self._container, self._positions = container, positions
+        self.packets_read = self.packets_kept = 0
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        positions = {number: position for position, number in enumerate(self._selection.shown)}
-        self._context.copy_opaque = True  # a picture comes out with the number of its packet
-        for run, numbers in enumerate(self._selection.runs):
+        context = video_stream(self._container).codec_context
+        reader = PacketReader(self._container)
+        selection = reader.select(self._positions)
+        self.packets_read, self.packets_kept = len(reader.packets), sum(map(len, selection.runs))
+        positions = {number: position for position, number in enumerate(selection.shown)}
+        context.copy_opaque = True  # a frame comes out with the number of its packet
+        for run, numbers in enumerate(selection.runs):
             if run:
-                self._context.flush_buffers()
+                context.flush_buffers()
             for number in numbers:
-                packet = self._reader.packets[number]
+                packet = reader.packets[number]
                 packet.opaque = number
-                for frame in self._context.decode(packet):
+                for frame in context.decode(packet):
                     yield positions.get(frame.opaque, -1), frame
-            for frame in self._context.decode(None):
+            for frame in context.decode(None):
                 yield positions.get(frame.opaque, -1), frame
 
 
 class _Everything:
-    """(position, picture) from the start of the file to the last of `positions`."""
+    """(position, frame) from the start of the file to the last of `positions`."""
 
     def __init__(self, container: av.container.InputContainer, positions: np.ndarray):
-        self._container = container
-        self._last = int(positions[-1])
+        self._container, self._last = container, int(positions[-1])
         self.packets_read = 0
 
     @property
@@ -137,13 +208,16 @@ class _Everything:
         return self.packets_read
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        stream = video_stream(self._container)
-        position = 0
-        for packet in self._container.demux(stream):
+        position = -1
+        for position, frame in enumerate(decode_packets(self._packets())):
+            yield position, frame
+            if position == self._last:
+                return
+        raise InputError(
+            f"frame {self._last} is planned, but only {position + 1} come out; if the file was replaced, index it again"
+        )
+
+    def _packets(self) -> Iterator[av.Packet]:
+        for packet in self._container.demux(video_stream(self._container)):
             self.packets_read += bool(packet.size)
-            for frame in stream.decode(packet):
-                yield position, frame
-                position += 1
-                if position > self._last:
-                    return
-        raise InputError(f"frame {self._last} is planned, but only {position} come out; index the file again")
+            yield packet

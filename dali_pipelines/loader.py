@@ -18,7 +18,8 @@ from dali_pipelines.engines import DECODES, Decode
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import absolute, check_reachable
 from dali_pipelines.graph import Cut, clip_pipeline, source_pipeline
-from dali_pipelines.manifest import Manifest, coded_size, size_mismatch
+from dali_pipelines.host_decoder import size_mismatch
+from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View, windows_of_test
 from dali_pipelines.routing import choose_routing
 from dali_pipelines.sampling import PAST_END

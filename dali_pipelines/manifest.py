@@ -7,9 +7,9 @@ are, the names of the classes, and how many listed videos were rejected:
     # classes: ["archery", "bowling"]
     # listed 3, kept 2, rejected 1
     # made by: prepare.py folder videos
-    path,label,frames,fps,width,height,codec,rotation,pixel_format,vfr,gop
-    a.mp4,0,280,28.0,340,256,h264,0,yuv420p,0,250
-    b.webm,1,120,29.97002997002997,256,340,vp9,90,yuv420p,1,32
+    path,label,frames,fps,width,height,codec,rotation,pixel_format,vfr,gop,mirrored
+    a.mp4,0,280,28.0,340,256,h264,0,yuv420p,0,250,0
+    b.webm,1,120,29.97002997002997,256,340,vp9,90,yuv420p,1,32,0
 
 The columns after `rotation` may be missing; those of videos in tar shards are `shard,offset,size`.
 """
@@ -20,9 +20,11 @@ import hashlib
 import io
 import json
 import math
+import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video
+from dali_pipelines.host_decoder import decode_packets
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
 from dali_pipelines.text import csv_writer, decode
 
@@ -51,12 +54,13 @@ class Video(NamedTuple):
     frames: int
     """Pictures that a decoder puts out, not what the header claims."""
     fps: float
+    """That of most of the video by the times of its frames (`frame_rate`)."""
     width: int
     height: int
     codec: str
     """FFmpeg's name: h264, hevc, mpeg4, vp9, ..."""
     rotation: int
-    """Degrees anticlockwise by which the coded picture is turned to be shown: 0, 90, 180 or 270."""
+    """Degrees anticlockwise by which the coded frame, mirrored if it is, is turned to be shown: 0, 90, 180 or 270."""
     pixel_format: str = ""
     """FFmpeg's name: yuv420p, yuvj420p, yuv420p10le, ...; "" where unknown."""
     vfr: int = 0
@@ -69,6 +73,9 @@ class Video(NamedTuple):
     """Where in the shard the video starts, in bytes."""
     size: int = 0
     """Bytes of the video in the shard."""
+    mirrored: int = 0
+    """1 if the coded frame is mirrored, left to right, before it is turned. Last: journals of earlier versions hold the
+    others in this order."""
 
 
 def place_for_people(video: Video, root: str | os.PathLike) -> str:
@@ -88,16 +95,6 @@ def coded_size(video: Video) -> tuple[int, int]:
     return (video.height, video.width) if video.rotation in (0, 180) else (video.width, video.height)
 
 
-def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
-    """What is wrong with pictures of (height, width) `found` where the manifest has `expected`; "" for nothing."""
-    if found == expected:
-        return ""
-    (height, width), (planned_height, planned_width) = found, expected
-    return (
-        f"the pictures are {width}x{height}, the manifest says {planned_width}x{planned_height}; index the file again"
-    )
-
-
 _ROW = np.dtype(
     [
         ("path_end", np.int64),
@@ -114,6 +111,7 @@ _ROW = np.dtype(
         ("shard", np.int32),
         ("offset", np.int64),
         ("size", np.int64),
+        ("mirrored", np.int8),
     ]
 )
 _OPTIONAL = Video._fields[len(Video._fields) - len(Video._field_defaults) :]
@@ -246,10 +244,11 @@ class Manifest:
         out.write(f"# listed {self.listed}, kept {len(self)}, rejected {self.rejected}\n")
         if self.made_by:
             out.write(f"# made by: {' '.join(self.made_by.split())}\n")
-        count = len(Video._fields) if len(self._shards) > 1 else -len(_IN_SHARDS)
+        columns = [name for name in Video._fields if len(self._shards) > 1 or name not in _IN_SHARDS]
+        written = operator.itemgetter(*map(Video._fields.index, columns))
         writer = csv_writer(out)
-        writer.writerow(Video._fields[:count])
-        writer.writerows(self[index][:count] for index in range(len(self)))
+        writer.writerow(columns)
+        writer.writerows(written(self[index]) for index in range(len(self)))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
@@ -333,6 +332,7 @@ _RANGES = {
     "height": (1, _LARGEST),
     "vfr": (0, 1),
     "gop": (0, _LARGEST),
+    "mirrored": (0, 1),
     "offset": (0, 2**63 - 1),
     "size": (0, 2**63 - 1),
 }
@@ -363,6 +363,7 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
         "pixel_format": "FFmpeg's name of a pixel format",
         "vfr": "0 or 1",
         "gop": "a count, 0 or more",
+        "mirrored": "0 or 1",
         "offset": "bytes, 0 or more",
         "size": "bytes, 0 or more",
     }
@@ -393,7 +394,7 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
 def probe(video: str | os.PathLike | Source) -> Video:
     """What a decoder puts out for a file; label is 0.
 
-    Pictures are counted by their packets where that is exact, and by decoding elsewhere (`_PACKET_IS_PICTURE`).
+    Frames are counted by their packets where that is exact, and by decoding elsewhere (`_PACKET_IS_PICTURE`).
 
     Raises `InputError` with a reason that a person understands where the file is no video that can be read.
     """
@@ -402,68 +403,165 @@ def probe(video: str | os.PathLike | Source) -> Video:
         with open_video(source) as container:
             stream = video_stream(container)
             codec = stream.codec_context.codec.canonical_name
-            fps = stream.average_rate or stream.guessed_rate
+            average_rate, guessed_rate, tick = stream.average_rate, stream.guessed_rate, stream.time_base
             stream.codec_context.thread_count = 1  # as the loader; with several, damage shows here or there by chance
-            first = next(container.decode(stream), None)
+            first = next(decode_packets(container.demux(stream)), None)
         if first is None:
-            raise InputError("no picture comes out of its video stream")
-        with open_video(source) as container:
-            frames, gop, vfr = _read_structure(container)
-        if frames is None or codec not in _PACKET_IS_PICTURE:
+            raise InputError("no frame comes out of its video stream")
+        structure = _read_structure(source)
+        frames = len(structure.shown)
+        if not frames or codec not in _PACKET_IS_PICTURE:
             with open_video(source) as container:
-                frames = _count_pictures(container, until_damage=codec in _PACKET_IS_PICTURE)
+                frames = _count_frames(container, structure.shown, until_damage=codec in _PACKET_IS_PICTURE)
     except av.error.FFmpegError as error:
         raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+    gaps = _gaps(structure.times)
+    fps = frame_rate(gaps, tick, average_rate) or guessed_rate or average_rate
     if not fps:
         raise InputError("no frame rate in it")
-    rotation = first.rotation % 360
-    if rotation not in ROTATIONS:
-        raise InputError(f"turned by {rotation} degrees; only quarter turns are known")
+    rotation, mirrored = _orientation(first)
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
     return Video(
-        as_source(video).path,
-        0,
-        frames,
-        float(fps),
-        width,
-        height,
-        codec,
-        rotation,
-        first.format.name,
-        vfr,
-        gop or frames,
+        path=as_source(video).path,
+        label=0,
+        frames=frames,
+        fps=float(fps),
+        width=width,
+        height=height,
+        codec=codec,
+        rotation=rotation,
+        pixel_format=first.format.name,
+        vfr=_is_variable(gaps),
+        gop=structure.gop or frames,
+        mirrored=mirrored,
     )
 
 
-def _read_structure(container: av.container.InputContainer) -> tuple[int | None, int | None, int]:
-    """What the packets' headers and times tell: (pictures, those of the longest group, 1 for a variable frame rate);
-    None where the headers do not tell."""
+class _Structure(NamedTuple):
+    """What the packets of a file say."""
+
+    shown: list[int]
+    """The number of the packet of each frame; [] where the headers do not tell."""
+    gop: int
+    """Frames of the longest group; 0 where the headers do not tell."""
+    times: list[tuple[int | None, int | None]]
+    """(pts, dts) of the packets of frames, in the order of the file."""
+
+
+def _read_structure(source: Source) -> _Structure:
     try:
-        reader = PacketReader(container)
-        frames = reader.count()
+        with open_video(source) as container:
+            reader = PacketReader(container)
+            shown = reader.shown()
     except UncertainError:
-        return None, None, _is_variable([packet.pts for packet in container.demux(video_stream(container))])
-    shown = np.cumsum([0] + [picture.is_shown for picture in reader.pictures])
+        with open_video(source) as container:
+            packets = container.demux(video_stream(container))
+            times = [(packet.pts, packet.dts) for packet in packets if packet.size and not packet.is_discard]
+        return _Structure([], 0, times)
+    before = np.cumsum([0] + [picture.is_shown for picture in reader.pictures])
     starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
-    gop = max(np.diff(shown[[*starts, len(reader.pictures)]])).item()
+    gop = max(np.diff(before[[*starts, len(reader.pictures)]])).item()
     times = [time for time, picture in zip(reader.times, reader.pictures, strict=True) if picture.is_shown]
-    return frames, gop, _is_variable(times)
+    return _Structure(shown, gop, times)
 
 
-def _is_variable(times: Sequence[int | None]) -> int:
-    """Whether a picture is shown for a time that is more than a tenth, and more than the rounding of a clock, off."""
-    gaps = np.diff(np.sort([each for each in times if each is not None]))
+def _gaps(times: Sequence[tuple[int | None, int | None]]) -> np.ndarray:
+    """Ticks from each frame to the next, float64; by pts, or by dts if pts are missing; empty if both are."""
+    table = np.array(times, np.float64).reshape(-1, 2)  # None becomes NaN
+    # Recordings that were joined: times begin anew.
+    parts = np.split(table, np.flatnonzero(np.diff(table[:, 1]) < 0) + 1)
+    for column in (0, 1):
+        if np.isfinite(table[:, column]).sum() > _MOST_TIMES * len(table):
+            return np.concatenate([np.diff(np.sort(part[np.isfinite(part[:, column]), column])) for part in parts])
+    return np.empty(0)
+
+
+_MOST_TIMES = 0.75
+"""Times are of use if this share of frames has them."""
+
+
+def frame_rate(gaps: np.ndarray, tick: Fraction, header_rate: Fraction | None) -> float | None:
+    """Frames a second that most of a video has by the times of its frames; None if these say nothing.
+
+    gaps: ticks of `tick` seconds from each frame to the next. `header_rate` is taken as it is if it agrees.
+
+    The mean of the gaps that are near the median: long pauses and dropped frames do not count, and jitter and rounded
+    times (33, 33, 34 ms) even out. If few are near it, such as when frames come in pairs, so for stretches of frames.
+    """
+    if not len(gaps) or not gaps.sum():
+        return None
+    for stretch in (1, min(_STRETCH, len(gaps))):
+        sums = np.sort(np.convolve(gaps, np.ones(stretch), "valid"))
+        near = sums[np.abs(sums - sums[len(sums) // 2]) <= sums[len(sums) // 2] / 2]
+        gap = float(near.mean()) / stretch
+        if len(near) > len(sums) * 2 / 3:
+            break
+    if not gap:
+        return None
+    if header_rate and abs(gap - 1 / float(header_rate * tick)) <= gap / 100 + 1 / len(gaps):
+        return float(header_rate)
+    rate = 1 / (gap * float(tick))
+    whole = round(rate)
+    if abs(rate - whole / 1.001) < rate / 10_000:
+        return whole / 1.001
+    return float(whole) if abs(rate - whole) < rate / 200 else rate
+
+
+_STRETCH = 12
+"""Frames: a multiple of 2, 3 and 4, in which they may come."""
+
+
+def _is_variable(gaps: np.ndarray) -> int:
+    """Whether a frame is shown for a time that is more than a tenth, and more than the rounding of a clock, off."""
     return int(len(gaps) > 0 and (np.abs(gaps - np.median(gaps)) > np.maximum(np.median(gaps) / 10, 1)).any())
 
 
-def _count_pictures(container: av.container.InputContainer, *, until_damage: bool) -> int:
+_MOST_TILT = 10
+"""Degrees that a display matrix may be off a quarter turn. Players show such a frame straight."""
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[int, int]:
+    """`Video.rotation` and `Video.mirrored` by the display matrix of a frame. Raises `InputError`."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, 0
+    # Column x of a coded frame goes to (x * a, x * b) of the shown one, row y to (y * c, y * d).
+    a, b, _, c, d, *_ = map(int, np.frombuffer(matrix, np.int32))
+    if a * d == b * c:  # nothing that could be shown: all zeros, by muxers that forgot it
+        return 0, 0
+    mirrored = a * d < b * c
+    if mirrored:
+        a, b = -a, -b
+    angle = -math.degrees(math.atan2(b, a)) % 360
+    rotation = 90 * round(angle / 90)
+    if abs(angle - rotation) > _MOST_TILT:
+        raise InputError(f"turned by {angle:.0f} degrees; only quarter turns are known")
+    return rotation % 360, int(mirrored)
+
+
+def _count_frames(container: av.container.InputContainer, shown: list[int], *, until_damage: bool) -> int:
+    """Frames that come out of a decoder. Raises `InputError` if they are not those of `shown` (unless empty): then
+    nothing could be decoded but all of the video."""
     stream = video_stream(container)
     stream.codec_context.thread_count = 1
+    stream.codec_context.copy_opaque = True
     count = 0
     try:
-        for _ in container.decode(stream):
-            count += 1
+        for count, frame in enumerate(decode_packets(_numbered(container.demux(stream))), start=1):
+            if shown and frame.opaque != shown[count - 1 : count]:
+                raise InputError(
+                    "a decoder puts out other frames than its headers say: packets may be missing; encode it anew"
+                )
     except av.error.FFmpegError:
         if not (until_damage and count):  # a file that is cut off is good up to there
             raise
     return count
+
+
+def _numbered(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+    """With the number of each that has data as its `opaque`, in a list: it is compared with a slice."""
+    number = 0
+    for packet in packets:
+        packet.opaque = [number]
+        number += bool(packet.size)
+        yield packet

@@ -29,8 +29,7 @@ from dali_pipelines.clip_source import Sample, bounds
 from dali_pipelines.engines import BLOCKS, CODECS, DEPTHS, Limits, LimitsByFormat, cpu_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source
-from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import size_mismatch
+from dali_pipelines.host_decoder import decode_frames, size_mismatch
 from dali_pipelines.packets import REMUXED_FPS, UncertainError
 
 _DECODERS_A_THREAD = 4

@@ -54,6 +54,10 @@ class Picture(NamedTuple):
     is_disposable: bool = False
     """No other picture refers to it."""
     is_shown: bool = True
+    is_intra: bool = False
+    """Refers to no other. Only read in H.264."""
+    follows_gap: bool = False
+    """Pictures that others refer to are missing before it."""
 
 
 class Selection(NamedTuple):
@@ -72,16 +76,19 @@ class PacketReader:
         selection = reader.select(positions)
         reader.packets[selection.runs[0][0]]     # feed this first
 
-    `packets` are those with data that have been read, `pictures` what their headers say, `times` when they are shown,
-    in the stream's unit. Of a long video, packets far from all that is wanted are None, so that it need not fit into
-    memory.
+    `packets` are those with data that have been read, `pictures` what their headers say, `times` their (pts, dts), in
+    the stream's unit. Packets that nobody will ask for may be None: a long video need not fit into memory.
     """
 
     def __init__(self, container: av.container.InputContainer):
         stream = video_stream(container)
         self.packets: list[av.Packet | None] = []
         self.pictures: list[Picture] = []
-        self.times: list[int | None] = []
+        self.times: list[tuple[int | None, int | None]] = []
+        self._begins_within = False  # a group
+        self._entry: tuple[int, int] | None = None  # order of the picture at which the stream goes on after a gap
+        self._has_edits = "mp4" in container.format.name
+        self._position = -1  # of the last packet, in the file
         self._held_bytes = 0
         self._groups: list[tuple[int, int]] = []  # the first packet of each, and how many pictures are shown before it
         self._let_go = 0  # groups that `_forget` has looked at
@@ -101,7 +108,7 @@ class PacketReader:
         `in_one_go`: they are fed without a new start between two runs. Raises `UncertainError`.
         """
         self._read(int(positions[-1]) + 1, positions)
-        shown = self._shown()
+        shown = self._in_order()
         if positions[-1] >= len(shown):
             raise UncertainError("it has fewer pictures than are wanted")
         wanted = {shown[position] for position in positions.tolist()}
@@ -120,12 +127,12 @@ class PacketReader:
         """H.264 and HEVC: the NAL units of SPS and PPS. MPEG-4: the video object layer. Other codecs have none."""
         return self._codec.parameter_sets
 
-    def count(self) -> int:
-        """How many pictures a decoder puts out for the whole video. Raises `UncertainError`."""
+    def shown(self) -> list[int]:
+        """`Selection.shown` for the whole video. Raises `UncertainError`."""
         self._read(None, np.array([], np.int64))
-        return len(self._shown())
+        return self._in_order()
 
-    def _shown(self) -> list[int]:
+    def _in_order(self) -> list[int]:
         """The numbers of the packets of the pictures that are shown, in their order."""
         decoded = [number for number, picture in enumerate(self.pictures) if picture.is_shown]
         shown = sorted(decoded, key=lambda number: self.pictures[number].order)
@@ -151,22 +158,41 @@ class PacketReader:
                 picture = self._codec.picture(memoryview(packet))
             except IndexError:
                 raise UncertainError("a header is cut off") from None
-            if not self.packets and not picture.starts_group:
-                raise UncertainError("the file does not begin with a picture that stands alone")
+            if self._has_edits and packet.pos <= self._position:
+                raise UncertainError("an edit list repeats frames")
+            self._position = packet.pos
+            if not self._groups and not picture.starts_group:
+                if self._codec.waits_for_start:
+                    picture = picture._replace(is_shown=False)
+                else:  # read on all the same: frames may be missing further on, too
+                    self._begins_within = True
             if packet.is_discard:  # an edit list cuts it out: it is decoded, never shown
                 picture = picture._replace(is_shown=False)
+            self._check_gap(picture, packet)
             if picture.starts_group:
                 self._groups.append((len(self.packets), shown))
                 if self._held_bytes > _MOST_HELD:
                     self._forget(wanted)
-            self.packets.append(packet)
+            is_of_use = bool(self._groups) and not self._begins_within
+            self.packets.append(packet if is_of_use else None)
             self.pictures.append(picture)
-            self.times.append(packet.pts)
-            self._held_bytes += packet.size
+            self.times.append((packet.pts, packet.dts))
+            self._held_bytes += packet.size * is_of_use
             shown += picture.is_shown
             missing -= picture.is_shown
             if not missing:
-                return
+                break
+        if self._begins_within:
+            raise UncertainError("the file does not begin with a picture that stands alone")
+        if self._entry is not None:
+            raise UncertainError("an edit list leaves pictures out that others refer to")
+
+    def _check_gap(self, picture: Picture, packet: av.Packet) -> None:
+        """An edit list may go on at a key frame that is no IDR. What is shown before that needs the missing ones."""
+        if picture.follows_gap and packet.is_keyframe and picture.is_intra:
+            self._entry = picture.order
+        elif picture.follows_gap or (self._entry is not None and picture.is_shown and picture.order < self._entry):
+            raise MissingPictureError("a picture that others refer to is missing")
 
     def _forget(self, wanted: np.ndarray) -> None:
         """Lets go of groups that have ended and hold nothing of `wanted`, unless the group after them does, which may
@@ -206,9 +232,15 @@ class PacketReader:
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
-    """The first video that is not a cover picture."""
-    videos = (stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic)
-    return next(videos, None)
+    """The one that FFmpeg takes (marked default, most frames, highest bit rate), unless it is a cover picture."""
+
+    def is_cover(stream: av.video.stream.VideoStream) -> bool:
+        return bool(stream.disposition & Disposition.attached_pic)
+
+    best = container.streams.best("video")
+    if best is None or not is_cover(best):
+        return best
+    return next((stream for stream in container.streams.video if not is_cover(stream)), None)
 
 
 class Remuxed(NamedTuple):
@@ -380,10 +412,12 @@ class _NalCodec:
     """What H.264 and HEVC share: packets of NAL units, parameter sets, picture order counts."""
 
     reorder = 16  # pictures that a decoder may hold back: the size of its buffer at most
+    waits_for_start = False
 
     def __init__(self, extradata: bytes):
         self._sets: dict[tuple[str, int], Any] = {}  # ("sps" or "pps", id) -> what is needed of it
         self._known: set[bytes] = set()
+        self._active_sps: int | None = None  # its number
         self._sequence = -1  # number of the last picture that restarted the order count
         self._previous = 0  # order count that the next one is relative to
         self.length_size = 0  # 0: start codes
@@ -409,9 +443,13 @@ class _NalCodec:
         """(PPS, its SPS)."""
         try:
             pps = self._sets["pps", number]
-            return pps, self._sets["sps", pps.sps]
+            sps = self._sets["sps", pps.sps]
         except KeyError:
             raise UncertainError("a picture without its parameters") from None
+        if self._active_sps not in (None, pps.sps):  # the size may be another
+            raise UncertainError("the parameters of the stream change")
+        self._active_sps = pps.sps
+        return pps, sps
 
     def _order_count(self, lsb: int, bits: int) -> int:
         """The full count from its low bits: the one near the previous (H.264 8.2.1.1, H.265 8.3.1)."""
@@ -453,7 +491,8 @@ class _H264(_NalCodec):
     def __init__(self, extradata: bytes):
         super().__init__(extradata)
         self._count = 0
-        self._frame_number = 0  # of the last picture that others may refer to
+        self._is_intra = self._follows_gap = False  # the picture that is being read
+        self._frame_number: int | None = None  # of the last picture that others may refer to
 
     @staticmethod
     def _read_configuration(data: bytes) -> tuple[int, list[bytes]]:
@@ -474,7 +513,8 @@ class _H264(_NalCodec):
             self._sets["pps", number] = _H264Pps(bits.ue())
 
     def picture(self, data: memoryview) -> Picture:
-        starts_group = is_reference = False
+        starts_group = is_reference = self._follows_gap = False
+        self._is_intra = True
         counts, fields = [], 0
         for unit in self._units(data):
             kind = unit[0] & 31 if len(unit) > 1 else 0
@@ -498,16 +538,25 @@ class _H264(_NalCodec):
             raise UncertainError("packets of one field each")
         if len(counts) > max(fields, 1) or fields > 2:
             raise UncertainError("packets of several pictures")
-        return Picture((self._sequence, min(counts)), starts_group=starts_group, is_disposable=not is_reference)
+        return Picture(
+            (self._sequence, min(counts)),
+            starts_group=starts_group,
+            is_disposable=not is_reference,
+            is_intra=self._is_intra,
+            follows_gap=self._follows_gap,
+        )
 
     def _read_slice(self, unit: memoryview | bytes) -> tuple[int, int]:
         """(order count, 1 where it is of one field)."""
         bits = Bits(rbsp(bytes(unit[1:_SLICE_HEADER])))
-        bits.ue(), bits.ue()  # first_mb_in_slice, slice_type
+        bits.ue()  # first_mb_in_slice
+        self._is_intra &= bits.ue() in _H264_I_SLICES
         _, sps = self._parameters(bits.ue())
         frame_number = bits.u(sps.frame_number_bits)
-        if (frame_number - self._frame_number) % (1 << sps.frame_number_bits) > 1 and not sps.gaps_allowed:
-            raise MissingPictureError("a picture that others refer to is missing")
+        if self._frame_number is None:  # the file begins within a group
+            self._frame_number = frame_number
+        gap = (frame_number - self._frame_number) % (1 << sps.frame_number_bits)
+        self._follows_gap |= gap > 1 and not sps.gaps_allowed
         if unit[0] & 0x60:
             self._frame_number = frame_number
         is_field = 0 if sps.frames_only else bits.u(1)
@@ -523,6 +572,7 @@ class _H264(_NalCodec):
         return count, is_field
 
 
+_H264_I_SLICES = (2, 7)
 _H264_HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
 
 
@@ -695,6 +745,7 @@ class _Mpeg4:
     """MPEG-4 part 2. A reference picture is shown when the next one is decoded, a B picture at once."""
 
     reorder = 1
+    waits_for_start = False
 
     def __init__(self, extradata: bytes):
         self._layer = next(filter(_is_mpeg4_layer, _annex_b(extradata)), None)
@@ -791,6 +842,8 @@ class _InOrder(abc.ABC):
     """Codecs that show pictures in the order of their packets."""
 
     reorder = 0
+    waits_for_start = True
+    """A decoder puts nothing out before the first group starts."""
     parameter_sets: ClassVar[list[bytes]] = []
 
     def __init__(self, extradata: bytes):
@@ -813,8 +866,25 @@ class _InOrder(abc.ABC):
 
 
 class _Mjpeg(_InOrder):
+    _place, _header = 0, b""  # of the last header of a frame: most packets have the same one at the same place
+
     def _read(self, data: memoryview) -> Picture:
+        if not self._header or data[self._place : self._place + len(self._header)] != self._header:
+            self._read_size(data)
         return Picture(starts_group=True, is_disposable=True)
+
+    def _read_size(self, data: memoryview) -> None:
+        place = 2  # after the marker of the start
+        while data[place] == 0xFF:
+            if data[place + 1] in _JPEG_FRAMES:
+                self._place, self._header = place, bytes(data[place : place + 9])
+                self._check_size((int.from_bytes(self._header[7:9]), int.from_bytes(self._header[5:7])))
+                return
+            place += 2 + int.from_bytes(data[place + 2 : place + 4])
+
+
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of headers of a frame (SOF): the others in this range define tables."""
 
 
 class _Vp8(_InOrder):
@@ -827,6 +897,8 @@ class _Vp8(_InOrder):
 
 class _Vp9(_InOrder):
     """Every picture may change the probabilities that the next ones are coded with: none is disposable."""
+
+    _has_begun = False
 
     def _read(self, data: memoryview) -> Picture:
         frames = [self._read_frame(frame) for frame in self._frames(data)]
@@ -861,6 +933,7 @@ class _Vp9(_InOrder):
         if bits.u(1):  # show_existing_frame
             return False, True
         is_key, is_shown, is_resilient = not bits.u(1), bool(bits.u(1)), bits.u(1)
+        self._has_begun |= is_key
         if is_key:
             bits.u(24)  # frame_sync_code
             self._skip_colours(bits, profile)
@@ -882,6 +955,8 @@ class _Vp9(_InOrder):
 
     def _read_inter_size(self, bits: Bits, profile: int, is_resilient: int, is_shown: bool) -> None:
         intra_only = 0 if is_shown else bits.u(1)
+        if intra_only and not self._has_begun:
+            raise UncertainError("the file does not begin with a picture that stands alone")
         if not is_resilient:
             bits.u(2)  # reset_frame_context
         if intra_only:

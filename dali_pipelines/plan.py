@@ -73,7 +73,7 @@ class SamplePlan:
     """int64 [W, T]: frames of each window as indices into `positions`, ascending, repeated where the video is short.
     V / W clips are crops of the same window: 3 in the test, otherwise 1."""
     rectangles: np.ndarray
-    """float64 [V, 4]: y0, x0, y1, x1 in pixels of the picture as coded; swapped ends flip."""
+    """float64 [V, 4]: y0, x0, y1, x1 in pixels of the frame as coded; swapped ends flip."""
     transpose: bool
     """Swap height and width after the resize (videos shown turned by 90 or 270 degrees)."""
 
@@ -99,7 +99,8 @@ def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: i
     else:
         shown = np.tile(crops.uniform_crops(**frame, short_side=round(view.short_sides[0])), (view.windows, 1))
     height, width = coded_size(video)
-    rectangles, transpose = crops.to_coded(shown, rotation=video.rotation, height=height, width=width)
+    orientation = {"rotation": video.rotation, "mirrored": bool(video.mirrored)}
+    rectangles, transpose = crops.to_coded(shown, **orientation, height=height, width=width)
     return SamplePlan(positions, picks.reshape(len(windows), view.num_frames), rectangles, transpose)
 
 

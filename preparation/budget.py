@@ -331,7 +331,9 @@ def _look(survey: Survey, row: int, epoch: int) -> tuple[Decode, float]:
     except UncertainError:
         frames[VIEWS] = int(twice[-1]) + 1
     new_height, new_width = copy_size(video, SHORT_SIDE)
-    copy = video._replace(codec="h264", pixel_format="yuv420p", height=new_height, width=new_width, rotation=0)
+    copy = video._replace(
+        codec="h264", pixel_format="yuv420p", height=new_height, width=new_width, rotation=0, mirrored=0
+    )
     decode = Decode(
         codec=video.codec,
         area=height * width,

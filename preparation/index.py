@@ -9,14 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join, open_video
+from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
 from dali_pipelines.folders import is_video_name, leads_back, videos_below
-from dali_pipelines.manifest import Manifest, Video, probe
-from dali_pipelines.packets import video_stream
+from dali_pipelines.host_decoder import decode_all
+from dali_pipelines.manifest import Manifest, Video, coded_size, probe
 from dali_pipelines.text import csv_writer, decode, split_lines
 from preparation.work import Crew, Failed, run
 
@@ -205,18 +204,8 @@ def look(path: str, decode: bool) -> Video:
     source = fetch(path)
     video = probe(source)
     if decode:
-        position = -1
-        try:
-            with open_video(source) as container:
-                stream = video_stream(container)
-                stream.codec_context.thread_count = 1
-                for position, picture in enumerate(container.decode(stream)):
-                    if picture.is_corrupt:
-                        raise InputError(f"frame {position} is damaged")
-        except av.error.FFmpegError as error:
-            raise InputError(f"{error.strerror.lower()} after frame {position}") from None
-        if position + 1 != video.frames:
-            raise InputError(f"{position + 1} of its {video.frames} frames come out")
+        for _ in decode_all(source, frames=video.frames, size=coded_size(video)):
+            pass
     return video
 
 
@@ -284,6 +273,7 @@ def describe(manifest: Manifest) -> str:
     for count, what in (
         ((manifest.column("vfr") > 0).sum(), "with a variable frame rate"),
         ((manifest.column("rotation") > 0).sum(), "turned"),
+        ((manifest.column("mirrored") > 0).sum(), "mirrored"),
         ((~np.isin(manifest.column("pixel_format"), ["yuv420p", "yuvj420p", ""])).sum(), "not 8-bit 4:2:0"),
     ):
         parts += [f"{count} {what}"] * bool(count)

@@ -26,9 +26,8 @@ from dali_pipelines.crops import resized_size
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, absolute, fetch, ffmpeg_url, open_video, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
-from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size, probe, size_mismatch
-from dali_pipelines.packets import video_stream
+from dali_pipelines.host_decoder import decode_all, decode_frames
+from dali_pipelines.manifest import Manifest, Video, coded_size, probe
 from dali_pipelines.sampling import frame_positions
 from preparation.child import in_child
 from preparation.index import Rejected
@@ -357,7 +356,7 @@ def transcode(source: list, video: list, out: str, name: str, settings: dict) ->
         _write(Source(*source), video, target, settings, json.dumps(tag))
     copy = probe(target)._replace(path=name)
     height, width = copy_size(video, settings.short_side)
-    if (copy.frames, copy.height, copy.width, copy.rotation) != (video.frames, height, width, 0):
+    if (copy.frames, copy.height, copy.width, copy.rotation, copy.mirrored) != (video.frames, height, width, 0, 0):
         target.unlink()
         raise InputError(f"{copy.frames} of its {video.frames} pictures are in the copy, or they are turned or cut")
     status = target.stat()
@@ -379,6 +378,7 @@ def _tag(source: Source, video: Video, settings: Settings) -> dict:
         "frames": video.frames,
         "fps": video.fps,
         "rotation": video.rotation,
+        **({"mirrored": 1} if video.mirrored else {}),  # not in others: copies of before there was one stay good
         **asdict(settings),
     }
 
@@ -434,24 +434,7 @@ def _encode(pictures: Iterable[av.VideoFrame], path: Path, video: Video, setting
 
 def _pictures(source: Source, video: Video, settings: Settings) -> Iterator[av.VideoFrame]:
     """Those of the original, as they are to be encoded. Raises `InputError` where one is damaged or missing."""
-    scaler = _Scaler(video, settings)
-    count = 0
-    try:
-        with open_video(source) as container:
-            stream = video_stream(container)
-            stream.codec_context.thread_count = 1
-            for picture in container.decode(stream):
-                if picture.is_corrupt:
-                    raise InputError(f"frame {count} is damaged")
-                if reason := size_mismatch((picture.height, picture.width), coded_size(video)):
-                    raise InputError(reason)
-                count += 1
-                yield scaler.scale(picture)
-    except av.error.FFmpegError as error:
-        if count != video.frames:  # a file that is cut off is good up to there
-            raise InputError(f"{error.strerror.lower()} after {count} of its {video.frames} frames") from None
-    if count != video.frames:
-        raise InputError(f"{count} frames come out, the manifest says {video.frames}; index the file again")
+    return map(_Scaler(video, settings).scale, decode_all(source, frames=video.frames, size=coded_size(video)))
 
 
 class _Scaler:
@@ -460,7 +443,7 @@ class _Scaler:
     def __init__(self, video: Video, settings: Settings):
         shown = copy_size(video, settings.short_side)
         self._height, self._width = shown if video.rotation in (0, 180) else shown[::-1]
-        self._turns = video.rotation // 90
+        self._turns, self._mirrored = video.rotation // 90, video.mirrored
         self._format = CODECS[settings.codec].pixel_format
         self._reformatter = av.video.reformatter.VideoReformatter()
         flags = av.video.reformatter.Interpolation
@@ -485,7 +468,7 @@ class _Scaler:
             threads=1,
         )
         colorspace = scaled.colorspace if to_601 else picture.colorspace
-        if is_full != wants_full or self._turns:
+        if is_full != wants_full or self._turns or self._mirrored:
             scaled = self._rebuild(scaled, _range_tables(wants_full) if is_full != wants_full else None)
             scaled.color_primaries, scaled.color_trc = picture.color_primaries, picture.color_trc
         scaled.colorspace, scaled.color_range = colorspace, _FULL if wants_full else _LIMITED
@@ -495,7 +478,7 @@ class _Scaler:
         planes = [np.ndarray((p.height, p.width), np.uint8, p, strides=(p.line_size, 1)) for p in picture.planes]
         if tables:
             planes = [table[plane] for table, plane in zip(tables, planes, strict=True)]
-        planes = [np.rot90(plane, self._turns) for plane in planes]
+        planes = [np.rot90(plane[:, :: -1 if self._mirrored else 1], self._turns) for plane in planes]
         data = np.concatenate([plane.ravel() for plane in planes]).reshape(-1, planes[0].shape[1])
         return av.VideoFrame.from_ndarray(data, format=self._format)
 

@@ -125,6 +125,57 @@ def filter_packets(source: str | Path, path: str | Path, bitstream_filter: str) 
     return str(path)
 
 
+def find_box(data: bytes, *names: bytes) -> list[tuple[int, int]]:
+    """(start, size) of each box on the path `names` from the top of an MP4 file."""
+    found, place, end = [], 0, len(data)
+    for name in names:
+        while data[place + 4 : place + 8] != name:
+            place += int.from_bytes(data[place : place + 4])
+            assert place < end, f"no box {name}"
+        found.append((place, int.from_bytes(data[place : place + 4])))
+        place, end = place + 8, place + found[-1][1]
+    return found
+
+
+def set_matrix(path: str | Path, matrix: Sequence[float]) -> str:
+    """Gives an MP4's first track the display matrix a, b, c, d: column x and row y go to (a x + c y, b x + d y)."""
+    data = bytearray(Path(path).read_bytes())
+    *_, (start, _) = find_box(data, b"moov", b"trak", b"tkhd")
+    a, b, c, d = (round(value * 65536) for value in matrix)
+    fields = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30 if any(matrix) else 0], ">i4")
+    data[start + 48 : start + 48 + fields.nbytes] = fields.tobytes()
+    Path(path).write_bytes(data)
+    return str(path)
+
+
+def set_edits(source: str | Path, path: str | Path, pieces: Sequence[tuple[int, int]]) -> str:
+    """Copies an MP4 file whose index is at its end, with an edit list of (duration in ms, start in ticks) for its
+    first track."""
+    data = bytearray(Path(source).read_bytes())
+    *parents, (start, size) = find_box(data, b"moov", b"trak", b"edts")
+    table = b"".join(np.array([*piece, 1 << 16], ">i4").tobytes() for piece in pieces)
+    body = b"elst" + bytes(4) + len(pieces).to_bytes(4) + table
+    edits = (12 + len(body)).to_bytes(4) + b"edts" + (4 + len(body)).to_bytes(4) + body
+    for parent, parent_size in parents:
+        data[parent : parent + 4] = (parent_size + len(edits) - size).to_bytes(4)
+    data[start : start + size] = edits
+    Path(path).write_bytes(data)
+    return str(path)
+
+
+def cut_packets(source: str | Path, path: str | Path, start: int, *, hidden: int = 0) -> str:
+    """Copies the packets from number `start` on, as a cut without encoding does; `hidden` frames are before time 0."""
+    with av.open(str(source)) as original, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(original.streams.video[0])
+        packets = [packet for packet in original.demux(video=0) if packet.size][start:]
+        origin = packets[0].pts + hidden * packets[0].duration
+        for packet in packets:
+            packet.pts, packet.stream = packet.pts - origin, stream
+            packet.dts = None if packet.dts is None else packet.dts - origin
+            container.mux(packet)
+    return str(path)
+
+
 def numbered(count: int, *, height: int, width: int) -> list[np.ndarray]:
     """Pictures of one colour each that says their number (below 125), whatever part of them is looked at."""
     return [np.full((height, width, 3), _LEVELS[[n % 5, n // 5 % 5, n // 25]], np.uint8) for n in range(count)]
@@ -155,6 +206,10 @@ def textured(count: int, *, height: int, width: int, seed: int = 0) -> list[np.n
 
 
 def decode_all(path: str | Path) -> np.ndarray:
-    """Every picture as PyAV puts it out, uint8 [N, H, W, 3], not turned."""
+    """Every frame that PyAV puts out, as FFmpeg does, whatever it cannot decode: uint8 [N, H, W, 3], not turned."""
+    frames = []
     with av.open(str(path), metadata_errors="replace") as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        for packet in container.demux(container.streams.best("video")):
+            with contextlib.suppress(av.error.InvalidDataError):
+                frames += [frame.to_ndarray(format="rgb24") for frame in packet.decode()]
+    return np.stack(frames)

@@ -95,9 +95,10 @@ def test_uniform_crops_stand_at_the_start_the_middle_and_the_end_of_the_long_sid
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-def test_to_coded_cuts_from_the_unturned_picture_what_is_seen_in_the_turned_one(picture, rotation, flip):
-    shown = torch.rot90(picture, rotation // 90, dims=(1, 2))
+def test_to_coded_cuts_from_the_coded_frame_what_is_seen_in_the_shown_one(picture, rotation, mirrored, flip):
+    shown = torch.rot90(picture.flip(2) if mirrored else picture, rotation // 90, dims=(1, 2))
     height, width = shown.shape[1:]
     box = crops.random_crop(
         height=height,
@@ -107,7 +108,7 @@ def test_to_coded_cuts_from_the_unturned_picture_what_is_seen_in_the_turned_one(
         flip=flip,
         draws=np.array([0.3, 0.7, 0.2, 0.1]),
     )
-    coded, transpose = crops.to_coded(box, rotation=rotation, height=61, width=90)
+    coded, transpose = crops.to_coded(box, rotation=rotation, mirrored=mirrored, height=61, width=90)
     got = sample(picture, coded[0], 32)
     got = got.transpose(1, 2) if transpose else got
     assert torch.allclose(got, sample(shown, box[0], 32), atol=1e-9)

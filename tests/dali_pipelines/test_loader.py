@@ -118,7 +118,7 @@ def test_a_file_that_has_changed_its_size_is_a_fault_on_every_way(tmp_path, suff
     made = loader(Manifest([video]), "test", batch_size=1, stride=None, mean=(0.5, 0.5, 0.5), decode=decode)
     batch = next(iter(made))
     assert not batch.valid[0] and (batch.clips == -0.5).all()
-    assert "128x96, the manifest says 64x48; index the file again" in made.stats.faults[0].reason
+    assert "a frame is 128x96, not 64x48" in made.stats.faults[0].reason
 
 
 def test_views_of_one_decode_are_neighbours_with_windows_and_crops_of_their_own(numbered_videos):
@@ -570,7 +570,7 @@ def test_unreadable_videos_are_black_invalid_and_named(textured_videos, tmp_path
         first = {fault.sample_id: fault for fault in made.stats.faults if fault.epoch == 0}
         assert sorted(first) == [1, 3, 4, 6] and len(made.stats.faults) == 8
         assert first[1].reason == "no such file or directory" and first[1].path == "/nowhere/gone.webm"
-        assert "only" in first[6].reason and "index the file again" in first[6].reason
+        assert "only" in first[6].reason and "index it again" in first[6].reason
         assert "invalid data" in first[3].reason
 
 

@@ -1,14 +1,18 @@
 """The manifest file, there and back, and what probing a file finds."""
 
+import contextlib
 import io
 import re
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video, _gaps, frame_rate, probe
+from preparation.index import look
 from tests.videos import decode_all, numbered, read_numbers, textured, write_video
 
 HEADER = "path,label,frames,fps,width,height,codec,rotation\n"
@@ -87,7 +91,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_probe_counts_pictures_and_applies_rotation(numbered_videos):
     found = {numbered_videos[index].path: numbered_videos[index] for index in range(len(numbered_videos))}
-    assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0, "yuv420p", 0, 100, "", 0, 0)
+    assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0, "yuv420p", 0, 100, "", 0, 0, 0)
     assert found["bframes.mkv"].frames == 100  # the header of a Matroska file claims 0
     assert found["av1.mp4"].codec == "av1"
     assert found["odd_size.webm"][4:6] == (127, 95)
@@ -207,3 +211,104 @@ def test_names_with_any_character_come_back(tmp_path):
 def test_a_zero_byte_in_a_name_is_no_crash():
     with pytest.raises(InputError, match="a zero byte in its name"):
         probe("a\0b.mp4")
+
+
+# -- the rate by the times of the frames --
+
+
+MS = Fraction(1, 1000)
+STEADY = np.arange(120) * 1000 / 30
+JITTERED = STEADY + np.random.default_rng(0).integers(-5, 6, 120)
+
+
+@pytest.mark.parametrize(
+    "times, rate",
+    [
+        (STEADY, 30),  # 33, 33, 34 ms: their median would be 30.3
+        (np.arange(300) * 1001 / 30, 30000 / 1001),
+        (JITTERED, 30),
+        (np.append(STEADY[:-1], STEADY[-2] + 600_000), 30),  # ten minutes before the last frame
+        (STEADY + 2000 * (np.arange(120) // 20), 30),  # a pause every 20 frames
+        (np.delete(STEADY, np.arange(5, 120, 10)), 30),  # every tenth frame dropped
+        (np.repeat(STEADY[::2], 2) + np.tile([0, 1], 60), 30),  # delivered in pairs
+        (np.cumsum(np.tile([33, 50], 60)), 24),  # 3:2 pulldown
+        (np.tile(STEADY[:60], 2), 30),  # joined recordings: times begin anew
+        (np.arange(20) * 400.0, 2.5),
+    ],
+)
+def test_the_rate_is_that_of_most_of_the_video(times, rate):
+    """Whatever nonsense the header has; a header that agrees is taken as it is."""
+    gaps = _gaps([(int(time), int(time)) for time in np.round(times)])
+    for header in (None, Fraction(1000), Fraction(1, 10)):
+        assert frame_rate(gaps, MS, header) == pytest.approx(rate, rel=1e-6)
+    near = Fraction(rate * 1.002)
+    assert frame_rate(gaps, MS, near) == float(near)
+
+
+@pytest.mark.parametrize("times", [[], [(5, 5)], [(None, None)] * 9, [(0, 0)] * 9])
+def test_times_that_say_nothing_give_no_rate(times):
+    assert frame_rate(_gaps(times), MS, Fraction(25)) is None
+
+
+def test_times_are_of_frames_as_shown_and_dts_stand_in_for_them():
+    reordered = [(0, -40), (120, 0), (40, 40), (80, 80), (240, 120), (160, 160), (200, 200)]
+    assert _gaps(reordered).tolist() == [40] * 6
+    assert _gaps([(None, dts) for _, dts in reordered]).tolist() == [40] * 6
+
+
+@pytest.mark.parametrize("codec, suffix", [("vp8", "webm"), ("h264", "flv"), ("h264", "mp4"), ("vp9", "mkv")])
+def test_a_window_is_as_long_as_in_the_steady_file(tmp_path, codec, suffix):
+    """Browsers, RTMP recorders and cameras: 1000 frames/s by the header, or next to none after a long pause."""
+    made = write_video(tmp_path / "steady.mp4", numbered(120, height=64, width=64), fps=30)
+    times = np.round(JITTERED - JITTERED[0]).astype(int).tolist()
+    if suffix == "mp4":
+        times[100:] = [time + 600_000 for time in times[100:]]
+    path = write_video(tmp_path / f"a.{suffix}", numbered(120, height=64, width=64), codec=codec, fps=1000, times=times)
+    with av.open(path) as container:
+        header = container.streams.video[0].average_rate
+        assert header is None or not 20 < header < 40
+    videos = [probe(made), probe(path)]
+    assert [video.fps for video in videos] == [30, 30]
+    settings = dict(batch_size=2, num_frames=8, crop_size=32, stride=4, num_windows=3, workers=0)
+    loader = ClipLoader(Manifest(videos), mode="test", **settings)
+    steady, other = next(iter(loader)).clips
+    assert read_numbers(other[1].numpy()) == read_numbers(steady[1].numpy()) == [0, 4, 8, 13, 17, 22, 26, 31]
+    assert (loader.window_seconds(0) == loader.window_seconds(1)).all()
+
+
+def test_a_raw_stream_has_the_rate_of_its_own_headers(tmp_path):
+    """FFmpeg takes 25 for all of them."""
+    path = write_video(tmp_path / "a.h264", numbered(12, height=64, width=64), fps=30)
+    assert probe(path).fps == 30
+
+
+# -- which stream --
+
+
+@pytest.mark.parametrize("suffix, marked", [("mkv", True), ("mkv", False), ("mp4", True), ("mov", True)])
+def test_the_video_is_the_stream_that_ffmpeg_takes(tmp_path, suffix, marked):
+    """Not the first: the one marked default, or the longer one. On every way."""
+    parts = [
+        write_video(tmp_path / "preview.mkv", numbered(2, height=48, width=64)[::-1], codec="mjpeg", fps=1),
+        write_video(tmp_path / "video.mp4", numbered(40, height=64, width=96)),
+    ]
+    path = tmp_path / f"both.{suffix}"
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(av.open(part)) for part in parts]
+        with av.open(str(path), "w") as out:
+            streams = [out.add_stream_from_template(source.streams.video[0]) for source in sources]
+            streams[0].disposition = Disposition(0)
+            streams[1].disposition = Disposition.default if marked else Disposition(0)
+            for source, stream in zip(sources, streams, strict=True):
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.stream = stream
+                        out.mux(packet)
+    with av.open(str(path)) as container:
+        assert [stream.codec_context.codec.canonical_name for stream in container.streams.video] == ["mjpeg", "h264"]
+    video = look(str(path), True)
+    assert (video.codec, video.frames, video.width) == ("h264", 40, 96)
+    for decode in ("host", "nvdec"):
+        settings = dict(batch_size=1, num_frames=4, crop_size=32, stride=None, workers=0, decode=decode)
+        batch = next(iter(ClipLoader(Manifest([video]), mode="validate", **settings)))
+        assert batch.engines == (decode,) and read_numbers(batch.clips[0].numpy()) == [0, 13, 26, 39]

@@ -309,22 +309,59 @@ def test_a_damaged_stream_costs_one_sample_and_no_restart(some, tmp_path, monkey
     assert all((engine == "") == (not valid) for b in batches for engine, valid in zip(b.engines, b.valid))
 
 
-@pytest.mark.parametrize("codec", ["vp8", "vp9"])
+@pytest.mark.parametrize(
+    "codec, suffix",
+    [
+        ("vp8", "webm"),
+        ("vp9", "webm"),
+        ("mjpeg", "avi"),
+        ("mjpeg", "mkv"),
+        ("mpeg4", "avi"),
+        ("h264", "ts"),
+        ("hevc", "ts"),
+    ],
+)
 @pytest.mark.parametrize("decode", ["host", "dali", "nvdec"])
-def test_a_size_that_changes_on_the_way_is_a_fault(tmp_path, codec, decode):
+@pytest.mark.parametrize("heights", [(96, 64), (64, 96)])
+def test_a_size_that_changes_on_the_way_is_a_fault(tmp_path, codec, suffix, decode, heights):
     """As WebRTC recordings do; never a sheared clip that counts as valid."""
     paths = [
-        write_video(tmp_path / f"{height}.webm", numbered(20, height=height, width=128), codec=codec)
-        for height in (96, 64)
+        write_video(tmp_path / f"{height}.{suffix}", numbered(20, height=height, width=128), codec=codec)
+        for height in heights
     ]
-    path = join_packets(*paths, tmp_path / "joined.webm")
+    path = join_packets(*paths, tmp_path / f"joined.{suffix}")
     video = probe(paths[0])._replace(path=path, frames=40)
     made = loader(Manifest([video]), batch_size=1, stride=None, decode=decode)
     batch = next(iter(made))
     assert not batch.valid[0] and batch.clips.abs().max() == 0
-    assert "128x64, the manifest says 128x96" in made.stats.faults[0].reason
+    reason = made.stats.faults[0].reason
+    assert f"a frame is 128x{heights[1]}, not 128x{heights[0]}" in reason and "manifest" not in reason
     start = loader(Manifest([video._replace(frames=20)]), batch_size=1, stride=None, decode=decode)  # before it changes
     assert read_numbers(by_sample(start)[0][0].numpy()) == [0, 2, 5, 8, 10, 13, 16, 19]
+
+
+@pytest.mark.parametrize("decode", ["host", "dali", "nvdec"])
+def test_a_stream_that_changes_between_sizes_announced_at_its_start_is_a_fault(tmp_path, decode):
+    """Both parameter sets of H.264 are in the first packet, so that none is new later."""
+    streams = [
+        Path(
+            write_video(
+                tmp_path / f"{number}.h264",
+                numbered(20, height=96 - 32 * number, width=128),
+                options={"x264-params": f"sps-id={number}:bframes=2"},
+            )
+        ).read_bytes()
+        for number in range(2)
+    ]
+    sets = b"".join(b"\0\0\1" + unit for unit in streams[1].split(b"\0\0\1")[1:] if unit[0] & 31 in (7, 8))
+    path = tmp_path / "both.h264"
+    path.write_bytes(b"\0" + sets + b"".join(streams))
+    video = probe(path)
+    assert video.frames == 40
+    with open_video(path) as container, pytest.raises(UncertainError, match="the parameters of the stream change"):
+        remux(container, np.array([39]))
+    made = loader(Manifest([video]), batch_size=1, stride=None, decode=decode)
+    assert not next(iter(made)).valid[0] and "a frame is 128x64, not 128x96" in made.stats.faults[0].reason
 
 
 def test_av1_that_changes_its_size_is_a_fault(tmp_path):
@@ -336,7 +373,7 @@ def test_av1_that_changes_its_size_is_a_fault(tmp_path):
         remux(container, np.arange(video.frames))
     made = loader(Manifest([video]), batch_size=1, stride=None)
     batch = next(iter(made))
-    assert not batch.valid[0] and "128x128, the manifest says 256x256" in made.stats.faults[0].reason
+    assert not batch.valid[0] and "128x128, not 256x256" in made.stats.faults[0].reason
 
 
 def test_frames_in_another_order_than_planned_are_noticed(tmp_path):
