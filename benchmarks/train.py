@@ -103,7 +103,7 @@ def benchmark_train(
             "batch_size": trainer.batch_size,
             "micro_steps": trainer.micro_steps,
             "precision": trainer.precision,
-            "compiled": trainer.is_compiled,
+            "compiled": trainer.mode != "eager",
             "split_cores": split_cores,
             "steps": steps,
             "rounds": rounds,
@@ -280,7 +280,7 @@ def hints(trainer: Trainer) -> dict[str, list[str]]:
         },
         "network": {
             "train.precision=bf16": trainer.precision == "float32",
-            "train.compile=true": not trainer.is_compiled,
+            "train.compile=true": trainer.mode == "eager",
             "train.activation_checkpointing=false": train.activation_checkpointing,
             f"data.batch_size over {trainer.batch_size}": trainer.micro_steps > 1,
             "more processes": True,

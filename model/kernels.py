@@ -100,7 +100,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _cast(x: Tensor) -> Tensor:
-    """Contiguous, in the type that products take it in: cast once, not by autocast for each of them."""
+    """In the type that products take it in, contiguous if it is cast: once, not by autocast for each of them."""
     return x.to(autocast_dtype(x.device) or x.dtype, memory_format=torch.contiguous_format)
 
 

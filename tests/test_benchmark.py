@@ -361,7 +361,7 @@ def test_hints_are_settings_that_there_are(device, settings, expected):
         "precision": precision,
         "micro_steps": 1,
         "batch_size": 8,
-        "is_compiled": config.train.compile is True,
+        "mode": "compiled" if config.train.compile is True else "eager",
     }
     trainer = SimpleNamespace(config=config, process=process, **settings_of)
     hints = benchmarks.train.hints(trainer)
@@ -388,7 +388,7 @@ CASES = [
     ("gone.mp4", "gone.mp4: no such file or directory"),
     ("gone.csv", "gone.csv: no such manifest"),
     ("empty", "empty: no videos there"),
-    ("turned.mp4", "turned.mp4: is turned by 90 degrees"),
+    ("turned.mp4", "turned.mp4: is turned or mirrored"),
 ]
 
 

@@ -1,74 +1,98 @@
 """Whether a run compiles its network, and how: `train.compile` and `train.cuda_graphs`."""
 
+from typing import Literal
+
 import torch
+from torch._dynamo.utils import counters
 
 from dali_pipelines.errors import InputError
 from model import TimeSformer
 from training.config import TrainConfig
 from training.distributed import Process
 
+Mode = Literal["eager", "compiled", "CUDA graphs"]
+
 WORTH_IT = 1000
-"""Forward passes of a run in training. At 8 clips a GPU a compiled step takes about 35 ms less (docs/benchmarks.md),
-and compiling takes up to half a minute."""
+"""Forward passes of a run in training: a rule of thumb. At 8 clips a GPU a compiled step of ViT-B took about 35 ms less
+than an eager one (docs/benchmarks.md), and compiling takes half a minute. Both grow with the number of blocks."""
 
-_VARIANTS = 32  # of a block: of the first, those between and the last, in training and not, of a teacher, ...
+_VARIANTS = 32  # graphs of a block: first, middle and last, in training and in evaluation, of a student and a teacher
 
 
-def decide(train: TrainConfig, process: Process, *, passes: int, before: bool | None) -> tuple[bool, str]:
-    """Whether to compile, the same on all processes, and why in words.
-
-    passes: forward passes in training over the whole run. before: what the run did that is resumed, if one is: it goes
-    on as it began. Raises `InputError` where what is forced cannot be had.
-    """
+def check_compile(train: TrainConfig, process: Process) -> None:
+    """Raises `InputError` if what the settings force cannot be done here. On all processes."""
     if train.cuda_graphs and process.device.type != "cuda":
         raise InputError(f"train.cuda_graphs is true, and the device is {process.device}; expected a GPU")
-    if train.compile is False and train.cuda_graphs:
-        raise InputError("train.cuda_graphs is true, and needs train.compile, which is false")
-    if train.compile is False:
-        return False, "eager, as train.compile says"
-    is_forced = train.compile is True or train.cuda_graphs
-    if not is_forced:
-        if process.device.type != "cuda":
-            return False, "eager: train.compile=auto compiles on a GPU"
-        if before is False:
-            return False, "eager, as the run began; train.compile=true would compile it"
-        if before is None and passes < WORTH_IT:
-            return False, f"eager: {passes} forward passes; train.compile=auto compiles from {WORTH_IT} on"
-    missing = next(filter(None, process.gather(compiler_missing(process.device))), "")
-    if missing and is_forced:
-        raise InputError(f"train.compile is true, and {missing}; install it, or set train.compile=auto")
-    if missing:
-        return False, f"eager: {missing}"
-    return True, "compiled" + ", launched as CUDA graphs" * train.cuda_graphs
+    if train.cuda_graphs and _wanted(train) == "false":
+        raise InputError("train.cuda_graphs is true and train.compile is false; expected train.compile=auto or true")
+    if train.cuda_graphs or _wanted(train) == "true":
+        missing = _missing_anywhere(process)
+        if missing:
+            key, other = ("cuda_graphs", "false") if train.cuda_graphs else ("compile", "auto")
+            raise InputError(f"train.{key} is true, and {missing}; install it, or set train.{key}={other}")
+
+
+def decide_compile(train: TrainConfig, process: Process, *, passes: int, before: Mode | None) -> tuple[Mode, str]:
+    """How to run the network, the same on all processes, and that in words, with the reason if it is not compiled.
+
+    passes: forward passes in training, over the whole run. before: how the run began that is resumed, None for a new
+    run; `auto` goes on in the same way. Expects that `check_compile` has passed.
+    """
+    if train.cuda_graphs:
+        return "CUDA graphs", "compiled, launched as CUDA graphs"
+    if _wanted(train) != "auto":
+        return ("compiled", "compiled") if _wanted(train) == "true" else ("eager", "eager, as train.compile says")
+    if process.device.type != "cuda":
+        return "eager", "eager: train.compile=auto compiles on a GPU"
+    if before == "eager":
+        return "eager", "eager, as the run began; train.compile=true would compile it"
+    if before is None and passes < WORTH_IT:
+        return "eager", f"eager: {passes} forward passes; train.compile=auto compiles from {WORTH_IT} on"
+    missing = _missing_anywhere(process)
+    return ("eager", f"eager: {missing}") if missing else ("compiled", "compiled")
+
+
+def _wanted(train: TrainConfig) -> str:
+    """auto, true or false; YAML makes a bool or a text of them."""
+    return str(train.compile).lower()
+
+
+def _missing_anywhere(process: Process) -> str:
+    return next(filter(None, process.gather(compiler_missing(process.device))), "")
 
 
 def compiler_missing(device: torch.device) -> str:
-    """What keeps torch.compile from working, in words; nothing where it works. Compiles a line, to see."""
+    """Why torch.compile does not work, in words; "" if it works. Compiles one line to find out."""
 
     def two_operators(x: torch.Tensor) -> torch.Tensor:
         return x.sin() + 1
 
     try:
         torch.compile(two_operators, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # of the compiler, of Triton, of what it has to write
+    except Exception as error:  # of the compiler, of Triton, of the folder that it writes to
         lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
         return f"torch.compile does not work on {device} ({lines[0] if lines else type(error).__name__})"
     return ""
 
 
 def compile_network(network: TimeSformer, *, cuda_graphs: bool = False) -> None:
-    """In place; each kind of block becomes one graph, in training and in evaluation, for one batch size.
+    """In place. Each kind of block becomes one graph, in training and in evaluation, for each batch size.
 
-    Block by block: the compiler's time does not grow with the depth, DDP reduces the gradients of one block while the
-    next is computed, and activation checkpointing stays outside. With `cuda_graphs` the network is one graph, launched
-    as one, whose result is overwritten by that of the next call.
+    Block by block, the time to compile does not grow with the depth, DDP reduces the gradients of one block while the
+    next one is computed, and activation checkpointing stays outside of the graphs. With `cuda_graphs` the whole network
+    is one graph that is launched at once; each call overwrites the result of the one before.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._dynamo.config.optimize_ddp = False  # would split the graphs once more
-    # Kernels are chosen without timing them, so that a resumed run has those of an unbroken one.
+    # Kernels are chosen without timing them, so that a resumed run has the same ones.
     options = {"deterministic": True}
     if cuda_graphs:
         network.compile(fullgraph=True, dynamic=False, options=options | {"triton.cudagraphs": True})
         return
     for block in network.blocks:
         block.compile(fullgraph=True, dynamic=False, options=options)
+
+
+def cuda_graphs_skipped() -> bool:
+    """Whether the compiler has left out CUDA graphs, which it only logs."""
+    return counters["inductor"]["cudagraph_skips"] > 0

@@ -342,7 +342,7 @@ _VALUES = {
     "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
     "train.label_smoothing": _SHARE,
     "train.swa_epochs": _NOT_NEGATIVE,
-    "train.compile": (lambda value: value in (True, False, "auto"), "auto, true or false"),
+    "train.compile": (lambda value: str(value).lower() in ("auto", "true", "false"), "auto, true or false"),
     "train.checkpoint_every_steps": _optional(_COUNT),
     "train.log_every_steps": _COUNT,
     "train.on_nan": _one_of("stop", "rollback"),

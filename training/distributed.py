@@ -120,9 +120,6 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
                 f"{torch.cuda.device_count()}: start torchrun with --nproc-per-node {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(wanted)
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # for `precision.deterministic`, before cuBLAS starts
     if world_size == 1:
         yield Process(rank, world_size, local_rank, local_world_size, wanted)
         return

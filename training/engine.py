@@ -22,8 +22,7 @@ from dali_pipelines.loader import Batch
 from dali_pipelines.text import csv_writer
 from model import TimeSformer
 from training import checkpoints
-from training.compiling import compile_network
-from training.compiling import decide as decide_compile
+from training.compiling import Mode, check_compile, compile_network, cuda_graphs_skipped, decide_compile
 from training.config import Config, preprocessing, to_yaml
 from training.data import make_data, read_teacher
 from training.distributed import WAITING, HangWatch, Process
@@ -40,7 +39,7 @@ from training.optimizer import (
     make_optimizer,
     resolve_implementation,
 )
-from training.precision import LossScale, autocast, deterministic, gradient_factor, resolve_precision
+from training.precision import LossScale, autocast, gradient_factor, make_deterministic, resolve_precision
 from training.preemption import REQUEUE, Preemption
 from training.profiling import StepProfiler, record_function
 from training.resuming import FORMAT, check_resumable
@@ -92,6 +91,8 @@ class Trainer:
         self.preemption = preemption or Preemption()
         self.precision = resolve_precision(config.train.precision, process.device)
         self.implementation = resolve_implementation(config.optim, process.device)
+        check_compile(config.train, process)
+        make_deterministic(process.device)
         self.output = Path(config.output)
         teacher = read_teacher(config)
         self.teacher_frames = 1 if teacher is None else teacher.preprocessing["num_frames"] // config.data.num_frames
@@ -139,14 +140,16 @@ class Trainer:
         self.saver = Saver(self.output, self._weights)
         self.monitor: Monitor | Silent = Silent()
 
-        self.is_compiled: bool | None = None  # not decided yet
+        self.mode: Mode | None = None  # not decided yet
         self._changes: list[str] = []  # of the settings and data since the checkpoint
 
         resumed_from = self._open_output(resume)
-        passes = self.last_step * self.micro_steps
-        self.is_compiled, how = decide_compile(config.train, process, passes=passes, before=self.is_compiled)
-        if self.is_compiled:
-            compile_network(self.network, cuda_graphs=config.train.cuda_graphs)
+        passes, before = self.last_step * self.micro_steps, self.mode
+        self.mode, how = decide_compile(config.train, process, passes=passes, before=before)
+        if before not in (None, self.mode):
+            how += f"; it began as {before}, so it goes on with other rounding and other draws of drop path"
+        if self.mode != "eager":
+            compile_network(self.network, cuda_graphs=self.mode == "CUDA graphs")
             if self.teacher is not None:
                 compile_network(self.teacher)
         loaded = "" if resumed_from else self._load_pretrained()
@@ -223,6 +226,14 @@ class Trainer:
                 progress = {"train/epoch": self.step / self.steps_per_epoch, "train/faults": self.failed}
                 self.monitor.log_interval(self.step, progress | interval.summary())
                 self._logged = self._log_sizes()
+                if (
+                    self.mode == "CUDA graphs"
+                    and self.step <= self.config.train.log_every_steps
+                    and cuda_graphs_skipped()
+                ):
+                    self.monitor.say(
+                        "train.cuda_graphs: the compiler has left them out; TORCH_LOGS=cudagraphs says why"
+                    )
                 interval = Interval(self.train_loader, self.process.device)
             if self._must_end:
                 self._end_for_signal(epoch)
@@ -252,7 +263,7 @@ class Trainer:
             group["lr"] = lr
         self.model.train()
         self._seen.clear()
-        if self.config.train.cuda_graphs:
+        if self.mode == "CUDA graphs":
             torch.compiler.cudagraph_mark_step_begin()
         sums = sum(
             self._forward_backward(batch, index, is_last=index == self.micro_steps - 1)
@@ -323,13 +334,13 @@ class Trainer:
                 loss = self._loss(logits, mixed, labels, valid)
             if is_last and self.process.world_size > 1:
                 self.process.whereabouts.at(WAITING)
-            with record_function("backward"), deterministic(self.process.device):
+            with record_function("backward"):
                 # The sum over a whole step overflows fp16 sooner than its mean; `_train_step` knows the true count.
                 (loss * (self.loss_scale.value / self.config.optim.global_batch_size)).backward()
         if self.step % self.steps_per_epoch == micro_step == 0:
             self.monitor.log_clips(self.step + 1, clips, mean=self.config.data.mean, std=self.config.data.std)
         scores = logits.detach().float()
-        if self.config.train.cuda_graphs:  # whose memory the next micro-step's go to
+        if self.mode == "CUDA graphs":  # the next micro-step overwrites them
             scores = scores.clone()
         self._seen.append((batch.sample_ids, batch.valid, scores))
         counts = sum(
@@ -567,7 +578,7 @@ class Trainer:
                 "loader": self._loader_state,
                 "failed": self.failed,
                 "left_out": sorted(self.left_out),
-                "is_compiled": self.is_compiled,
+                "mode": self.mode,
                 **self._logged,
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
@@ -687,7 +698,8 @@ class Trainer:
         self._loader_state, self._fault_count = state["loader"], 0
         self._logged = {key: state[key] for key in self._logged}
         self.left_out.update(state["left_out"])
-        self.is_compiled = state.get("is_compiled", self.is_compiled)
+        if self.mode is None:
+            self.mode = state.get("mode", "compiled" if state["config"]["train"]["compile"] is True else "eager")
         self.step, self.is_validated = state["step"], state["is_validated"]
         self.best_top1, self.failed = state["best_top1"], state["failed"]
         self.saver.saved = (self.step, self.is_validated)

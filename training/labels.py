@@ -140,13 +140,13 @@ def class_names(labels: str | None, manifest: Manifest) -> tuple[str, ...]:
 def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: str, renamed: bool = False) -> None:
     """`InputError` if the manifest called `name` has other classes than `classes`, which are those `of` something.
 
-    Where names were `renamed` (data.labels), those of the manifest may be spelled in another way, but not be names of
-    other labels. They are not compared with `classes` that are mere numbers.
+    Where names were `renamed` (data.labels), those of the manifest may be fewer and spelled in another way, but not be
+    names of other labels. They are not compared with `classes` that are mere numbers.
     """
     theirs, classes = manifest.classes, tuple(classes)
     unnamed = classes == tuple(map(str, range(len(classes))))
     different = ""
-    if theirs and len(theirs) != len(classes):
+    if len(theirs) > len(classes) or (theirs and not renamed and len(theirs) < len(classes)):
         different = f"{len(theirs)} there, {len(classes)} here"
     elif theirs and not unnamed:
         moved = (k for k, each in enumerate(theirs) if each != classes[k] and (not renamed or each in classes))

@@ -1,9 +1,9 @@
 """Mixed precision: in which type to compute, the loss scale of fp16, and the norm and scaling of all gradients; and in
 which order gradients are added up."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,19 +26,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
 
 
-@contextlib.contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Within, a GPU adds up gradients in the same order each time, so that runs can be repeated exactly. By itself,
-    fused attention does not: its backward pass adds up what blocks of keys bring as it comes."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is written once more
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+def make_deterministic(device: torch.device) -> None:
+    """On a GPU, for the whole process: gradients are added up in the same order each time, so that runs can be repeated
+    exactly. By default, fused attention adds up the contributions of blocks of keys in any order. It is not enough to
+    do this around the backward pass: the forward pass chooses the kernels, and a compiled backward pass refuses another
+    setting than its forward pass had."""
+    if device.type == "cuda":
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is written once more
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
 
 
 class LossScale:

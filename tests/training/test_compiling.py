@@ -11,61 +11,81 @@ from tests.conftest import needs_compiler
 from tests.training.conftest import run
 from tests.training.test_engine import assert_equal_weights, train
 from training import compiling
-from training.compiling import WORTH_IT, decide
+from training.compiling import WORTH_IT, check_compile, decide_compile
 from training.config import TrainConfig, load_config
 from training.distributed import Process, start_process
 from training.engine import Trainer
+from training.precision import make_deterministic
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COMPILED = ["train.compile=true", "data.batch_size=2"]  # one shape for all, so that the compiler has it cached
 
 
+def process(device, rank=0, world_size=1):
+    return Process(rank, world_size, rank, world_size, device)
+
+
 @pytest.mark.parametrize(
     "wanted, device, passes, before, missing, expected, why",
     [
-        ("auto", CPU, WORTH_IT, None, "", False, "eager: train.compile=auto compiles on a GPU"),
-        ("auto", GPU, WORTH_IT, None, "", True, "compiled"),
+        ("auto", CPU, WORTH_IT, None, "", "eager", "eager: train.compile=auto compiles on a GPU"),
+        ("auto", GPU, WORTH_IT, None, "", "compiled", "compiled"),
         (
             "auto",
             GPU,
             WORTH_IT - 1,
             None,
             "",
-            False,
+            "eager",
             "eager: 999 forward passes; train.compile=auto compiles from 1000",
         ),
-        ("auto", GPU, WORTH_IT, None, "no g++", False, "eager: no g++"),
-        ("auto", GPU, 1, True, "", True, "compiled"),
-        ("auto", GPU, 1, True, "no g++", False, "eager: no g++"),
-        ("auto", GPU, WORTH_IT, False, "", False, "eager, as the run began; train.compile=true would compile it"),
-        (True, GPU, 1, False, "", True, "compiled"),
-        (True, CPU, 1, None, "", True, "compiled"),
-        (False, GPU, WORTH_IT, True, "", False, "eager, as train.compile says"),
+        ("auto", GPU, WORTH_IT, None, "no g++", "eager", "eager: no g++"),
+        ("auto", GPU, 1, "compiled", "", "compiled", "compiled"),
+        ("auto", GPU, 1, "CUDA graphs", "", "compiled", "compiled"),
+        ("auto", GPU, 1, "compiled", "no g++", "eager", "eager: no g++"),
+        ("auto", GPU, WORTH_IT, "eager", "", "eager", "eager, as the run began; train.compile=true would compile it"),
+        (True, GPU, 1, "eager", "", "compiled", "compiled"),
+        ("true", CPU, 1, None, "", "compiled", "compiled"),
+        (False, GPU, WORTH_IT, "compiled", "", "eager", "eager, as train.compile says"),
     ],
 )
 def test_who_compiles(monkeypatch, wanted, device, passes, before, missing, expected, why):
     monkeypatch.setattr(compiling, "compiler_missing", lambda on: missing if on == device else "wrong device")
-    process = Process(0, 1, 0, 1, device)
-    is_compiled, said = decide(TrainConfig(compile=wanted), process, passes=passes, before=before)
-    assert is_compiled is expected and said.startswith(why)
+    settings = TrainConfig(compile=wanted)
+    check_compile(settings, process(device))
+    mode, said = decide_compile(settings, process(device), passes=passes, before=before)
+    assert mode == expected and said.startswith(why)
 
 
 def test_one_process_without_a_compiler_keeps_the_others_from_it(monkeypatch):
     monkeypatch.setattr(compiling, "compiler_missing", lambda on: "")
     monkeypatch.setattr(Process, "gather", lambda self, mine: [mine, "no g++ on rank 1"])
-    said = decide(TrainConfig(), Process(0, 2, 0, 2, GPU), passes=WORTH_IT, before=None)
-    assert said == (False, "eager: no g++ on rank 1")
+    said = decide_compile(TrainConfig(), process(GPU, world_size=2), passes=WORTH_IT, before=None)
+    assert said == ("eager", "eager: no g++ on rank 1")
 
 
-def test_what_is_forced_and_cannot_be_had(config_file):
+@pytest.mark.parametrize(
+    "settings, missing, message",
+    [
+        (dict(compile=False, cuda_graphs=True), "", "train.cuda_graphs is true and train.compile is false"),
+        (dict(cuda_graphs=True), "no Triton", "train.cuda_graphs is true, and no Triton; .* train.cuda_graphs=false"),
+        (dict(compile=True), "no Triton", "train.compile is true, and no Triton; .* train.compile=auto"),
+    ],
+)
+def test_what_is_forced_and_cannot_be_done(monkeypatch, settings, missing, message):
+    monkeypatch.setattr(compiling, "compiler_missing", lambda on: missing)
+    with pytest.raises(InputError, match=message):
+        check_compile(TrainConfig(**settings), process(GPU))
+
+
+def test_settings_are_refused_before_anything_is_written(config_file, tmp_path):
     for settings, message in [
         (["train.cuda_graphs=true"], "train.cuda_graphs is true, and the device is cpu; expected a GPU"),
         (["train.compile=fast"], "train.compile is fast; expected auto, true or false"),
     ]:
         with pytest.raises(InputError, match=message):
             train(config_file, *settings)
-    with pytest.raises(InputError, match="needs train.compile, which is false"):
-        decide(TrainConfig(compile=False, cuda_graphs=True), Process(0, 1, 0, 1, GPU), passes=1, before=None)
+    assert not (tmp_path / "output").exists()
 
 
 def test_without_a_compiler(monkeypatch, config_file, tmp_path):
@@ -85,13 +105,39 @@ def test_a_compiled_run_is_the_eager_one_and_goes_on_exactly(config_file, tmp_pa
     torch.compiler.reset()
     counters.clear()
     trainer = train(config_file, *COMPILED, f"output={tmp_path}/whole")
-    assert trainer.is_compiled and "network compiled\n" in capsys.readouterr().out
+    assert trainer.mode == "compiled" and "network compiled\n" in capsys.readouterr().out
     # The first and the last block, in training and in validation; nothing is compiled anew for a later step.
     assert counters["stats"]["unique_graphs"] - 1 == 4 and not counters["graph_break"]
     for resume, more in ((False, ["train.max_steps=4"]), (True, [])):
         torch.compiler.reset()
         train(config_file, *COMPILED, *more, f"output={tmp_path}/parts", resume=resume)
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@needs_compiler
+def test_a_run_that_began_otherwise_says_so(config_file, capsys):
+    train(config_file, "train.max_steps=2")
+    trainer = train(config_file, *COMPILED, resume=True)
+    assert trainer.mode == "compiled"
+    assert "network compiled; it began as eager, so it goes on with other rounding" in capsys.readouterr().out
+
+
+@needs_compiler
+def test_a_compiled_run_with_the_order_of_sums_of_a_gpu(config_file, tmp_path, monkeypatch):
+    """A compiled backward pass refuses another setting of deterministic algorithms than its forward pass had."""
+    monkeypatch.setattr("training.engine.make_deterministic", lambda device: make_deterministic(GPU))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    torch.compiler.reset()
+    counters.clear()
+    try:
+        train(config_file, *COMPILED, "train.epochs=2")
+        assert (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert counters["stats"]["unique_graphs"] - 1 == 4
 
 
 @needs_compiler
@@ -136,12 +182,13 @@ def test_a_run_on_a_gpu_compiles_by_itself_and_goes_on_exactly(config_file, tmp_
     train_on_gpu(config_file, "train.compile=false", f"output={tmp_path}/eager", "model.drop_path=0")
     monkeypatch.setattr(compiling, "WORTH_IT", 1)
     trainer = train_on_gpu(config_file, f"output={tmp_path}/same", "model.drop_path=0")
-    assert trainer.is_compiled
+    assert trainer.mode == "compiled"
     assert_equal_weights(tmp_path / "eager", tmp_path / "same", within=3e-2)
-    train_on_gpu(config_file, f"output={tmp_path}/whole")
+    many_tokens = ["data.crop_size=224", "model.embed_dim=96"]  # 197: several blocks of keys, whose order could vary
+    train_on_gpu(config_file, *many_tokens, f"output={tmp_path}/whole")
     for resume, more in ((False, ["train.max_steps=4"]), (True, [])):
         torch.compiler.reset()
-        train_on_gpu(config_file, *more, f"output={tmp_path}/parts", resume=resume)
+        train_on_gpu(config_file, *many_tokens, *more, f"output={tmp_path}/parts", resume=resume)
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -149,7 +196,9 @@ def test_a_run_on_a_gpu_compiles_by_itself_and_goes_on_exactly(config_file, tmp_
 def test_cuda_graphs_compute_the_same_and_draw_anew(config_file, tmp_path):
     settings = ["data.batch_size=2", "train.precision=float32", "model.drop_path=0"]  # two micro-steps
     train_on_gpu(config_file, *settings, "train.compile=false", f"output={tmp_path}/eager")
+    counters.clear()
     train_on_gpu(config_file, *settings, "train.cuda_graphs=true", f"output={tmp_path}/graphs")
+    assert not compiling.cuda_graphs_skipped()
     assert_equal_weights(tmp_path / "eager", tmp_path / "graphs", within=1e-3)
     trainer = train_on_gpu(config_file, "model.drop_path=0.9", "train.cuda_graphs=true", f"output={tmp_path}/drawn")
     network, clips = trainer.network.train(), torch.rand(4, 3, 4, 32, 32, device="cuda")

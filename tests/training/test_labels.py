@@ -107,7 +107,8 @@ def manifest(*classes: str, label: int = 0) -> Manifest:
     "theirs, ours, renamed, message",
     [
         (("b", "c"), ("a", "b", "c"), False, "2 there, 3 here"),
-        (("b", "c"), ("a", "b", "c"), True, "2 there, 3 here"),
+        (("b", "c"), ("a", "b", "c"), True, "class 0 is 'b' there, 'a' here"),
+        (("b", "c"), ("d", "e", "f"), True, None),
         (("b", "a"), ("a", "b"), False, "class 0 is 'b' there, 'a' here"),
         (("b", "a"), ("a", "b"), True, "class 0 is 'b' there, 'a' here"),
         (("x", "y"), ("a", "b"), False, "class 0 is 'x'"),

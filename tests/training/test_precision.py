@@ -1,12 +1,13 @@
 """The loss scale against torch's own scaler, and clipping by hand."""
 
 import math
+import os
 
 import pytest
 import torch
 
 from tests.apex_double import install
-from training.precision import ApexMultiTensor, LossScale, TorchMultiTensor, deterministic, gradient_factor
+from training.precision import ApexMultiTensor, LossScale, TorchMultiTensor, gradient_factor, make_deterministic
 
 
 def test_the_loss_scale_moves_as_that_of_torch(monkeypatch):
@@ -79,12 +80,17 @@ def test_norm_and_scaling_of_many_tensors(multi_tensor):
 
 def test_only_a_gpu_has_to_be_told_the_order_of_sums(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    for device, is_told in (("cpu", False), ("cuda", True)):
-        with deterministic(torch.device(device)):
-            assert torch.are_deterministic_algorithms_enabled() == is_told
-            assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention only warns then
-            assert torch.utils.deterministic.fill_uninitialized_memory != is_told
-        assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":1:1")
+    make_deterministic(torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        make_deterministic(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention only warns then
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # cuBLAS takes only this one and :16:8
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_no_tensors(multi_tensor):
