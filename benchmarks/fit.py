@@ -1,9 +1,10 @@
 """`benchmark.py model --fit`: how many clips a GPU's memory takes in training, with and without checkpointing.
 
 On a GPU: the peak of an optimizer step at two batch sizes, compiled, in bf16 with SGD, gives what a run takes once and
-what a clip takes; 16 frames, 8 clips and checkpointing are then tried in 24 GiB. On the CPU the same is computed: the
-tensors that a step of the GPU's kernels keeps for its backward pass, and weights, gradients and momentum; what a kernel
-needs while it runs is not in it.
+what a clip takes (small batches would not: at their peak, gradients and momentum weigh more than activations). Then 16
+frames, 8 clips and checkpointing are tried in 24 GiB. On the CPU the same is computed: the tensors that a step of the
+GPU's kernels keeps for its backward pass, and weights, gradients and momentum, but not what a kernel needs while it
+runs.
 """
 
 import json
@@ -26,6 +27,8 @@ GIB = 2**30
 CARDS = (24, 40, 80)
 _KEPT_BACK = 2.0  # GiB: CUDA's context, DALI's pools and NVDEC's frames
 _FRAMES = (8, 16)
+_PATCH_SIZE = 16
+_FEW = 8  # clips of 8 frames that the smaller batch has on a GPU
 _TRIED = (24, 16, 8)  # GiB, frames, clips
 
 
@@ -36,18 +39,23 @@ def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None
         for checkpointing in (False, True):
             work = Work(size, 1, num_frames, image_size, device)
             print(f"{num_frames} frames, checkpointing {checkpointing}", file=sys.stderr, flush=True)
+            few = 1 if device == "cpu" else _FEW * (4 if checkpointing else 1) * _FRAMES[0] // num_frames
             try:
-                one, two = (step_bytes(work._replace(batch_size=count), checkpointing) for count in (1, 2))
+                one, two = (step_bytes(work._replace(batch_size=count), checkpointing) for count in (few, 2 * few))
             except ValueError as error:
                 raise InputError(str(error)) from None
-            a_clip = two - one
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{2 * few} clips of {num_frames} frames do not fit into this GPU; try a larger one"
+                ) from None
+            a_clip, once = (two - one) / few, 2 * one - two
             rows.append(
                 {
                     "num_frames": num_frames,
                     "checkpointing": checkpointing,
-                    "once_gib": (one - a_clip) / GIB,
+                    "once_gib": once / GIB,
                     "a_clip_gib": a_clip / GIB,
-                    "clips": {card: clips(card, one - a_clip, a_clip) for card in CARDS},
+                    "clips": {card: min(clips(card, once, a_clip), most_clips(work)) for card in CARDS},
                 }
             )
     report = {
@@ -66,6 +74,11 @@ def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None
 def clips(card_gib: float, once: float, a_clip: float) -> int:
     """That fit into a GPU of so many GiB."""
     return max(int(((card_gib - _KEPT_BACK) * GIB - once) // a_clip), 0)
+
+
+def most_clips(work: Work) -> int:
+    """That CUDA's attention kernels take, over time, whatever the memory: 65,535 sequences."""
+    return 65_535 // (work.image_size // _PATCH_SIZE) ** 2
 
 
 def step_bytes(work: Work, checkpointing: bool) -> int:

@@ -125,8 +125,10 @@ def of_the_gpu(trainer: Trainer, medians: dict[str, dict[str, float]], gib: floa
     config, classes = trainer.config, len(trainer.classes)
     a_clip = multiply_adds(lambda: build_network(config.model, preprocessing(config.data), classes))
     flops = 6 * a_clip / trainer.process.world_size
+    peak = matmul_tflops("cuda")
     found = {f"{name}, TFLOP/s": flops * medians[name]["clips_per_second"] / 1e12 for name in (NETWORK, TOGETHER)}
-    return found | {"matmul TFLOP/s": matmul_tflops("cuda"), "GiB": gib}
+    shares = {f"{name}, % of a matrix product": 100 * found[f"{name}, TFLOP/s"] / peak for name in (NETWORK, TOGETHER)}
+    return found | {"matrix product, TFLOP/s": peak} | shares | {"GiB": gib}
 
 
 def halves(process: Process) -> tuple[set[int], set[int]]:

@@ -1,8 +1,8 @@
 """Attention and the MLP of a block, arranged for the device that computes them.
 
-A CPU is short of memory bandwidth: `CpuKernels` copy nothing and keep little. A GPU is short of launches when the batch
-is small, and copies for nothing whatever it has to cast: `GpuKernels` make few and large products. Both compute the
-same, from the same weights. Measured numbers are in docs/benchmarks.md.
+On a CPU memory bandwidth is scarce: `CpuKernels` copies nothing and keeps little. On a GPU, launching kernels takes
+longer than running them if the batch is small, and casting already makes a copy: `GpuKernels` does few, large products.
+Both compute the same from the same weights. Measurements are in docs/benchmarks.md.
 
 Shapes: B clips, L tokens that attend to each other, T sequences of them, D channels, H heads.
 """
@@ -22,27 +22,26 @@ class CpuKernels:
         x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
     ) -> Tensor:
         """Multi-head self-attention over dimension 1 of [B, L, T, D], each of the T sequences by itself; then
-        `project`. Where `queries` is given, only so many tokens, the first, ask: [B, queries, T, D].
+        `project`. `queries`: use only the first so many tokens as queries; returns [B, queries, T, D].
 
-        Queries, keys and values are made apart, so that sequence and head are neighbours in memory: sequences become
-        heads as a view, and no copy brings the tokens of one together.
+        Queries, keys and values are separate products, so that sequence and head are adjacent dimensions: sequences
+        become heads as a view, and no copy brings the tokens of a sequence together.
         """
         x = _cast(x)
-        asking = x if queries is None else x[:, :queries]
+        query_tokens = x if queries is None else x[:, :queries]
         biases = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
         heads = x.shape[2] * num_heads
         q, k, v = (
             linear(tokens, weight, bias).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)  # [B, T*H, L, D/H]
-            for tokens, weight, bias in zip((asking, x, x), qkv.weight.chunk(3), biases, strict=True)
+            for tokens, weight, bias in zip((query_tokens, x, x), qkv.weight.chunk(3), biases, strict=True)
         )
-        return project(_attend(q, k, v).transpose(1, 2).reshape(asking.shape))
+        return project(_attend(q, k, v).transpose(1, 2).reshape(query_tokens.shape))
 
     @staticmethod
     def mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *tokens: Tensor) -> tuple[Tensor, ...]:
         """fc2(gelu(fc1(norm(each)))) for tokens [B, L, T, D].
 
-        GELU's result, a sixth of a block's memory, is not kept: it is computed again in the backward pass. Tokens whose
-        result no loss sees are left out of that pass, since they are not in one product with others.
+        GELU's result, a sixth of a block's memory, is not kept: the backward pass computes it again.
         """
 
         def contract(*hidden: Tensor) -> tuple[Tensor, ...]:
@@ -57,25 +56,28 @@ class GpuKernels:
         x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
     ) -> Tensor:
         """As `CpuKernels.attention`. One product makes queries, keys and values; the tokens of a sequence are brought
-        together by the copy that casts them, which a compiler joins with the norm before it."""
+        together by the copy that casts them, which a compiler joins with the norm before it.
+
+        CUDA's kernels take at most 65,535 sequences; over time that is clips times patches, 334 clips of 196 patches.
+        """
         sequences = _cast(x.transpose(1, 2)).flatten(0, 1)  # [B*T, L, D]
         heads = (num_heads, -1)
         if queries is None:
             q, k, v = qkv(sequences).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()  # [B*T, H, L, D/H]
         else:
             dim = x.shape[3]
-            biases = (None, None) if qkv.bias is None else qkv.bias.split([dim, 2 * dim])
-            of_queries, of_others = qkv.weight.split([dim, 2 * dim])
-            q = linear(sequences[:, :queries], of_queries, biases[0]).unflatten(2, heads).transpose(1, 2)
-            others = linear(sequences, of_others, biases[1])
-            k, v = others.unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
-        heads_found = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return project(heads_found).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+            q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split([dim, 2 * dim])
+            q_weight, kv_weight = qkv.weight.split([dim, 2 * dim])
+            q = linear(sequences[:, :queries], q_weight, q_bias).unflatten(2, heads).transpose(1, 2)
+            kv = linear(sequences, kv_weight, kv_bias)
+            k, v = kv.unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+        attended = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return project(attended).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
     @staticmethod
     def mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """As `CpuKernels.mlp`, all tokens in one product. GELU's result is kept, unless a compiler joins computing it
-        again with what reads it: then that costs a write of it, and no launch."""
+        """As `CpuKernels.mlp`, with all tokens in one product. GELU's result is kept, except in a compiled network: it
+        is computed again in the kernel that reads its input anyway."""
 
         def contract(hidden: Tensor) -> Tensor:
             return fc2(gelu(hidden))
@@ -100,7 +102,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _cast(x: Tensor) -> Tensor:
-    """In the type that products take it in, contiguous if it is cast: once, not by autocast for each of them."""
+    """In the type of autocast; contiguous if that is another. Once, not by autocast for every product."""
     return x.to(autocast_dtype(x.device) or x.dtype, memory_format=torch.contiguous_format)
 
 

@@ -217,8 +217,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None, *, queries: int | None = None
     ) -> Tensor:
-        """project: what is done with what the heads find, instead of `proj`. queries: so many of the L tokens, the
-        first, attend to all; the others are left out."""
+        """project: used on the heads' result instead of `proj`. queries: use only the first so many of the L tokens as
+        queries; the result has as many."""
         project = self.proj if project is None else project
         return kernels_for(x).attention(x, self.qkv, self.num_heads, project, queries)
 

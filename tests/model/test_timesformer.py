@@ -198,11 +198,11 @@ def test_launches_on_a_gpu(monkeypatch):
         monkeypatch.setattr(timesformer, "kernels_for", lambda x: kernels)
         model, clips = network(drop_path=0.1, depth=depth).train(), torch.rand(2, 3, 3, 32, 32)
         with Launches() as launches:
-            model(clips).sum().backward()
+            in_bf16(model)(clips).sum().backward()
         return launches.count
 
     a_block = {kernels: count(kernels, 4) - count(kernels, 3) for kernels in (CpuKernels, GpuKernels)}
-    assert a_block[GpuKernels] < 0.8 * a_block[CpuKernels]
+    assert a_block[GpuKernels] <= 115 < 0.6 * a_block[CpuKernels]
 
 
 def gradients(model, run, clips):
