@@ -174,7 +174,7 @@ def _three_numbers(value: object, what: str) -> list[float] | None:
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value] * 3
-    if len(values) != 3 or not all(type(each) in (int, float) and math.isfinite(each) for each in values):
+    if len(values) != 3 or not all(type(each) in (int, float) and abs(each) < 1e9 for each in values):
         raise WeightsError(f"{what} is no list of three numbers")
     return [float(each) for each in values]
 
