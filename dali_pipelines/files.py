@@ -6,6 +6,7 @@ that uses them.
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
@@ -16,6 +17,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -121,6 +123,17 @@ def _what_it_is(source: Source) -> str:
                 break
             file.seek(size - len(header), io.SEEK_CUR)
         return "cut off: it has no index, the moov box"
+
+
+def unfinished(path: str | os.PathLike) -> Path:
+    """A name beside `path`, of this call alone, for a file that is to take its place once it is complete. Removes those
+    that other calls have left an hour ago: they were killed."""
+    path = Path(path)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 def find_below_url(root: str) -> Iterator[str]:

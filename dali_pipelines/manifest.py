@@ -30,7 +30,7 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video
+from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video, unfinished
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
 from dali_pipelines.text import csv_writer, decode
 
@@ -251,16 +251,20 @@ class Manifest:
         writer.writerow(Video._fields[:count])
         writer.writerows(self[index][:count] for index in range(len(self)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
-        unfinished.replace(path)
+        part = unfinished(path)
+        try:
+            part.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
-    def checksum(self) -> str:
+    def checksum(self, *, measured: bool = False) -> str:
         """A SHA-256 of which videos these are and how they are labelled: of labels, paths, frames, sizes and codecs, in
         their order.
 
-        Not of the root, nor of a folder that all paths begin with, so the videos may move. Nor of what else indexing
-        measures (frame rate, rotation, pixel format, groups of pictures), or of shards that they are packed into.
+        Not of the root, nor of a folder that all paths begin with, so the videos may move. Nor of shards that they are
+        packed into. Only if `measured`, also of what else indexing measures: frame rate, rotation, pixel format, groups
+        of pictures.
         """
         ends = self._rows["path_end"].tolist()
         whole = self._paths.tobytes()
@@ -268,9 +272,14 @@ class Manifest:
         prefix = os.path.commonprefix([min(paths), max(paths)]) if paths else b""  # noqa: RUF071 (cut to folders below)
         folder = prefix.rpartition(b"/")[0]
         hashed = hashlib.sha256(b"\0".join(path[len(folder) :].lstrip(b"/") for path in paths))
-        for name in ("label", "frames", "width", "height", "codec"):
+        more = ("fps", "rotation", "pixel_format", "vfr", "gop") if measured else ()
+        for name in ("label", "frames", "width", "height", "codec", *more):
             hashed.update(np.ascontiguousarray(self._rows[name]).tobytes())
         return hashed.hexdigest()
+
+    def summary(self) -> str:
+        """The number of videos and a checksum of all that is known of them, for people."""
+        return f"{len(self)} videos, checksum {self.checksum(measured=True)[:12]}"
 
     def save_arrays(self, folder: str | os.PathLike) -> None:
         """Writes the table as arrays that `map_arrays` opens without copying: many workers share one in memory."""

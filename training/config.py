@@ -208,6 +208,16 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys with their section, such as optim.lr."""
+    keys = {}
+    for name, value in config.items():
+        keys.update(
+            {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return keys
+
+
 def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
     """The file and, before it, the one that its key `base` names, from its own folder; and so on."""
     layers = []

@@ -22,6 +22,7 @@ from dali_pipelines.loader import Batch
 from dali_pipelines.text import csv_writer
 from model import TimeSformer
 from training import checkpoints
+from training.agreement import check_agreement, versions, weights_checksum
 from training.compiling import compile_network
 from training.compiling import decide as decide_compile
 from training.config import Config, preprocessing, to_yaml
@@ -141,6 +142,7 @@ class Trainer:
 
         self.is_compiled: bool | None = None  # not decided yet
         self._changes: list[str] = []  # of the settings and data since the checkpoint
+        self._lock_note = ""
 
         resumed_from = self._open_output(resume)
         passes = self.last_step * self.micro_steps
@@ -150,6 +152,8 @@ class Trainer:
             if self.teacher is not None:
                 compile_network(self.teacher)
         loaded = "" if resumed_from else self._load_pretrained()
+        if process.world_size > 1:
+            check_agreement(process, {"the weights' checksum": weights_checksum(self.network.state_dict())[:12]})
         self._say_what_runs(resumed_from, how)
         if loaded:
             self.monitor.say(loaded)
@@ -572,6 +576,7 @@ class Trainer:
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
                 "manifests": self._checksums,
+                "versions": versions(),
             }
         )
 
@@ -650,7 +655,10 @@ class Trainer:
 
     def _open_output(self, resume: bool) -> Path | None:
         """Goes on from what is in the output folder, or sees that nothing is; the checkpoint that was loaded."""
-        newest = find_checkpoint(self.output, resume=resume) if self.process.is_main else None
+        newest = None
+        if self.process.is_main:
+            self._lock_note = self.saver.lock()
+            newest = find_checkpoint(self.output, resume=resume)
         path = self._agree_on(newest)
         state = {"log_bytes": 0, "fault_bytes": 0}
         if path is not None:
@@ -714,7 +722,7 @@ class Trainer:
             + (f", resumed from {resumed_from.name} at step {self.step}" if resumed_from else ""),
         ):
             self.monitor.say(line)
-        for note in self._changes:
+        for note in filter(None, [*self._changes, self._lock_note]):
             self.monitor.say(note)
         if self.step >= self.last_step and not self._is_due:
             self.monitor.say(f"all {self.last_step} steps are done already")

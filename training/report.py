@@ -20,6 +20,7 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import unfinished
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import View, plan_sample
@@ -129,9 +130,9 @@ def write_report(folder: str | Path, *, most: int = 24) -> Path:
     per_class = _read_per_class(folder / PER_CLASS, len(classes))
     page = _page(results, classes, predictions, per_class, most)
     path = folder / REPORT
-    unfinished = folder / f"{REPORT}.part"  # renamed when whole, as manifests are
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    part = unfinished(path)  # renamed when whole, as manifests are
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)
     return path
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import unfinished
 from model import LoadReport, TimeSformer, WeightsError, load_pretrained
 from model.pretrained import SUFFIXES, read_safetensors
 from training.config import PREPROCESSING, Config, ModelConfig, check_header, load_config, preprocessing
@@ -86,16 +87,16 @@ def described(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, An
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears at `path` once it is complete and on disk, and not at all otherwise."""
-    unfinished = path.with_name(path.name + ".part")
+    part = unfinished(path)
     try:
-        with open(unfinished, "wb") as file:
+        with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(unfinished, path)
+        put_in_place(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            part.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
