@@ -32,7 +32,7 @@ import numpy as np
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video, unfinished
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
-from dali_pipelines.text import csv_writer, decode
+from dali_pipelines.text import cell_text, csv_writer, decode
 
 ROTATIONS = (0, 90, 180, 270)
 _LARGEST = 2**31 - 1
@@ -222,7 +222,7 @@ class Manifest:
         header = dict(re.findall(r"^# (root|classes|made by): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
         rejected = re.search(r"^# listed \d+, kept \d+, rejected (\d+)", text[: len(text) - len(body)], re.MULTILINE)
         first_line = text[: len(text) - len(body)].count("\n") + 1
-        root = header.get("root", ".")
+        root = _read_root(header.get("root", "."))
         manifest = cls(
             (),
             root=root if is_url(root) else path.parent / root,
@@ -241,7 +241,8 @@ class Manifest:
             root, home = root.resolve(), path.parent.resolve()
             root = root.relative_to(home).as_posix() if root.is_relative_to(home) else root
         out = io.StringIO()
-        out.write(f"# root: {root}\n")
+        plain = str(root).isprintable() and not str(root).startswith('"') and str(root) == str(root).strip()
+        out.write(f"# root: {root if plain else json.dumps(str(root), ensure_ascii=False)}\n")
         out.write(f"# classes: {json.dumps(self.classes, ensure_ascii=False)}\n")
         out.write(f"# listed {self.listed}, kept {len(self)}, rejected {self.rejected}\n")
         if self.made_by:
@@ -296,6 +297,14 @@ class Manifest:
         return manifest
 
 
+def _read_root(text: str) -> str:
+    """A path with line ends or other odd characters is a JSON string."""
+    if text.startswith('"'):
+        with contextlib.suppress(ValueError):
+            return str(json.loads(text))
+    return text
+
+
 def _read_classes(path: Path, text: str) -> list[str]:
     try:
         classes = json.loads(text)
@@ -332,7 +341,7 @@ def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], 
         bad |= (good[name] < least) | (good[name] > most)
     if bad.any():
         raise _first_bad_line(path, body, first_line)
-    return [name.encode("utf-8", "surrogateescape") for name in table["path"]], list(good.values())
+    return [cell_text(name).encode("utf-8", "surrogateescape") for name in table["path"]], list(good.values())
 
 
 _RANGES = {
@@ -349,7 +358,7 @@ _RANGES = {
 
 def _column(values: Sequence[str], name: str) -> np.ndarray | Sequence[str]:
     if name == "shard":
-        return values
+        return list(map(cell_text, values))
     if name in ("codec", "pixel_format"):
         return np.array([value.strip() for value in values], dtype="S16")
     if name == "fps":

@@ -685,7 +685,17 @@ class Trainer:
     def _load_state(self, path: Path, state: dict[str, Any]) -> None:
         """`state` of a checkpoint; raises `InputError` if the run cannot go on from it."""
         data = {"rows": len(self.train_loader.manifest), "checksums": self._checksums}
-        self._changes = check_resumable(path, state, self.config, classes=self.classes, **data)
+        try:
+            self._changes = check_resumable(path, state, self.config, classes=self.classes, **data)
+            self._take_state(state)
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            # Its checksum is right: somebody has made it.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise InputError(f"{path}: not a checkpoint of this run ({reason})") from None
+
+    def _take_state(self, state: dict[str, Any]) -> None:
         if state["average"] and self.average is not None:
             self.average.load_state_dict(state["average"])
         self.train_loader.load_state_dict(state["loader"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.text import csv_writer
+from dali_pipelines.text import cell_text, csv_writer
 from training.locking import LOCK
 
 SUMMARY, PREDICTIONS, PER_CLASS = FILES = ("results.json", "predictions.csv", "per_class.csv")
@@ -285,7 +285,7 @@ def _fill(results: Results, reader: Any, file: Path) -> None:
             number, path, label, _, reason, *best = values[: len(_PREFIX)]
             if int(number) != row or not 0 <= int(label) < classes or len(values) != len(names):
                 raise ValueError
-            results.paths.append(path)
+            results.paths.append(cell_text(path))
             results.labels[row] = int(label)
             if not reason:
                 results.valid[row] = True

@@ -4,11 +4,13 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.files import unfinished
@@ -16,8 +18,9 @@ from tests.training.conftest import PROJECT, run
 from tests.training.test_endings import free_port, patched, started, wait_for
 from tests.training.test_engine import lines, train
 from training.agreement import check_agreement, shared_facts
-from training.checkpoints import is_intact, list_checkpoints
+from training.checkpoints import is_intact, list_checkpoints, load_checkpoint, save_checkpoint
 from training.config import load_config
+from training.distributed import start_process
 from training.locking import FolderLock
 
 # -- one writer for a folder --
@@ -203,3 +206,45 @@ def test_other_code_than_the_checkpoints_is_a_note(config_file, tmp_path, monkey
     capsys.readouterr()
     train(config_file, "train.max_steps=2", resume=True)
     assert f"torch was {old['torch']} and is 9.0 now" in capsys.readouterr().out
+
+
+def test_a_port_in_use_and_variables_that_are_wrong_are_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        message = f"the 2 processes do not find each other at 127.0.0.1:{port}: .*in use.*--master-port"
+        with pytest.raises(InputError, match=message), start_process("cpu", timeout_s=5):
+            pass
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(InputError, match=r"\(MASTER_PORT is not set\)"), start_process("cpu", timeout_s=5):
+        pass
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(InputError, match="one of RANK, WORLD_SIZE.* is no number .*first"), start_process("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {"step": 1, "format": state["format"]},
+        lambda state: state | {"config": 3},
+        lambda state: state | {"loader": 3},
+        lambda state: state | {"network": {"a": torch.zeros(2)}},
+        lambda state: state | {"optimizer": []},
+        lambda state: state | {"left_out": 5},
+    ],
+    ids=["empty", "config", "loader", "network", "optimizer", "left_out"],
+)
+def test_a_checkpoint_that_somebody_made_is_one_line(config_file, tmp_path, change):
+    train(config_file, "train.max_steps=1")
+    folder = tmp_path / "output" / "checkpoints"
+    state = load_checkpoint(list_checkpoints(folder)[-1])
+    for path in list_checkpoints(folder):
+        path.unlink()
+    save_checkpoint(folder, 1, change(state))
+    with pytest.raises(InputError, match="step_00000001-.*: not a checkpoint of this run"):
+        train(config_file, "train.max_steps=2", resume=True)
