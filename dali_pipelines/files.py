@@ -28,6 +28,8 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.packets import video_stream
 
 _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
+_LISTS = ("concat", "dash", "hls", "imf", "sdp")
+"""FFmpeg's formats that name what they are made of."""
 _ATTEMPTS = 3  # to read from a URL
 _PAUSE_S = 0.5  # before the second attempt; four times as long before the third
 _RESERVE = 1 << 30  # bytes of the disk that the cache leaves free
@@ -84,7 +86,9 @@ def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer
         if source.data is None:
             _check_file(source)
         file = ffmpeg_url(source) if source.data is None else io.BytesIO(source.data)
-        container = av.open(file, metadata_errors="replace")  # titles need not be UTF-8
+        # Titles need not be UTF-8. Playlists and session descriptions would open other files, and connections.
+        options = {"protocol_whitelist": "file,subfile" if source.data is None else "data"}
+        container = av.open(file, metadata_errors="replace", options=options)
     except PermissionError:
         raise InputError("no permission to read it") from None
     except av.error.FFmpegError as error:
@@ -97,7 +101,9 @@ def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer
         raise InputError(error.strerror.lower()) from None
     reason = ""
     stream = video_stream(container)
-    if stream is None:
+    if container.format.name in _LISTS:
+        reason = "a list of other files"
+    elif stream is None:
         reason = "no video stream in it"
     elif stream.codec_context is None:
         reason = "FFmpeg does not know the codec of its video stream"
@@ -315,6 +321,8 @@ def _download(source: Source) -> bytes:
 def _read(system: Any, path: str, start: int | None, end: int | None) -> bytes:
     """The bytes from `start` to `end`, or all, if they are not too many. No more is read, whatever is sent."""
     most = _MOST_BYTES if end is None else end - start
+    if most > _MOST_BYTES:
+        raise _too_large()
     from fsspec.asyn import sync
     from fsspec.implementations.http import HTTPFileSystem
 
@@ -323,8 +331,12 @@ def _read(system: Any, path: str, start: int | None, end: int | None) -> bytes:
     else:
         data = system.cat_file(path, start=start or 0, end=(start or 0) + most + 1 if end is None else end)
     if end is None and len(data) > most:
-        raise InputError(f"larger than {most >> 20} MiB, too large to be read from a URL; copy it to a disk")
+        raise _too_large()
     return data
+
+
+def _too_large() -> InputError:
+    return InputError(f"larger than {_MOST_BYTES >> 20} MiB, too large to be read from a URL; copy it to a disk")
 
 
 async def _read_http(system: Any, url: str, start: int | None, end: int | None, most: int) -> bytes:

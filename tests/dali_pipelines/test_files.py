@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from dali_pipelines import ClipLoader, InputError, Manifest, files
-from dali_pipelines.files import Source, check_reachable, fetch, is_url, join, read_bytes, size_of
+from dali_pipelines.files import Source, check_reachable, fetch, is_url, join, open_video, read_bytes, size_of
 from dali_pipelines.manifest import probe
 from preparation.pack import pack
 from preparation.work import Crew
@@ -142,6 +142,29 @@ def test_shards_that_are_gone_or_cut_are_faults(packed, tmp_path):
         expected = "no such file" if video.shard == first else "the shard ends at byte" if video == last else ""
         assert bool(expected) == (row in reasons) and expected in reasons.get(row, "")
     assert made.stats.faults[0].path.startswith(str(tmp_path / "copy" / "some-0000"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile good.mp4\n",
+        "ffconcat version 1.0\nfile /etc/passwd\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}/secret.ts\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ngood.mp4\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+        "a=rtpmap:96 H264/90000\n",
+    ],
+    ids=["concat", "concat elsewhere", "hls elsewhere", "hls", "sdp"],
+)
+def test_a_list_of_other_files_opens_none_of_them(plain, web, tmp_path, text):
+    shutil.copy(plain.root / "bframes.mp4", tmp_path / "good.mp4")
+    path = tmp_path / "list.mp4"
+    path.write_text(text.format(url=web.url))
+    began = time.monotonic()
+    for source in (Source(str(path)), Source(str(path), data=path.read_bytes())):
+        with pytest.raises(InputError, match="a list of other files|not a video|no permission"):
+            open_video(source)
+    assert not web.requests and time.monotonic() - began < 5
 
 
 # -- URLs --
@@ -277,6 +300,8 @@ def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypat
         fetch(f"{web.url}/a.mp4")
     with pytest.raises(InputError, match=r"sends whole files and no parts of them \(HTTP Range\)"):
         fetch(Source(f"{web.url}/a.tar", 512, 1000))
+    with pytest.raises(InputError, match="larger than 1 MiB"):  # as a manifest may claim
+        fetch(Source(f"{web.url}/a.tar", 512, 1 << 62))
     assert sent[0] < 1 << 26
     web.instead = answer(gzip.compress(bytes(1 << 26)), Content_Encoding="gzip")
     with pytest.raises(InputError, match="larger than 1 MiB"):
