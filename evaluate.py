@@ -61,6 +61,7 @@ def main() -> int:
 
     from training.distributed import start_process
     from training.evaluation import check_members, collect, evaluate, manifest_for, report
+    from training.locking import FolderLock
     from training.weights import open_weights
 
     started, names = time.monotonic(), arguments.weights
@@ -74,6 +75,7 @@ def main() -> int:
     with start_process(config.device) as process:
         if process.is_main:
             make_folder(out)  # before hours of work
+            lock = FolderLock(out, remedy="wait until it has ended, or name another folder with --out")
             for _, _, adapted in opened:
                 if adapted:
                     print(adapted, flush=True)
@@ -86,6 +88,7 @@ def main() -> int:
             try:
                 write_results(results, out)
                 write_report(out)
+                lock.release()
                 print(f"{out}: {', '.join((*FILES, REPORT))}")
             finally:  # a full disk does not cost the numbers
                 print(report(results), flush=True)

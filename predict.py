@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from dali_pipelines.errors import InputError, run_command
-from dali_pipelines.text import csv_writer
+from dali_pipelines.text import csv_writer, for_data
 
 _PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -70,7 +70,7 @@ def main() -> int:
     features = Features(arguments.features) if arguments.features else None
     draw = _Pictures(arguments, weights)
     if arguments.csv:
-        table = csv_writer(sys.stdout)
+        table = csv_writer(for_data(sys.stdout))
         table.writerow(csv_columns(*shown, windows=windows))
     count = failed = 0
     with start_process(arguments.device or config.device) as process:

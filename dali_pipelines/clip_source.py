@@ -13,7 +13,7 @@ from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.host_decoder import decode_frames, size_mismatch
-from dali_pipelines.manifest import Manifest, Video, coded_size
+from dali_pipelines.manifest import Manifest, Video, coded_size, probe
 from dali_pipelines.packets import UncertainError, remux, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
@@ -116,7 +116,7 @@ class ClipSource:
 
     def _read(self, epoch: int, sample_id: int, part: int) -> Sample:
         video = self._manifest[sample_id]
-        source = fetch(self._manifest.source(sample_id), self._cache)
+        source = fetch(self._manifest.source(sample_id), self._cache, problem=lambda found: _other_video(found, video))
         plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id, part=part)
         fallback = ""
         engine = self._routing.engine_for(video, sample_id)
@@ -201,6 +201,18 @@ class ClipSource:
             fault=np.frombuffer(fault.encode(errors="replace"), np.uint8),
             fallback=np.frombuffer(fallback.encode(errors="replace"), np.uint8),
         )
+
+
+def _other_video(source: Source, expected: Video) -> str:
+    """How what was fetched differs from its row of the manifest; "" for not at all."""
+    try:
+        found = probe(source)
+    except InputError as error:
+        return str(error)
+    for name in ("codec", "width", "height", "frames"):
+        if getattr(found, name) != getattr(expected, name):
+            return f"its {name} is {getattr(found, name)}, the manifest says {getattr(expected, name)}"
+    return ""
 
 
 def bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:

@@ -5,6 +5,8 @@ import sys
 import threading
 from collections.abc import Callable
 
+from dali_pipelines.text import ForPeople
+
 
 class InputError(ValueError):
     """Bad input: says which file or key, what was expected, and what to do. Commands print it as one line."""
@@ -26,6 +28,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    if not isinstance(sys.stdout, ForPeople):
+        sys.stdout, sys.stderr = ForPeople(sys.stdout), ForPeople(sys.stderr)
     rank = os.environ.get("RANK")
     command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     try:

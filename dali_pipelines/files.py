@@ -6,17 +6,21 @@ that uses them.
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
 import re
 import shutil
 import stat
+import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 
@@ -24,9 +28,12 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.packets import video_stream
 
 _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
+_LISTS = ("concat", "dash", "hls", "imf", "sdp")
+"""FFmpeg's formats that name what they are made of."""
 _ATTEMPTS = 3  # to read from a URL
 _PAUSE_S = 0.5  # before the second attempt; four times as long before the third
 _RESERVE = 1 << 30  # bytes of the disk that the cache leaves free
+_MOST_BYTES = 1 << 30  # of a video below a URL: all of it is read into memory
 
 
 class Source(NamedTuple):
@@ -79,17 +86,24 @@ def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer
         if source.data is None:
             _check_file(source)
         file = ffmpeg_url(source) if source.data is None else io.BytesIO(source.data)
-        container = av.open(file, metadata_errors="replace")  # titles need not be UTF-8
+        # Titles need not be UTF-8. Playlists and session descriptions would open other files, and connections.
+        options = {"protocol_whitelist": "file,subfile" if source.data is None else "data"}
+        container = av.open(file, metadata_errors="replace", options=options)
     except PermissionError:
         raise InputError("no permission to read it") from None
     except av.error.FFmpegError as error:
-        reason = _what_it_is(source) or error.strerror.lower()
+        reason = ""
+        with contextlib.suppress(OSError):  # the disk is bad, not the file
+            reason = _what_it_is(source)
+        reason = reason or error.strerror.lower()
         raise InputError(f"not a video that FFmpeg can read ({reason})") from None
     except OSError as error:
         raise InputError(error.strerror.lower()) from None
     reason = ""
     stream = video_stream(container)
-    if stream is None:
+    if container.format.name in _LISTS:
+        reason = "a list of other files"
+    elif stream is None:
         reason = "no video stream in it"
     elif stream.codec_context is None:
         reason = "FFmpeg does not know the codec of its video stream"
@@ -121,6 +135,17 @@ def _what_it_is(source: Source) -> str:
                 break
             file.seek(size - len(header), io.SEEK_CUR)
         return "cut off: it has no index, the moov box"
+
+
+def unfinished(path: str | os.PathLike) -> Path:
+    """A name beside `path`, of this call alone, for a file that is to take its place once it is complete. Removes those
+    that other calls have left an hour ago: they were killed."""
+    path = Path(path)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 def find_below_url(root: str) -> Iterator[str]:
@@ -175,11 +200,18 @@ def read_bytes(video: str | os.PathLike | Source) -> bytes:
         raise InputError(error.strerror.lower()) from None
 
 
-def fetch(video: str | os.PathLike | Source, cache: str | None = None) -> Source:
+def fetch(
+    video: str | os.PathLike | Source,
+    cache: str | None = None,
+    *,
+    problem: Callable[[Source], str] | None = None,
+) -> Source:
     """What can be opened without the network: local files as they are; what is below a URL from the folder `cache`, or
-    read into memory, and kept there for the next time. Raises `InputError`.
+    read into memory. Raises `InputError`.
 
-    Any number of processes may share a cache. Where it cannot be written, `Source.note` says why.
+    `problem` says why what was read is not what was indexed, "" if it is. Only then is it kept in `cache`, for the next
+    time: a server may answer with a login page, or with half of the file. Any number of processes may share a cache.
+    `Source.note` says why something is not kept.
     """
     source = as_source(video)
     if source.data is not None or not is_url(source.path):
@@ -188,7 +220,9 @@ def fetch(video: str | os.PathLike | Source, cache: str | None = None) -> Source
     if kept and os.path.isfile(kept):
         return Source(kept)
     source = source._replace(data=_download(source))
-    if kept:
+    if kept and problem:
+        if reason := problem(source):
+            return source._replace(note=f"not kept in the cache ({reason})")
         try:
             _keep(kept, source.data)
         except OSError as error:
@@ -196,19 +230,38 @@ def fetch(video: str | os.PathLike | Source, cache: str | None = None) -> Source
     return source
 
 
-def check_reachable(source: Source, cache: str | None = None) -> None:
-    """Raises `InputError` where nothing below the URL of `source` can be read, as without a package or credentials; not
-    where it is this file alone that is missing."""
+def check_reachable(source: Source, cache: str | None = None, *, timeout_s: float = 60) -> None:
+    """Raises `InputError` if nothing below the URL of `source` can be read, as without a package or credentials, or if
+    its server does not answer within `timeout_s`. That this file alone is missing is no error."""
     if not is_url(source.path) or (cache and os.path.isfile(_place(cache, source))):
         return
     system, path = _file_system(source.path)
     try:
-        system.info(path)
+        _within(timeout_s, lambda: system.info(path))
     except Exception as error:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error  # HTTP: whatever it was
         is_missing = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404
         if not is_missing:
             raise InputError(f"{source.path}: {_text(cause)}; check the address, the network and credentials") from None
+
+
+def _within(timeout_s: float, call: Callable[[], Any]) -> Any:
+    """The result of `call`, which goes on in a thread if it takes longer; TimeoutError then."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(timeout_s)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"its server has not answered within {timeout_s:g} s") from None
 
 
 def _check_file(source: Source) -> int:
@@ -247,7 +300,7 @@ def _download(source: Source) -> bytes:
             time.sleep(_PAUSE_S * 4 ** (attempt - 1))
         try:
             system, path = _file_system(source.path)
-            data = system.cat_file(path, start=start, end=end)
+            data = _read(system, path, start, end)
         except InputError:
             raise
         except FileNotFoundError:
@@ -265,8 +318,46 @@ def _download(source: Source) -> bytes:
     raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {reason}")
 
 
+def _read(system: Any, path: str, start: int | None, end: int | None) -> bytes:
+    """The bytes from `start` to `end`, or all, if they are not too many. No more is read, whatever is sent."""
+    most = _MOST_BYTES if end is None else end - start
+    if most > _MOST_BYTES:
+        raise _too_large()
+    from fsspec.asyn import sync
+    from fsspec.implementations.http import HTTPFileSystem
+
+    if isinstance(system, HTTPFileSystem):
+        data = sync(system.loop, _read_http, system, path, start, end, most)
+    else:
+        data = system.cat_file(path, start=start or 0, end=(start or 0) + most + 1 if end is None else end)
+    if end is None and len(data) > most:
+        raise _too_large()
+    return data
+
+
+def _too_large() -> InputError:
+    return InputError(f"larger than {_MOST_BYTES >> 20} MiB, too large to be read from a URL; copy it to a disk")
+
+
+async def _read_http(system: Any, url: str, start: int | None, end: int | None, most: int) -> bytes:
+    """At most one byte more than `most`. fsspec would read the body to its end, and unpack what is compressed."""
+    options = dict(system.kwargs)
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+    if end is not None:
+        headers["Range"] = f"bytes={start}-{end - 1}"
+    session = await system.set_session()
+    async with session.get(system.encode_url(url), headers=headers, **options) as response:
+        system._raise_not_found_for_status(response, url)
+        data = bytearray()
+        async for piece in response.content.iter_chunked(1 << 20):
+            data += piece
+            if len(data) > most:
+                break
+    return bytes(data[: most + 1])
+
+
 def _text(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def _place(cache: str, source: Source) -> str:

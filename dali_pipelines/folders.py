@@ -2,7 +2,8 @@
 
 import collections
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ _SUFFIXES = """
 VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """Those of FFmpeg's demuxers for video, and the names that cameras, recorders and discs give to the same formats. Not:
 audio, images, subtitles, playlists, and formats without a header (.yuv)."""
-_KINDS_SHOWN = 6
+_KINDS_SHOWN, _FOLDERS_SHOWN = 6, 10
 
 
 def is_video_name(path: str | os.PathLike) -> bool:
@@ -37,7 +38,8 @@ class Found(NamedTuple):
 def videos_below(root: str | os.PathLike) -> Found:
     """The videos in a folder, or below a URL, and in all folders below; links are followed. Raises `InputError`."""
     notes: list[str] = []
-    files = find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes)
+    closed: list[str] = []
+    files = find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes, closed)
     videos, kinds = [], collections.Counter()
     for path in files:
         if is_video_name(path):
@@ -51,7 +53,16 @@ def videos_below(root: str | os.PathLike) -> Found:
             named.append(f"{rest} others")
         files = "1 file" if kinds.total() == 1 else f"{kinds.total()} files"
         notes.insert(0, f"{files} passed over: {', '.join(named)}")
+    notes += [unreadable(closed)] if closed else []
     return Found(sorted(videos, key=lambda path: PurePosixPath(path).parts), "; ".join(notes))
+
+
+def unreadable(folders: Sequence[str]) -> str:
+    """A line about folders that cannot be read, each as "path: reason"."""
+    if len(folders) == 1:
+        return folders[0]
+    more = f", and {len(folders) - _FOLDERS_SHOWN} more" if len(folders) > _FOLDERS_SHOWN else ""
+    return f"{len(folders)} folders cannot be read: {', '.join(sorted(folders)[:_FOLDERS_SHOWN])}{more}"
 
 
 def leads_back(root: str | os.PathLike, path: str | os.PathLike) -> bool:
@@ -69,9 +80,11 @@ def _holds(folder: str, other: str) -> bool:
     return f"{other}/".startswith(f"{folder.rstrip('/')}/")
 
 
-def _walk(root: str, notes: list[str]) -> Iterator[str]:
-    """The files below `root`; `notes` gets the folders that are left out. A link is left out only if it leads back to a
-    folder that it is in: the same folder may well be linked from several classes."""
+def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
+    """The files below `root`; `notes` gets the links that are left out, `closed` the folders that cannot be read.
+
+    A link is left out only if it leads back to a folder that it is in: the same folder may well be linked from several
+    classes."""
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder of videos")
     pending = [("", (os.path.realpath(root),))]
@@ -82,11 +95,20 @@ def _walk(root: str, notes: list[str]) -> Iterator[str]:
         except OSError as error:
             if not folder:
                 raise
-            notes.append(f"{folder}: {error.strerror.lower()}")
+            closed.append(f"{folder}: {error.strerror.lower()}")
             continue
         for name in entries:
             path = os.path.join(folder, name)
-            if not os.path.isdir(os.path.join(root, path)):
+            try:
+                is_folder = stat.S_ISDIR(os.stat(os.path.join(root, path)).st_mode)
+            except PermissionError as error:  # the folder may be listed, but not entered: it may be one
+                is_folder = False
+                if not is_video_name(path):
+                    closed.append(f"{path}: {error.strerror.lower()}")
+                    continue
+            except OSError:  # a link to nowhere
+                is_folder = False
+            if not is_folder:
                 yield path
                 continue
             place = os.path.realpath(os.path.join(root, path))

@@ -135,8 +135,8 @@ class ClipLoader:
         id, one after the other. The last repeats the last window where it has room. Default: all.
     timeout_s: seconds that a worker may take for one sample. Then the workers are started again, and the sample is a
         fault. Not with workers=0.
-    cache: folder on a local disk that keeps what is read from URLs (`Manifest.root`), for the next epochs; any number
-        of loaders may share it. None: everything is read anew.
+    cache: folder on a local disk that keeps what is read from URLs (`Manifest.root`) if it is what the manifest says,
+        for the next epochs; any number of loaders may share it. None: everything is read anew.
 
     Raises `InputError` for settings that cannot work.
     """
@@ -209,7 +209,7 @@ class ClipLoader:
                 "training step; use a smaller batch",
             )
         self._cache = None if cache is None else os.path.abspath(cache)
-        check_reachable(manifest.source(0), self._cache)
+        check_reachable(manifest.source(0), self._cache, timeout_s=timeout_s)
         self.manifest = manifest
         self.device = _device(device)
         self.stats = LoaderStats()

@@ -32,10 +32,10 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video
+from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video, unfinished
 from dali_pipelines.host_decoder import decode_packets
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
-from dali_pipelines.text import csv_writer, decode
+from dali_pipelines.text import cell_text, csv_writer, decode
 
 ROTATIONS = (0, 90, 180, 270)
 _LARGEST = 2**31 - 1
@@ -220,7 +220,7 @@ class Manifest:
         header = dict(re.findall(r"^# (root|classes|made by): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
         rejected = re.search(r"^# listed \d+, kept \d+, rejected (\d+)", text[: len(text) - len(body)], re.MULTILINE)
         first_line = text[: len(text) - len(body)].count("\n") + 1
-        root = header.get("root", ".")
+        root = _read_root(header.get("root", "."))
         manifest = cls(
             (),
             root=root if is_url(root) else path.parent / root,
@@ -239,7 +239,8 @@ class Manifest:
             root, home = root.resolve(), path.parent.resolve()
             root = root.relative_to(home).as_posix() if root.is_relative_to(home) else root
         out = io.StringIO()
-        out.write(f"# root: {root}\n")
+        plain = str(root).isprintable() and not str(root).startswith('"') and str(root) == str(root).strip()
+        out.write(f"# root: {root if plain else json.dumps(str(root), ensure_ascii=False)}\n")
         out.write(f"# classes: {json.dumps(self.classes, ensure_ascii=False)}\n")
         out.write(f"# listed {self.listed}, kept {len(self)}, rejected {self.rejected}\n")
         if self.made_by:
@@ -250,16 +251,20 @@ class Manifest:
         writer.writerow(columns)
         writer.writerows(written(self[index]) for index in range(len(self)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
-        unfinished.replace(path)
+        part = unfinished(path)
+        try:
+            part.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
-    def checksum(self) -> str:
+    def checksum(self, *, measured: bool = False) -> str:
         """A SHA-256 of which videos these are and how they are labelled: of labels, paths, frames, sizes and codecs, in
         their order.
 
-        Not of the root, nor of a folder that all paths begin with, so the videos may move. Nor of what else indexing
-        measures (frame rate, rotation, pixel format, groups of pictures), or of shards that they are packed into.
+        Not of the root, nor of a folder that all paths begin with, so the videos may move. Nor of shards that they are
+        packed into. Only if `measured`, also of what else indexing measures: frame rate, orientation, pixel format, groups
+        of pictures.
         """
         ends = self._rows["path_end"].tolist()
         whole = self._paths.tobytes()
@@ -267,9 +272,14 @@ class Manifest:
         prefix = os.path.commonprefix([min(paths), max(paths)]) if paths else b""  # noqa: RUF071 (cut to folders below)
         folder = prefix.rpartition(b"/")[0]
         hashed = hashlib.sha256(b"\0".join(path[len(folder) :].lstrip(b"/") for path in paths))
-        for name in ("label", "frames", "width", "height", "codec"):
+        more = ("fps", "rotation", "mirrored", "pixel_format", "vfr", "gop") if measured else ()
+        for name in ("label", "frames", "width", "height", "codec", *more):
             hashed.update(np.ascontiguousarray(self._rows[name]).tobytes())
         return hashed.hexdigest()
+
+    def summary(self) -> str:
+        """The number of videos and a checksum of all that is known of them, for people."""
+        return f"{len(self)} videos, checksum {self.checksum(measured=True)[:12]}"
 
     def save_arrays(self, folder: str | os.PathLike) -> None:
         """Writes the table as arrays that `map_arrays` opens without copying: many workers share one in memory."""
@@ -284,6 +294,14 @@ class Manifest:
         manifest._paths = np.load(os.path.join(folder, "paths.npy"), mmap_mode="r")
         manifest._shards = json.loads(Path(folder, "shards.json").read_text())
         return manifest
+
+
+def _read_root(text: str) -> str:
+    """A path with line ends or other odd characters is a JSON string."""
+    if text.startswith('"'):
+        with contextlib.suppress(ValueError):
+            return str(json.loads(text))
+    return text
 
 
 def _read_classes(path: Path, text: str) -> list[str]:
@@ -322,7 +340,7 @@ def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], 
         bad |= (good[name] < least) | (good[name] > most)
     if bad.any():
         raise _first_bad_line(path, body, first_line)
-    return [name.encode("utf-8", "surrogateescape") for name in table["path"]], list(good.values())
+    return [cell_text(name).encode("utf-8", "surrogateescape") for name in table["path"]], list(good.values())
 
 
 _RANGES = {
@@ -340,7 +358,7 @@ _RANGES = {
 
 def _column(values: Sequence[str], name: str) -> np.ndarray | Sequence[str]:
     if name == "shard":
-        return values
+        return list(map(cell_text, values))
     if name in ("codec", "pixel_format"):
         return np.array([value.strip() for value in values], dtype="S16")
     if name == "fps":

@@ -6,8 +6,10 @@ A line ends at a line feed, and nowhere else: class names and paths may hold any
 import codecs
 import csv
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MARKS = (codecs.BOM_UTF8, *UTF16_MARKS)
@@ -46,7 +48,66 @@ class _LineFeeds:
         self._file.write(row.removesuffix("\r\n") + "\n")
 
 
-def csv_writer(file: _Writable) -> Any:
-    """A `csv.writer` whose rows end with a line feed, and which quotes carriage returns. Python before 3.13 does so
-    only if the line terminator holds one; unquoted, it could not read the row again."""
-    return csv.writer(_LineFeeds(file), lineterminator="\r\n")
+class _CsvWriter:
+    def __init__(self, file: _Writable):
+        self._writer = csv.writer(_LineFeeds(file), lineterminator="\r\n")
+
+    def writerow(self, row: Iterable[Any]) -> None:
+        self._writer.writerow(["'" + cell if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in row])
+
+    def writerows(self, rows: Iterable[Iterable[Any]]) -> None:
+        for row in rows:
+            self.writerow(row)
+
+
+def csv_writer(file: _Writable) -> _CsvWriter:
+    """Writes CSV that every reader reads: rows end with a line feed, and carriage returns are quoted, which Python
+    before 3.13 does only if the line terminator holds one.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe in front, as does one with apostrophes before
+    such a text; `cell_text` takes it away.
+    """
+    return _CsvWriter(file)
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def cell_text(cell: str) -> str:
+    """The text that `csv_writer` was given for a cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+class ForPeople:
+    """A text stream on which names cannot move the cursor, change colours or turn the writing direction: control
+    characters are shown as \\x1b. A carriage return at either end of what is written is a progress bar's."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        core = text.strip("\r")
+        if not core.isprintable():
+            start = text.index(core)
+            text = text[:start] + core.translate(_SHOWN) + text[start + len(core) :]
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+_CONTROLS = [
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    0x200E,
+    0x200F,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
+_SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS}
+
+
+def for_data(stream: Any) -> Any:
+    """`stream` itself for a terminal; for a file or a pipe, what is written arrives as it is."""
+    return stream.stream if isinstance(stream, ForPeople) and not stream.isatty() else stream

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +175,7 @@ def _three_numbers(value: object, what: str) -> list[float] | None:
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value] * 3
-    if len(values) != 3 or not all(type(each) in (int, float) and math.isfinite(each) for each in values):
+    if len(values) != 3 or not all(type(each) in (int, float) and abs(each) < 1e9 for each in values):
         raise WeightsError(f"{what} is no list of three numbers")
     return [float(each) for each in values]
 
@@ -243,7 +244,18 @@ def _read_safetensors(path: Path) -> _File:
         raise WeightsError(f"{path}: its header is not what train.py writes ({error})") from None
 
 
+def _is_compressed(path: Path) -> bool:
+    """Whether a zip file holds more bytes than it has. torch.save stores them as they are; torch.load would unpack."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist()) > path.stat().st_size
+    except zipfile.BadZipFile:  # torch's old format is none; torch judges a damaged one
+        return False
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    if _is_compressed(path):
+        raise WeightsError(f"{path}: compressed inside, which torch.save does not do; save it anew")
     try:
         # Checkpoints of timm, DeiT and MAE hold their command line: attributes, which run nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -26,8 +26,9 @@ _here = threading.local()
 _children: weakref.WeakSet["_Child"] = weakref.WeakSet()
 
 
-def in_child(function: str, arguments: list, timeout_s: float) -> Any:
-    """`function` ("module.name" within `preparation`) of `arguments`, as JSON gives it back.
+def in_child(function: str, arguments: list, timeout_s: float, *, setting: str = "--timeout") -> Any:
+    """`function` ("module.name" within `preparation`) of `arguments`, as JSON gives it back. `setting` is what people
+    call `timeout_s`.
 
     Raises `InputError` where it does, where it takes longer than `timeout_s`, and where its process ends, twice.
     """
@@ -38,6 +39,9 @@ def in_child(function: str, arguments: list, timeout_s: float) -> Any:
             _children.add(child)
         try:
             return child.call(function, arguments, timeout_s)
+        except TimeoutError:
+            child.end()
+            raise InputError(f"given up after {timeout_s:g} s ({setting})") from None
         except _EndedError as error:
             if is_last:
                 raise InputError(f"the process that reads it ends with {error}, twice") from None
@@ -75,9 +79,6 @@ class _Child:
         except (BrokenPipeError, EOFError):
             status = self.end(patience_s=1)
             raise _EndedError(f"signal {-status}" if status < 0 else f"status {status}") from None
-        except TimeoutError:
-            self.end()
-            raise InputError(f"given up after {timeout_s:g} s (--timeout)") from None
         if "error" in answer:
             raise InputError(answer["error"])
         return answer["result"]

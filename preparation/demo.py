@@ -17,6 +17,7 @@ This module imports no torch: its functions run in worker processes.
 
 import colorsys
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -125,6 +126,9 @@ def render_demo(
     listed: dict[str, list[tuple[str, int]]] = {split: [] for split in _SPLITS}
     for split in _SPLITS:
         (out / "videos" / split).mkdir(parents=True, exist_ok=True)
+        for left in (out / "videos" / split).glob("*.part"):  # by a run that was killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
     paths = _run(partial(_render_video, out, seed), tasks, workers=workers)
     for done, ((split, index), path) in enumerate(zip(tasks, paths, strict=True), start=1):
         listed[split].append((path, index % len(CLASSES)))
@@ -152,10 +156,10 @@ def _render_video(out: Path, seed: int, task: tuple[str, int]) -> str:
     rng = _generator(seed=seed, split=split, index=index)
     scene = _draw_scene(rng, label=index % len(CLASSES))
     path = f"videos/{split}/{index:05d}_{CLASSES[scene.label]}{scene.suffix}"
-    # A run that is killed leaves this name behind, never half a video under the final one.
-    unfinished = out / f"{path}.part"
-    _encode(unfinished, scene, _pictures(rng, scene))
-    os.replace(unfinished, out / path)
+    # A run that is killed leaves this name behind, never half a video under the final one; another has other names.
+    part = out / f"{path}.{os.getpid()}.part"
+    _encode(part, scene, _pictures(rng, scene))
+    os.replace(part, out / path)
     return path
 
 

@@ -178,7 +178,7 @@ def index(
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:
-        check_reachable(as_source(join(place, path)))
+        check_reachable(as_source(join(place, path)), timeout_s=crew.timeout_s)
     found = look_at(paths)
     for choice in range(max(map(len, copies.values()), default=0)):
         rows = [
@@ -199,9 +199,10 @@ def index(
     return Manifest(good, root=root, classes=classes, rejected=len(rejected)), rejected
 
 
-def look(path: str, decode: bool) -> Video:
-    """What there is to know of the file at `path`; with `decode`, all of it is decoded. Raises `InputError`."""
-    source = fetch(path)
+def look(path: str, decode: bool, cache: str | None = None) -> Video:
+    """What there is to know of the file at `path`; with `decode`, all of it is decoded. `cache`: see `files.fetch`.
+    Raises `InputError`."""
+    source = fetch(path, cache)
     video = probe(source)
     if decode:
         for _ in decode_all(source, frames=video.frames, size=coded_size(video)):

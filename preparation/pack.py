@@ -50,7 +50,7 @@ def pack(
         raise InputError(f"{out}: holds what is to be packed, and would be overwritten: name another folder with --out")
     if not len(manifest):
         raise InputError(f"{path}: no videos in it")
-    check_reachable(manifest.source(0))
+    check_reachable(manifest.source(0), timeout_s=crew.timeout_s)
     journal = out / f"{path.stem}.journal"
     ours = re.compile(re.escape(path.stem) + r"-\d{6}\.tar(\.\w+\.part)?")
     there = os.listdir(out) if out.exists() else []

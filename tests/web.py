@@ -7,7 +7,7 @@ import re
 import threading
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dali_pipelines.files import Source, fetch, read_bytes
@@ -24,6 +24,8 @@ class Server:
         self.cuts = 0
         """So many of the next answers are cut off in the middle."""
         self.ranges = True
+        self.instead: Callable[[http.server.BaseHTTPRequestHandler], None] | None = None
+        """Answers in place of this server."""
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -34,6 +36,8 @@ class Server:
                 self._answer(has_body=True)
 
             def _answer(self, has_body: bool) -> None:
+                if server.instead:
+                    return server.instead(self)
                 name = urllib.parse.unquote(self.path.lstrip("/"), errors="surrogateescape")
                 try:
                     data = (folder / name).read_bytes()
@@ -86,6 +90,6 @@ def fill(url: str, size: int, cache: str, rounds: int, barrier) -> None:
     """Reads parts of a file of `size` bytes at the same moments as others; in a process of its own."""
     for number in range(rounds):
         barrier.wait(30)
-        source = fetch(Source(url, number, size - number), cache)
+        source = fetch(Source(url, number, size - number), cache, problem=lambda _: "")
         if len(read_bytes(source)) != size - number:
             os._exit(3)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from training.weights import put_in_place, whole_file
 _KEPT = 2  # checkpoints: the newest, and the one before it
 _NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNNAMED = "unnamed.pt"  # until its checksum is known
+_UNNAMED = "unnamed"  # begins the name of a file whose checksum is not known yet
 
 
 class DamagedError(InputError):
@@ -52,17 +53,24 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / _UNNAMED) as file:
+    unnamed = folder / f"{_UNNAMED}-{uuid.uuid4().hex[:12]}.pt"
+    with whole_file(unnamed) as file:
         hashing = _Hashing(file)
         try:
             torch.save(state, hashing)
         except RuntimeError as error:
             raise hashing.error or error from None
     path = folder / f"step_{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
-    put_in_place(folder / _UNNAMED, path)
+    put_in_place(unnamed, path)
     for old in list_checkpoints(folder)[:-_KEPT]:
         old.unlink()
     return path
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Removes what a killed run has left of a checkpoint. Only for the process that may write there."""
+    for path in Path(folder).glob(f"{_UNNAMED}*"):
+        path.unlink(missing_ok=True)
 
 
 def made_room(folder: str | os.PathLike, error: InputError) -> bool:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -208,6 +208,16 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys with their section, such as optim.lr."""
+    keys = {}
+    for name, value in config.items():
+        keys.update(
+            {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return keys
+
+
 def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
     """The file and, before it, the one that its key `base` names, from its own folder; and so on."""
     layers = []
@@ -285,6 +295,10 @@ def _optional(rule):
     return lambda value: value is None or is_good(value), f"{expected}, or null"
 
 
+def _up_to(most: int):
+    return lambda value: 1 <= value <= most, f"1 or more, at most {most}"
+
+
 _COUNT = (lambda value: value >= 1, "1 or more")
 _POSITIVE = (lambda value: 0 < value < math.inf, "more than 0")
 _NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more")
@@ -293,18 +307,21 @@ _FRACTION = (lambda value: 0 <= value <= 1, "0 to 1")
 
 _VALUES = {
     "seed": (lambda value: 0 <= value < 2**64, "0 or more, less than 2**64"),
-    "model.patch_size": _COUNT,
-    "model.embed_dim": _COUNT,
-    "model.depth": _COUNT,
-    "model.num_heads": _COUNT,
+    "model.patch_size": _up_to(1024),
+    "model.embed_dim": _up_to(65_536),
+    "model.depth": _up_to(1000),
+    "model.num_heads": _up_to(1024),
     "model.attention": _one_of(*get_args(Attention)),
     "model.drop_path": _SHARE,
     "model.embed_init_std": _NOT_NEGATIVE,
-    "data.num_frames": _COUNT,
-    "data.crop_size": _COUNT,
-    "data.short_side": (lambda value: value is None or len(value) == 2, "[low, high], or null"),
-    "data.stride": _optional(_POSITIVE),
-    "data.target_fps": _POSITIVE,
+    "data.num_frames": _up_to(4096),
+    "data.crop_size": _up_to(8192),
+    "data.short_side": (
+        lambda value: value is None or (len(value) == 2 and all(1 <= side <= 65_536 for side in value)),
+        "[low, high], or null",
+    ),
+    "data.stride": _optional((lambda value: 0 < value <= 1e6, "more than 0, at most 1e6")),
+    "data.target_fps": (lambda value: 1e-3 <= value <= 1e6, "0.001 to 1e6"),
     "data.past_end": _one_of(*PAST_END),
     "data.mean": (lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
     "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
@@ -351,14 +368,19 @@ _VALUES = {
 """Which values are good, and how to say it."""
 
 
+def _check_value(key: str, value: Any) -> None:
+    is_good, expected = _VALUES[key]
+    if not is_good(value):
+        raise InputError(f"{key} is {value}; expected {expected}")
+
+
 def _check_values(config: Config) -> None:
     """What a type cannot say."""
-    for key, (is_good, expected) in _VALUES.items():
+    for key in _VALUES:
         value = config
         for name in key.split("."):
             value = getattr(value, name)
-        if not is_good(value):
-            raise InputError(f"{key} is {value}; expected {expected}")
+        _check_value(key, value)
     data, model = config.data, config.model
     for holds, message in [
         (data.crop_size % model.patch_size == 0,
@@ -406,3 +428,38 @@ PREPROCESSING = ("num_frames", "crop_size", "short_side", "stride", "target_fps"
 
 def preprocessing(data: DataConfig) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(data).items() if key in PREPROCESSING}
+
+
+_MOST_PIXELS = 1 << 28  # of a clip whose size a file tells: 3 GiB in float32
+
+
+def check_header(model: Any, preprocessing: Any) -> None:
+    """Raises `InputError` unless these, from the header of a weights file, are plain values of the keys that weights
+    depend on, within bounds. Anybody may have written the file: it sets nothing else, and nothing in it is expanded."""
+    for section, values, kind, known in (
+        ("model", model, ModelConfig, [each.name for each in dataclasses.fields(ModelConfig)]),
+        ("data", preprocessing, DataConfig, PREPROCESSING),
+    ):
+        if not isinstance(values, dict):
+            raise InputError(f"{section} is no object with keys")
+        types = {each.name: each.type for each in dataclasses.fields(kind)}
+        for key, value in values.items():
+            if key not in known:
+                raise InputError(f"{section}.{key[:80]} is no setting of weights")
+            if not _is_of_type(value, types[key]):
+                raise InputError(f"{section}.{key} is {str(value)[:80]!r}")
+            if f"{section}.{key}" in _VALUES:
+                _check_value(f"{section}.{key}", value)
+    if missing := [key for key in ("num_frames", "crop_size", "mean", "std") if key not in preprocessing]:
+        raise InputError(f"data.{missing[0]} is missing")
+    frames, side = preprocessing["num_frames"], preprocessing["crop_size"]
+    if frames * side**2 > _MOST_PIXELS:
+        raise InputError(f"a clip has {frames} x {side} x {side} pixels; expected at most {_MOST_PIXELS}")
+
+
+def _is_of_type(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return (type(value) is int and abs(value) < 2**63) or (kind is float and type(value) is float)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of_type(each, get_args(kind)[0]) for each in value)
+    return any(_is_of_type(value, each) for each in get_args(kind)) if get_args(kind) else type(value) is kind

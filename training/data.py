@@ -1,12 +1,15 @@
 """The data of a run: its manifests, classes and loaders, and how a step's clips are shared out."""
 
+import hashlib
 import math
 from typing import NamedTuple
 
 from dali_pipelines import ClipLoader, InputError
+from training.agreement import check_agreement, shared_facts, weights_checksum
 from training.config import Config, clip_settings
 from training.distributed import Process
 from training.labels import check_labels, class_names, read_manifest
+from training.precision import resolve_precision
 from training.weights import Weights, load_weights
 
 
@@ -86,6 +89,12 @@ def make_data(config: Config, process: Process, teacher: Weights | None) -> Data
     data = config.data
     train, val = (read_manifest(getattr(data, name), key=f"data.{name}") for name in ("train", "val"))
     classes = class_names(data.labels, train)
+    if process.world_size > 1:
+        names = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape")).hexdigest()
+        facts = {"the checksum of the classes": names[:12], "data.train": train.summary(), "data.val": val.summary()}
+        facts["train.precision"] = resolve_precision(config.train.precision, process.device)
+        facts["distill.teacher"] = teacher and weights_checksum(teacher.state)[:12]
+        check_agreement(process, shared_facts(config) | facts)
     renamed = data.labels is not None
     check_labels(train, classes, name=data.train, of=str(data.labels), renamed=renamed)
     check_labels(val, classes, name=data.val, of=data.labels or data.train, renamed=renamed)

@@ -108,10 +108,11 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
         raise InputError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {device!r}, but torch finds no GPU here")
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    try:
+        rank, world_size, local_rank, local_world_size = (int(os.environ.get(*each)) for each in defaults.items())
+    except ValueError as error:
+        raise InputError(f"one of {', '.join(defaults)} is no number ({error}); start with torchrun") from None
     if wanted.type == "cuda":
         wanted = torch.device("cuda", local_rank if wanted.index is None else wanted.index)
         if wanted.index >= torch.cuda.device_count():
@@ -124,16 +125,23 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
         yield Process(rank, world_size, local_rank, local_world_size, wanted)
         return
     timeout = datetime.timedelta(seconds=timeout_s)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(_agree_on_name(store, rank, world_size), store)
-    dist.init_process_group(
-        "nccl" if wanted.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=wanted if wanted.type == "cuda" else None,
-    )
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(_agree_on_name(store, rank, world_size, timeout_s), store)
+        dist.init_process_group(
+            "nccl" if wanted.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=wanted if wanted.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:  # torch's for a port in use, and for a variable that is missing
+        place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise InputError(
+            f"the {world_size} processes do not find each other at {place}: {str(error).splitlines()[0][:300]}; if the "
+            "port is in use, name another one to torchrun, with --master-port or --rdzv-endpoint"
+        ) from None
     try:
         yield Process(rank, world_size, local_rank, local_world_size, wanted, dist.PrefixStore("whereabouts", store))
     except RuntimeError as error:
@@ -145,7 +153,7 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Process]:
     dist.destroy_process_group()
 
 
-def _agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
+def _agree_on_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that these processes have agreed on, and none before them. torchrun (torch 2.13) keeps its store when it
     starts processes again, with the addresses in it of those that are gone."""
     mine = uuid.uuid4().hex
@@ -154,12 +162,14 @@ def _agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
         members = [store.get(f"{mine}/{other}").decode() for other in range(1, world_size)]
         store.set(f"{mine}/members", " ".join(members))
         return mine
-    while True:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
         root = store.get("root").decode()  # of those before, maybe: then this process is not among its members
         store.set(f"{root}/{rank}", mine)
         if store.check([f"{root}/members"]) and mine in store.get(f"{root}/members").decode():
             return root
         time.sleep(0.05)
+    raise RuntimeError(f"rank 0 has not counted this process in within {timeout_s:g} s")
 
 
 def is_lost_connection(error: BaseException) -> bool:

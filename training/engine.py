@@ -22,6 +22,7 @@ from dali_pipelines.loader import Batch
 from dali_pipelines.text import csv_writer
 from model import TimeSformer
 from training import checkpoints
+from training.agreement import check_agreement, versions, weights_checksum
 from training.compiling import Mode, check_compile, compile_network, cuda_graphs_skipped, decide_compile
 from training.config import Config, preprocessing, to_yaml
 from training.data import make_data, read_teacher
@@ -142,6 +143,7 @@ class Trainer:
 
         self.mode: Mode | None = None  # not decided yet
         self._changes: list[str] = []  # of the settings and data since the checkpoint
+        self._lock_note = ""
 
         resumed_from = self._open_output(resume)
         passes, before = self.last_step * self.micro_steps, self.mode
@@ -153,6 +155,8 @@ class Trainer:
             if self.teacher is not None:
                 compile_network(self.teacher)
         loaded = "" if resumed_from else self._load_pretrained()
+        if process.world_size > 1:
+            check_agreement(process, {"the weights' checksum": weights_checksum(self.network.state_dict())[:12]})
         self._say_what_runs(resumed_from, how)
         if loaded:
             self.monitor.say(loaded)
@@ -583,6 +587,7 @@ class Trainer:
                 "config": dataclasses.asdict(self.config),
                 "classes": list(self.classes),
                 "manifests": self._checksums,
+                "versions": versions(),
             }
         )
 
@@ -661,7 +666,10 @@ class Trainer:
 
     def _open_output(self, resume: bool) -> Path | None:
         """Goes on from what is in the output folder, or sees that nothing is; the checkpoint that was loaded."""
-        newest = find_checkpoint(self.output, resume=resume) if self.process.is_main else None
+        newest = None
+        if self.process.is_main:
+            self._lock_note = self.saver.lock()
+            newest = find_checkpoint(self.output, resume=resume)
         path = self._agree_on(newest)
         state = {"log_bytes": 0, "fault_bytes": 0}
         if path is not None:
@@ -688,7 +696,17 @@ class Trainer:
     def _load_state(self, path: Path, state: dict[str, Any]) -> None:
         """`state` of a checkpoint; raises `InputError` if the run cannot go on from it."""
         data = {"rows": len(self.train_loader.manifest), "checksums": self._checksums}
-        self._changes = check_resumable(path, state, self.config, classes=self.classes, **data)
+        try:
+            self._changes = check_resumable(path, state, self.config, classes=self.classes, **data)
+            self._take_state(state)
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            # Its checksum is right: somebody has made it.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise InputError(f"{path}: not a checkpoint of this run ({reason})") from None
+
+    def _take_state(self, state: dict[str, Any]) -> None:
         if state["average"] and self.average is not None:
             self.average.load_state_dict(state["average"])
         self.train_loader.load_state_dict(state["loader"])
@@ -726,7 +744,7 @@ class Trainer:
             + (f", resumed from {resumed_from.name} at step {self.step}" if resumed_from else ""),
         ):
             self.monitor.say(line)
-        for note in self._changes:
+        for note in filter(None, [*self._changes, self._lock_note]):
             self.monitor.say(note)
         if self.step >= self.last_step and not self._is_due:
             self.monitor.say(f"all {self.last_step} steps are done already")

@@ -21,6 +21,7 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.files import absolute, join
 from dali_pipelines.loader import Fault
 from model import TimeSformer
+from training.agreement import check_agreement, shared_facts, weights_checksum
 from training.config import Config, clip_settings
 from training.distributed import Process
 from training.labels import check_labels, read_manifest
@@ -80,6 +81,10 @@ def evaluate(
     """Every video of the manifest once, shared among the processes; the whole result on each of them. Several weights
     are an ensemble: one decode for all, and the mean over them."""
     protocol = protocol or Protocol()
+    if process.world_size > 1:
+        facts = shared_facts(config) | {"protocol": protocol.name, "the manifest": manifest.summary()}
+        facts |= {f"weights {n + 1}": weights_checksum(each.state)[:12] for n, each in enumerate(members)}
+        check_agreement(process, facts)
     share = -(-len(manifest) // process.world_size)
     batch_size = min(config.data.batch_size or max(8 // protocol.windows, 1), share)
     loader = ClipLoader(
@@ -198,14 +203,11 @@ def collect(
 
 
 def _checksum(name: str, weights: Weights) -> str:
-    """SHA-256 of the file; of the tensors, by their names, where the weights are a folder or a name on the Hub."""
+    """SHA-256 of the file; of the tensors, where the weights are a folder or a name on the Hub."""
     if Path(name).is_file():
         with open(name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for key in sorted(weights.state):
-        digest.update(weights.state[key].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_checksum(weights.state)
 
 
 def report(results: Results) -> str:

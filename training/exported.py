@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ class Exported:
 def open_exported(path: str | os.PathLike) -> Exported:
     """Opens an .onnx (in onnxruntime) or .pt2 file (in torch) of export.py, on the CPU.
 
-    Raises `InputError` for any other file, a damaged one and a missing onnxruntime. A .pt2 file of somebody else is as
-    able to run code as a pickle is: docs/export.md.
+    Raises `InputError` for any other file, a damaged one and a missing onnxruntime. torch unpickles and evaluates much
+    of a .pt2 file; one that holds anything of that kind is refused first: docs/export.md.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
@@ -105,6 +106,8 @@ def _open_torch(path: Path) -> Exported:
             metadata = json.loads(archive.read(names[0])) if names else {}
             # Before torch opens it: what is no file of ours is not opened at all.
             exported = _described(path, metadata, TORCH_FORMAT, run=None)
+            if problem := _problem(archive, path.stat().st_size):
+                raise InputError(f"{path}: not opened, as it holds what export.py does not write: {problem}")
             if (damaged := archive.testzip()) is not None:
                 raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
     except InputError:
@@ -123,6 +126,60 @@ def _open_torch(path: Path) -> Exported:
     return Exported(**vars(exported) | {"run": run})
 
 
+_MEMBERS = re.compile(
+    r"[^/]+/(data/(weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model_\w+_config\.json)"
+    r"|data/sample_inputs/model\.pt|models/model\.json|archive_format|archive_version|byteorder"
+    rf"|\.data/(version|serialization_id)|extra/{re.escape(METADATA_FILE)})"
+)
+_SYMBOLS = r"Symbol\('[su]\d+'(, \w+=True)*\)|Integer\(-?\d+\)|(Mul|Add|Mod|FloorDiv|Max|Min)\(|[ ,)]"
+_SPECIFICATION = r'(\w|[][{}:, ]|"(type|context|children_spec|null|\[\]|builtins\.(tuple|list|dict))")*'
+_TEXTS = {  # the values of these keys, wherever they are; others are words
+    "target": r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|_operator\.(add|sub|mul|neg|mod|floordiv|eq|ne|ge|le|gt|lt)",
+    "expr_str": f"({_SYMBOLS})*",
+    "nn_module_stack": r"[\w.,;@]*",
+    "torch_fn": r"[\w.;]*",
+    "in_spec": _SPECIFICATION,
+    "out_spec": _SPECIFICATION,
+    "guards_code": r"(?!)",
+}
+_WORD = r"[\w.+-]*"
+
+
+def _problem(archive: zipfile.ZipFile, size: int) -> str:
+    """What in a .pt2 file of `size` bytes could make torch 2.13 run code, or fill the memory; "" for nothing. torch
+    unpickles what is marked so, looks functions up by name, makes Python of the names of values, and evaluates
+    expressions and guards."""
+    members = archive.infolist()
+    names = [member.filename.lower() for member in members]  # as torch looks them up
+    if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) > 1:
+        return "a member twice, or several folders"
+    if any(member.compress_type for member in members) or sum(member.file_size for member in members) > size:
+        return "compressed members"
+    for member in members:
+        if not _MEMBERS.fullmatch(member.filename):
+            return repr(member.filename)
+        if member.filename.endswith(".pt") and member.file_size:
+            return f"{member.filename}, a pickle"
+        if re.search(r"/(model|\w+_config)\.json$", member.filename):
+            content = json.loads(archive.read(member))
+            if any(entry["use_pickle"] is not False for entry in content.get("config", {}).values()):
+                return f"pickles, says {member.filename}"
+            if text := _odd_text(content):
+                return text
+    return ""
+
+
+def _odd_text(value: Any, key: str = "") -> str:
+    """The first text in `value`, or key of it, that may be more than a name; "" for none."""
+    if isinstance(value, str):
+        return "" if re.fullmatch(_TEXTS.get(key, _WORD), value) else f"{key or 'a key'} {value[:80]!r}"
+    if isinstance(value, dict):
+        pairs = [("", name) for name in value] + list(value.items())
+    else:
+        pairs = [(key, each) for each in value] if isinstance(value, list) else []
+    return next(filter(None, (_odd_text(each, name) for name, each in pairs)), "")
+
+
 def _described(
     path: Path, metadata: Mapping[str, str], expected: str, run: Callable[[Tensor], Tensor] | None
 ) -> Exported:
@@ -131,8 +188,8 @@ def _described(
     try:
         model, preprocessing, classes = described(metadata)
         exported = Exported(model, preprocessing, classes, int(metadata["views"]), metadata["precision"], run)
-        if not isinstance(model, dict) or not all(isinstance(size, int) for size in exported.input_shape):
-            raise TypeError("a value of another type")
+        if exported.views not in (1, 3):
+            raise ValueError(f"views is {exported.views}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: its metadata is not what export.py writes ({error})") from None
     return exported

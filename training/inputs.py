@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.folders import is_in_loop, videos_below
+from dali_pipelines.folders import is_in_loop, unreadable, videos_below
 from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.text import MARKS, UTF16_MARKS
 from training.labels import read_manifest
@@ -74,13 +74,33 @@ def _files(argument: str, warn: Callable[[str], None]) -> list[str]:
         if not os.path.isdir(match):
             paths.append(match)
             continue
-        below, note = _below(match)
+        try:
+            below, note = _below(match)
+        except OSError as error:
+            below, note = [], error.strerror.lower()
         paths += below
         if note and "**" not in argument:  # with it, the files are named by the pattern itself
             warn(f"{match}: {note}")
+    note = _closed(argument)
     if not paths:
-        raise InputError(f"{argument}: no file and no pattern that any file fits")
+        raise InputError(f"{argument}: no file and no pattern that any file fits" + (f" ({note})" if note else ""))
+    if note:
+        warn(f"{argument}: {note}")
     return list(dict.fromkeys(paths))  # `**` finds a folder and what is in it
+
+
+def _closed(pattern: str) -> str:
+    """Which folders a glob has passed over because they cannot be read; "" for none."""
+    parts = pattern.split("/")
+    closed = {}
+    for count in (n for n, part in enumerate(parts) if glob.has_magic(part)):
+        above = "/".join(parts[: count + (parts[count] == "**")]) + "/"
+        for folder in glob.glob(above, recursive=True) if above != "/" or pattern.startswith("/") else ["."]:
+            try:
+                os.scandir(folder).close()
+            except OSError as error:
+                closed[folder] = f"{folder.rstrip('/')}: {error.strerror.lower()}"
+    return unreadable(list(closed.values())) if closed else ""
 
 
 def _below(folder: str) -> tuple[list[str], str]:

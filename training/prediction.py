@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.files import fetch
-from dali_pipelines.manifest import Video, place_for_people, probe
+from dali_pipelines.manifest import Video, place_for_people
 from model import TimeSformer, attention_rollout
-from training.config import Config, clip_settings
+from preparation.child import in_child
+from preparation.work import Crew
+from training.config import Config, DataConfig, clip_settings
 from training.distributed import Process
 from training.evaluation import predict_views
-from training.inputs import Chunk, chunks, find_videos
+from training.inputs import Chunk, chunks, count, find_videos
 from training.precision import resolve_precision
 from training.weights import Weights, agreeing_config, open_weights
 
@@ -26,6 +28,7 @@ EXPORTED = (".onnx", ".pt2")
 _MOST_BYTES, _MOST_FRAMES = 128 << 20, 128
 """Of decoded pictures in one sample, which holds so many of a video's windows. Each picture may need a group of
 pictures of its own in memory."""
+_LOOKERS = 4  # processes at most that look at files
 _AT_ONCE = 4
 """Windows, three crops each, that the network sees at once."""
 
@@ -111,27 +114,34 @@ def predict(
     else:
         network = weights.build(process.device)
         classify = _classifier(network, resolve_precision(config.train.precision, process.device), features=features)
-    for chunk in chunks(found):
-        known = [_known(chunk, video, config.data.cache) for video in chunk.videos]
-        readable = Manifest([video for _, _, video in known if isinstance(video, Video)], root=chunk.root)
-        # Closed, and its processes ended, before the next chunk is waited for.
-        with contextlib.closing(_predict_readable(readable, config, classify, process, num_windows)) as predicted:
-            for path, label, video in known:
-                if isinstance(video, InputError):
-                    yield Prediction(video=path, label=label, reason=str(video))
-                    continue
-                fields = next(predicted)
-                if explain and "views" in fields:
-                    fields["attention"] = attention_rollout(network, fields["views"][1:2]).patches[0].cpu()
-                yield Prediction(video=path, label=label, **fields)
+    lookers = process.workers(config.data.workers, _LOOKERS)
+    is_alone = count(found) == 1
+    with Crew(workers=max(lookers, 1)).executor() as executor:
+        for chunk in chunks(found):
+            known = list(executor.map(partial(_known, chunk, config.data), chunk.videos))
+            readable = Manifest([video for _, _, video in known if isinstance(video, Video)], root=chunk.root)
+            # Closed, and its processes ended, before the next chunk is waited for.
+            with contextlib.closing(
+                _predict_readable(readable, config, classify, process, num_windows, is_alone=is_alone)
+            ) as predicted:
+                for path, label, video in known:
+                    if isinstance(video, InputError):
+                        yield Prediction(video=path, label=label, reason=str(video))
+                        continue
+                    fields = next(predicted)
+                    if explain and "views" in fields:
+                        fields["attention"] = attention_rollout(network, fields["views"][1:2]).patches[0].cpu()
+                    yield Prediction(video=path, label=label, **fields)
 
 
-def _known(chunk: Chunk, video: str | Video, cache: str | None) -> tuple[str, int | None, Video | InputError]:
-    """(path as it is shown, label, what is known of the video or why it is none)."""
+def _known(chunk: Chunk, data: DataConfig, video: str | Video) -> tuple[str, int | None, Video | InputError]:
+    """(path as it is shown, label, what is known of the video or why it is none). Files are looked at in a process that
+    may hang or die."""
     if isinstance(video, Video):
         return place_for_people(video, chunk.root), video.label, video
     try:
-        return video, None, probe(fetch(video, cache))._replace(path=video)
+        found = in_child("index.look", [video, False, data.cache], data.timeout_s, setting="data.timeout_s")
+        return video, None, Video(*found)._replace(path=video)
     except InputError as error:
         return video, None, error
 
@@ -153,9 +163,10 @@ def _classifier(network: TimeSformer, precision: str, *, features: bool) -> Clas
 
 
 def _predict_readable(
-    manifest: Manifest, config: Config, classify: Classify, process: Process, num_windows: int
+    manifest: Manifest, config: Config, classify: Classify, process: Process, num_windows: int, *, is_alone: bool
 ) -> Iterator[dict[str, Any]]:
-    """Fields of a `Prediction` for each video of the manifest, in its order."""
+    """Fields of a `Prediction` for each video of the manifest, in its order. One that `is_alone` in the whole input is
+    decoded in this process, which is quicker; no other waits for it."""
     if not len(manifest):
         return
     settings = clip_settings(config.data, "test")
@@ -169,7 +180,7 @@ def _predict_readable(
         device=process.device,
         num_windows=num_windows,
         windows_at_once=at_once,
-        workers=0 if samples == 1 else process.workers(config.data.workers, samples),
+        workers=0 if is_alone and samples == 1 else process.workers(config.data.workers, samples),
     )
     parts_of_video: list[dict[str, Tensor]] = []
     for batch in loader:

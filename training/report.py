@@ -20,9 +20,11 @@ import av
 import numpy as np
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import unfinished
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import View, plan_sample
+from dali_pipelines.text import cell_text
 from training.results import BEFORE_TOP, PER_CLASS, PER_CLASS_COLUMNS, PREDICTIONS, SUMMARY, TEXT
 
 REPORT = "report.html"
@@ -129,9 +131,9 @@ def write_report(folder: str | Path, *, most: int = 24) -> Path:
     per_class = _read_per_class(folder / PER_CLASS, len(classes))
     page = _page(results, classes, predictions, per_class, most)
     path = folder / REPORT
-    unfinished = folder / f"{REPORT}.part"  # renamed when whole, as manifests are
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    part = unfinished(path)  # renamed when whole, as manifests are
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)
     return path
 
 
@@ -199,7 +201,7 @@ def _read_predictions(path: Path, num_classes: int) -> Predictions:
                     raise ValueError("neither a prediction nor a reason why there is none")
                 missing = first - 5 - len(top)  # fewer classes than columns, or an unreadable video
                 rows.append(int(line[0]))
-                paths.append(line[1])
+                paths.append(cell_text(line[1]))
                 labels.append(label)
                 valid.append(not line[4])
                 tops.append(top + [-1] * missing)
@@ -242,7 +244,7 @@ def _read_per_class(path: Path, num_classes: int) -> list[ClassRow]:
                     int(correct),
                     float(accuracy) if int(videos) else None,
                     float(top5_accuracy) if int(videos) else None,
-                    confused_with,
+                    cell_text(confused_with),
                     int(confused_count or 0),
                 )
                 rows[row.label] = row

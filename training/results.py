@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.text import csv_writer
+from dali_pipelines.text import cell_text, csv_writer
+from training.locking import LOCK
 
 SUMMARY, PREDICTIONS, PER_CLASS = FILES = ("results.json", "predictions.csv", "per_class.csv")
 AVERAGES = ("prob", "score")
@@ -174,7 +175,7 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"{folder}: cannot be the folder of results: {error.strerror}; name one with --out") from None
     if not writable:
         raise InputError(f"{folder}: cannot be written to; name another folder with --out")
-    if names <= {f"{name}.part" for name in FILES}:
+    if names <= {LOCK, *(f"{name}.part" for name in FILES)}:
         return
     for name in (SUMMARY, f"{SUMMARY}.part"):  # the latter: a run that ended between two renames
         with contextlib.suppress(InputError):
@@ -284,7 +285,7 @@ def _fill(results: Results, reader: Any, file: Path) -> None:
             number, path, label, _, reason, *best = values[: len(_PREFIX)]
             if int(number) != row or not 0 <= int(label) < classes or len(values) != len(names):
                 raise ValueError
-            results.paths.append(path)
+            results.paths.append(cell_text(path))
             results.labels[row] = int(label)
             if not reason:
                 results.valid[row] = True

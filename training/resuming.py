@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipelines.errors import InputError
-from training.config import Config
+from training.agreement import versions
+from training.config import Config, flat
 
 FORMAT = 2  # of checkpoints
 
@@ -48,7 +49,7 @@ def check_resumable(
     last = Path(config.output) / "last.safetensors"
     weights = last if last.exists() else path
     remedy = f"or begin a new run from these weights: -o train.pretrained={weights} output=DIR"
-    before, now = _flat(state["config"]), _flat(dataclasses.asdict(config))
+    before, now = flat(state["config"]), flat(dataclasses.asdict(config))
     changed = [key for key in now if key in before and before[key] != now[key] and key not in _SILENT]
     for key in changed:
         if key not in _MAY_CHANGE and (key in _FIXED or key.split(".")[0] in _FIXED):
@@ -65,8 +66,12 @@ def check_resumable(
             "train.epochs and train.swa_epochs of then, or name another folder with -o output=DIR"
         )
     notes = []
-    if changed:
-        changes = [f"{key} was {before[key]} and is {now[key]} now" for key in changed]
+    changes = [f"{key} was {before[key]} and is {now[key]} now" for key in changed]
+    theirs = state.get("versions", versions())  # checkpoints of earlier versions do not tell
+    changes += [
+        f"{name} was {theirs.get(name)} and is {own} now" for name, own in versions().items() if theirs.get(name) != own
+    ]
+    if changes:
         notes.append(f"note: changed since the checkpoint: {', '.join(changes)}")
     if state.get("manifests", checksums)["val"] != checksums["val"]:
         notes.append(
@@ -96,13 +101,3 @@ def _check_classes(path: Path, before: Sequence[str], now: Sequence[str], key: s
         label = next(label for label, (old, new) in enumerate(zip(before, now)) if old != new)
         what = f"class {label} was {before[label]!r} and is {now[label]!r} now"
     raise InputError(f"{path}: {key}: {what}; resume with the labels of before, {remedy}")
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys with their section, such as optim.lr."""
-    flat = {}
-    for name, value in config.items():
-        flat.update(
-            {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
-        )
-    return flat

@@ -10,6 +10,7 @@ from typing import Any
 
 from dali_pipelines.errors import InputError
 from training import checkpoints
+from training.locking import FolderLock
 from training.weights import Weights, save_weights
 
 _LAUNCH = "launch"  # a file beside the checkpoints
@@ -32,6 +33,7 @@ class Saver:
         self._writer = checkpoints.Writer()
         self._owed: list[tuple[list[str], dict[str, Any]]] = []
         self._writing = threading.Lock()
+        self._lock: FolderLock | None = None
         self._failures = 0
 
     def owe(self, names: list[str], state: dict[str, Any]) -> None:
@@ -99,10 +101,22 @@ class Saver:
         with contextlib.suppress(InputError, OSError):
             if self._owed:
                 self.write(self._owed[-1][1])
+        if self._lock:
+            self._lock.release()
+
+    def lock(self) -> str:
+        """Keeps other runs out of the output folder, until `close`; a note for people if that is not possible."""
+        self._lock = FolderLock(self._output, remedy="wait until it has ended, or name another folder: -o output=DIR")
+        return self._lock.note
 
     def begin(self) -> None:
-        """The run begins, or goes on, here: where torchrun starts it again, it is known by what it is called."""
+        """The run begins, or goes on, here: where torchrun starts it again, it is known by what it is called. Removes
+        what a kill has left half written, if no other run can be writing it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock and not self._lock.note:
+            checkpoints.remove_unfinished(self.folder)
+            for path in self._output.glob("*.safetensors.*part"):
+                path.unlink(missing_ok=True)
         (self.folder / _LAUNCH).unlink(missing_ok=True)
         if name := _launch():
             (self.folder / _LAUNCH).write_text(name)

@@ -15,9 +15,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import unfinished
 from model import LoadReport, TimeSformer, WeightsError, load_pretrained
 from model.pretrained import SUFFIXES, read_safetensors
-from training.config import PREPROCESSING, Config, ModelConfig, load_config, preprocessing
+from training.config import PREPROCESSING, Config, ModelConfig, check_header, load_config, preprocessing
 from training.labels import read_labels
 
 _FORMAT = "dali-timesformer 1"
@@ -74,24 +75,28 @@ def describe(weights: Weights, format: str) -> dict[str, str]:
 
 
 def described(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """(model, preprocessing, classes) of what `describe` made; KeyError, TypeError, ValueError or RecursionError."""
+    """(model, preprocessing, classes) of what `describe` made, checked; KeyError, TypeError, ValueError or
+    RecursionError for anything else."""
     model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
-    return model, preprocessing, tuple(map(str, classes))
+    check_header(model, preprocessing)
+    if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+        raise InputError("classes is no list of names")
+    return model, preprocessing, tuple(classes)
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears at `path` once it is complete and on disk, and not at all otherwise."""
-    unfinished = path.with_name(path.name + ".part")
+    part = unfinished(path)
     try:
-        with open(unfinished, "wb") as file:
+        with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(unfinished, path)
+        put_in_place(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            part.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 

@@ -1,13 +1,17 @@
 """Videos in tar shards and below URLs: the same clips as from plain files, a safe cache, faults with reasons."""
 
 import builtins
+import contextlib
 import errno
+import gzip
 import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import pytest
 import torch
 
 from dali_pipelines import ClipLoader, InputError, Manifest, files
-from dali_pipelines.files import Source, check_reachable, fetch, is_url, join, read_bytes, size_of
+from dali_pipelines.files import Source, check_reachable, fetch, is_url, join, open_video, read_bytes, size_of
 from dali_pipelines.manifest import probe
 from preparation.pack import pack
 from preparation.work import Crew
@@ -140,6 +144,29 @@ def test_shards_that_are_gone_or_cut_are_faults(packed, tmp_path):
     assert made.stats.faults[0].path.startswith(str(tmp_path / "copy" / "some-0000"))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile good.mp4\n",
+        "ffconcat version 1.0\nfile /etc/passwd\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}/secret.ts\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ngood.mp4\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+        "a=rtpmap:96 H264/90000\n",
+    ],
+    ids=["concat", "concat elsewhere", "hls elsewhere", "hls", "sdp"],
+)
+def test_a_list_of_other_files_opens_none_of_them(plain, web, tmp_path, text):
+    shutil.copy(plain.root / "bframes.mp4", tmp_path / "good.mp4")
+    path = tmp_path / "list.mp4"
+    path.write_text(text.format(url=web.url))
+    began = time.monotonic()
+    for source in (Source(str(path)), Source(str(path), data=path.read_bytes())):
+        with pytest.raises(InputError, match="a list of other files|not a video|no permission"):
+            open_video(source)
+    assert not web.requests and time.monotonic() - began < 5
+
+
 # -- URLs --
 
 
@@ -213,11 +240,96 @@ def test_cut_connections_are_tried_again_and_never_kept(plain, web, tmp_path):
     assert same(epochs(loader(plain)), epochs(loader(at(plain, web.url), **settings)))
 
 
+def answer(body: bytes, **headers: str):
+    """Status 200 and the body, whatever is asked for; without a length, so its end is that of the connection."""
+
+    def instead(handler) -> None:
+        handler.send_response(200)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return instead
+
+
+@pytest.mark.parametrize(
+    "name, body, reason",
+    [
+        ("bframes.mkv", lambda good, other: b"<html>log in</html>", "a web page or XML"),
+        ("bframes.mkv", lambda good, other: good[: len(good) // 2], ""),
+        ("mpeg4.avi", lambda good, other: good[: len(good) // 2], ""),
+        ("bframes.mkv", lambda good, other: other, "codec is vp9, the manifest says h264"),
+    ],
+    ids=["login", "half an mkv", "half an avi", "another video"],
+)
+@pytest.mark.parametrize("decode", ["host", "dali"])
+def test_what_is_not_what_was_indexed_is_not_kept(plain, web, tmp_path, name, body, reason, decode):
+    row = list(KINDS).index(name)
+    manifest = Manifest([plain[row]], root=web.url)
+    settings = dict(cache=tmp_path / "cache", batch_size=1, decode=decode)
+    web.instead = answer(body((plain.root / name).read_bytes(), (plain.root / "vp9.webm").read_bytes()))
+    made = loader(manifest, **settings)
+    said = [*faults(made).values(), *made.stats.fallbacks]
+    assert any(reason in each for each in said), said
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    web.instead = None
+    expected = epochs(loader(Manifest([plain[row]], root=plain.root), batch_size=1, decode=decode))
+    for requests in (1, 1):  # the second time from the cache
+        assert same(expected, epochs(loader(manifest, **settings))) and web.requests[name] == requests
+
+
+def test_what_was_never_indexed_is_not_kept(web, tmp_path):
+    probe(fetch(f"{web.url}/vp9.webm", str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypatch):
+    sent = [0]
+
+    def endless(handler) -> None:
+        answer(b"")(handler)
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(bytes(1 << 16))
+                sent[0] += 1 << 16
+
+    web.instead = endless
+    monkeypatch.setattr(files, "_MOST_BYTES", 1 << 20)
+    with pytest.raises(InputError, match="larger than 1 MiB, too large to be read from a URL; copy it to a disk"):
+        fetch(f"{web.url}/a.mp4")
+    with pytest.raises(InputError, match=r"sends whole files and no parts of them \(HTTP Range\)"):
+        fetch(Source(f"{web.url}/a.tar", 512, 1000))
+    with pytest.raises(InputError, match="larger than 1 MiB"):  # as a manifest may claim
+        fetch(Source(f"{web.url}/a.tar", 512, 1 << 62))
+    assert sent[0] < 1 << 26
+    web.instead = answer(gzip.compress(bytes(1 << 26)), Content_Encoding="gzip")
+    with pytest.raises(InputError, match="larger than 1 MiB"):
+        fetch(f"{web.url}/a.mp4")
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/large/a.mp4", bytes((1 << 20) + 1))
+    memory.pipe_file("/large/b.mp4", bytes(1 << 20))
+    with pytest.raises(InputError, match="larger than 1 MiB"):
+        fetch("memory://large/a.mp4")
+    assert len(read_bytes("memory://large/b.mp4")) == 1 << 20
+    memory.rm("/large", recursive=True)
+
+
+def test_a_server_that_never_answers_is_named_at_the_start(plain, web):
+    over = threading.Event()
+    web.instead = lambda handler: over.wait(30)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="bframes.mp4: its server has not answered within 0.5 s; check the address"):
+        loader(at(plain, web.url), timeout_s=0.5)
+    assert time.monotonic() - began < 10
+    over.set()
+
+
 def test_parts_of_one_file_are_kept_apart(plain, web, tmp_path):
     data = (plain.root / "vp9.webm").read_bytes()
     for _ in range(2):
         for offset in (0, 100):
-            part = fetch(Source(f"{web.url}/vp9.webm", offset, 1000), str(tmp_path))
+            part = fetch(Source(f"{web.url}/vp9.webm", offset, 1000), str(tmp_path), problem=lambda _: "")
             assert read_bytes(part) == data[offset : offset + 1000]
     assert web.requests == {"vp9.webm": 2}
 

@@ -6,6 +6,7 @@ import pytest
 
 from dali_pipelines import InputError
 from dali_pipelines.folders import VIDEO_SUFFIXES, is_video_name, videos_below
+from training.inputs import find_videos
 
 
 def touch(path):
@@ -84,5 +85,53 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "listdir", deny)
     assert videos_below(tmp_path) == (["a.mp4"], "closed: permission denied")
+    for name in "bc":
+        touch(tmp_path / name / "closed" / "b.mp4")
+    assert videos_below(tmp_path).note == (
+        "3 folders cannot be read: b/closed: permission denied, c/closed: permission denied, closed: permission denied"
+    )
+    for number in range(20):
+        touch(tmp_path / str(number) / "closed" / "b.mp4")
+    note = videos_below(tmp_path).note
+    assert note.startswith("23 folders cannot be read: ") and note.endswith(", and 13 more") and len(note) < 500
     with pytest.raises(InputError, match="no such folder of videos"):
         videos_below(tmp_path / "gone")
+
+
+def test_a_folder_that_may_be_listed_but_not_entered(tmp_path, monkeypatch):
+    for name in ("a.mp4", "half/b.mp4", "half/deeper/c.mp4"):
+        touch(tmp_path / name)
+    stat = os.stat
+
+    def deny(path, **settings):
+        if "half/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **settings)
+
+    monkeypatch.setattr(os, "stat", deny)
+    found = videos_below(tmp_path)
+    assert found == (["a.mp4", "half/b.mp4"], "half/deeper: permission denied")
+
+
+@pytest.mark.parametrize("pattern", ["*/*.mp4", "**/*.mp4", "[xy]/**/*.mp4", "**", "*/*/*.mp4", "x/*"])
+def test_folders_that_a_glob_cannot_read_are_named(tmp_path, monkeypatch, pattern):
+    for name in ("x/a.mp4", "x/y/b.mp4", "x/closed/c.mp4"):
+        touch(tmp_path / name)
+
+    def denied(call):
+        def deny(path="."):
+            if os.fspath(path).rstrip("/").endswith("closed"):
+                raise PermissionError(13, "Permission denied")
+            return call(path)
+
+        return deny
+
+    monkeypatch.setattr(os, "scandir", denied(os.scandir))
+    monkeypatch.setattr(os, "listdir", denied(os.listdir))
+    monkeypatch.chdir(tmp_path)
+    for start in ("", f"{tmp_path}/"):
+        warnings = []
+        (found,) = find_videos([start + pattern], warn=warnings.append)
+        assert found and not any("c.mp4" in path for path in found)
+        reaches = pattern != "*/*.mp4"
+        assert [f"{start}x/closed: permission denied" in each for each in warnings] == [True] * reaches, warnings

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import threading
+import zipfile
 from typing import ClassVar
 
 import numpy as np
@@ -729,3 +730,17 @@ def test_tensors_that_nobody_knows_and_numbers_that_are_none(tmp_path):
     ):
         with pytest.raises(WeightsError, match=message):
             load_pretrained(network(), tmp_path / name)
+
+
+def test_a_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
+    """1 MB of zeros to each kB: torch.load would unpack it into memory."""
+    torch.save({"head.weight": torch.zeros(1 << 18)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert os.path.getsize(tmp_path / "bomb.pth") < 10_000 and torch.load(tmp_path / "bomb.pth", weights_only=True)
+    with pytest.raises(WeightsError, match="bomb.pth: compressed inside"):
+        load_pretrained(network(), tmp_path / "bomb.pth")

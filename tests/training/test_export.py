@@ -305,6 +305,51 @@ def test_other_and_damaged_files_are_refused(onnx_file, torch_file, tmp_path, mo
             open_exported(tmp_path / name)
 
 
+def _rewritten(source, target, *, text=None, member=None, compression=zipfile.ZIP_STORED):
+    """A .pt2 file with `text` = (before, after) replaced in its JSON, and with `member` = (name, bytes) as well."""
+    replaced = 0
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if text and name.endswith(".json") and "/extra/" not in name:
+                replaced += data.count(text[0])
+                data = data.replace(*text)
+            new.writestr(name, data)
+        if member:
+            new.writestr(f"{old.namelist()[0].split('/')[0]}/{member[0]}", member[1])
+    assert bool(replaced) == bool(text)
+    return target
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(text=(b'"use_pickle": false', b'"use_pickle":true')), "pickles, says .*model_weights_config"),
+        (dict(text=(b'"use_pickle": false', b'"use_pickle": 1')), "pickles, says"),
+        (dict(text=(b"torch.ops.aten.gelu.default", b"torch.os.system")), "target 'torch.os.system'"),
+        (dict(text=(b"torch.ops.aten.gelu.default", b"torch.ops.load_library")), "target 'torch.ops.load_library'"),
+        (dict(text=(b"_operator.mul", b"_operator.methodcaller")), "target '_operator.methodcaller'"),
+        (dict(text=(b'"Symbol(', b'"print(1) or Symbol(')), "expr_str "),
+        (dict(text=(b'"guards_code": []', b'"guards_code": ["print(1)"]')), "guards_code 'print"),
+        (dict(text=(b'"name": "linear"', b'"name": "linear = print(1) #"')), "name 'linear = print"),
+        (dict(text=(b"builtins.tuple", b"os.system")), "in_spec"),
+        (dict(member=("data/constants/opaque_obj_0", b"cos\nsystem\n")), "opaque_obj_0"),
+        (dict(member=("data/aotinductor/model/a.so", b"ELF")), "aotinductor"),
+        (dict(member=("../../evil", b"x")), "evil"),
+        (dict(member=("models/MODEL.json", b"{}")), "a member twice"),
+        (dict(member=("data/sample_inputs/model.pt", b"cos\n")), "a member twice"),
+        (dict(compression=zipfile.ZIP_DEFLATED), "compressed members"),
+    ],
+)
+def test_a_torch_file_that_could_run_code_is_not_opened(torch_file, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(torch.export, "load", lambda path: pytest.fail("torch was given the file"))
+    path = _rewritten(torch_file, tmp_path / "bad.pt2", **change)
+    with pytest.raises(
+        InputError, match=f"bad.pt2: not opened, as it holds what export.py does not write: .*{message}"
+    ):
+        open_exported(path)
+
+
 def test_names_of_hugging_face_there_and_back():
     ours = list(make_weights(qkv_bias=True).state)
     assert [from_hugging_face(to_hugging_face(name)) for name in ours] == ours

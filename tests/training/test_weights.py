@@ -71,6 +71,58 @@ def test_other_files_are_refused(weights, tmp_path):
             load_weights(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [
+        ("model", "depth", 10_000_000, "model.depth is 10000000; expected 1 or more, at most 1000"),
+        ("model", "depth", True, "model.depth is 'True'"),
+        ("model", "num_heads", 0, "model.num_heads is 0"),
+        ("model", "patch_size", 0, "model.patch_size is 0"),
+        ("model", "embed_dim", 3 << 40, "model.embed_dim is 3298534883328"),
+        ("model", "embed_dim", 10**400, "model.embed_dim is '1000"),
+        ("model", "drop_path", float("nan"), "model.drop_path is nan"),
+        ("model", "attention", "${oc.env:HOME}", "model.attention is \\${oc.env:HOME}; expected one of"),
+        ("model", "embed_dim", "${oc.decode:24}", "model.embed_dim is '\\${oc.decode:24}'"),
+        ("model", "num_classes", 9, "model.num_classes is no setting of weights"),
+        ("preprocessing", "workers", 64, "data.workers is no setting of weights"),
+        ("preprocessing", "cache", "/tmp/cache", "data.cache is no setting of weights"),
+        ("preprocessing", "labels", "/etc/passwd", "data.labels is no setting of weights"),
+        ("preprocessing", "num_frames", 4096, "damaged: time_embed is not what its header"),
+        ("preprocessing", "crop_size", 8192, "damaged: pos_embed is not what its header"),
+        ("preprocessing", "num_frames", 1 << 40, "data.num_frames is 1099511627776"),
+        ("preprocessing", "short_side", [1, 10**9], "data.short_side is"),
+        ("preprocessing", "stride", 1e300, "data.stride is 1e\\+300"),
+        ("preprocessing", "target_fps", 1e-300, "data.target_fps is 1e-300"),
+        ("preprocessing", "mean", [0.0, 10**400, 0.0], "data.mean is"),
+        ("preprocessing", "std", [1.0, 0.0, 1.0], "data.std is"),
+        ("preprocessing", "past_end", None, "data.past_end is 'None'"),
+    ],
+)
+def test_a_header_sets_plain_settings_of_its_own_within_bounds(weights, tmp_path, section, key, value, message):
+    changed = {section: getattr(weights, section) | {key: value}}
+    save_weights(tmp_path / "w.safetensors", dataclasses.replace(weights, **changed))
+    with pytest.raises(InputError, match=message) as refused:
+        open_weights(str(tmp_path / "w.safetensors"), None)
+    assert len(str(refused.value)) < 500
+
+
+def test_a_network_whose_clips_fit_no_memory_is_refused(tmp_path):
+    """No tensor of a space-only network tells how many frames it takes."""
+    model = MODEL | {"attention": "space_only"}
+    state = TimeSformer(**model, num_frames=2, image_size=512, num_classes=3).state_dict()
+    frames = PREPROCESSING | {"num_frames": 4096, "crop_size": 512}
+    save_weights(tmp_path / "w.safetensors", Weights(model, frames, CLASSES, state))
+    with pytest.raises(InputError, match="a clip has 4096 x 512 x 512 pixels"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("classes", [[], {"a": 1}, "abc", [1, 2, 3], 3], ids=str)
+def test_classes_in_a_header_are_a_list_of_names(weights, tmp_path, classes):
+    save_weights(tmp_path / "w.safetensors", dataclasses.replace(weights, classes=classes))
+    with pytest.raises(InputError, match="its header is not what train.py writes"):
+        load_weights(tmp_path / "w.safetensors")
+
+
 def test_another_preprocessing_than_the_weights_is_refused(tmp_path, config_file):
     model = TimeSformer(num_frames=4, image_size=32, num_classes=3, embed_dim=24, depth=2, num_heads=3)
     config = open_config(config_file)

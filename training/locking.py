@@ -1,0 +1,58 @@
+"""One writer for a folder: a run's output, or an evaluation's results."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from dali_pipelines.errors import InputError
+
+LOCK = "lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class FolderLock:
+    """Keeps other processes that lock `folder` out of it until `release`, or until this process ends, however it does:
+    its children do not hold the lock. The file of one that was killed stays, and locks nothing. Raises `InputError` if
+    another process has the lock.
+
+    A POSIX lock, which NFS servers know too. Two locks within one process do not see each other.
+    """
+
+    def __init__(self, folder: Path, *, remedy: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / LOCK
+        self.note = ""
+        """Why nothing keeps other processes out; "" if the lock is held."""
+        self._file: IO[str] | None = None
+        while self._file is None:
+            file = open(self._path, "a+", encoding="utf-8")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    file.seek(0)
+                    holder = file.read(200).strip() or "it has not said which"
+                    raise InputError(f"{folder}: another process writes there ({holder}): {remedy}") from None
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                self.note = (
+                    f"note: {folder}: its file system has no locks ({error.strerror}): start no second run there"
+                )
+            # Who held it may have removed the file between the two lines: then the lock is one of nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                    self._file = file
+        os.truncate(self._file.fileno(), 0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            if not self.note:
+                self._path.unlink(missing_ok=True)
+            self._file.close()
+        self._file = None
