@@ -263,8 +263,8 @@ class Manifest:
         their order.
 
         Not of the root, nor of a folder that all paths begin with, so the videos may move. Nor of shards that they are
-        packed into. Only if `measured`, also of what else indexing measures: frame rate, orientation, pixel format, groups
-        of pictures.
+        packed into. Only if `measured`, also of what else indexing measures: frame rate, orientation, pixel format,
+        groups of pictures.
         """
         ends = self._rows["path_end"].tolist()
         whole = self._paths.tobytes()
