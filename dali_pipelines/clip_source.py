@@ -87,13 +87,17 @@ class ClipSource:
         self._manifest: Manifest | None = None
         self._progress: Progress | None = None
 
+    def __setstate__(self, state: dict) -> None:
+        """A worker begins here: it may be that no sample is ever asked for."""
+        end_with_parent()
+        self.__dict__.update(state)
+
     def __call__(self, info) -> tuple[np.ndarray, ...]:
         return tuple(self.sample(self._start + info.idx_in_epoch))  # DALI rebuilds what it gets: no named tuple
 
     def sample(self, place: int) -> Sample:
         """The sample at `place` in the order; a black one with its fault where it cannot be read."""
         if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
-            end_with_parent()
             self._manifest = Manifest.map_arrays(self._table, self._root)
             self._progress = Progress(self._table)
         epoch, entry = self._order.sample(place)

@@ -1,8 +1,8 @@
 """ClipLoader: a DALI pipeline as an iterable of batches of torch tensors, epoch by epoch."""
 
 import os
-import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from dali_pipelines.graph import Cut, clip_pipeline, source_pipeline
 from dali_pipelines.host_decoder import size_mismatch
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View, windows_of_test
+from dali_pipelines.processes import TemporaryFolder
 from dali_pipelines.routing import choose_routing
 from dali_pipelines.sampling import PAST_END
 from dali_pipelines.workers import PREFETCH, Workers
@@ -250,7 +251,7 @@ class ClipLoader:
         self._epoch = 0
         self._batches = 0  # consumed in this epoch
         self._iterator: object | None = None  # the one that is on its way through the epoch, or was left early
-        self._table = tempfile.TemporaryDirectory(prefix="clip_loader_")
+        self._table = TemporaryFolder()
         manifest.save_arrays(self._table.name)
         cut = Cut(
             crop_size=crop_size,
@@ -284,6 +285,7 @@ class ClipLoader:
             timeout_s=timeout_s,
             count_fallback=self.stats.count_fallback,
         )
+        weakref.finalize(self, self._workers.close)
         self._stage = None
         if is_staged:
             self._stage = DecodeStage(

@@ -107,7 +107,9 @@ class Workers:
         """Stops the workers; the next `run` starts them again."""
         if self._watchdog is not None:
             self._watchdog.is_waited_for = True  # a worker that hangs would not end either
-        self.pipeline = self._place = None
+        pipeline, self.pipeline, self._place = self.pipeline, None, None
+        if pipeline is not None and pipeline._py_pool is not None:
+            pipeline._py_pool.close()  # somebody else may hold the pipeline
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
