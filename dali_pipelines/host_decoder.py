@@ -14,7 +14,7 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, video_stream
+from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, demux, video_stream
 
 
 class Decoded(NamedTuple):
@@ -53,7 +53,7 @@ def _decode(source, positions, size, region, feed, *, fallback: str = "", is_str
     wanted = {int(position): index for index, position in enumerate(positions)}
     frames, found = None, 0
     with open_video(source) as container:
-        _prepare(container, is_strict)
+        prepare(container, is_strict=is_strict)
         fed = feed(container, positions)
         for position, frame in _checked(fed):
             index = wanted.get(position)
@@ -76,8 +76,8 @@ def decode_all(video: str | os.PathLike | Source, *, frames: int, size: tuple[in
     count = 0
     try:
         with open_video(source) as container:
-            stream = _prepare(container, _misses_frames(source))
-            for position, frame in _checked(enumerate(decode_packets(container.demux(stream)))):
+            prepare(container, is_strict=_misses_frames(source))
+            for position, frame in _checked(enumerate(decode_packets(demux(container)))):
                 if reason := size_mismatch((frame.height, frame.width), size):
                     raise InputError(reason)
                 count = position + 1
@@ -118,12 +118,16 @@ def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
     )
 
 
-def _prepare(container: av.container.InputContainer, is_strict: bool) -> av.VideoStream:
-    stream = video_stream(container)
-    stream.codec_context.thread_count = 1
-    if is_strict:
-        stream.codec_context.options = {"err_detect": "explode"}
-    return stream
+_CONCEALS = frozenset({"apng", "jpegls", "ljpeg", "mjpeg", "png"})
+"""Codecs of still pictures whose decoders make up what is missing, and say so only when they are told to be strict."""
+
+
+def prepare(container: av.container.InputContainer, *, is_strict: bool = False) -> None:
+    """Sets the decoder of its video up: one thread, as with several damage shows here or there by chance."""
+    context = video_stream(container).codec_context
+    context.thread_count = 1
+    if is_strict or context.codec.canonical_name in _CONCEALS:
+        context.options = {"err_detect": "crccheck+explode"}
 
 
 def _misses_frames(source: Source) -> bool:
@@ -218,6 +222,6 @@ class _Everything:
         )
 
     def _packets(self) -> Iterator[av.Packet]:
-        for packet in self._container.demux(video_stream(self._container)):
+        for packet in demux(self._container):
             self.packets_read += bool(packet.size)
             yield packet
