@@ -18,7 +18,7 @@ from dali_pipelines.engines import DECODES, Decode
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import absolute, check_reachable
 from dali_pipelines.graph import Cut, clip_pipeline, source_pipeline
-from dali_pipelines.host_decoder import size_mismatch
+from dali_pipelines.host_decoder import MAX_PIXELS, size_mismatch
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View, windows_of_test
 from dali_pipelines.processes import TemporaryFolder
@@ -138,6 +138,7 @@ class ClipLoader:
         fault. Not with workers=0.
     cache: folder on a local disk that keeps what is read from URLs (`Manifest.root`), for the next epochs; any number
         of loaders may share it. None: everything is read anew.
+    max_pixels: pixels that a frame of a video may have; one with more is a fault.
 
     Raises `InputError` for settings that cannot work.
     """
@@ -172,6 +173,7 @@ class ClipLoader:
         windows_at_once: int | None = None,
         timeout_s: float = 60,
         cache: str | os.PathLike | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         step_entries = step_entries or batch_size * world_size
         check(mode in MODES, f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -196,6 +198,7 @@ class ClipLoader:
         check(host_share is None or 0 <= host_share <= 1, f"host_share is {host_share}; expected 0 to 1")
         check(decode_threads is None or decode_threads >= 1, f"decode_threads is {decode_threads}; expected 1 or more")
         check(timeout_s > 0, f"timeout_s is {timeout_s}; expected more than 0 seconds")
+        check(max_pixels >= 1, f"max_pixels is {max_pixels}; expected 1 or more")
         check(views_per_decode >= 1, f"views_per_decode is {views_per_decode}; expected 1 or more")
         views_per_decode = views_per_decode if mode == "train" else 1
         check(
@@ -277,6 +280,7 @@ class ClipLoader:
                 "cache": self._cache,
                 "view": self._view,
                 "order": self._order,
+                "max_pixels": max_pixels,
             },
             manifest=manifest,
             routing=routing,

@@ -33,7 +33,7 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video
-from dali_pipelines.host_decoder import decode_packets, prepare
+from dali_pipelines.host_decoder import MAX_PIXELS, decode_packets, prepare
 from dali_pipelines.packets import PacketReader, UncertainError, demux, video_stream
 from dali_pipelines.text import csv_writer, decode
 
@@ -391,12 +391,13 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
     return InputError(f"{path}: not a manifest")
 
 
-def probe(video: str | os.PathLike | Source) -> Video:
+def probe(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) -> Video:
     """What a decoder puts out for a file; label is 0.
 
     Frames are counted by their packets where that is exact, and by decoding elsewhere (`_PACKET_IS_PICTURE`).
 
-    Raises `InputError` with a reason that a person understands where the file is no video that can be read.
+    Raises `InputError` with a reason that a person understands if the file is no video that can be read, or its frames
+    have more than `max_pixels`.
     """
     source = fetch(video)
     try:
@@ -404,14 +405,15 @@ def probe(video: str | os.PathLike | Source) -> Video:
             stream = video_stream(container)
             codec = stream.codec_context.codec.canonical_name
             average_rate, guessed_rate, tick = stream.average_rate, stream.guessed_rate, stream.time_base
-            prepare(container)
+            prepare(container, max_pixels=max_pixels)
             first = next(decode_packets(demux(container)), None)
         if first is None:
             raise InputError("no frame comes out of its video stream")
-        structure = _read_structure(source)
+        structure = _read_structure(source, max_pixels)
         frames = len(structure.shown)
         if not frames or codec not in _PACKET_IS_PICTURE:
             with open_video(source) as container:
+                prepare(container, max_pixels=max_pixels)
                 frames = _count_frames(container, structure.shown, until_damage=codec in _PACKET_IS_PICTURE)
     except av.error.FFmpegError as error:
         raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
@@ -448,13 +450,13 @@ class _Structure(NamedTuple):
     """(pts, dts) of the packets of frames, in the order of the file."""
 
 
-def _read_structure(source: Source) -> _Structure:
+def _read_structure(source: Source, max_pixels: int) -> _Structure:
     try:
         with open_video(source) as container:
             reader = PacketReader(container)
             shown = reader.shown()
             if video_stream(container).codec_context.codec.intra_only:
-                prepare(container)
+                prepare(container, max_pixels=max_pixels)
                 shown = _without_broken_end(reader, shown)
     except UncertainError:
         with open_video(source) as container:
@@ -565,7 +567,6 @@ def _count_frames(container: av.container.InputContainer, shown: list[int], *, u
     Raises `InputError` if they are not those of `shown` (unless empty): then nothing could be decoded but all of the
     video. Raises FFmpeg's errors if other packets follow, unless `until_damage`.
     """
-    prepare(container)
     video_stream(container).codec_context.copy_opaque = True
     packets = _numbered(demux(container))
     count = 0

@@ -1,11 +1,13 @@
 """What a process leaves behind, however it ends: no worker processes, no temporary folders, no semaphores."""
 
 import contextlib
+import ctypes
 import fcntl
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
 import threading
@@ -13,10 +15,12 @@ import time
 import weakref
 from collections.abc import Iterable
 from multiprocessing import synchronize, util
+from pathlib import Path
 
 _PREFIX = "clip_loader_pid"
 _NAME = re.compile(rf"{_PREFIX}\d+_\w+")
 _TICK_S = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int | None = None) -> None:
@@ -25,22 +29,31 @@ def end_with_parent(parent: int | None = None) -> None:
     Call it first of all. If the parent is gone by then, this does not return to any work. Workers of DALI and of
     concurrent.futures would wait for work for ever, and hold their shared memory. A signal to the parent's whole group,
     as torchrun's SIGTERM, is for the parent to handle, which may need its workers to come to an end in good order.
-    None: the process that multiprocessing knows; without one, nothing happens.
+    None: the process that multiprocessing knows; without one, nothing happens. Another process must belong to the
+    thread that starts it.
+
+    The kernel ends the worker, also if it hangs in C and lets no other thread run: by SIGIO, when the parent's end of a
+    pipe closes, or by the signal that it sends when the starting thread ends. As forks of the parent may have copies of
+    that pipe, a thread looks as well.
     """
     if parent is None:
         known = multiprocessing.parent_process()
         if known is None:
             return
         parent = known.pid
+        fcntl.fcntl(known.sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(known.sentinel, fcntl.F_SETFL, os.O_RDONLY | os.O_ASYNC)
+    else:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     os.setpgid(0, 0)
+    with contextlib.suppress(OSError):  # if memory runs out, a worker goes first: that costs a video, not the run
+        Path("/proc/self/oom_score_adj").write_text("500")
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
 def _end_after(parent: int) -> None:
-    """Asks for the number of the parent: the end of a pipe would not come while some other process has a copy of it,
-    and the kernel's PR_SET_PDEATHSIG comes when the thread ends that has started this process."""
     while os.getppid() == parent:
         time.sleep(_TICK_S)
     os._exit(1)
