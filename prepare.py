@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dali_pipelines.errors import InputError, run_command
 from dali_pipelines.files import is_url
 from dali_pipelines.gpus import find_gpu
+from dali_pipelines.host_decoder import MAX_PIXELS
 from dali_pipelines.manifest import Manifest
 from preparation.datasets import (
     Expected,
@@ -70,6 +71,13 @@ def main() -> None:
     crew.add_argument("--scheduler", metavar="ADDRESS", help="of dask, such as tcp://node1:8786")
     crew.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="only part i (from 0) of n")
     looking = argparse.ArgumentParser(add_help=False, parents=[crew])
+    looking.add_argument(
+        "--max-pixels",
+        type=_count,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="larger frames are rejected (default: twice those of 8K)",
+    )
     looking.add_argument("--verify", choices=["decode"], help="decode all of every file; default: headers and packets")
 
     demo = verbs.add_parser("demo", parents=[workers], help="render a small data set of eight motions")
@@ -360,9 +368,15 @@ def _write(
     check_is_ours(out)
     journal = out.with_name(f"{out.name}.journal")
     crew = _crew(arguments, out.name)
-    decode = arguments.verify == "decode"
     manifest, rejected = index(
-        listed, root=root, journal=journal, crew=crew, classes=classes, copies=found.copies, decode=decode
+        listed,
+        root=root,
+        journal=journal,
+        crew=crew,
+        classes=classes,
+        copies=found.copies,
+        decode=arguments.verify == "decode",
+        max_pixels=arguments.max_pixels,
     )
     if not crew.is_whole:
         _say_part(out, crew)

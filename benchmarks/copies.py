@@ -14,6 +14,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
 from dali_pipelines.manifest import Video, probe, source_of
 from dali_pipelines.packets import video_stream
+from dali_pipelines.processes import end_with_parent
 from preparation.transcode import CODECS, Settings, copy_size
 
 _WIDTHS, _HEIGHTS = range(272, 449, 16), range(208, 273, 16)
@@ -41,7 +42,8 @@ def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int |
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [(video, size, str(folder / f"{number}.mp4"), gop) for number, (video, size) in enumerate(tasks)]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+    cores = len(os.sched_getaffinity(0))
+    with concurrent.futures.ProcessPoolExecutor(cores, context, initializer=end_with_parent) as pool:
         return list(pool.map(_copy, tasks))
 
 

@@ -9,16 +9,23 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from dali_pipelines.crops import Reducer
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.host_decoder import decode_frames, size_mismatch
+from dali_pipelines.host_decoder import check_pixels, decode_frames, size_mismatch
 from dali_pipelines.manifest import Manifest, Video, coded_size, probe
 from dali_pipelines.packets import UncertainError, remux, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
 from dali_pipelines.stream_format import uncrop
 from dali_pipelines.watch import NOTHING, Progress
+
+MOST_BYTES = 64 << 20
+"""Of a clip's frames that the graph is given and repeats: 32 frames of about 720p. Of larger ones the workers make the
+crops, so that a batch of any videos fits into memory."""
+_MOST_BYTES_ON_GPU = 1 << 30
+"""Of a clip's frames that NVDEC decodes: 32 frames of 4K, or 8 of 8K."""
 
 
 class Sample(NamedTuple):
@@ -58,7 +65,7 @@ class ClipSource:
     `files.fetch`; `start` the place in `order` of the first call, `end` the first one that nobody will ask for (DALI
     works ahead: from there on it gets padding), or None; `routing` decides which samples are decoded here;
     `host_ids` samples that DALI has failed on and that are decoded here instead; `given_up` samples that are not tried
-    (again), and why.
+    (again), and why; `max_pixels` those that a frame may have.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class ClipSource:
         routing: Routing,
         host_ids: frozenset[int],
         given_up: dict[int, str],
+        max_pixels: int,
     ):
         self._table = table
         self._root = root
@@ -84,8 +92,14 @@ class ClipSource:
         self._routing = routing
         self._host_ids = host_ids
         self._given_up = given_up
+        self._max_pixels = max_pixels
         self._manifest: Manifest | None = None
         self._progress: Progress | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        """A worker begins here: it may be that no sample is ever asked for."""
+        end_with_parent()
+        self.__dict__.update(state)
 
     def __call__(self, info) -> tuple[np.ndarray, ...]:
         return tuple(self.sample(self._start + info.idx_in_epoch))  # DALI rebuilds what it gets: no named tuple
@@ -93,7 +107,6 @@ class ClipSource:
     def sample(self, place: int) -> Sample:
         """The sample at `place` in the order; a black one with its fault where it cannot be read."""
         if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
-            end_with_parent()
             self._manifest = Manifest.map_arrays(self._table, self._root)
             self._progress = Progress(self._table)
         epoch, entry = self._order.sample(place)
@@ -109,6 +122,8 @@ class ClipSource:
             return self._read(epoch, sample_id, part)
         except InputError as error:
             return self._black(sample_id, str(error))
+        except MemoryError:
+            return self._black(sample_id, "out of memory while it is read")
         except Exception as error:  # an exception here would end the pipeline: see `Sample.fault`
             return self._black(sample_id, f"{type(error).__name__}: {error}")
         finally:
@@ -116,12 +131,16 @@ class ClipSource:
 
     def _read(self, epoch: int, sample_id: int, part: int) -> Sample:
         video = self._manifest[sample_id]
+        check_pixels((video.height, video.width), self._max_pixels)
         source = fetch(self._manifest.source(sample_id), self._cache, problem=lambda found: _other_video(found, video))
         plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id, part=part)
         fallback = ""
         engine = self._routing.engine_for(video, sample_id)
         if engine != "host" and sample_id not in self._host_ids:
             reason = self._routing.refusal(video.codec, video.pixel_format, coded_size(video))
+            most = _MOST_BYTES_ON_GPU if self._routing.on_gpu else MOST_BYTES
+            if not reason and _decoded_bytes(plan, coded_size(video)) > most:
+                reason = "its frames would fill the memory"
             if not reason:
                 try:
                     return self._encoded(source, video, plan, sample_id)
@@ -153,13 +172,18 @@ class ClipSource:
     def _decoded(self, source: Source, video: Video, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
         size = coded_size(video)
         region = bounds(plan.rectangles, size)
-        decoded = decode_frames(source, plan.positions, size=size, region=region)
         corner = [region[0].start, region[1].start]
+        rectangles, reduce = plan.rectangles - [*corner, *corner], None
+        cut_size = tuple(side.stop - side.start for side in region)
+        if _decoded_bytes(plan, cut_size) > MOST_BYTES:
+            reduce = Reducer(rectangles, crop_size=self._view.crop_size, size=cut_size)
+            rectangles = reduce.rectangles
+        decoded = decode_frames(source, plan.positions, size=size, region=region, reduce=reduce)
         return self._sample(
             plan,
             sample_id,
             pictures=decoded.frames,
-            rectangles=plan.rectangles - [*corner, *corner],
+            rectangles=rectangles,
             packets=(decoded.packets_read, decoded.packets_kept),
             fallback=fallback or decoded.fallback or source.note,
         )
@@ -206,13 +230,17 @@ class ClipSource:
 def _other_video(source: Source, expected: Video) -> str:
     """How what was fetched differs from its row of the manifest; "" for not at all."""
     try:
-        found = probe(source)
+        found = probe(source, max_pixels=2**62)  # what is too large is said when it is decoded
     except InputError as error:
         return str(error)
     for name in ("codec", "width", "height", "frames"):
         if getattr(found, name) != getattr(expected, name):
             return f"its {name} is {getattr(found, name)}, the manifest says {getattr(expected, name)}"
     return ""
+
+
+def _decoded_bytes(plan: SamplePlan, size: tuple[int, int]) -> int:
+    return 3 * size[0] * size[1] * max(len(plan.positions), plan.picks.size)
 
 
 def bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:

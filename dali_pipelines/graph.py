@@ -110,19 +110,17 @@ def _settings(*, batch_size: int, device_id: int | None, workers: int, threads: 
     }
 
 
-@pipeline_def(enable_conditionals=True)
+@pipeline_def
 def _clip_pipeline(source, cut, device):
     sample = _samples(source)
-    if sample.is_host:
-        frames = sample.pictures.gpu() if device == "gpu" else sample.pictures
-    else:
-        # "none": what is past the end of its index is an error; the default would be black frames without one.
-        frames = fn.decoders.video(
-            sample.encoded,
-            device="mixed" if device == "gpu" else "cpu",
-            frames=sample.positions,
-            pad_mode="none",
-        )
+    pictures, _ = _split(sample.pictures, sample.is_host)
+    _, encoded = _split(sample.encoded, sample.is_host)
+    _, positions = _split(sample.positions, sample.is_host)
+    # "none": what is past the end of its index is an error; the default would be black frames without one.
+    decoded = fn.decoders.video(
+        encoded, device="mixed" if device == "gpu" else "cpu", frames=positions, pad_mode="none"
+    )
+    frames = _merge(pictures.gpu() if device == "gpu" else pictures, decoded, sample.is_host)
     clips = _clips(frames, sample.picks, sample.rectangles, sample.transpose, cut)
     shapes, unused = frames.shape(), sample.size  # DALI warns of what a source gives and nobody takes
     return clips, sample.sample_id, sample.packets, sample.fault, sample.fallback, sample.is_host, shapes, unused
@@ -133,7 +131,7 @@ def _source_pipeline(source):
     return tuple(_samples(source))
 
 
-@pipeline_def(enable_conditionals=True)
+@pipeline_def
 def _cut_pipeline(decoded, rest, cut, device):
     frames = fn.external_source(source=decoded, device=device, dtype=types.UINT8, ndim=4, layout="FHWC")
     feeds = [_FEEDS.picks, _FEEDS.rectangles, _FEEDS.transpose]
@@ -192,8 +190,16 @@ def _clip(frames, rectangles, number, transpose, cut):
 
 
 def _transpose_some(clip, transpose):
-    if transpose:
-        turned = fn.transpose(clip, perm=[0, 2, 1, 3], transpose_layout=False)
-    else:
-        turned = clip
-    return turned
+    turned, straight = _split(clip, transpose)
+    turned = fn.transpose(turned, perm=[0, 2, 1, 3], transpose_layout=False)
+    return _merge(turned, straight, transpose)
+
+
+def _split(samples, predicate):
+    """(those for which `predicate` is true, the others). DALI makes these operators of an `if`, but it also writes a
+    source file into the temporary folder for that, which a process that is killed leaves there."""
+    return fn._conditional.split(samples, predicate=predicate)
+
+
+def _merge(if_true, if_false, predicate):
+    return fn._conditional.merge(if_true, if_false, predicate=predicate)

@@ -6,20 +6,24 @@ file: DALI's own decoder gives up on a whole batch.
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import av
 import numpy as np
 
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, video_stream
+from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, demux, video_stream
+
+MAX_PIXELS = 1 << 26
+"""Of a frame, by default: twice those of 8K. A few kilobytes can claim more, and a decoder may hold 17 frames."""
 
 
 class Decoded(NamedTuple):
     frames: np.ndarray
-    """uint8 [N, H, W, 3] RGB, one for each distinct position, as coded (not turned), within the region only."""
+    """uint8 [N, H, W, 3] RGB, one for each distinct position, as coded (not turned), within the region only; or what
+    `reduce` has made of that."""
     packets_read: int
     packets_kept: int
     """Those fed to the decoder."""
@@ -33,27 +37,31 @@ def decode_frames(
     *,
     size: tuple[int, int],
     region: tuple[slice, slice] = (slice(None), slice(None)),
+    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Decoded:
     """Pictures number `positions` (ascending, distinct) of those the decoder puts out when it is fed from the start.
 
-    `size` is the (height, width) that the pictures must have, `region` the rows and columns to return. One thread:
-    the processes around this one decode other samples. Raises `InputError`.
+    `size` is the (height, width) that the pictures must have, `region` the rows and columns to return; `reduce` is
+    called with these of each frame, and returns others, uint8 [h, w, 3], in their place. One thread: the processes
+    around this one decode other samples. Raises `InputError`.
     """
     source = fetch(video)
+    cut = (region, reduce)
     try:
-        return _decode(source, positions, size, region, _Selected)
+        return _decode(source, positions, size, cut, _Selected)
     except MissingPictureError as error:
         # FFmpeg puts something in its place, and only says so when it is told to be strict.
-        return _decode(source, positions, size, region, _Everything, fallback=str(error), is_strict=True)
+        return _decode(source, positions, size, cut, _Everything, fallback=str(error), is_strict=True)
     except UncertainError as error:
-        return _decode(source, positions, size, region, _Everything, fallback=str(error))
+        return _decode(source, positions, size, cut, _Everything, fallback=str(error))
 
 
-def _decode(source, positions, size, region, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
+def _decode(source, positions, size, cut, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
+    region, reduce = cut
     wanted = {int(position): index for index, position in enumerate(positions)}
     frames, found = None, 0
     with open_video(source) as container:
-        _prepare(container, is_strict)
+        prepare(container, is_strict=is_strict, max_pixels=max(MAX_PIXELS, size[0] * size[1]))
         fed = feed(container, positions)
         for position, frame in _checked(fed):
             index = wanted.get(position)
@@ -61,6 +69,7 @@ def _decode(source, positions, size, region, feed, *, fallback: str = "", is_str
                 if reason := size_mismatch((frame.height, frame.width), size):
                     raise InputError(reason)
                 picture = _rgb(frame)[region]
+                picture = reduce(picture) if reduce else picture
                 if frames is None:
                     frames = np.empty((len(positions), *picture.shape), np.uint8)
                 frames[index] = picture
@@ -76,8 +85,9 @@ def decode_all(video: str | os.PathLike | Source, *, frames: int, size: tuple[in
     count = 0
     try:
         with open_video(source) as container:
-            stream = _prepare(container, _misses_frames(source))
-            for position, frame in _checked(enumerate(decode_packets(container.demux(stream)))):
+            max_pixels = max(MAX_PIXELS, size[0] * size[1])
+            prepare(container, is_strict=_misses_frames(source), max_pixels=max_pixels)
+            for position, frame in _checked(enumerate(decode_packets(demux(container)))):
                 if reason := size_mismatch((frame.height, frame.width), size):
                     raise InputError(reason)
                 count = position + 1
@@ -118,12 +128,30 @@ def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
     )
 
 
-def _prepare(container: av.container.InputContainer, is_strict: bool) -> av.VideoStream:
-    stream = video_stream(container)
-    stream.codec_context.thread_count = 1
-    if is_strict:
-        stream.codec_context.options = {"err_detect": "explode"}
-    return stream
+_CONCEALS = frozenset({"apng", "jpegls", "ljpeg", "mjpeg", "png"})
+"""Codecs of still pictures whose decoders make up what is missing, and say so only when they are told to be strict."""
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Raises `InputError` for frames of (height, width) that are too large to decode."""
+    height, width = size
+    check(
+        height * width <= max_pixels,
+        f"its frames are {width}x{height}, more than {max_pixels} pixels: for a real video, set data.max_pixels, and "
+        "--max-pixels of prepare.py",
+    )
+
+
+def prepare(container: av.container.InputContainer, *, is_strict: bool = False, max_pixels: int = MAX_PIXELS) -> None:
+    """Sets the decoder of its video up: one thread, as with several damage shows here or there by chance. Raises
+    `InputError` for frames of more than `max_pixels`."""
+    context = video_stream(container).codec_context
+    check_pixels((context.height, context.width), max_pixels)
+    context.thread_count = 1
+    options = {"max_pixels": str(max_pixels)}  # what the frames say, too
+    if is_strict or context.codec.canonical_name in _CONCEALS:
+        options["err_detect"] = "crccheck+explode"
+    context.options = options
 
 
 def _misses_frames(source: Source) -> bool:
@@ -218,6 +246,6 @@ class _Everything:
         )
 
     def _packets(self) -> Iterator[av.Packet]:
-        for packet in self._container.demux(video_stream(self._container)):
+        for packet in demux(self._container):
             self.packets_read += bool(packet.size)
             yield packet

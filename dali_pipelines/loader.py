@@ -1,8 +1,8 @@
 """ClipLoader: a DALI pipeline as an iterable of batches of torch tensors, epoch by epoch."""
 
 import os
-import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +18,10 @@ from dali_pipelines.engines import DECODES, Decode
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import absolute, check_reachable
 from dali_pipelines.graph import Cut, clip_pipeline, source_pipeline
-from dali_pipelines.host_decoder import size_mismatch
+from dali_pipelines.host_decoder import MAX_PIXELS, size_mismatch
 from dali_pipelines.manifest import Manifest, coded_size
 from dali_pipelines.plan import MODES, PADDING, Mode, Order, View, windows_of_test
+from dali_pipelines.processes import TemporaryFolder
 from dali_pipelines.routing import choose_routing
 from dali_pipelines.sampling import PAST_END
 from dali_pipelines.workers import PREFETCH, Workers
@@ -137,6 +138,7 @@ class ClipLoader:
         fault. Not with workers=0.
     cache: folder on a local disk that keeps what is read from URLs (`Manifest.root`) if it is what the manifest says,
         for the next epochs; any number of loaders may share it. None: everything is read anew.
+    max_pixels: pixels that a frame of a video may have; one with more is a fault.
 
     Raises `InputError` for settings that cannot work.
     """
@@ -171,6 +173,7 @@ class ClipLoader:
         windows_at_once: int | None = None,
         timeout_s: float = 60,
         cache: str | os.PathLike | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         step_entries = step_entries or batch_size * world_size
         check(mode in MODES, f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -195,6 +198,7 @@ class ClipLoader:
         check(host_share is None or 0 <= host_share <= 1, f"host_share is {host_share}; expected 0 to 1")
         check(decode_threads is None or decode_threads >= 1, f"decode_threads is {decode_threads}; expected 1 or more")
         check(timeout_s > 0, f"timeout_s is {timeout_s}; expected more than 0 seconds")
+        check(max_pixels >= 1, f"max_pixels is {max_pixels}; expected 1 or more")
         check(views_per_decode >= 1, f"views_per_decode is {views_per_decode}; expected 1 or more")
         views_per_decode = views_per_decode if mode == "train" else 1
         check(
@@ -250,7 +254,7 @@ class ClipLoader:
         self._epoch = 0
         self._batches = 0  # consumed in this epoch
         self._iterator: object | None = None  # the one that is on its way through the epoch, or was left early
-        self._table = tempfile.TemporaryDirectory(prefix="clip_loader_")
+        self._table = TemporaryFolder()
         manifest.save_arrays(self._table.name)
         cut = Cut(
             crop_size=crop_size,
@@ -276,6 +280,7 @@ class ClipLoader:
                 "cache": self._cache,
                 "view": self._view,
                 "order": self._order,
+                "max_pixels": max_pixels,
             },
             manifest=manifest,
             routing=routing,
@@ -284,6 +289,7 @@ class ClipLoader:
             timeout_s=timeout_s,
             count_fallback=self.stats.count_fallback,
         )
+        weakref.finalize(self, self._workers.close)
         self._stage = None
         if is_staged:
             self._stage = DecodeStage(

@@ -33,8 +33,8 @@ import numpy as np
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video, unfinished
-from dali_pipelines.host_decoder import decode_packets
-from dali_pipelines.packets import PacketReader, UncertainError, video_stream
+from dali_pipelines.host_decoder import MAX_PIXELS, decode_packets, prepare
+from dali_pipelines.packets import PacketReader, UncertainError, demux, video_stream
 from dali_pipelines.text import cell_text, csv_writer, decode
 
 ROTATIONS = (0, 90, 180, 270)
@@ -409,12 +409,13 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
     return InputError(f"{path}: not a manifest")
 
 
-def probe(video: str | os.PathLike | Source) -> Video:
+def probe(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) -> Video:
     """What a decoder puts out for a file; label is 0.
 
     Frames are counted by their packets where that is exact, and by decoding elsewhere (`_PACKET_IS_PICTURE`).
 
-    Raises `InputError` with a reason that a person understands where the file is no video that can be read.
+    Raises `InputError` with a reason that a person understands if the file is no video that can be read, or its frames
+    have more than `max_pixels`.
     """
     source = fetch(video)
     try:
@@ -422,14 +423,15 @@ def probe(video: str | os.PathLike | Source) -> Video:
             stream = video_stream(container)
             codec = stream.codec_context.codec.canonical_name
             average_rate, guessed_rate, tick = stream.average_rate, stream.guessed_rate, stream.time_base
-            stream.codec_context.thread_count = 1  # as the loader; with several, damage shows here or there by chance
-            first = next(decode_packets(container.demux(stream)), None)
+            prepare(container, max_pixels=max_pixels)
+            first = next(decode_packets(demux(container)), None)
         if first is None:
             raise InputError("no frame comes out of its video stream")
-        structure = _read_structure(source)
+        structure = _read_structure(source, max_pixels)
         frames = len(structure.shown)
         if not frames or codec not in _PACKET_IS_PICTURE:
             with open_video(source) as container:
+                prepare(container, max_pixels=max_pixels)
                 frames = _count_frames(container, structure.shown, until_damage=codec in _PACKET_IS_PICTURE)
     except av.error.FFmpegError as error:
         raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
@@ -466,14 +468,17 @@ class _Structure(NamedTuple):
     """(pts, dts) of the packets of frames, in the order of the file."""
 
 
-def _read_structure(source: Source) -> _Structure:
+def _read_structure(source: Source, max_pixels: int) -> _Structure:
     try:
         with open_video(source) as container:
             reader = PacketReader(container)
             shown = reader.shown()
+            if video_stream(container).codec_context.codec.intra_only:
+                prepare(container, max_pixels=max_pixels)
+                shown = _without_broken_end(reader, shown)
     except UncertainError:
         with open_video(source) as container:
-            packets = container.demux(video_stream(container))
+            packets = demux(container)
             times = [(packet.pts, packet.dts) for packet in packets if packet.size and not packet.is_discard]
         return _Structure([], 0, times)
     before = np.cumsum([0] + [picture.is_shown for picture in reader.pictures])
@@ -481,6 +486,18 @@ def _read_structure(source: Source) -> _Structure:
     gop = max(np.diff(before[[*starts, len(reader.pictures)]])).item()
     times = [time for time, picture in zip(reader.times, reader.pictures, strict=True) if picture.is_shown]
     return _Structure(shown, gop, times)
+
+
+def _without_broken_end(reader: PacketReader, shown: list[int]) -> list[int]:
+    """A file that is cut off, and was closed or padded by some program since, is good up to there: frames at its end
+    that cannot be decoded are not counted. Each packet must be a frame of its own."""
+    while shown and (packet := reader.packets[shown[-1]]) is not None:
+        try:
+            packet.decode()
+            break
+        except av.error.FFmpegError:
+            shown = shown[:-1]
+    return shown
 
 
 def _gaps(times: Sequence[tuple[int | None, int | None]]) -> np.ndarray:
@@ -540,7 +557,12 @@ _MOST_TILT = 10
 
 def _orientation(frame: av.VideoFrame) -> tuple[int, int]:
     """`Video.rotation` and `Video.mirrored` by the display matrix of a frame. Raises `InputError`."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know some other data beside it, such as Exif
+        if frame.rotation:
+            raise InputError("turned or mirrored, beside other data that hides how; encode it anew") from None
+        return 0, 0
     if matrix is None:
         return 0, 0
     # Column x of a coded frame goes to (x * a, x * b) of the shown one, row y to (y * c, y * d).
@@ -558,20 +580,25 @@ def _orientation(frame: av.VideoFrame) -> tuple[int, int]:
 
 
 def _count_frames(container: av.container.InputContainer, shown: list[int], *, until_damage: bool) -> int:
-    """Frames that come out of a decoder. Raises `InputError` if they are not those of `shown` (unless empty): then
-    nothing could be decoded but all of the video."""
-    stream = video_stream(container)
-    stream.codec_context.thread_count = 1
-    stream.codec_context.copy_opaque = True
+    """Frames that come out of a decoder, up to the last one that is whole: a file that is cut off is good up to there.
+
+    Raises `InputError` if they are not those of `shown` (unless empty): then nothing could be decoded but all of the
+    video. Raises FFmpeg's errors if other packets follow, unless `until_damage`.
+    """
+    video_stream(container).codec_context.copy_opaque = True
+    packets = _numbered(demux(container))
     count = 0
     try:
-        for count, frame in enumerate(decode_packets(_numbered(container.demux(stream))), start=1):
-            if shown and frame.opaque != shown[count - 1 : count]:
+        for number, frame in enumerate(decode_packets(packets), start=1):
+            if shown and frame.opaque != shown[number - 1 : number]:
                 raise InputError(
                     "a decoder puts out other frames than its headers say: packets may be missing; encode it anew"
                 )
+            if not frame.is_corrupt:
+                count = number
     except av.error.FFmpegError:
-        if not (until_damage and count):  # a file that is cut off is good up to there
+        is_at_end = not any(packet.size for packet in packets)
+        if not (count and (until_damage or is_at_end)):
             raise
     return count
 

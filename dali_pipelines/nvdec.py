@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import struct
-import tempfile
 import threading
 import time
 import weakref
@@ -31,6 +30,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source
 from dali_pipelines.host_decoder import decode_frames, size_mismatch
 from dali_pipelines.packets import REMUXED_FPS, UncertainError
+from dali_pipelines.processes import TemporaryFolder
 
 _DECODERS_A_THREAD = 4
 """Hardware decoders that torchcodec keeps for reuse, a thread: a data set has more sizes than one."""
@@ -337,7 +337,8 @@ def _ffmpeg_of_av() -> Iterator[None]:
     FFmpeg, the machine needs none, and no environment variable has to be set before the process starts.
     """
     folder = Path(av.__file__).parents[1] / "av.libs"
-    with tempfile.TemporaryDirectory() as place:
+    with contextlib.closing(TemporaryFolder()) as made:
+        place = made.name
         for library in sorted(folder.glob("lib*.so*")):
             if match := re.fullmatch(r"(lib(?:av|sw)\w+)-[0-9a-f]+\.so\.(\d+)\..*", library.name):
                 name = f"{match[1]}.so.{match[2]}"

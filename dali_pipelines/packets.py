@@ -92,7 +92,7 @@ class PacketReader:
         self._held_bytes = 0
         self._groups: list[tuple[int, int]] = []  # the first packet of each, and how many pictures are shown before it
         self._let_go = 0  # groups that `_forget` has looked at
-        self._packets = container.demux(stream)
+        self._packets = demux(container)
         self._held_back = stream.codec_context.reorder_depth  # pictures, says the stream
         codec = stream.codec_context.codec.canonical_name
         if codec not in _CODECS:
@@ -241,6 +241,16 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
     if best is None or not is_cover(best):
         return best
     return next((stream for stream in container.streams.video if not is_cover(stream)), None)
+
+
+def demux(container: av.container.InputContainer) -> Iterator[av.Packet]:
+    """The packets of its video stream, but for one that the end of the file cuts off: many decoders make up the rest of
+    its frame, and do not say so."""
+    # In a transport stream the mark says that something is missing before the packet.
+    is_marked_elsewhere = container.format.name == "mpegts"
+    return (
+        packet for packet in container.demux(video_stream(container)) if is_marked_elsewhere or not packet.is_corrupt
+    )
 
 
 class Remuxed(NamedTuple):

@@ -1,23 +1,114 @@
-"""What every worker process owes the process that started it."""
+"""What a process leaves behind, however it ends: no worker processes, no temporary folders, no semaphores."""
 
+import contextlib
+import ctypes
+import fcntl
 import multiprocessing
 import os
+import re
+import shutil
+import signal
+import stat
+import tempfile
 import threading
+import time
+import weakref
+from collections.abc import Iterable
+from multiprocessing import synchronize, util
+from pathlib import Path
+
+_PREFIX = "clip_loader_pid"
+_NAME = re.compile(rf"{_PREFIX}\d+_\w+")
+_TICK_S = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, however that ended, and not before.
+def end_with_parent(parent: int | None = None) -> None:
+    """Ends this worker when `parent`, the process that started it, is gone, however that ended, and not before.
 
-    Workers of DALI and of concurrent.futures wait for work for ever, and hold their shared memory, where their parent
-    was killed. A signal to the parent's whole group, as torchrun's SIGTERM, is for the parent to handle, which may
-    need its workers to come to an end in good order. Does nothing in a process that multiprocessing has not started.
+    Call it first of all. If the parent is gone by then, this does not return to any work. Workers of DALI and of
+    concurrent.futures would wait for work for ever, and hold their shared memory. A signal to the parent's whole group,
+    as torchrun's SIGTERM, is for the parent to handle, which may need its workers to come to an end in good order.
+    None: the process that multiprocessing knows; without one, nothing happens. Another process must belong to the
+    thread that starts it.
+
+    The kernel ends the worker, also if it hangs in C and lets no other thread run: by SIGIO, when the parent's end of a
+    pipe closes, or by the signal that it sends when the starting thread ends. As forks of the parent may have copies of
+    that pipe, a thread looks as well.
     """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        os.setpgid(0, 0)
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+    if parent is None:
+        known = multiprocessing.parent_process()
+        if known is None:
+            return
+        parent = known.pid
+        fcntl.fcntl(known.sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(known.sentinel, fcntl.F_SETFL, os.O_RDONLY | os.O_ASYNC)
+    else:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    os.setpgid(0, 0)
+    with contextlib.suppress(OSError):  # if memory runs out, a worker goes first: that costs a video, not the run
+        Path("/proc/self/oom_score_adj").write_text("500")
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
-def _end_after(parent) -> None:
-    parent.join()
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_TICK_S)
     os._exit(1)
+
+
+class TemporaryFolder:
+    """A folder for this process in the temporary folder: `name`. It is removed by `close`, when nobody holds this
+    object any more, and at the end of the process; after a kill by the next one that is made.
+
+    The folder is locked. The kernel lets go of the lock when the process ends; process numbers would be of no use in a
+    temporary folder that several containers share.
+    """
+
+    def __init__(self):
+        _remove_abandoned()
+        self.name, lock = _make_locked()
+        self.close = weakref.finalize(self, _remove, self.name, lock, os.getpid())
+
+
+def _make_locked() -> tuple[str, int]:
+    while True:
+        name = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}_")
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(name, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody else can lock it either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(name):  # another process may have found it before it was locked
+                return name, lock
+            os.close(lock)
+
+
+def _remove(name: str, lock: int, owner: int) -> None:
+    if os.getpid() == owner:  # not a fork of it, which has a copy of everything
+        shutil.rmtree(name, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned() -> None:
+    for entry in os.scandir(tempfile.gettempdir()):
+        with contextlib.suppress(OSError):  # in use, or gone
+            status = entry.stat(follow_symlinks=False)
+            if not _NAME.fullmatch(entry.name) or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                continue
+            lock = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(entry.path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def unlink_semaphores(locks: Iterable[synchronize.SemLock]) -> None:
+    """Takes their names from the system, once all processes have opened them: whatever ends how, none is left behind,
+    and multiprocessing's resource tracker has nothing to report."""
+    wanted = {id(lock) for lock in locks}
+    for finalizer in list(util._finalizer_registry.values()):
+        if finalizer._callback is synchronize.SemLock._cleanup and id(finalizer._weakref()) in wanted:
+            finalizer()

@@ -13,6 +13,8 @@ import threading
 
 import numpy as np
 
+from dali_pipelines.processes import unlink_semaphores
+
 NOTHING = -2  # in place of a sample id: between two samples
 
 
@@ -47,6 +49,7 @@ class Watchdog:
         tasks = [context.dedicated_task_queue for context in pool.pool._workers_contexts]
         queues = [pool.pool._result_queue, pool.pool._general_task_queue, *tasks]
         self._queues = [queue for queue in queues if queue is not None]
+        unlink_semaphores(lock for queue in self._queues for lock in _locks(queue))
         self._shut = [0] * len(self._queues)  # looks at which the lock of each was held
         self._frees = 0
         self._tick = min(timeout_s / 8, 0.5)
@@ -72,7 +75,8 @@ class Watchdog:
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # where the garbage collector has come by
+            self._thread.join()
         for process in self._processes:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(_file(self._folder, process.pid))
@@ -119,6 +123,12 @@ class Watchdog:
             return int(sample_id), int(count)
         except (FileNotFoundError, ValueError):  # not begun
             return NOTHING, 0
+
+
+def _locks(queue) -> list:
+    """All that a queue of DALI's waits for."""
+    ready = queue.cv_not_empty
+    return [queue.lock, ready._sleeping_count, ready._woken_count, ready._wait_semaphore]
 
 
 def _post(semaphore) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from nvidia.dali import Pipeline
 
-from dali_pipelines.clip_source import ClipSource
+from dali_pipelines.clip_source import MOST_BYTES, ClipSource
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.manifest import Manifest
@@ -32,7 +32,7 @@ _RESTARTS = 3  # without a batch between them, before giving up
 class Workers:
     """Runs the pipeline that `make_pipeline` makes of a source, batch by batch.
 
-    source: arguments of `ClipSource` that do not change: table, root, cache, view, order.
+    source: arguments of `ClipSource` that do not change: table, root, cache, view, order, max_pixels.
     count: processes; 0 runs the source in this one.
     count_fallback: called with a reason and a number of samples.
     """
@@ -80,7 +80,7 @@ class Workers:
                 break
             except InputError:
                 raise
-            except (RuntimeError, AssertionError, ValueError, OSError, EOFError) as error:
+            except (RuntimeError, AssertionError, ValueError, OSError, EOFError, MemoryError) as error:
                 # The first from DALI; the others from its queues, where a worker died in the midst of using them.
                 # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
                 have_ended = self._watchdog is not None and self._watchdog.have_ended
@@ -88,10 +88,15 @@ class Workers:
                 restarts = 0 if self._recover(place, error) else restarts + 1
                 self.close()
                 if restarts > _RESTARTS:
+                    what = f"{self._count} workers, batches of {self._batch_size} videos"
                     check(
                         not have_ended,
-                        f"the loader's processes end again and again: out of memory? {self._count} workers, batches "
-                        f"of {self._batch_size} videos; /dev/shm has {_free_shared_memory() >> 20} MB free",
+                        f"the loader's processes end again and again: out of memory? {what}; /dev/shm has "
+                        f"{_free_shared_memory() >> 20} MB free",
+                    )
+                    check(
+                        not isinstance(error, MemoryError),
+                        f"out of memory for a batch of clips ({what}): use a smaller batch, or fewer workers",
                     )
                     raise
         self._place = place + self._batch_size
@@ -107,7 +112,9 @@ class Workers:
         """Stops the workers; the next `run` starts them again."""
         if self._watchdog is not None:
             self._watchdog.is_waited_for = True  # a worker that hangs would not end either
-        self.pipeline = self._place = None
+        pipeline, self.pipeline, self._place = self.pipeline, None, None
+        if pipeline is not None and pipeline._py_pool is not None:
+            pipeline._py_pool.close()  # somebody else may hold the pipeline
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
@@ -156,7 +163,8 @@ class Workers:
         pixels = share * float(np.median(self._manifest.areas))
         # About half of each frame of the batches under way.
         windows = self._view.windows if self._view.mode == "test" else 1
-        needed = 3 * pixels / 2 * self._view.num_frames * windows * self._batch_size * (PREFETCH + 2)
+        clip = min(3 * pixels / 2 * self._view.num_frames * windows, MOST_BYTES)
+        needed = clip * self._batch_size * (PREFETCH + 2)
         check(
             free > needed,
             f"/dev/shm has {free / 2**20:.0f} MB free, and batches of {self._batch_size} videos need about "

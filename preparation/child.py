@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipelines.errors import InputError
+from dali_pipelines.processes import end_with_parent
 
 _COMMAND = ["-m", "preparation.child"]
 _here = threading.local()
@@ -62,7 +63,7 @@ class _Child:
     def __init__(self):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
         self._process = subprocess.Popen(
-            [sys.executable, *_COMMAND],
+            [sys.executable, *_COMMAND, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -112,7 +113,7 @@ class _Child:
 
 def _main() -> None:
     """Answers every line of stdin with one on stdout; ends with the process around it, whose end closes stdin."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent(int(sys.argv[-1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -128,13 +129,6 @@ def _main() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
-
-
-def _end_with(parent: int) -> None:
-    """Also from within a call that takes long."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 if __name__ == "__main__":

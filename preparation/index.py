@@ -14,7 +14,7 @@ import numpy as np
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
 from dali_pipelines.folders import is_video_name, leads_back, videos_below
-from dali_pipelines.host_decoder import decode_all
+from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
 from dali_pipelines.manifest import Manifest, Video, coded_size, probe
 from dali_pipelines.text import csv_writer, decode, split_lines
 from preparation.work import Crew, Failed, run
@@ -160,11 +160,13 @@ def index(
     classes: Sequence[str] = (),
     copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
     decode: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Manifest, list[Rejected]]:
     """Looks at every listed video; the manifest of the good ones in the order of the list, and the others with reasons.
 
     `copies`: other files of a listed one, which are tried in order where it cannot be read. `decode`: decodes all of
-    every file, and rejects those with a damaged picture. `journal`: see `work.run`.
+    every file, and rejects those with a damaged picture. `max_pixels`: that a frame may have.
+    `journal`: see `work.run`.
     """
     for path, label in listed:
         if classes and label >= len(classes):
@@ -174,7 +176,9 @@ def index(
     place = absolute(root)  # workers elsewhere have another working folder
 
     def look_at(paths: Sequence[str]) -> list[Any]:
-        return run("index.look", [(join(place, path), decode) for path in paths], journal=journal, crew=crew)
+        return run(
+            "index.look", [(join(place, path), decode, None, max_pixels) for path in paths], journal=journal, crew=crew
+        )
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:
@@ -199,11 +203,11 @@ def index(
     return Manifest(good, root=root, classes=classes, rejected=len(rejected)), rejected
 
 
-def look(path: str, decode: bool, cache: str | None = None) -> Video:
+def look(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Video:
     """What there is to know of the file at `path`; with `decode`, all of it is decoded. `cache`: see `files.fetch`.
     Raises `InputError`."""
     source = fetch(path, cache)
-    video = probe(source)
+    video = probe(source, max_pixels=max_pixels)
     if decode:
         for _ in decode_all(source, frames=video.frames, size=coded_size(video)):
             pass

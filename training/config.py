@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dali_pipelines.engines import DECODES
 from dali_pipelines.errors import InputError
+from dali_pipelines.host_decoder import MAX_PIXELS
 from dali_pipelines.sampling import PAST_END
 from model.timesformer import Attention
 
@@ -82,6 +83,9 @@ class DataConfig:
     """Seconds that a worker may take for one video, which is unreadable then."""
     cache: str | None = None
     """Folder on a local disk that keeps what is read from URLs, for the next epochs; null: it is read anew."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels that a frame may have, by default twice those of 8K; a video with more is unreadable. See --max-pixels of
+    prepare.py."""
     max_fault_fraction: float = 0.05
     """Training stops when more than this share of an epoch's videos, 0 to 1, cannot be read."""
 
@@ -332,6 +336,7 @@ _VALUES = {
     "data.decode_threads": _optional(_COUNT),
     "data.views_per_decode": _COUNT,
     "data.timeout_s": _POSITIVE,
+    "data.max_pixels": _COUNT,
     "data.max_fault_fraction": _FRACTION,
     "optim.name": _one_of("sgd", "adamw", "lamb"),
     "optim.implementation": _one_of("auto", "apex", "fused", "foreach"),
@@ -419,6 +424,7 @@ def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
         "views_per_decode": data.views_per_decode,
         "timeout_s": data.timeout_s,
         "cache": data.cache,
+        "max_pixels": data.max_pixels,
     }
 
 

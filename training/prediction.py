@@ -140,7 +140,9 @@ def _known(chunk: Chunk, data: DataConfig, video: str | Video) -> tuple[str, int
     if isinstance(video, Video):
         return place_for_people(video, chunk.root), video.label, video
     try:
-        found = in_child("index.look", [video, False, data.cache], data.timeout_s, setting="data.timeout_s")
+        found = in_child(
+            "index.look", [video, False, data.cache, data.max_pixels], data.timeout_s, setting="data.timeout_s"
+        )
         return video, None, Video(*found)._replace(path=video)
     except InputError as error:
         return video, None, error

@@ -620,6 +620,7 @@ def test_workers_give_what_hardware_does_not_take_to_the_host(some, tmp_path):
         routing=rules,
         host_ids=frozenset(),
         given_up={},
+        max_pixels=1 << 26,
     )
     samples = [source.sample(place) for place in range(4)]
     assert [bool(sample.is_host) for sample in samples] == [False, True, True, True]

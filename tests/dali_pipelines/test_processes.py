@@ -1,0 +1,250 @@
+"""What is left behind by processes that end, are killed, or drop their loaders."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import util
+from multiprocessing.synchronize import SemLock
+from pathlib import Path
+
+import pytest
+
+from dali_pipelines import ClipLoader, Manifest
+from dali_pipelines.manifest import probe
+from dali_pipelines.processes import TemporaryFolder, end_with_parent
+from tests.videos import textured, write_video
+
+PROJECT = Path(__file__).parents[2]
+LOADER = """
+import sys, time
+from dali_pipelines import ClipLoader, Manifest
+
+def main():
+    settings = dict(mode="train", batch_size=4, num_frames=2, crop_size=32, stride=None, workers=2)
+    loader = ClipLoader(Manifest.read("list.csv"), **settings)
+    next(iter(loader))
+    print("has begun", flush=True)
+    time.sleep(float(sys.argv[1]))
+
+main()
+"""
+POOL = """
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import util
+from multiprocessing.synchronize import SemLock
+from multiprocessing import get_context
+from dali_pipelines.processes import end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, get_context("spawn"), initializer=end_with_parent) as pool:
+        list(pool.map(time.sleep, [0.1] * 4))
+        print("has begun", flush=True)
+        time.sleep(100)
+"""
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return probe(write_video(tmp_path_factory.mktemp("video") / "a.mp4", textured(8, height=48, width=64)))
+
+
+def start(tmp_path: Path, script: str, *arguments: str, marker: str = "") -> subprocess.Popen:
+    """A script in a process whose offspring can be told by its environment, with a temporary folder of its own."""
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path / "tmp"), "MARKER": marker}
+    command = [sys.executable, "script.py", *arguments]
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def marked(marker: str) -> dict[int, str]:
+    """Command lines of living processes that have the marker in their environment."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MARKER={marker}\0".encode() in (place / "environ").read_bytes():
+                found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("delay", [0.3, None])
+def test_a_kill_leaves_nothing(video, tmp_path, delay):
+    """Seconds after its first worker's start; None: once it has a first batch."""
+    Manifest([video] * 8, root="/").write(tmp_path / "list.csv")
+    marker = f"{tmp_path}"
+    process = start(tmp_path, LOADER, "100", marker=marker)
+
+    def workers() -> list[int]:
+        return [pid for pid, command in marked(marker).items() if "spawn_main" in command]
+
+    assert wait_until(workers, 60)
+    if delay is None:
+        process.stdout.readline()
+        assert len(workers()) == 2
+        assert not list((tmp_path / "tmp").glob("*autograph*"))
+    else:
+        time.sleep(delay)
+    process.kill()
+    errors = process.communicate()[1]
+    assert delay is not None or not errors  # no semaphore is left for the resource tracker to report
+    assert wait_until(lambda: not marked(marker), 20), marked(marker)  # the tracker too
+    assert [path.name.startswith("clip_loader_pid") for path in (tmp_path / "tmp").iterdir()] == [True]
+    process = start(tmp_path, LOADER, "0", marker=marker)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and b"has begun" in out and not errors
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_idle_processes_of_a_pool_end_with_their_process(tmp_path):
+    marker = f"{tmp_path}"
+    process = start(tmp_path, POOL, marker=marker)
+    process.stdout.readline()
+    assert len(marked(marker)) >= 3
+    process.kill()
+    process.communicate()
+    assert wait_until(lambda: not marked(marker), 20), marked(marker)
+
+
+HANGING = """
+import multiprocessing, re
+from dali_pipelines.processes import end_with_parent
+from preparation import child
+
+def hang():
+    end_with_parent()
+    print("has begun", flush=True)
+    re.match(r"(a+)+$", "a" * 60 + "b")  # in C, and never lets another thread run
+
+if __name__ == "__main__":
+    if {by_child}:
+        child._COMMAND = ["-c", "from preparation import child; import re; child.json.loads = lambda _: "
+                          "re.match(r'(a+)+$', 'a' * 60 + 'b'); child._main()"]
+        print("has begun", flush=True)
+        child.in_child("work.finish", ["x"], 100)
+    process = multiprocessing.get_context("spawn").Process(target=hang)
+    process.start()
+    process.join()
+"""
+
+
+@pytest.mark.parametrize("by_child", [False, True])
+def test_a_worker_that_hangs_ends_with_its_process(tmp_path, by_child):
+    marker = f"{tmp_path}"
+    process = start(tmp_path, HANGING.replace("{by_child}", str(by_child)), marker=marker)
+    process.stdout.readline()
+    assert wait_until(lambda: len(marked(marker)) >= 2, 20)
+    time.sleep(1)  # it hangs by now
+    process.kill()
+    process.communicate()
+    assert wait_until(lambda: not marked(marker), 10), marked(marker)
+
+
+def test_a_child_whose_parent_is_gone_before_it_begins(tmp_path):
+    """It may have a task already, and its input may be open: some other process may have a copy of it."""
+    command = [sys.executable, "-m", "preparation.child", str(os.getpid() + 1)]
+    with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(b'["work.finish", ["x"]]\n')
+        process.stdin.flush()
+        assert process.stdout.read() == b"" and process.wait(20) == 1
+
+
+def test_folders_are_kept_as_long_as_their_process_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("clip_loader_other", "clip_loader_pid", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "clip_loader_pid1_abc").symlink_to(tmp_path / "other")
+    (tmp_path / "clip_loader_pid2_abc").write_text("a file")
+    own = TemporaryFolder()
+    others = set(tmp_path.iterdir()) - {Path(own.name)}
+    assert len(others) == 5
+    abandoned = tmp_path / "clip_loader_pid3_abc"
+    abandoned.mkdir()
+    (abandoned / "rows.npy").write_text("something")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:  # holds a folder, and is killed
+        held = TemporaryFolder()
+        os.write(writer, held.name.encode())
+        time.sleep(20)
+        os._exit(0)
+    its = Path(os.read(reader, 1000).decode())
+    assert not abandoned.exists() and its.is_dir()
+    second = TemporaryFolder()
+    assert its.is_dir() and Path(own.name).is_dir()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    second.close()
+    assert not Path(second.name).exists() and its.is_dir()
+    third = TemporaryFolder()
+    assert not its.exists()
+    child = os.fork()
+    if not child:  # a fork that ends does not own it
+        third.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert Path(third.name).is_dir()
+    name = third.name
+    del third
+    own.close()
+    assert not Path(name).exists() and set(tmp_path.iterdir()) == others
+    for each in (reader, writer):
+        os.close(each)
+
+
+def resources() -> dict[str, int]:
+    gc.collect()
+    return {
+        "threads": threading.active_count(),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "semaphores": sum(each._callback is SemLock._cleanup for each in util._finalizer_registry.values()),
+        "processes": len(multiprocessing.active_children()),
+    }
+
+
+@pytest.mark.parametrize("mode, decode", [("train", "host"), ("train", "nvdec"), ("validate", "host")])
+def test_loaders_that_are_dropped_leave_nothing(video, mode, decode):
+    def drop(workers: int, *, is_read: bool) -> None:
+        settings = dict(mode=mode, batch_size=2, num_frames=2, crop_size=16, stride=None)
+        made = ClipLoader(Manifest([video] * 6), workers=workers, decode=decode, **settings)
+        if is_read:
+            iterator = iter(made)
+            next(iterator)
+            assert resources()["processes"] > before["processes"]
+            assert resources()["semaphores"] == before["semaphores"]  # nothing that a kill could leave
+            made.cycle = made, iterator  # only the garbage collector finds it
+
+    before = {"processes": 0}
+    multiprocessing.resource_tracker.ensure_running()
+    drop(1, is_read=False)  # what is loaded once
+    before = resources()
+    for _ in range(50):
+        drop(1, is_read=False)
+    assert resources() == before
+    for _ in range(2):
+        drop(1, is_read=True)
+        assert wait_until(lambda: resources() == before, 10), (resources(), before)
+
+
+def test_ends_with_the_parent_only(tmp_path):
+    """Not in a process that nobody has started as a worker."""
+    group = os.getpgid(0)
+    end_with_parent()
+    assert os.getpgid(0) == group
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
+        assert pool.submit(os.getpgid, 0).result() != group
