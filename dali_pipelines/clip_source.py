@@ -22,8 +22,8 @@ from dali_pipelines.stream_format import uncrop
 from dali_pipelines.watch import NOTHING, Progress
 
 MOST_BYTES = 64 << 20
-"""Of a clip's frames that the graph is given and repeats: 32 frames of about 720p. Of larger ones the workers make the
-crops, so that a batch of any videos fits into memory."""
+"""Of a clip's frames that the graph is given and repeats: 24 frames of 720p, 2 of 4K. Of larger ones the workers make
+the crops, so that a batch of any videos fits into memory."""
 _MOST_BYTES_ON_GPU = 1 << 30
 """Of a clip's frames that NVDEC decodes: 32 frames of 4K, or 8 of 8K."""
 

@@ -82,7 +82,8 @@ def is_exact(video: Video, clip: torch.Tensor) -> bool:
     positions = np.linspace(0, video.frames - 1, FRAMES).astype(int)
     error = (clip.transpose(0, 1) - frames[positions]).abs()
     if video.codec not in BY_DALI:
-        return error.max() < 1e-3
+        is_huge = video.width * video.height > 1 << 22  # the workers make the crops, in 8 bits
+        return error.max() < (0.51 / 255 if is_huge else 1e-3)
     # DALI converts colours a little differently.
     distance = (clip.transpose(0, 1)[:, None] - frames[None]).abs().mean(dim=(2, 3, 4))
     return (distance.argmin(dim=1).numpy() == positions).all() and error.mean() < 2 / 255
