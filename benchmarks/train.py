@@ -71,6 +71,7 @@ def benchmark_train(
     settings.data.val = settings.data.train  # nothing is validated
     settings.train.pretrained = None  # other weights are no faster
     with start_process(settings.device) as process, tempfile.TemporaryDirectory() as settings.output:
+        settings.output = process.gather(settings.output)[0]  # the main process writes, and all have to name the same
         everything = os.sched_getaffinity(0)
         cores = sum(process.gather(len(everything) / process.local_world_size))
         of_loader, of_network = halves(process) if split_cores else (everything, everything)

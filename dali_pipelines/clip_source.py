@@ -230,7 +230,7 @@ class ClipSource:
 def _other_video(source: Source, expected: Video) -> str:
     """How what was fetched differs from its row of the manifest; "" for not at all."""
     try:
-        found = probe(source, max_pixels=2**62)  # what is too large is said when it is decoded
+        found = probe(source, max_pixels=2**31 - 1)  # what is too large is said when it is decoded
     except InputError as error:
         return str(error)
     for name in ("codec", "width", "height", "frames"):

@@ -91,7 +91,7 @@ def test_frames_beyond_the_limit_are_refused_by_index_and_loader(tmp_path, small
     claims = "its frames are 4096x4096, more than 1000000 pixels: .*data.max_pixels.*--max-pixels"
     large = probe(path)
     assert (large.frames, large.width) == (2, SIDE)
-    for read in (lambda: probe(path, max_pixels=10**6), lambda: look(path, True, 10**6)):
+    for read in (lambda: probe(path, max_pixels=10**6), lambda: look(path, True, max_pixels=10**6)):
         with pytest.raises(InputError, match=claims):
             read()
     settings = dict(mode="validate", batch_size=2, num_frames=2, crop_size=16, stride=None, workers=0)
