@@ -53,7 +53,9 @@ def main() -> None:
     model.add_argument("--image-size", type=int, default=224, help="pixels a side (default 224)")
     model.add_argument("--rounds", type=int, help="turns of each (default 5)")
     model.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
-    model.add_argument("--compile", action="store_true", help="CPU: also time torch.compile of ours (takes minutes)")
+    model.add_argument(
+        "--compile", action="store_true", help="CPU: also time our network under torch.compile (takes minutes)"
+    )
     model.add_argument("--quick", action="store_true", help="GPU: two turns of two seconds each, about four minutes")
     model.add_argument("--fit", action="store_true", help="instead: how many clips fit into a GPU's memory")
     model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON")

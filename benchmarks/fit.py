@@ -72,17 +72,17 @@ def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None
 
 
 def clips(card_gib: float, once: float, a_clip: float) -> int:
-    """That fit into a GPU of so many GiB."""
+    """How many clips fit into a GPU of `card_gib` GiB; `once` and `a_clip` are bytes."""
     return max(int(((card_gib - _KEPT_BACK) * GIB - once) // a_clip), 0)
 
 
 def most_clips(work: Work) -> int:
-    """That CUDA's attention kernels take, over time, whatever the memory: 65,535 sequences."""
+    """The largest batch that CUDA's attention kernels take over time: 65,535 sequences."""
     return 65_535 // (work.image_size // _PATCH_SIZE) ** 2
 
 
 def step_bytes(work: Work, checkpointing: bool) -> int:
-    """The most that a training step holds at a time: weights, gradients, momentum, and what is kept for backward."""
+    """Peak memory of a training step: weights, gradients, momentum, and the tensors kept for the backward pass."""
     if work.device == "cuda":
         return _peak_bytes(work, checkpointing)
     network = _network(work, False)
@@ -147,7 +147,7 @@ def _kept_bytes(network: TimeSformer, work: Work) -> int:
 
 
 def _try(size: str, image_size: int) -> dict[str, Any]:
-    """Whether a step of 16 frames and 8 clips with checkpointing runs in 24 GiB, less what is kept back."""
+    """Tries a step of 16 frames and 8 clips with checkpointing in 24 GiB, less what is kept back."""
     card, num_frames, count = _TRIED
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()

@@ -122,7 +122,7 @@ def serve(name: str, work: Work, pipe: Connection) -> None:
 
 
 def _warm_up(contestant: Contestant) -> None:
-    """Compiles if the network is to be compiled. All do this at once, and may have to wait for each other's memory."""
+    """Runs three steps; the first one compiles. All contestants do this at once, so one may have to wait for memory."""
     for attempt in range(_ATTEMPTS):
         try:
             for _ in range(3):
@@ -266,7 +266,7 @@ def benchmark_gpu_model(
 
 
 def _measure(runners: list[Runner], batch_size: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Name -> what was found, or {"failure": why}."""
+    """Results by name; {"failure": reason} for a contestant that failed."""
     print(f"batch {batch_size}: preparing {len(runners)} networks", file=sys.stderr, flush=True)
     alive = [runner for runner in runners if not runner.failure]
     deadline = time.monotonic() + _PREPARE_S
@@ -372,7 +372,7 @@ def attention_over_time(work: Work, batch_size: int, device: str) -> dict[str, f
     return found
 
 
-# -- what is reported --
+# -- the report --
 
 
 def _speed(batches: dict[int, Any], batch_size: int, name: str) -> float | None:

@@ -228,9 +228,9 @@ class ClipSource:
 
 
 def _other_video(source: Source, expected: Video) -> str:
-    """How what was fetched differs from its row of the manifest; "" for not at all."""
+    """How the fetched file differs from its row of the manifest; "" if it does not."""
     try:
-        found = probe(source, max_pixels=2**31 - 1)  # what is too large is said when it is decoded
+        found = probe(source, max_pixels=2**31 - 1)  # decoding checks the limit
     except InputError as error:
         return str(error)
     for name in ("codec", "width", "height", "frames"):

@@ -209,9 +209,9 @@ def fetch(
     """What can be opened without the network: local files as they are; what is below a URL from the folder `cache`, or
     read into memory. Raises `InputError`.
 
-    `problem` says why what was read is not what was indexed, "" if it is. Only then is it kept in `cache`, for the next
-    time: a server may answer with a login page, or with half of the file. Any number of processes may share a cache.
-    `Source.note` says why something is not kept.
+    `problem` returns why the file is not the one that was indexed, "" if it is. Only then is it kept in `cache`, for
+    the next time: a server may answer with a login page, or with half of the file. Any number of processes may share a
+    cache. `Source.note` says why a file is not kept.
     """
     source = as_source(video)
     if source.data is not None or not is_url(source.path):
@@ -246,7 +246,7 @@ def check_reachable(source: Source, cache: str | None = None, *, timeout_s: floa
 
 
 def _within(timeout_s: float, call: Callable[[], Any]) -> Any:
-    """The result of `call`, which goes on in a thread if it takes longer; TimeoutError then."""
+    """The result of `call`. Raises TimeoutError if it takes longer; it then goes on in a daemon thread."""
     future: Future = Future()
 
     def run() -> None:

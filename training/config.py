@@ -284,10 +284,7 @@ def _check_keys(where: str, given: Any, known: dict, prefix: str = "") -> None:
 
 
 def _dotted_keys() -> list[str]:
-    keys = []
-    for name, value in OmegaConf.to_container(OmegaConf.structured(Config)).items():
-        keys.extend(f"{name}.{inner}" for inner in value) if isinstance(value, dict) else keys.append(name)
-    return keys
+    return list(flat(OmegaConf.to_container(OmegaConf.structured(Config))))
 
 
 def _one_of(*allowed: str):
