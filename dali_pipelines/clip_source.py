@@ -3,6 +3,7 @@
 Nothing here imports torch, and nothing random happens here: the sample is decided by `plan`.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from dali_pipelines.crops import Reducer
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.host_decoder import check_pixels, decode_frames, size_mismatch
-from dali_pipelines.manifest import Manifest, Video, coded_size, probe
-from dali_pipelines.packets import UncertainError, remux, video_stream
+from dali_pipelines.host_decoder import check_pixels, decode_frames, decode_indexed, size_mismatch
+from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe
+from dali_pipelines.packet_index import IndexedVideo, StaleIndexError, open_header, open_index
+from dali_pipelines.packets import Remuxed, UncertainError, remux, remux_packets, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
 from dali_pipelines.stream_format import uncrop
@@ -61,11 +63,11 @@ class ClipSource:
     """DALI's external source: called with a running number, returns the fields of a `Sample`; never raises, never
     ends.
 
-    `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `cache` see
-    `files.fetch`; `start` the place in `order` of the first call, `end` the first one that nobody will ask for (DALI
-    works ahead: from there on it gets padding), or None; `routing` decides which samples are decoded here;
-    `host_ids` samples that DALI has failed on and that are decoded here instead; `given_up` samples that are not tried
-    (again), and why; `max_pixels` those that a frame may have.
+    `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `index` the file of
+    its packet index, or None; `cache` see `files.fetch`; `start` the place in `order` of the first call, `end` the
+    first one that nobody will ask for (DALI works ahead: from there on it gets padding), or None; `routing` decides
+    which samples are decoded here; `host_ids` samples that DALI has failed on and that are decoded here instead;
+    `given_up` samples that are not tried (again), and why; `max_pixels` those that a frame may have.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ClipSource:
         *,
         table: str,
         root: str,
+        index: str | None,
         cache: str | None,
         view: View,
         order: Order,
@@ -85,6 +88,7 @@ class ClipSource:
     ):
         self._table = table
         self._root = root
+        self._index = index
         self._cache = cache
         self._view = view
         self._order = order
@@ -132,8 +136,27 @@ class ClipSource:
     def _read(self, epoch: int, sample_id: int, part: int) -> Sample:
         video = self._manifest[sample_id]
         check_pixels((video.height, video.width), self._max_pixels)
-        source = fetch(self._manifest.source(sample_id), self._cache, problem=lambda found: _other_video(found, video))
         plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id, part=part)
+        source, note = self._manifest.source(sample_id), ""
+        if self._index is None or self._cache is not None:  # a cache keeps whole files
+            source = self._fetch(source, video)
+        if self._index is not None:
+            try:
+                indexed = IndexedVideo(source, open_index(self._index).entry(key_of(video)))
+                return self._make(indexed, video, plan, sample_id, note=source.note)
+            except (UncertainError, InputError) as error:
+                note = f"read without the packet index: {error}"
+        source = self._fetch(source, video)
+        return self._make(source, video, plan, sample_id, note=note or source.note)
+
+    def _fetch(self, source: Source, video: Video) -> Source:
+        return fetch(source, self._cache, problem=lambda found: _other_video(found, video))
+
+    def _make(
+        self, source: Source | IndexedVideo, video: Video, plan: SamplePlan, sample_id: int, *, note: str
+    ) -> Sample:
+        """`note` is the `fallback` if nothing else went another way. Raises also `UncertainError` for an indexed one:
+        then its packets are to be found by the demuxer."""
         fallback = ""
         engine = self._routing.engine_for(video, sample_id)
         if engine != "host" and sample_id not in self._host_ids:
@@ -143,22 +166,35 @@ class ClipSource:
                 reason = "its frames would fill the memory"
             if not reason:
                 try:
-                    return self._encoded(source, video, plan, sample_id)
+                    file = self._remux(source, video, plan.positions)
+                    return self._encoded(file, plan, sample_id, note)
+                except StaleIndexError:
+                    raise
                 except UncertainError as error:
                     reason = str(error)
             fallback = f"not by {'DALI' if engine == 'dali' else 'NVDEC'}: {reason}"
-        return self._decoded(source, video, plan, sample_id, fallback)
+        return self._decoded(source, video, plan, sample_id, fallback=fallback, note=note)
 
-    def _encoded(self, source: Source, video: Video, plan: SamplePlan, sample_id: int) -> Sample:
-        with open_video(source) as container:
-            context = video_stream(container).codec_context
+    def _remux(self, source: Source | IndexedVideo, video: Video, positions: np.ndarray) -> Remuxed:
+        rewrite = uncrop if self._routing.engine == "nvdec" else None
+        with contextlib.ExitStack() as stack:
             try:
-                file = remux(container, plan.positions, uncrop if self._routing.engine == "nvdec" else None)
+                if isinstance(source, IndexedVideo):
+                    context = source.stream.context()
+                    template = video_stream(open_header(source.stream))
+                    file = remux_packets(source, template, context, positions, rewrite)
+                else:
+                    container = stack.enter_context(open_video(source))
+                    context = video_stream(container).codec_context
+                    file = remux(container, positions, rewrite)
             except av.error.FFmpegError as error:
                 raise InputError(error.strerror.lower()) from None
             self._routing.check(file, context)
             if reason := size_mismatch((context.height, context.width), coded_size(video)):
                 raise UncertainError(reason)
+        return file
+
+    def _encoded(self, file: Remuxed, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
         return self._sample(
             plan,
             sample_id,
@@ -166,10 +202,19 @@ class ClipSource:
             size=file.size,
             positions=file.positions,
             packets=(file.packets_read, file.packets_kept),
-            fallback=source.note,
+            fallback=fallback,
         )
 
-    def _decoded(self, source: Source, video: Video, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
+    def _decoded(
+        self,
+        source: Source | IndexedVideo,
+        video: Video,
+        plan: SamplePlan,
+        sample_id: int,
+        *,
+        fallback: str,
+        note: str,
+    ) -> Sample:
         size = coded_size(video)
         region = bounds(plan.rectangles, size)
         corner = [region[0].start, region[1].start]
@@ -178,14 +223,15 @@ class ClipSource:
         if _decoded_bytes(plan, cut_size) > MOST_BYTES:
             reduce = Reducer(rectangles, crop_size=self._view.crop_size, size=cut_size)
             rectangles = reduce.rectangles
-        decoded = decode_frames(source, plan.positions, size=size, region=region, reduce=reduce)
+        decode = decode_indexed if isinstance(source, IndexedVideo) else decode_frames
+        decoded = decode(source, plan.positions, size=size, region=region, reduce=reduce)
         return self._sample(
             plan,
             sample_id,
             pictures=decoded.frames,
             rectangles=rectangles,
             packets=(decoded.packets_read, decoded.packets_kept),
-            fallback=fallback or decoded.fallback or source.note,
+            fallback=fallback or decoded.fallback or note,
         )
 
     def _black(self, sample_id: int, fault: str) -> Sample:

@@ -5,6 +5,7 @@ fsspec is imported where a URL is met: it is an extra, and its file systems, whi
 that uses them.
 """
 
+import asyncio
 import contextlib
 import glob
 import hashlib
@@ -17,7 +18,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +32,13 @@ _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
 _LISTS = ("concat", "dash", "hls", "imf", "sdp")
 """FFmpeg's formats that name what they are made of."""
 _ATTEMPTS = 3  # to read from a URL
+_REQUESTS = 8  # of one video under way at the same time
 _PAUSE_S = 0.5  # before the second attempt; four times as long before the third
 _RESERVE = 1 << 30  # bytes of the disk that the cache leaves free
 _MOST_BYTES = 1 << 30  # of a video below a URL: all of it is read into memory
+_LOCAL_GAP, _REMOTE_GAP = 1 << 12, 1 << 14
+"""Bytes between two ranges that are read with them, as that costs less than to read twice: a page of a disk; what a
+server sends in the time of a request, of those that are under way at the same time."""
 
 
 class Source(NamedTuple):
@@ -170,6 +175,8 @@ def ffmpeg_url(video: str | os.PathLike | Source) -> str:
 def size_of(video: str | os.PathLike | Source) -> int:
     """Bytes, without reading them. Raises `InputError`."""
     source = as_source(video)
+    if source.data is not None:
+        return len(source.data)
     try:
         if source.size is not None:
             return source.size
@@ -200,6 +207,52 @@ def read_bytes(video: str | os.PathLike | Source) -> bytes:
         raise InputError(error.strerror.lower()) from None
 
 
+def read_ranges(video: str | os.PathLike | Source, ranges: Sequence[tuple[int, int]]) -> tuple[list[bytes], int]:
+    """The bytes of the video in each of `ranges`, (first, end) ascending, and how many bytes were read for that.
+
+    Below a URL only those travel, several requests side by side. Raises `InputError`, also where the video ends before
+    a range does.
+    """
+    source = as_source(video)
+    is_remote = source.data is None and is_url(source.path)
+    gap = _REMOTE_GAP if is_remote else _LOCAL_GAP
+    spans: list[list[int]] = []
+    for first, end in ranges:
+        if spans and first - spans[-1][1] <= gap:
+            spans[-1][1] = max(end, spans[-1][1])
+        else:
+            spans.append([first, end])
+    if source.size is not None and spans[-1][1] > source.size:
+        raise InputError("it ends before its packets do")
+    if source.data is not None:
+        data = [source.data[first:end] for first, end in spans]
+    elif is_remote:
+        data = _download(source.path, [(source.offset + first, source.offset + end) for first, end in spans])
+    else:
+        data = _read_local(source, spans)
+    if any(len(some) != end - first for some, (first, end) in zip(data, spans, strict=True)):
+        raise InputError("it ends before its packets do")
+    found, place = [], 0
+    for first, end in ranges:
+        while end > spans[place][1]:
+            place += 1
+        start = spans[place][0]
+        found.append(data[place][first - start : end - start])
+    return found, sum(map(len, data))
+
+
+def _read_local(source: Source, spans: Sequence[Sequence[int]]) -> list[bytes]:
+    try:
+        _check_file(source)
+        file = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return [os.pread(file, end - first, source.offset + first) for first, end in spans]
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise InputError(error.strerror.lower()) from None
+
+
 def fetch(
     video: str | os.PathLike | Source,
     cache: str | None = None,
@@ -219,7 +272,8 @@ def fetch(
     kept = cache and _place(cache, source)
     if kept and os.path.isfile(kept):
         return Source(kept)
-    source = source._replace(data=_download(source))
+    span = (source.offset, source.offset + source.size) if source.size is not None else (None, None)
+    source = source._replace(data=_download(source.path, [span])[0])
     if kept and problem:
         if reason := problem(source):
             return source._replace(note=f"not kept in the cache ({reason})")
@@ -293,14 +347,14 @@ def _file_system(url: str):
         raise InputError(f"{url}: not a URL that fsspec can open ({error})") from None
 
 
-def _download(source: Source) -> bytes:
-    start, end = (source.offset, source.offset + source.size) if source.size is not None else (None, None)
+def _download(url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
+    """The bytes of each span, (first, end); all of the file for (None, None)."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_S * 4 ** (attempt - 1))
         try:
-            system, path = _file_system(source.path)
-            data = _read(system, path, start, end)
+            system, path = _file_system(url)
+            data = _read(system, path, spans)
         except InputError:
             raise
         except FileNotFoundError:
@@ -310,27 +364,28 @@ def _download(source: Source) -> bytes:
         except Exception as error:  # every file system has its own
             reason = _text(error)
             continue
-        if source.size is None or len(data) == source.size:
+        wanted = [len(some) if end is None else end - first for some, (first, end) in zip(data, spans, strict=True)]
+        if list(map(len, data)) == wanted:
             return data
-        if len(data) > source.size:
+        if any(len(some) > size for some, size in zip(data, wanted)):
             raise InputError("its server sends whole files and no parts of them (HTTP Range), which shards need")
-        reason = f"{len(data)} of its {source.size} bytes came: the shard is cut, or the connection was"
+        reason = f"{sum(map(len, data))} of {sum(wanted)} bytes came: the file is cut, or the connection was"
     raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {reason}")
 
 
-def _read(system: Any, path: str, start: int | None, end: int | None) -> bytes:
-    """The bytes from `start` to `end`, or all, if they are not too many. No more is read, whatever is sent."""
-    most = _MOST_BYTES if end is None else end - start
-    if most > _MOST_BYTES:
+def _read(system: Any, path: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
+    """The bytes of each span, if they are not too many. No more is read, whatever is sent."""
+    if sum(end - first for first, end in spans if end is not None) > _MOST_BYTES:
         raise _too_large()
     from fsspec.asyn import sync
     from fsspec.implementations.http import HTTPFileSystem
 
     if isinstance(system, HTTPFileSystem):
-        data = sync(system.loop, _read_http, system, path, start, end, most)
+        data = sync(system.loop, _read_http, system, path, spans)
     else:
-        data = system.cat_file(path, start=start or 0, end=(start or 0) + most + 1 if end is None else end)
-    if end is None and len(data) > most:
+        ends = [_MOST_BYTES + 1 if end is None else end for _, end in spans]
+        data = system.cat_ranges([path] * len(spans), [first or 0 for first, _ in spans], ends, on_error="raise")
+    if any(end is None and len(some) > _MOST_BYTES for some, (_, end) in zip(data, spans, strict=True)):
         raise _too_large()
     return data
 
@@ -339,8 +394,20 @@ def _too_large() -> InputError:
     return InputError(f"larger than {_MOST_BYTES >> 20} MiB, too large to be read from a URL; copy it to a disk")
 
 
-async def _read_http(system: Any, url: str, start: int | None, end: int | None, most: int) -> bytes:
-    """At most one byte more than `most`. fsspec would read the body to its end, and unpack what is compressed."""
+async def _read_http(system: Any, url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
+    """All spans, some at a time."""
+    slots = asyncio.Semaphore(_REQUESTS)
+
+    async def read(first: int | None, end: int | None) -> bytes:
+        async with slots:
+            return await _read_http_span(system, url, first, end)
+
+    return await asyncio.gather(*(read(first, end) for first, end in spans))
+
+
+async def _read_http_span(system: Any, url: str, start: int | None, end: int | None) -> bytes:
+    """At most one byte more than asked for. fsspec would read the body to its end, and unpack what is compressed."""
+    most = _MOST_BYTES if end is None else end - start
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
     if end is not None:

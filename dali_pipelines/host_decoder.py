@@ -7,14 +7,15 @@ file: DALI's own decoder gives up on a whole batch.
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.packets import MissingPictureError, PacketReader, UncertainError, demux, video_stream
+from dali_pipelines.packet_index import IndexedVideo
+from dali_pipelines.packets import Flag, MissingPictureError, PacketReader, UncertainError, demux, video_stream
 
 MAX_PIXELS = 1 << 26
 """Of a frame, by default: twice those of 8K. A few kilobytes can claim more, and a decoder may hold 17 frames."""
@@ -46,37 +47,55 @@ def decode_frames(
     around this one decode other samples. Raises `InputError`.
     """
     source = fetch(video)
-    cut = (region, reduce)
+
+    def decode(feed: Callable, *, fallback: str = "", is_strict: bool = False) -> Decoded:
+        with open_video(source) as container:
+            prepare(container, is_strict=is_strict, max_pixels=max(MAX_PIXELS, size[0] * size[1]))
+            return _collect(feed(container, positions), positions, size, region, reduce)._replace(fallback=fallback)
+
     try:
-        return _decode(source, positions, size, cut, _Selected)
+        return decode(
+            lambda container, positions: _Selected(video_stream(container).codec_context, container, positions)
+        )
     except MissingPictureError as error:
         # FFmpeg puts something in its place, and only says so when it is told to be strict.
-        return _decode(source, positions, size, cut, _Everything, fallback=str(error), is_strict=True)
+        return decode(_Everything, fallback=str(error), is_strict=True)
     except UncertainError as error:
-        return _decode(source, positions, size, cut, _Everything, fallback=str(error))
+        return decode(_Everything, fallback=str(error))
 
 
-def _decode(source, positions, size, cut, feed, *, fallback: str = "", is_strict: bool = False) -> Decoded:
-    region, reduce = cut
+def decode_indexed(
+    video: IndexedVideo,
+    positions: np.ndarray,
+    *,
+    size: tuple[int, int],
+    region: tuple[slice, slice] = (slice(None), slice(None)),
+    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Decoded:
+    """`decode_frames`, without a demuxer. Raises also `UncertainError`: `decode_frames` may know better."""
+    context = video.stream.context()
+    set_up(context, max_pixels=max(MAX_PIXELS, size[0] * size[1]))
+    return _collect(_Selected(context, video, positions), positions, size, region, reduce)
+
+
+def _collect(fed: Any, positions: np.ndarray, size: tuple[int, int], region: Any, reduce: Callable | None) -> Decoded:
+    """The frames at `positions`, of those that are fed."""
     wanted = {int(position): index for index, position in enumerate(positions)}
     frames, found = None, 0
-    with open_video(source) as container:
-        prepare(container, is_strict=is_strict, max_pixels=max(MAX_PIXELS, size[0] * size[1]))
-        fed = feed(container, positions)
-        for position, frame in _checked(fed):
-            index = wanted.get(position)
-            if index is not None:
-                if reason := size_mismatch((frame.height, frame.width), size):
-                    raise InputError(reason)
-                picture = _rgb(frame)[region]
-                picture = reduce(picture) if reduce else picture
-                if frames is None:
-                    frames = np.empty((len(positions), *picture.shape), np.uint8)
-                frames[index] = picture
-                found += 1
+    for position, frame in _checked(fed):
+        index = wanted.get(position)
+        if index is not None:
+            if reason := size_mismatch((frame.height, frame.width), size):
+                raise InputError(reason)
+            picture = _rgb(frame)[region]
+            picture = reduce(picture) if reduce else picture
+            if frames is None:
+                frames = np.empty((len(positions), *picture.shape), np.uint8)
+            frames[index] = picture
+            found += 1
     if found < len(positions):
         raise UncertainError("a picture does not come out of its packets")
-    return Decoded(frames, fed.packets_read, fed.packets_kept, fallback)
+    return Decoded(frames, fed.packets_read, fed.packets_kept, "")
 
 
 def decode_all(video: str | os.PathLike | Source, *, frames: int, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
@@ -145,7 +164,11 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 def prepare(container: av.container.InputContainer, *, is_strict: bool = False, max_pixels: int = MAX_PIXELS) -> None:
     """Sets the decoder of its video up: one thread, as with several damage shows here or there by chance. Raises
     `InputError` for frames of more than `max_pixels`."""
-    context = video_stream(container).codec_context
+    set_up(video_stream(container).codec_context, is_strict=is_strict, max_pixels=max_pixels)
+
+
+def set_up(context: av.VideoCodecContext, *, is_strict: bool = False, max_pixels: int = MAX_PIXELS) -> None:
+    """`prepare` for the decoder itself."""
     check_pixels((context.height, context.width), max_pixels)
     context.thread_count = 1
     options = {"max_pixels": str(max_pixels)}  # what the frames say, too
@@ -201,27 +224,30 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 class _Selected:
     """(position, frame) from the packets that `positions` need, in the order in which they come out."""
 
-    def __init__(self, container: av.container.InputContainer, positions: np.ndarray):
-        self._container, self._positions = container, positions
+    def __init__(
+        self, context: av.VideoCodecContext, video: av.container.InputContainer | IndexedVideo, positions: np.ndarray
+    ):
+        self._context, self._video, self._positions = context, video, positions
         self.packets_read = self.packets_kept = 0
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        context = video_stream(self._container).codec_context
-        reader = PacketReader(self._container)
+        context = self._context
+        reader = self._video if isinstance(self._video, IndexedVideo) else PacketReader(self._video)
         selection = reader.select(self._positions)
-        self.packets_read, self.packets_kept = len(reader.packets), sum(map(len, selection.runs))
+        self.packets_read, self.packets_kept = reader.packets_read, sum(map(len, selection.runs))
         positions = {number: position for position, number in enumerate(selection.shown)}
         context.copy_opaque = True  # a frame comes out with the number of its packet
         for run, numbers in enumerate(selection.runs):
             if run:
                 context.flush_buffers()
-            for number in numbers:
-                packet = reader.packets[number]
-                packet.opaque = number
+            for number in [*numbers, None]:
+                packet = None
+                if number is not None:
+                    packet = reader.packet(number)
+                    packet.opaque = number
                 for frame in context.decode(packet):
-                    yield positions.get(frame.opaque, -1), frame
-            for frame in context.decode(None):
-                yield positions.get(frame.opaque, -1), frame
+                    if frame.opaque in positions or not reader.flags[frame.opaque] & Flag.IS_DISCARDED:
+                        yield positions.get(frame.opaque, -1), frame
 
 
 class _Everything:

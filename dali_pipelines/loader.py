@@ -277,6 +277,7 @@ class ClipLoader:
             {
                 "table": self._table.name,
                 "root": absolute(manifest.root),
+                "index": None if manifest.index is None else os.path.abspath(manifest.index),
                 "cache": self._cache,
                 "view": self._view,
                 "order": self._order,

@@ -34,6 +34,7 @@ import numpy as np
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video, unfinished
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_packets, prepare
+from dali_pipelines.packet_index import Recorder, Stream, hash_of, index_path, no_entry, write_index
 from dali_pipelines.packets import PacketReader, UncertainError, demux, video_stream
 from dali_pipelines.text import cell_text, csv_writer, decode
 
@@ -90,6 +91,11 @@ def source_of(video: Video, root: str | os.PathLike) -> Source:
     return Source(join(root, video.path))
 
 
+def key_of(video: Video) -> int:
+    """Of a row in the packet index: of where it says that the video is."""
+    return hash_of(video.path, video.shard, video.offset)
+
+
 def coded_size(video: Video) -> tuple[int, int]:
     """(height, width) of the pictures as coded, before they are turned to be shown."""
     return (video.height, video.width) if video.rotation in (0, 180) else (video.width, video.height)
@@ -123,7 +129,8 @@ class Manifest:
 
     `root` is the folder, or the URL, that paths are relative to; `classes` the names of the classes, () where unknown;
     `listed` and `rejected` count the videos that the manifest was made from and those left out as unreadable; `made_by`
-    is the command that made it.
+    is the command that made it. `index` is the file of its packet index, None where there is none; `entries` are those
+    that `write` makes one of, by `key_of` their rows.
     """
 
     def __init__(
@@ -141,6 +148,8 @@ class Manifest:
         self.classes = tuple(classes)
         self.rejected = rejected
         self.made_by = made_by
+        self.index: Path | None = None
+        self.entries: dict[int, bytes] = {}
 
     def _fill(self, paths: list[bytes], columns: Sequence[Sequence]) -> None:
         self._rows = np.zeros(len(paths), _ROW)
@@ -229,11 +238,19 @@ class Manifest:
             made_by=header.get("made by", ""),
         )
         manifest._fill(*_read_columns(path, body, first_line))
+        index = index_path(path)
+        manifest.index = index if index.is_file() else None
         return manifest
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes the file beside its place and renames it, so that a kill leaves the old one or the new one."""
+        """Writes the file beside its place and renames it, so that a kill leaves the old one or the new one; before it,
+        the packet index of its `entries`."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        index_path(path).unlink(missing_ok=True)
+        if self.entries:
+            write_index(index_path(path), self.entries)
+            self.index = index_path(path)
         root = self.root
         if not is_url(root):
             root, home = root.resolve(), path.parent.resolve()
@@ -250,7 +267,6 @@ class Manifest:
         writer = csv_writer(out)
         writer.writerow(columns)
         writer.writerows(written(self[index]) for index in range(len(self)))
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = unfinished(path)
         try:
             part.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
@@ -417,17 +433,25 @@ def probe(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) ->
     Raises `InputError` with a reason that a person understands if the file is no video that can be read, or its frames
     have more than `max_pixels`.
     """
+    return probe_packets(video, max_pixels=max_pixels)[0]
+
+
+def probe_packets(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) -> tuple[Video, bytes]:
+    """`probe`, and the entry of the video for the packet index."""
     source = fetch(video)
     try:
         with open_video(source) as container:
             stream = video_stream(container)
             codec = stream.codec_context.codec.canonical_name
             average_rate, guessed_rate, tick = stream.average_rate, stream.guessed_rate, stream.time_base
-            prepare(container, max_pixels=max_pixels)
-            first = next(decode_packets(demux(container)), None)
+            structure = _read_structure(container, source, max_pixels)
+        first = structure.first
+        if first is None:
+            with open_video(source) as container:
+                prepare(container, max_pixels=max_pixels)
+                first = next(decode_packets(demux(container)), None)
         if first is None:
             raise InputError("no frame comes out of its video stream")
-        structure = _read_structure(source, max_pixels)
         frames = len(structure.shown)
         if not frames or codec not in _PACKET_IS_PICTURE:
             with open_video(source) as container:
@@ -441,7 +465,7 @@ def probe(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) ->
         raise InputError("no frame rate in it")
     rotation, mirrored = _orientation(first)
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
-    return Video(
+    found = Video(
         path=as_source(video).path,
         label=0,
         frames=frames,
@@ -455,6 +479,7 @@ def probe(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) ->
         gop=structure.gop or frames,
         mirrored=mirrored,
     )
+    return found, structure.entry
 
 
 class _Structure(NamedTuple):
@@ -466,26 +491,42 @@ class _Structure(NamedTuple):
     """Frames of the longest group; 0 where the headers do not tell."""
     times: list[tuple[int | None, int | None]]
     """(pts, dts) of the packets of frames, in the order of the file."""
+    first: av.VideoFrame | None
+    """The first frame, if it has been decoded."""
+    entry: bytes
+    """For the packet index."""
 
 
-def _read_structure(source: Source, max_pixels: int) -> _Structure:
+def _read_structure(container: av.container.InputContainer, source: Source, max_pixels: int) -> _Structure:
+    prepare(container, max_pixels=max_pixels)
+    context = video_stream(container).codec_context
+    stream, first = Stream.of(context), None
     try:
-        with open_video(source) as container:
-            reader = PacketReader(container)
+        with Recorder(source) as recorder:
+            reader = PacketReader(container, recorder)
             shown = reader.shown()
-            if video_stream(container).codec_context.codec.intra_only:
-                prepare(container, max_pixels=max_pixels)
+            if reader.packets and reader.packets[0] is not None:
+                first = next(_decode(reader.packets, context), None)
+            if context.codec.intra_only:
+                context.flush_buffers()
                 shown = _without_broken_end(reader, shown)
-    except UncertainError:
-        with open_video(source) as container:
-            packets = demux(container)
+            entry = recorder.entry(reader, stream)
+    except UncertainError as error:
+        with open_video(source) as again:
+            packets = demux(again)
             times = [(packet.pts, packet.dts) for packet in packets if packet.size and not packet.is_discard]
-        return _Structure([], 0, times)
+        return _Structure([], 0, times, None, no_entry(str(error)))
     before = np.cumsum([0] + [picture.is_shown for picture in reader.pictures])
     starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
     gop = max(np.diff(before[[*starts, len(reader.pictures)]])).item()
     times = [time for time, picture in zip(reader.times, reader.pictures, strict=True) if picture.is_shown]
-    return _Structure(shown, gop, times)
+    return _Structure(shown, gop, times, first, entry)
+
+
+def _decode(packets: Iterable[av.Packet], context: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
+    """All frames of the packets."""
+    yield from decode_packets(packets)
+    yield from context.decode(None)
 
 
 def _without_broken_end(reader: PacketReader, shown: list[int]) -> list[int]:

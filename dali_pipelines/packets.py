@@ -19,8 +19,9 @@ Sources: ITU-T H.264 7.3, 8.2.1; H.265 7.3, 8.3.1; ISO/IEC 14496-2 6.2; RFC 6386
 """
 
 import abc
+import enum
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,6 +61,20 @@ class Picture(NamedTuple):
     """Pictures that others refer to are missing before it."""
 
 
+class Flag(enum.IntFlag):
+    """What of a `Picture` and its packet decides which packets are fed."""
+
+    STARTS_GROUP = 1
+    IS_CLEAN = 2
+    IS_LEADING = 4
+    IS_DISPOSABLE = 8
+    IS_SHOWN = 16
+    IS_DISCARDED = 32
+    """It is decoded, but an edit list cuts it out."""
+    IS_KEYFRAME = 64
+    """To the container."""
+
+
 class Selection(NamedTuple):
     """The packets to feed."""
 
@@ -69,6 +84,36 @@ class Selection(NamedTuple):
     """Number of the packet that holds picture 0, 1, 2, ... of the video, as far as it has been read."""
 
 
+def choose_runs(flags: Sequence[int], starts: Sequence[int], wanted: set[int], *, in_one_go: bool) -> list[list[int]]:
+    """`Selection.runs` for the pictures in the packets `wanted`, by the `Flag`s of all packets and the numbers of those
+    that start a group. `in_one_go`: see `PacketReader.select`."""
+    runs: list[list[int]] = []
+    is_continued = False  # the group that follows needs all of this one
+    for first, end in reversed(list(zip(starts, [*starts[1:], len(flags)]))):
+        here = wanted.intersection(range(first, end))
+        if not here and not is_continued:
+            continue
+        continues = any(flags[number] & _LEADING for number in here)
+        continues |= in_one_go and not flags[first] & _CLEAN
+        last = end - 1 if is_continued else max(here)
+        unneeded = _DISPOSABLE if continues else _DISPOSABLE | _LEADING
+        run = [
+            number
+            for number, flag in enumerate(flags[first : last + 1], start=first)
+            if not flag & unneeded or number in wanted
+        ]
+        if is_continued:
+            runs[-1] = run + runs[-1]
+        else:
+            runs.append(run)
+        is_continued = continues
+    return runs[::-1]
+
+
+# As plain numbers, which are much faster.
+_STARTS, _CLEAN, _LEADING, _DISPOSABLE, _SHOWN, _DISCARDED, _KEYFRAME = (flag.value for flag in Flag)
+
+
 class PacketReader:
     """Reads the packets of a video up to the one that settles which are needed for some pictures.
 
@@ -76,14 +121,17 @@ class PacketReader:
         selection = reader.select(positions)
         reader.packets[selection.runs[0][0]]     # feed this first
 
-    `packets` are those with data that have been read, `pictures` what their headers say, `times` their (pts, dts), in
-    the stream's unit. Packets that nobody will ask for may be None: a long video need not fit into memory.
+    `packets` are those with data that have been read, `pictures` what their headers say, `flags` the `Flag`s of each,
+    `times` their (pts, dts), in the stream's unit. Packets that nobody will ask for may be None: a long video need not
+    fit into memory. `note` is called with every packet with data.
     """
 
-    def __init__(self, container: av.container.InputContainer):
+    def __init__(self, container: av.container.InputContainer, note: Callable[[av.Packet], None] | None = None):
         stream = video_stream(container)
         self.packets: list[av.Packet | None] = []
         self.pictures: list[Picture] = []
+        self.flags = bytearray()
+        self._note = note
         self.times: list[tuple[int | None, int | None]] = []
         self._begins_within = False  # a group
         self._entry: tuple[int, int] | None = None  # order of the picture at which the stream goes on after a gap
@@ -94,13 +142,8 @@ class PacketReader:
         self._let_go = 0  # groups that `_forget` has looked at
         self._packets = demux(container)
         self._held_back = stream.codec_context.reorder_depth  # pictures, says the stream
-        codec = stream.codec_context.codec.canonical_name
-        if codec not in _CODECS:
-            raise UncertainError(f"no rules for {codec}")
-        try:
-            self._codec = _CODECS[codec](bytes(stream.codec_context.extradata or b""))
-        except IndexError:
-            raise UncertainError("a header is cut off") from None
+        context = stream.codec_context
+        self._codec = codec_headers(context.codec.canonical_name, bytes(context.extradata or b""))
 
     def select(self, positions: np.ndarray, *, in_one_go: bool = False) -> Selection:
         """The packets for pictures number `positions` (ascending).
@@ -112,20 +155,23 @@ class PacketReader:
         if positions[-1] >= len(shown):
             raise UncertainError("it has fewer pictures than are wanted")
         wanted = {shown[position] for position in positions.tolist()}
-        runs = self._runs(wanted, in_one_go)
+        starts = [number for number, flag in enumerate(self.flags) if flag & _STARTS]
+        runs = choose_runs(self.flags, starts, wanted, in_one_go=in_one_go)
         if any(self.packets[number] is None for run in runs for number in run):
             raise UncertainError("it is long, and its groups of pictures need each other")
         return Selection(runs, shown)
 
     @property
-    def length_size(self) -> int:
-        """Bytes of the length before each NAL unit of a packet; 0 for start codes, and other codecs."""
-        return getattr(self._codec, "length_size", 0)
+    def packets_read(self) -> int:
+        return len(self.packets)
 
-    @property
-    def parameter_sets(self) -> list[bytes]:
-        """H.264 and HEVC: the NAL units of SPS and PPS. MPEG-4: the video object layer. Other codecs have none."""
-        return self._codec.parameter_sets
+    def packet(self, number: int) -> av.Packet:
+        """One of those that `select` has chosen."""
+        return self.packets[number]
+
+    def order(self, numbers: Sequence[int]) -> list[int]:
+        """The same packets in the order in which their pictures are shown."""
+        return sorted(numbers, key=lambda number: self.pictures[number].order)
 
     def shown(self) -> list[int]:
         """`Selection.shown` for the whole video. Raises `UncertainError`."""
@@ -176,6 +222,17 @@ class PacketReader:
             is_of_use = bool(self._groups) and not self._begins_within
             self.packets.append(packet if is_of_use else None)
             self.pictures.append(picture)
+            self.flags.append(
+                _STARTS * picture.starts_group
+                | _CLEAN * picture.is_clean
+                | _LEADING * picture.is_leading
+                | _DISPOSABLE * picture.is_disposable
+                | _SHOWN * picture.is_shown
+                | _DISCARDED * packet.is_discard
+                | _KEYFRAME * packet.is_keyframe
+            )
+            if self._note:
+                self._note(packet)
             self.times.append((packet.pts, packet.dts))
             self._held_bytes += packet.size * is_of_use
             shown += picture.is_shown
@@ -206,29 +263,6 @@ class PacketReader:
             if low == high:
                 self._held_bytes -= sum(packet.size for packet in self.packets[first:end])
                 self.packets[first:end] = [None] * (end - first)
-
-    def _runs(self, wanted: set[int], in_one_go: bool) -> list[list[int]]:
-        starts = [number for number, picture in enumerate(self.pictures) if picture.starts_group]
-        runs: list[list[int]] = []
-        is_continued = False  # the group that follows needs all of this one
-        for first, end in reversed(list(zip(starts, [*starts[1:], len(self.pictures)]))):
-            here = wanted.intersection(range(first, end))
-            if not here and not is_continued:
-                continue
-            continues = any(self.pictures[number].is_leading for number in here)
-            continues |= in_one_go and not self.pictures[first].is_clean
-            last = end - 1 if is_continued else max(here)
-            run = [
-                number
-                for number, picture in enumerate(self.pictures[first : last + 1], start=first)
-                if number in wanted or not (picture.is_disposable or (picture.is_leading and not continues))
-            ]
-            if is_continued:
-                runs[-1] = run + runs[-1]
-            else:
-                runs.append(run)
-            is_continued = continues
-        return runs[::-1]
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
@@ -265,7 +299,7 @@ class Remuxed(NamedTuple):
     reorder_delay: int
     """Frames that a decoder has to hold back to put these packets out in order."""
     parameter_sets: list[bytes]
-    """See `PacketReader.parameter_sets`."""
+    """H.264 and HEVC: the NAL units of SPS and PPS. MPEG-4: the video object layer. Other codecs have none."""
 
 
 REMUXED_FPS = 8
@@ -287,43 +321,53 @@ def remux(
 ) -> Remuxed:
     """The packets for `positions` as a file of their own in memory: MP4, or Matroska where MP4 does not fit.
 
-    `rewrite` is called with the codec and `PacketReader.parameter_sets`.
+    `rewrite` is called with the codec and `Remuxed.parameter_sets`.
 
     Its frames are numbered anew from 0 and evenly spaced, whatever the timestamps were, and are not turned. Only the
     first is marked as a keyframe, so that no decoder seeks: after a seek to an I-VOP, MPEG-4's B-VOPs are lost. Raises
     `UncertainError`.
     """
-    reader = PacketReader(container)
+    stream = video_stream(container)
+    return remux_packets(PacketReader(container), stream, stream.codec_context, positions, rewrite)
+
+
+def remux_packets(
+    reader: Any,
+    template: av.video.stream.VideoStream,
+    context: av.VideoCodecContext,
+    positions: np.ndarray,
+    rewrite: Callable[[str, list[bytes]], Rewrite | None] | None = None,
+) -> Remuxed:
+    """`remux` for a `PacketReader`, or what selects packets as it does, and a stream with the codec's header in it,
+    which is `context`'s."""
     selection = reader.select(positions, in_one_go=True)
     numbers = [number for run in selection.runs for number in run]
-    if any(not reader.pictures[n].is_shown and not reader.packets[n].is_discard for n in numbers):
+    if any(not reader.flags[number] & (_SHOWN | _DISCARDED) for number in numbers):
         raise UncertainError("some of its pictures are not shown")
-    in_order = sorted(numbers, key=lambda number: reader.pictures[number].order)
-    ranks = {number: rank for rank, number in enumerate(in_order)}
+    ranks = {number: rank for rank, number in enumerate(reader.order(numbers))}
     delay = max(place - ranks[number] for place, number in enumerate(numbers))
-    source = video_stream(container)
-    context = source.codec_context
-    codec = context.codec.canonical_name
+    codec, header = context.codec.canonical_name, bytes(context.extradata or b"")
+    headers = codec_headers(codec, header)
     in_matroska = codec in ("vp8", "vp9", "mjpeg")
-    rewritten = rewrite(codec, reader.parameter_sets) if rewrite else None
+    rewritten = rewrite(codec, headers.parameter_sets) if rewrite else None
     sets = rewritten.sets if rewritten else {}
     size = rewritten.size if rewritten else (context.height, context.width)
     file = io.BytesIO()
     # Without an edit list, which would say where the first picture is, the demuxer need not understand one.
     options = {} if in_matroska else {"movflags": "+negative_cts_offsets", "use_editlist": "0"}
     with av.open(file, "w", format="matroska" if in_matroska else "mp4", options=options) as out:
-        stream = out.add_stream_from_template(source, opaque=True)
+        stream = out.add_stream_from_template(template, opaque=True)
         stream.time_base = tick = Fraction(1, REMUXED_FPS)
         stream.set_display_rotation(0)
         if sets:
-            stream.codec_context.extradata = _replaced(bytes(context.extradata), sets, in_header=True)
+            stream.codec_context.extradata = _replaced(header, sets, in_header=True)
             stream.height, stream.width = size
         for place, number in enumerate(numbers):
-            packet = reader.packets[number]
+            packet = reader.packet(number)
             if sets and any(old in memoryview(packet).tobytes() for old in sets):
-                packet = av.Packet(_replaced(bytes(packet), sets, length_size=reader.length_size))
+                packet = av.Packet(_replaced(bytes(packet), sets, length_size=getattr(headers, "length_size", 0)))
             if codec == "mpeg4" and place == 0:
-                packet = _with_layer(packet, bytes(context.extradata or b""))
+                packet = _with_layer(packet, header)
             packet.stream, packet.time_base, packet.duration = stream, tick, 1
             packet.pts, packet.dts = ranks[number], place - delay
             packet.is_keyframe = place == 0
@@ -333,10 +377,10 @@ def remux(
         np.frombuffer(file.getbuffer(), np.uint8),
         size,
         np.array(wanted),
-        len(reader.packets),
+        reader.packets_read,
         len(numbers),
         delay,
-        reader.parameter_sets,
+        headers.parameter_sets,
     )
 
 
@@ -1098,3 +1142,13 @@ _CODECS = {
     "vp8": _Vp8,
     "vp9": _Vp9,
 }
+
+
+def codec_headers(codec: str, extradata: bytes) -> Any:
+    """What reads the headers of a stream's packets. Raises `UncertainError` where there are no rules for its codec."""
+    if codec not in _CODECS:
+        raise UncertainError(f"no rules for {codec}")
+    try:
+        return _CODECS[codec](extradata)
+    except IndexError:
+        raise UncertainError("a header is cut off") from None

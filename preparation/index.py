@@ -1,5 +1,6 @@
 """Looks at every video of a list or a folder and makes a manifest of those that can be read."""
 
+import base64
 import difflib
 import os
 import re
@@ -15,7 +16,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
 from dali_pipelines.folders import is_video_name, leads_back, videos_below
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
-from dali_pipelines.manifest import Manifest, Video, coded_size, probe
+from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe_packets
 from dali_pipelines.text import csv_writer, decode, split_lines
 from preparation.work import Crew, Failed, run
 
@@ -176,9 +177,8 @@ def index(
     place = absolute(root)  # workers elsewhere have another working folder
 
     def look_at(paths: Sequence[str]) -> list[Any]:
-        return run(
-            "index.look", [(join(place, path), decode, None, max_pixels) for path in paths], journal=journal, crew=crew
-        )
+        tasks = [(join(place, path), decode, None, max_pixels) for path in paths]
+        return run("index.examine", tasks, journal=journal, crew=crew)
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:
@@ -194,24 +194,39 @@ def index(
         for row, path, result in zip(rows, others, look_at(others), strict=True):
             if not isinstance(result, Failed):
                 paths[row], found[row] = path, result
-    good, rejected = [], []
+    good, entries, rejected = [], {}, []
     for path, (_, label), result in zip(paths, listed, found, strict=True):
         if isinstance(result, Failed):
             rejected.append(Rejected(path, label, result))
         else:
-            good.append(Video(*result)._replace(path=path, label=label))
-    return Manifest(good, root=root, classes=classes, rejected=len(rejected)), rejected
+            video, entry = result
+            good.append(Video(*video)._replace(path=path, label=label))
+            entries[key_of(good[-1])] = base64.b64decode(entry)
+    manifest = Manifest(good, root=root, classes=classes, rejected=len(rejected))
+    manifest.entries = entries
+    return manifest, rejected
 
 
 def look(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Video:
     """What there is to know of the file at `path`; with `decode`, all of it is decoded. `cache`: see `files.fetch`.
     Raises `InputError`."""
+    return examine(path, decode, cache, max_pixels).video
+
+
+class Examined(NamedTuple):
+    video: Video
+    entry: str
+    """For the packet index, in base64."""
+
+
+def examine(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Examined:
+    """`look`, and the video's entry in the packet index."""
     source = fetch(path, cache)
-    video = probe(source, max_pixels=max_pixels)
+    video, entry = probe_packets(source, max_pixels=max_pixels)
     if decode:
         for _ in decode_all(source, frames=video.frames, size=coded_size(video)):
             pass
-    return video
+    return Examined(video, base64.b64encode(entry).decode())
 
 
 def split(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:

@@ -612,6 +612,7 @@ def test_workers_give_what_hardware_does_not_take_to_the_host(some, tmp_path):
     source = ClipSource(
         table=str(tmp_path),
         root="",
+        index=None,
         cache=None,
         view=loader(manifest)._view,
         order=Order(rows=4, training=False, seed=0, step_entries=1, rank=0, world_size=1),

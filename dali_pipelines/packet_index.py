@@ -1,0 +1,376 @@
+"""The packet index of a manifest: where the packets of its videos are, and what their headers say.
+
+`prepare.py` reads every packet of a video anyway. What `PacketReader` finds is kept in one file beside the manifest:
+`train.packets` beside `train.csv`. A clip then needs no demuxer and no headers: `IndexedVideo` reads the bytes of the
+packets that the wanted frames need, and nothing else, from a disk or from a server.
+
+The file is in the safetensors format. Workers map it, so it takes no memory of theirs:
+
+    keys      uint64 [N], ascending: a hash of the shard, the path and the offset of a video, as in the manifest
+    ends      uint64 [N]: where its entry ends in `entries`
+    entries   uint8 [bytes]: one after the other, each compressed by zlib, whose checksum finds damage
+
+An entry holds what a container tells a decoder (`Stream`), and `_COLUMNS` of numbers, one a packet. None is trusted:
+the head of the file (on a disk) and every packet that is read must have the checksums of the day of the index.
+Otherwise `StaleIndexError` sends the caller back to the demuxer.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import safetensors.numpy
+
+from dali_pipelines.errors import InputError
+from dali_pipelines.files import Source, is_url, read_ranges, size_of, unfinished
+from dali_pipelines.packets import Flag, PacketReader, Selection, UncertainError, choose_runs
+
+SUFFIX = ".packets"
+_FORMAT = "dali-timesformer packets 1"
+_HEAD = 4096
+"""Bytes at the start of a file whose checksum tells whether it is the same."""
+_BEFORE = 64
+"""Bytes that a container may have between the place that FFmpeg gives for a packet and its data: MP4 0, AVI 8, FLV 16,
+Matroska a few."""
+_MOST_BYTES = 1 << 28
+"""Of an entry, once it is unpacked: 14 million packets. Of the header of the file, a hundredth."""
+_IGNORED_SIDE_DATA = frozenset({"mpegts_stream_id"})
+"""Of packets: no decoder looks at it. A video whose packets have other side data is not indexed."""
+_COLUMNS = {"gap": np.int64, "size": np.int32, "order": np.int32, "flags": np.uint8, "check": np.uint16}
+"""Of each packet: bytes between the end of the one before and its data; bytes; by how many places its frame is shown
+later than it is decoded; see `Flag`; the low bits of its CRC-32."""
+
+
+class StaleIndexError(UncertainError):
+    """The index does not tell where the packets of a video are, or no longer does; the message is the reason."""
+
+
+class Stream(NamedTuple):
+    """What a container tells a decoder, in FFmpeg's terms."""
+
+    decoder: str
+    extradata: str
+    """Latin-1: a character a byte."""
+    codec_tag: str
+    width: int
+    height: int
+    pix_fmt: str | None
+    reorder_depth: int
+    field_order: int
+    bits_per_coded_sample: int
+    color_range: int
+    colorspace: int
+    color_primaries: int
+    color_trc: int
+
+    @classmethod
+    def of(cls, context: av.VideoCodecContext) -> "Stream":
+        settings = {name: getattr(context, name) for name in _SETTINGS}
+        settings |= {name: int(value) for name, value in settings.items() if not isinstance(value, (str, type(None)))}
+        return cls(context.codec.name, bytes(context.extradata or b"").decode("latin-1"), **settings)
+
+    def context(self) -> av.VideoCodecContext:
+        """A decoder, not opened yet, that is told the same."""
+        context = av.CodecContext.create(self.decoder, "r")
+        for name in _SETTINGS:
+            if (value := getattr(self, name)) is not None:
+                setattr(context, name, value)
+        if self.extradata:
+            context.extradata = self.extradata.encode("latin-1")
+        return context
+
+
+_SETTINGS = Stream._fields[2:]
+
+
+@functools.lru_cache(maxsize=64)
+def open_header(stream: Stream) -> av.container.InputContainer:
+    """A Matroska file without packets, whose only stream is `stream`: a muxer needs one to copy from. Raises
+    `StaleIndexError`."""
+
+    def element(name: str, *content: bytes) -> bytes:
+        data = b"".join(content)
+        return bytes.fromhex(name) + (1 << 56 | len(data)).to_bytes(8) + data
+
+    def number(name: str, value: int) -> bytes:
+        return element(name, value.to_bytes(8))
+
+    codec = av.Codec(stream.decoder, "r").canonical_name
+    # RFC 9559; the names of the elements are those of its section 5.
+    video = element("E0", number("B0", stream.width), number("BA", stream.height))
+    private = element("63A2", stream.extradata.encode("latin-1")) if stream.extradata else b""
+    track = element(
+        "AE", number("D7", 1), number("73C5", 1), number("83", 1), element("86", _MATROSKA[codec]), private, video
+    )
+    file = element("1A45DFA3", element("4282", b"matroska"), number("4287", 4), number("4285", 2))
+    info, cluster = element("1549A966", number("2AD7B1", 10**6)), element("1F43B675", number("E7", 0))
+    file += element("18538067", info, element("1654AE6B", track), cluster)
+    try:
+        return av.open(io.BytesIO(file), format="matroska")
+    except av.error.FFmpegError as error:
+        raise StaleIndexError(error.strerror.lower()) from None
+
+
+_MATROSKA = {
+    "av1": b"V_AV1",
+    "h264": b"V_MPEG4/ISO/AVC",
+    "hevc": b"V_MPEGH/ISO/HEVC",
+    "mjpeg": b"V_MJPEG",
+    "mpeg4": b"V_MPEG4/ISO/ASP",
+    "vp8": b"V_VP8",
+    "vp9": b"V_VP9",
+}
+
+
+class Recorder:
+    """Makes the entry of a video while its packets are read: it is the `note` of a `PacketReader`.
+
+    with Recorder(source) as recorder:
+        reader = PacketReader(container, recorder)
+        reader.shown()
+        entry = recorder.entry(reader, context)
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._file = None if source.data is not None else os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._rows: list[tuple[int, int, int]] = []  # offset, bytes, CRC-32
+        self._before = 0
+        self._refusal = ""
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+    def __call__(self, packet: av.Packet) -> None:
+        if self._refusal:
+            return
+        data = bytes(packet)
+        offset = self._find(packet.pos, data)
+        if offset is None:
+            self._refusal = "its packets do not lie in one piece"
+        elif any(side.data_type not in _IGNORED_SIDE_DATA for side in packet.iter_sidedata()):
+            self._refusal = "its packets have side data"
+        else:
+            self._rows.append((offset, len(data), zlib.crc32(data)))
+
+    def _find(self, place: int | None, data: bytes) -> int | None:
+        """Where in the video the packet's bytes are: a few after `place`, which FFmpeg gives."""
+        if place is None or place < 0:
+            return None
+        if self._read(place + self._before, len(data)) != data:  # mostly as the one before
+            self._before = self._read(place, _BEFORE + len(data)).find(data)
+            if self._before < 0:
+                return None
+        return place + self._before
+
+    def _read(self, first: int, count: int) -> bytes:
+        if self._source.size is not None:
+            count = min(count, self._source.size - first)
+        if self._file is None:
+            return self._source.data[first : first + count]
+        return os.pread(self._file, max(count, 0), self._source.offset + first)
+
+    def entry(self, reader: PacketReader, stream: Stream) -> bytes:
+        """The entry of the video, all of which `reader` has read without an error."""
+        if self._refusal:
+            return no_entry(self._refusal)
+        offsets, sizes, checks = np.array(self._rows, np.int64).reshape(-1, 3).T
+        count = len(offsets)
+        order = np.empty(count, np.int64)
+        order[reader.order(range(count))] = np.arange(count)
+        columns = {
+            "gap": np.diff(offsets, prepend=0) - np.append(0, sizes[:-1]),
+            "size": sizes,
+            "order": order - np.arange(count),
+            "flags": np.frombuffer(reader.flags, np.uint8),
+            "check": checks & 0xFFFF,
+        }
+        head = self._read(0, _HEAD)
+        header = {"stream": stream, "size": size_of(self._source), "head": [len(head), zlib.crc32(head)]}
+        # Bytes of the same worth together are alike, and take a fourth of the room.
+        planes = (columns[name].astype(kind).view(np.uint8).reshape(count, -1).T for name, kind in _COLUMNS.items())
+        return _pack(header, b"".join(plane.tobytes() for plane in planes))
+
+
+def no_entry(reason: str) -> bytes:
+    """The entry of a video that cannot be indexed."""
+    return _pack({"none": reason})
+
+
+def _pack(header: Mapping[str, Any], data: bytes = b"") -> bytes:
+    return zlib.compress(json.dumps(header).encode() + b"\n" + data)
+
+
+class IndexedVideo:
+    """The packets of a video by its entry: what a `PacketReader` is for one that is read through.
+
+    Raises `StaleIndexError` if the entry has no packets, or is damaged.
+    """
+
+    def __init__(self, source: Source, entry: bytes | np.ndarray):
+        self._source = source
+        self._data: dict[int, bytes] = {}  # number of a packet -> its bytes
+        self.bytes_read = 0
+        try:
+            unpacker = zlib.decompressobj()
+            header, _, data = unpacker.decompress(entry, _MOST_BYTES).partition(b"\n")
+            header = json.loads(header)
+            if not unpacker.eof:
+                raise ValueError("cut off")
+            if "none" in header:
+                raise StaleIndexError(str(header["none"]))
+            self.stream = Stream(*header["stream"])
+            self._size = int(header["size"])
+            self._head, self._head_check = map(int, header["head"])
+            self._read_columns(data)
+        except (ValueError, TypeError, KeyError, zlib.error):
+            raise StaleIndexError("the entry of this video is damaged") from None
+
+    def _read_columns(self, data: bytes) -> None:
+        widths = {name: np.dtype(kind).itemsize for name, kind in _COLUMNS.items()}
+        count, rest = divmod(len(data), sum(widths.values()))
+        if rest or not count:
+            raise ValueError("another number of bytes")
+        columns, place = {}, 0
+        for name, width in widths.items():
+            planes = np.frombuffer(data, np.uint8, width * count, place).reshape(width, count)
+            columns[name] = np.ascontiguousarray(planes.T).view(_COLUMNS[name]).ravel()
+            place += width * count
+        sizes = columns["size"].astype(np.int64)
+        self._ends = np.cumsum(columns["gap"] + sizes)
+        self._firsts = self._ends - sizes
+        order = columns["order"] + np.arange(count)
+        is_sound = (sizes > 0).all() and self._firsts.min() >= 0 and self._ends.max() <= self._size
+        if not is_sound or (np.sort(order) != np.arange(count)).any():
+            raise ValueError("numbers that cannot be")
+        self._order = order
+        self._checks = columns["check"]
+        self._flag_column = columns["flags"]
+        self.flags = columns["flags"].tobytes()
+
+    @property
+    def packets_read(self) -> int:
+        return len(self._data)
+
+    def select(self, positions: np.ndarray, *, in_one_go: bool = False) -> Selection:
+        """As `PacketReader.select`; reads the packets. Raises `UncertainError`, `StaleIndexError` and `InputError`."""
+        is_shown = self._flag_column & Flag.IS_SHOWN.value > 0
+        numbers = np.argsort(self._order)
+        shown = numbers[is_shown[numbers]].tolist()
+        if positions[-1] >= len(shown):
+            raise UncertainError("it has fewer pictures than are wanted")
+        wanted = {shown[position] for position in positions.tolist()}
+        starts = np.flatnonzero(self._flag_column & Flag.STARTS_GROUP.value).tolist()
+        runs = choose_runs(self.flags, starts, wanted, in_one_go=in_one_go)
+        self._read(sorted({number for run in runs for number in run}))
+        return Selection(runs, shown)
+
+    def _read(self, numbers: Sequence[int]) -> None:
+        places = sorted(zip(self._firsts[numbers].tolist(), self._ends[numbers].tolist(), numbers))
+        ranges = [place[:2] for place in places]
+        has_head = self._source.data is not None or not is_url(self._source.path)
+        if has_head:
+            if size_of(self._source) != self._size:
+                raise StaleIndexError("the file has another size than when it was indexed")
+            ranges.insert(0, (0, self._head))
+        try:
+            data, self.bytes_read = read_ranges(self._source, ranges)
+        except InputError as error:
+            raise StaleIndexError(str(error)) from None
+        if has_head and zlib.crc32(data.pop(0)) != self._head_check:
+            raise StaleIndexError("the file is another than when it was indexed")
+        for (_, _, number), some in zip(places, data, strict=True):
+            if zlib.crc32(some) & 0xFFFF != self._checks[number]:
+                raise StaleIndexError("the file has changed since it was indexed")
+            self._data[number] = some
+
+    def packet(self, number: int) -> av.Packet:
+        """One of those that `select` has chosen."""
+        data = self._data[number]
+        packet = av.Packet(len(data))  # with the padding that decoders read; a packet that is made of bytes has none
+        packet.update(data)
+        packet.is_keyframe = bool(self.flags[number] & Flag.IS_KEYFRAME.value)
+        return packet
+
+    def order(self, numbers: Sequence[int]) -> list[int]:
+        """The same packets in the order in which their pictures are shown."""
+        return sorted(numbers, key=self._order.__getitem__)
+
+
+def index_path(manifest: str | os.PathLike) -> Path:
+    """Where the index of a manifest file is."""
+    return Path(manifest).with_suffix(SUFFIX)
+
+
+def hash_of(path: str, shard: str, offset: int) -> int:
+    """The key of a video."""
+    name = f"{shard}\0{path}\0{offset}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+
+
+def write_index(path: str | os.PathLike, entries: Mapping[int, bytes]) -> None:
+    """Writes the entries, by `key_of` their videos: all of the file or nothing. Raises OSError."""
+    path = Path(path)
+    keys = sorted(entries)
+    tensors = {
+        "keys": np.array(keys, np.uint64),
+        "ends": np.cumsum([len(entries[key]) for key in keys], dtype=np.uint64),
+        "entries": np.frombuffer(b"".join(entries[key] for key in keys), np.uint8),
+    }
+    part = unfinished(path)
+    try:
+        part.write_bytes(safetensors.numpy.save(tensors, {"format": _FORMAT}))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class PacketIndex:
+    """An index file, mapped. Raises `StaleIndexError` for one that cannot be read."""
+
+    def __init__(self, path: str | os.PathLike):
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length if length < _MOST_BYTES // 100 else 0))
+            if header["__metadata__"]["format"] != _FORMAT:
+                raise ValueError("another format")
+            arrays = {}
+            for name, kind in (("keys", "uint64"), ("ends", "uint64"), ("entries", "uint8")):
+                first, end = header[name]["data_offsets"]
+                count = (end - first) // np.dtype(kind).itemsize
+                arrays[name] = np.memmap(path, kind, "r", 8 + length + first, (count,)) if count else np.empty(0, kind)
+        except FileNotFoundError:
+            raise StaleIndexError("there is none") from None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            raise StaleIndexError("the index is damaged, or of another version") from None
+        self._keys, self._ends, self._entries = arrays["keys"], arrays["ends"], arrays["entries"]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def entry(self, key: int) -> bytes:
+        """Raises `StaleIndexError` if there is none."""
+        place = int(np.searchsorted(self._keys, np.uint64(key)))
+        if place >= min(len(self._keys), len(self._ends)) or int(self._keys[place]) != key:
+            raise StaleIndexError("this video is not in the index")
+        first = int(self._ends[place - 1]) if place else 0
+        return self._entries[first : int(self._ends[place])].tobytes()
+
+
+@functools.lru_cache(maxsize=4)
+def open_index(path: str) -> PacketIndex:
+    """The same one for the same path. Raises `StaleIndexError`."""
+    return PacketIndex(path)
