@@ -4,7 +4,6 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import av
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
-from dali_pipelines.manifest import Video, probe, source_of
+from dali_pipelines.manifest import Manifest, Video, key_of, probe_packets, source_of
 from dali_pipelines.packets import video_stream
 from dali_pipelines.processes import end_with_parent
 from preparation.transcode import CODECS, Settings, copy_size
@@ -23,11 +22,11 @@ to a decoder. Every second copy is 12 pixels narrower, as most videos are no mul
 _NARROWER = 12
 
 
-def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int | None = None) -> list[Video]:
+def copy_videos(videos: Manifest, folder: Path, *, gop: int, sizes: int | None = None) -> Manifest:
     """H.264 in closed groups of `gop` frames, encoded as `prepare.py transcode` does, in all cores at once.
 
     sizes: how many frame sizes, each of one copy of one of the videos in turn; None: one copy of each video, its short
-    side at most 256 pixels. Raises `InputError`.
+    side at most 256 pixels. With the entries of a packet index. Raises `InputError`.
     """
     if sizes is None:
         tasks = [(video, copy_size(video, Settings.short_side)) for video in videos]
@@ -44,10 +43,13 @@ def copy_videos(videos: Sequence[Video], folder: Path, *, gop: int, sizes: int |
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(cores, context, initializer=end_with_parent) as pool:
-        return list(pool.map(_copy, tasks))
+        copies = list(pool.map(_copy, tasks))
+    made = Manifest([video for video, _ in copies])
+    made.entries = {key_of(video): entry for video, entry in copies}
+    return made
 
 
-def _copy(task: tuple[Video, tuple[int, int], str, int]) -> Video:
+def _copy(task: tuple[Video, tuple[int, int], str, int]) -> tuple[Video, bytes]:
     video, (height, width), path, gop = task
     codec, fps = CODECS["h264"], Fraction(video.fps).limit_denominator(1 << 16)
     with open_video(source_of(video, ".")) as original, av.open(path, "w") as container:
@@ -59,4 +61,4 @@ def _copy(task: tuple[Video, tuple[int, int], str, int]) -> Video:
             frame.pts, frame.time_base, frame.pict_type = number, 1 / fps, av.video.frame.PictureType.NONE
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    return probe(path)._replace(path=os.path.abspath(path))
+    return probe_packets(os.path.abspath(path))

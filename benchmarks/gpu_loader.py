@@ -38,10 +38,10 @@ from benchmarks.loader import (
     machine,
     training_view,
 )
-from benchmarks.work import Clip, Work
+from benchmarks.work import Clip, Work, repeated
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
-from dali_pipelines.manifest import Manifest, Video
+from dali_pipelines.manifest import Video
 from dali_pipelines.nvdec import decode_file, load_torchcodec, nvdec_backend
 from dali_pipelines.packets import UncertainError, remux
 from dali_pipelines.stream_format import uncrop
@@ -113,7 +113,7 @@ def benchmark_gpu_loader(
             )
         for title, listed in sets.items():
             work = GpuWork(
-                manifest=Manifest(listed * -(-batch_size // len(listed))),
+                manifest=repeated(listed, batch_size, Path(folder, "videos.packets")),
                 view=training_view(num_frames, crop_size),
                 seed=0,
                 batch_size=batch_size,

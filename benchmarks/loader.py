@@ -12,6 +12,7 @@ Why it is fair:
 - Every run is a new process; contestants take turns, and ratios are taken within a turn, then their median.
 """
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -46,12 +47,13 @@ from benchmarks.contestants import (
     to_float,
 )
 from benchmarks.copies import copy_videos
-from benchmarks.work import Work, needed_packets
+from benchmarks.work import Work, needed_packets, repeated
 from dali_pipelines import crops
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, join, open_video, size_of
 from dali_pipelines.folders import videos_below
-from dali_pipelines.manifest import Manifest, Video, source_of
+from dali_pipelines.manifest import Manifest, Video, key_of, source_of
+from dali_pipelines.packet_index import StaleIndexError, open_index
 from dali_pipelines.packets import video_stream
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
@@ -72,6 +74,8 @@ class Run:
     clips_per_second: float
     cpu_ms_per_clip: float
     """Processor time of all its processes together."""
+    kb_read_per_clip: float
+    """That all its processes read from files: 1 kB is 1000 bytes."""
     worker_mib: float
     """The largest of its processes but the first; 0 where there are none. Shared memory is counted in parts (PSS)."""
     main_mib: float
@@ -105,11 +109,13 @@ def benchmark_loader(
         out.mkdir(parents=True, exist_ok=True)
         if gop:
             found = copy_videos(found, Path(folder), gop=gop)
-        _benchmark(found, contestants, workers, clips, rounds, num_frames, crop_size, batch_size, out)
+        manifest = repeated(found, batch_size, Path(folder, "videos.packets"))
+        _benchmark(found, manifest, contestants, workers, clips, rounds, num_frames, crop_size, batch_size, out)
 
 
 def _benchmark(
-    found: Sequence[Video],
+    found: Manifest,
+    manifest: Manifest,
     contestants: Sequence[str],
     workers: int,
     clips: int,
@@ -120,7 +126,7 @@ def _benchmark(
     out: Path,
 ) -> None:
     work = Work(
-        manifest=Manifest(found * -(-batch_size // len(found))),
+        manifest=manifest,
         view=training_view(num_frames, crop_size),
         seed=0,
         batch_size=batch_size,
@@ -176,16 +182,20 @@ def training_view(num_frames: int, crop_size: int) -> View:
     )
 
 
-def find_videos(paths: Sequence[str]) -> list[Video]:
-    """Videos of files, folders and manifests, with absolute paths. Raises `InputError` for one that cannot be read."""
-    videos, files = [], []
+def find_videos(paths: Sequence[str]) -> Manifest:
+    """Videos of files, folders and manifests, with absolute paths and the entries of their packet indexes. Raises
+    `InputError` for one that cannot be read."""
+    videos, entries, files = [], {}, []
     for path in map(Path, paths):
         if path.suffix == ".csv":
             manifest = Manifest.read(path)
             root = absolute(manifest.root)
-            for video in map(manifest.__getitem__, range(len(manifest))):
+            for video in manifest:
                 place = {"shard": join(root, video.shard)} if video.shard else {"path": join(root, video.path)}
                 videos.append(video._replace(**place))
+                if manifest.index is not None:
+                    with contextlib.suppress(StaleIndexError):
+                        entries[key_of(videos[-1])] = open_index(str(manifest.index)).entry(key_of(video))
         elif path.is_dir():
             found = videos_below(path)
             files += [path / name for name in found.videos]
@@ -199,13 +209,16 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
             probed, rejected = index(listed, root="/", journal=Path(folder, "journal"), crew=Crew())
         if rejected:
             raise InputError(f"{rejected[0].path}: {rejected[0].reason}")
-        videos += [probed[n] for n in range(len(probed))]
+        videos += probed
+        entries |= probed.entries
     if not videos:
         raise InputError(f"{', '.join(map(str, paths))}: no videos there")
     for video in videos:
         if video.rotation or video.mirrored:
             raise InputError(f"{video.path}: is turned or mirrored, which not all contestants can undo")
-    return videos
+    found = Manifest(videos)
+    found.entries = entries
+    return found
 
 
 # -- one contestant, in a process of its own --
@@ -223,17 +236,17 @@ def time_run(name: str, work: Work, count: int) -> Run:
     batches = CONTESTANTS[name].batches(work)
     for _ in range(prefetched):
         next(batches)
-    cpu, seconds = cpu_seconds(), time.perf_counter()
+    read, cpu, seconds = bytes_read(), cpu_seconds(), time.perf_counter()
     for _ in range(count):
         next(batches)
-    seconds, cpu = time.perf_counter() - seconds, cpu_seconds() - cpu
+    seconds, cpu, read = time.perf_counter() - seconds, cpu_seconds() - cpu, bytes_read() - read
     worker_mib = main_mib = 0.0
     for _ in range(prefetched):
         next(batches)
         main, *others = map(proportional_mib, processes())
         worker_mib, main_mib = max(worker_mib, *others, 0), max(main_mib, main)
     clips = count * work.batch_size
-    return Run(clips / seconds, 1000 * cpu / clips, worker_mib, main_mib)
+    return Run(clips / seconds, 1000 * cpu / clips, read / clips / 1000, worker_mib, main_mib)
 
 
 def cpu_seconds() -> float:
@@ -242,6 +255,11 @@ def cpu_seconds() -> float:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # user, system
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def bytes_read() -> int:
+    """By system calls of all processes: also what comes through pipes, which is little."""
+    return sum(int(Path(f"/proc/{process}/io").read_text().split()[1]) for process in processes())
 
 
 def attempt(result: dict[str, Any], function: Callable, name: str, *arguments: Any) -> Any:
@@ -388,7 +406,9 @@ def table(report: dict[str, Any]) -> str:
     if len(videos) > _LISTED_VIDEOS:
         lines.append(f"and {len(videos) - _LISTED_VIDEOS} more videos")
     lines.append(f"packets a clip: {packets['in_window']:.0f} up to the last frame, {packets['fed']:.0f} needed")
-    header = ["", "clips/s", "ours is", "(turns)", "CPU ms/clip", "MiB/worker", "MiB main", "diff/255", "wrong frames"]
+    lines.append(f"kB a video: {statistics.mean(video['bytes'] for video in videos) / 1000:.0f}")
+    header = ["", "clips/s", "ours is", "(turns)", "CPU ms/clip", "kB read/clip", "MiB/worker", "MiB main", "diff/255"]
+    header.append("wrong frames")
     rows = [header]
     for name, result in report["contestants"].items():
         if result["failure"] is not None:
@@ -402,6 +422,7 @@ def table(report: dict[str, Any]) -> str:
                 f"x {ratio['median']:.2f}" if ratio else "",
                 f"{ratio['low']:.2f} .. {ratio['high']:.2f}" if ratio else "",
                 f"{_median(result, 'cpu_ms_per_clip'):.1f}",
+                f"{_median(result, 'kb_read_per_clip'):.0f}",
                 f"{max(run['worker_mib'] for run in result['runs']):.0f}",
                 f"{max(run['main_mib'] for run in result['runs']):.0f}",
                 f"{result['mean_difference_of_255']:.2f}" if result.get("mean_difference_of_255") is not None else "",

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.copies import copy_videos
 from benchmarks.loader import find_videos
+from benchmarks.work import repeated
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video
 from training.gauges import processes, proportional_mib
 
 _LOOKS = 10
@@ -30,12 +30,13 @@ def soak(
         found = find_videos(videos)
         if sizes:
             found = copy_videos(found, Path(folder), gop=16, sizes=sizes)
-        _soak(found, clips, workers, batch_size, crop_size)
+        manifest = repeated(found, batch_size, Path(folder, "videos.packets"))
+        _soak(manifest, clips, workers, batch_size, crop_size)
 
 
-def _soak(found: Sequence[Video], clips: int, workers: int, batch_size: int, crop_size: int) -> None:
+def _soak(manifest: Manifest, clips: int, workers: int, batch_size: int, crop_size: int) -> None:
     loader = ClipLoader(
-        Manifest(found * -(-batch_size // len(found))),
+        manifest,
         mode="train",
         batch_size=batch_size,
         num_frames=8,

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dali_pipelines.files import Source, open_video
 from dali_pipelines.manifest import Manifest
+from dali_pipelines.packet_index import write_index
 from dali_pipelines.packets import PacketReader, UncertainError, video_stream
 from dali_pipelines.plan import Order, View, plan_sample
 
@@ -52,6 +54,14 @@ class Work:
         epoch, row = self._sample(place)
         plan = plan_sample(self.manifest[row], self.view, seed=self.seed, epoch=epoch, sample_id=row)
         return Clip(self.manifest.source(row), plan.positions[plan.picks[0]], plan.rectangles[0])
+
+
+def repeated(found: Manifest, count: int, index: Path) -> Manifest:
+    """The videos as often as makes `count` rows or more, with their packet index in the file `index`."""
+    manifest = Manifest(list(found) * -(-count // len(found)))
+    write_index(index, found.entries)
+    manifest.index = index
+    return manifest
 
 
 class Packets(NamedTuple):

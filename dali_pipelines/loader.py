@@ -13,6 +13,8 @@ import torch
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 from dali_pipelines import crops
+from dali_pipelines.clip_source import Sample
+from dali_pipelines.cpu_cut import cut_clips
 from dali_pipelines.decode_stage import DecodeStage
 from dali_pipelines.engines import DECODES, Decode
 from dali_pipelines.errors import InputError, check
@@ -264,10 +266,13 @@ class ClipLoader:
             std=std,
             half=dtype == torch.float16,
         )
+        self._cut = cut
         is_staged = routing.engine == "nvdec"
+        # Nothing is left to the graph but cutting, and on a CPU torch does that faster.
+        self._is_cut_here = routing.engine == "host" and self.device.type == "cpu"
         threads = decode_threads or min(max(count, 4), _THREADS)
         shared = {"batch_size": self._batch_size, "workers": count, "prefetch": PREFETCH}
-        if is_staged:
+        if is_staged or self._is_cut_here:
             make_pipeline = partial(source_pipeline, **shared)
         else:
             own = threads if self.device.type == "cuda" else max(count, 1)
@@ -422,8 +427,20 @@ class ClipLoader:
         place = self._epoch * self._order.rank_entries + self._batches * self._batch_size
         if self._stage is not None:
             return self._from_stage(*self._stage.run(place))
-        *outputs, _ = self._workers.run(place)
-        return self._from_graph(*outputs)
+        outputs = self._workers.run(place)
+        return self._from_workers(Sample(*outputs)) if self._is_cut_here else self._from_graph(*outputs[:-1])
+
+    def _from_workers(self, fields: Sample) -> Batch:
+        cut = self._cut
+        shape = (self._batch_size, cut.clips, 3, self._view.num_frames, cut.crop_size, cut.crop_size)
+        clips = torch.empty(shape, dtype=torch.float16 if cut.half else torch.float32)
+        outcomes = []
+        for index in range(self._batch_size):
+            sample = Sample(*(np.asarray(field[index]) for field in fields))
+            cut_clips(sample.pictures, sample.picks, sample.rectangles, bool(sample.transpose), cut, clips[index])
+            fault, fallback = (text.tobytes().decode() for text in (sample.fault, sample.fallback))
+            outcomes.append(Outcome(int(sample.sample_id), "host", tuple(sample.packets.tolist()), fault, fallback))
+        return self._receive(clips.squeeze(1) if cut.clips == 1 else clips, outcomes)
 
     def _from_stage(self, clips, decoded: list) -> Batch:
         outcomes = [

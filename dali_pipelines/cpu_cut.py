@@ -1,0 +1,53 @@
+"""Clips out of decoded frames on the CPU: what the graph does, by torch.
+
+DALI's resize takes 4 ms for 8 frames of 224 pixels on one core, and its normalisation another. torch's `grid_sample`
+takes half of that for the same values (docs/benchmarks.md).
+"""
+
+import numpy as np
+import torch
+from torch.nn.functional import grid_sample
+
+from dali_pipelines.graph import Cut
+
+_MOST_VALUES = 1 << 23
+"""Of frames as float32 at a time: 32 MiB."""
+
+
+def cut_clips(
+    frames: np.ndarray, picks: np.ndarray, rectangles: np.ndarray, transpose: bool, cut: Cut, out: torch.Tensor
+) -> None:
+    """Fills `out`, [V, C, T, S, S], from frames of uint8 [N, H, W, 3]; the others see `Sample`.
+
+    The values are (value / 255 - mean) / std, each within 1e-4 of the graph's.
+    """
+    std = 255 * torch.tensor(cut.std)
+    scale = (1 / std).view(3, 1, 1, 1)
+    shift = (-255 * torch.tensor(cut.mean) / std).view(3, 1, 1, 1)
+    pixels = torch.from_numpy(frames)
+    height, width = frames.shape[1:3]
+    at_once = max(_MOST_VALUES // (3 * height * width), 1)
+    grids = [_grid(rectangle, transpose, cut.crop_size, height, width) for rectangle in rectangles]
+    crops = cut.clips // cut.windows
+    for window, numbers in enumerate(torch.from_numpy(picks).long().split(1)):
+        for first in range(0, picks.shape[1], at_once):
+            some = numbers[0, first : first + at_once]
+            planes = pixels[some].permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+            for clip in range(window * crops, (window + 1) * crops):
+                found = grid_sample(
+                    planes.view(1, -1, height, width), grids[clip], padding_mode="border", align_corners=False
+                )
+                found = found.view(3, len(some), cut.crop_size, cut.crop_size).mul_(scale)
+                torch.add(found, shift, out=out[clip, :, first : first + at_once])
+
+
+def _grid(rectangle: np.ndarray, transpose: bool, size: int, height: int, width: int) -> torch.Tensor:
+    """float32 [1, S, S, 2]: where in the frame each pixel is taken, as `grid_sample` counts."""
+    steps = (np.arange(size) + 0.5) / size
+    y0, x0, y1, x1 = rectangle.tolist()
+    y = torch.from_numpy(2 * (y0 + steps * (y1 - y0)) / height - 1)
+    x = torch.from_numpy(2 * (x0 + steps * (x1 - x0)) / width - 1)
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    if transpose:
+        rows, columns = rows.T, columns.T
+    return torch.stack([columns, rows], dim=-1).float()[None]
