@@ -4,6 +4,9 @@ DALI's resize takes 4 ms for 8 frames of 224 pixels on one core, and its normali
 takes half of that for the same values (docs/benchmarks.md).
 """
 
+import weakref
+from collections import deque
+
 import numpy as np
 import torch
 from torch.nn.functional import grid_sample
@@ -12,6 +15,22 @@ from dali_pipelines.graph import Cut
 
 _MOST_VALUES = 1 << 23
 """Of frames as float32 at a time: 32 MiB."""
+
+
+class BatchMemory:
+    """Memory for batches that is used again once nothing refers to a batch any more: new memory costs as much time as
+    the cut itself, as the system has to clear every page of it."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: type[np.floating]):
+        self._shape, self._dtype = shape, dtype
+        self._free: deque[np.ndarray] = deque(maxlen=2)
+
+    def take(self) -> torch.Tensor:
+        """Not cleared."""
+        memory = self._free.pop() if self._free else np.empty(self._shape, self._dtype)
+        lent = memory.view()  # torch holds it as long as any tensor, also a view of one, needs its memory
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 def cut_clips(

@@ -14,7 +14,7 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 from dali_pipelines import crops
 from dali_pipelines.clip_source import Sample
-from dali_pipelines.cpu_cut import cut_clips
+from dali_pipelines.cpu_cut import BatchMemory, cut_clips
 from dali_pipelines.decode_stage import DecodeStage
 from dali_pipelines.engines import DECODES, Decode
 from dali_pipelines.errors import InputError, check
@@ -270,6 +270,9 @@ class ClipLoader:
         is_staged = routing.engine == "nvdec"
         # Nothing is left to the graph but cutting, and on a CPU torch does that faster.
         self._is_cut_here = routing.engine == "host" and self.device.type == "cpu"
+        self._memory = BatchMemory(
+            (self._batch_size, cut.clips, 3, num_frames, crop_size, crop_size), np.float16 if cut.half else np.float32
+        )
         threads = decode_threads or min(max(count, 4), _THREADS)
         shared = {"batch_size": self._batch_size, "workers": count, "prefetch": PREFETCH}
         if is_staged or self._is_cut_here:
@@ -431,10 +434,7 @@ class ClipLoader:
         return self._from_workers(Sample(*outputs)) if self._is_cut_here else self._from_graph(*outputs[:-1])
 
     def _from_workers(self, fields: Sample) -> Batch:
-        cut = self._cut
-        shape = (self._batch_size, cut.clips, 3, self._view.num_frames, cut.crop_size, cut.crop_size)
-        clips = torch.empty(shape, dtype=torch.float16 if cut.half else torch.float32)
-        outcomes = []
+        cut, clips, outcomes = self._cut, self._memory.take(), []
         for index in range(self._batch_size):
             sample = Sample(*(np.asarray(field[index]) for field in fields))
             cut_clips(sample.pictures, sample.picks, sample.rectangles, bool(sample.transpose), cut, clips[index])
