@@ -4,6 +4,7 @@ A video is three members of a shard: KEY.mp4 (or whatever its suffix is), KEY.cl
 which shard, and in which order, is random, and the same every time: who reads shard by shard meets all classes.
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -24,7 +25,8 @@ import numpy as np
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import check_reachable, read_bytes, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
-from dali_pipelines.manifest import Manifest
+from dali_pipelines.manifest import Manifest, key_of
+from dali_pipelines.packet_index import StaleIndexError, open_index
 from preparation.index import Rejected
 from preparation.work import Crew, Failed, run
 
@@ -85,15 +87,20 @@ def pack(
     for other in out.iterdir():  # of another --shard-size
         if ours.fullmatch(other.name) and str(other) not in files:
             other.unlink()
-    packed, rejected = [], []
+    packed, entries, rejected = [], {}, []
     for row in range(len(manifest)):
         video, (file, member) = manifest[row], members[row]
         if isinstance(member, str):
             rejected.append(Rejected(video.path, video.label, member))
         else:
             packed.append(video._replace(shard=os.path.basename(file), offset=member[0], size=member[1]))
+            with contextlib.suppress(StaleIndexError):  # its places count from the start of the video
+                if manifest.index is not None:
+                    entries[key_of(packed[-1])] = open_index(str(manifest.index)).entry(key_of(video))
     left_out = manifest.rejected + len(rejected)
-    return Manifest(packed, root=out, classes=manifest.classes, rejected=left_out), rejected
+    packed = Manifest(packed, root=out, classes=manifest.classes, rejected=left_out)
+    packed.entries = entries
+    return packed, rejected
 
 
 def sizes(path: str, digest: str, first: int, last: int) -> list[int | str]:

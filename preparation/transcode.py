@@ -3,6 +3,7 @@
 Picture k of the copy is picture k of the original as a decoder puts it out, turned as it is shown, evenly timed.
 """
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -27,7 +28,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, absolute, fetch, ffmpeg_url, open_video, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
 from dali_pipelines.host_decoder import decode_all, decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size, probe
+from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe, probe_packets
 from dali_pipelines.sampling import frame_positions
 from preparation.child import in_child
 from preparation.index import Rejected
@@ -118,6 +119,8 @@ class Copy(NamedTuple):
     """When the file was written: it tells a journal that is out of date."""
     seconds: float
     """That it took; 0 where the copy was there."""
+    entry: str = ""
+    """For the packet index, in base64; "" from a journal of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ class Job:
             raise InputError(f"{self._out}: {_DISK_FULL}; make room and run the command again: what is done stays done")
         if self._crew.is_whole:
             self._remove_unfinished()
-        videos, rejected, good = [], [], []
+        videos, entries, rejected, good = [], {}, [], []
         for row, copy in enumerate(copies):
             path, label = self._manifest[row][:2]
             if isinstance(copy, Failed):
@@ -236,12 +239,15 @@ class Job:
             else:
                 videos.append(copy.video._replace(label=label))
                 good.append(copy)
+                if copy.entry:
+                    entries[key_of(copy.video)] = base64.b64decode(copy.entry)
         manifest = Manifest(
             videos,
             root=self._out,
             classes=self._manifest.classes,
             rejected=self._manifest.rejected + len(rejected),
         )
+        manifest.entries = entries
         return manifest, rejected, good
 
     def compare(self) -> tuple[float, float, int]:
@@ -354,14 +360,16 @@ def transcode(source: list, video: list, out: str, name: str, settings: dict) ->
         is_there = found == tag
     if not is_there:
         _write(Source(*source), video, target, settings, json.dumps(tag))
-    copy = probe(target)._replace(path=name)
+    copy, entry = probe_packets(target)
+    copy = copy._replace(path=name)
     height, width = copy_size(video, settings.short_side)
     if (copy.frames, copy.height, copy.width, copy.rotation, copy.mirrored) != (video.frames, height, width, 0, 0):
         target.unlink()
         raise InputError(f"{copy.frames} of its {video.frames} pictures are in the copy, or they are turned or cut")
     status = target.stat()
     seconds = 0.0 if is_there else time.monotonic() - started
-    return Copy(copy, tag["bytes"], status.st_size, status.st_mtime_ns, seconds)
+    packed = base64.b64encode(entry).decode()
+    return Copy(copy, tag["bytes"], status.st_size, status.st_mtime_ns, seconds, packed)
 
 
 def is_done(source: list, video: list, out: str, name: str, settings: dict) -> bool:

@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dali_pipelines import packets
-from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import open_video, probe
-from dali_pipelines.packets import PacketReader, UncertainError, remux
+from dali_pipelines.files import Source
+from dali_pipelines.host_decoder import decode_frames, decode_indexed
+from dali_pipelines.manifest import open_video, probe, probe_packets
+from dali_pipelines.packet_index import IndexedVideo, StaleIndexError, open_header
+from dali_pipelines.packets import PacketReader, UncertainError, remux, remux_packets
 from tests.videos import decode_all, edit_packets, textured, write_video
 
 PICTURES = textured(60, height=64, width=80)
@@ -28,6 +30,8 @@ CONTAINERS = {
     "mjpeg": ["avi", "mkv", "mov"],
     "av1": ["mp4", "mkv", "webm"],
 }
+IN_PIECES = {"ts"}
+"""Containers that cut packets into pieces: no packet index."""
 
 
 @st.composite
@@ -77,8 +81,10 @@ def wanted(draw):
     return draw(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 
 
-def check(path, shares, everything):
+def check(path, shares, everything, entry=None):
     positions = np.unique([round(share * (len(everything) - 1)) for share in shares])
+    if entry is not None:
+        check_indexed(path, positions, everything, entry)
     decoded = decode_frames(path, positions, size=everything.shape[1:3])
     assert decoded.fallback == "" and (decoded.frames == everything[positions]).all()
     assert decoded.packets_kept <= decoded.packets_read
@@ -90,10 +96,32 @@ def check(path, shares, everything):
     return decoded
 
 
+def check_indexed(path, positions, everything, entry):
+    """Through the packet index: the same packets, the same frames, and the same packets in a file of their own."""
+    video = IndexedVideo(Source(path), entry)
+    indexed = decode_indexed(video, positions, size=everything.shape[1:3])
+    assert indexed.packets_read == indexed.packets_kept and (indexed.frames == everything[positions]).all()
+    with av.open(path) as container:
+        assert video.select(positions).runs == PacketReader(container).select(positions).runs
+    with av.open(path) as container:
+        expected = remux(container, positions)
+    again = IndexedVideo(Source(path), entry)
+    template = open_header(again.stream).streams.video[0]
+    small = remux_packets(again, template, again.stream.context(), positions)
+    assert list(map(bytes, demuxed(small))) == list(map(bytes, demuxed(expected)))
+    assert (small.positions == expected.positions).all()
+    assert (small.size, small[4:]) == (expected.size, expected[4:])
+
+
+def demuxed(file):
+    with av.open(io.BytesIO(file.encoded.tobytes())) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
 @pytest.mark.parametrize("codec, examples", [(codec, 60 if codec in ("h264", "hevc") else 20) for codec in CONTAINERS])
 def test_any_pictures_of_any_stream(tmp_path_factory, codec, examples):
     folder = tmp_path_factory.mktemp("streams")
-    encoded = 0
+    encoded, indexed = 0, set()
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(streams(codec), st.lists(wanted(), min_size=3, max_size=3))
@@ -107,11 +135,19 @@ def test_any_pictures_of_any_stream(tmp_path_factory, codec, examples):
             return
         encoded += 1
         everything = decode_all(path)
+        entry = probe_packets(path)[1]
+        if suffix in IN_PIECES and count > 2:
+            with pytest.raises(StaleIndexError, match="do not lie in one piece"):
+                IndexedVideo(Source(path), entry)
+            entry = None
+        else:
+            indexed.add(suffix)
         for shares in choices:
-            check(path, shares, everything)
+            check(path, shares, everything, entry)
 
     check_one()
     assert encoded > examples // 2
+    assert indexed >= set(CONTAINERS[codec]) - IN_PIECES
 
 
 # -- how little is decoded --
