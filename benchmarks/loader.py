@@ -47,6 +47,7 @@ from benchmarks.contestants import (
     to_float,
 )
 from benchmarks.copies import copy_videos
+from benchmarks.stages import stages
 from benchmarks.work import Work, needed_packets, repeated
 from dali_pipelines import crops
 from dali_pipelines.errors import InputError
@@ -142,6 +143,8 @@ def _benchmark(
             checked[name] = torch.from_numpy(first)
     for name, difference in compare(work, checked).items():
         results[name] |= difference
+    if OURS in checked:
+        results[OURS]["stages"] = attempt(results[OURS], stages, OURS, work)
     for turn in range(rounds):
         for name in contestants:
             if results[name]["failure"] is None:
@@ -434,6 +437,10 @@ def table(report: dict[str, Any]) -> str:
     for name, *cells in rows:
         lines.append("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))]).rstrip())
     lines.append("")
+    if by_stage := report["contestants"].get(OURS, {}).get("stages"):
+        rest = _median(report["contestants"][OURS], "cpu_ms_per_clip") - sum(by_stage.values())
+        listed = ", ".join(f"{stage} {ms:.2f}" for stage, ms in [*by_stage.items(), ("hand over and the rest", rest)])
+        lines.append(f"ours, CPU ms a clip: {listed}")
     for name, ratio in report["ratios"].items():
         if "target" in ratio:
             lines.append(
