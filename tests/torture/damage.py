@@ -1,7 +1,7 @@
 """Damages video files by their structure: finds the fields of a file, and makes them lie.
 
-    fields = find_fields(data, codec_bytes)         # {"sizes": [Field(...), ...], "tables": ..., ...}
-    damaged = damage(data, fields, "tables", np.random.default_rng(0), other=another_file)
+fields = find_fields(data, codec_bytes)         # {"sizes": [Field(...), ...], "tables": ..., ...}
+damaged = damage(data, fields, "tables", np.random.default_rng(0), other=another_file)
 """
 
 import re
@@ -105,7 +105,20 @@ def _mp4(data: bytes, found: Fields, start: int = 0, end: int | None = None) -> 
         start += size
 
 
-_MASTERS = {0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xE0, 0x1C53BB6B, 0xBB, 0xB7, 0x114D9B74, 0x4DBB, 0xA0, 0x1549A966}
+_MASTERS = {
+    0x18538067,
+    0x1F43B675,
+    0x1654AE6B,
+    0xAE,
+    0xE0,
+    0x1C53BB6B,
+    0xBB,
+    0xB7,
+    0x114D9B74,
+    0x4DBB,
+    0xA0,
+    0x1549A966,
+}
 _MASTERS |= {0x1A45DFA3}
 
 
@@ -252,8 +265,22 @@ def _lie(data: bytearray, fields: list[Field], rng: np.random.Generator, *, is_c
         old = int.from_bytes(data[place : place + length], order)
         most = (1 << 8 * length) - 1
         another = fields[int(rng.integers(len(fields)))]
-        values = [0, 1, most, most >> 1, old + 1, old - 1, old * 2, old // 2, old ^ (1 << int(rng.integers(8 * length or 1)))]
-        values += [int.from_bytes(rng.bytes(length)), old + int(rng.integers(-99, 99)), old | 1 << max(8 * length - 1, 0)]
+        values = [
+            0,
+            1,
+            most,
+            most >> 1,
+            old + 1,
+            old - 1,
+            old * 2,
+            old // 2,
+            old ^ (1 << int(rng.integers(8 * length or 1))),
+        ]
+        values += [
+            int.from_bytes(rng.bytes(length)),
+            old + int(rng.integers(-99, 99)),
+            old | 1 << max(8 * length - 1, 0),
+        ]
         values += [int.from_bytes(data[another.place : another.place + another.length], another.order)]
         values = [*_SIDES, old * 2, old * 100, old + 1, old - 1] if is_claim else values
         new = values[int(rng.integers(len(values)))] & most

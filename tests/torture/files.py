@@ -65,7 +65,7 @@ ORIGINALS: Sequence[tuple[str, dict[str, Any], Sequence[tuple[str, dict[str, str
     ("h264", {"options": {"x264-params": _H264}}, [("mp4", {}), ("mp4", _FAST), ("mp4", _FRAGMENTS), ("mkv", {}),
         ("ts", {}), ("flv", {}), ("avi", {}), ("h264", {})]),
     ("hevc", {"options": {"x265-params": "log-level=none:bframes=2:keyint=12:repeat-headers=1"}},
-        [("mp4", {}), ("mp4", _FRAGMENTS), ("mkv", {}), ("mov", {})]),
+        [("mp4", {}), ("mp4", _FRAGMENTS), ("mkv", {}), ("ts", {})]),
     ("mpeg4", {"options": {"bf": "2", "g": "12"}}, [("avi", {}), ("mp4", {}), ("mkv", {}), ("mov", {})]),
     ("vp8", {"options": {"g": "12"}}, [("webm", {}), ("ivf", {}), ("ogg", {})]),
     ("vp9", {"options": {"g": "12"}}, [("webm", {}), ("mp4", {}), ("ivf", {})]),
@@ -90,7 +90,7 @@ class Original(NamedTuple):
 
 
 def make_originals(folder: Path, only: str | None) -> list[Original]:
-    """Encodes small videos of every codec in its containers; Theora, which FFmpeg cannot encode, is a file of shared/."""
+    """Encodes small videos of every codec in its containers. Theora, which FFmpeg cannot encode, comes from shared/."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["SVT_LOG"] = "0"
     frames = textured(FRAMES, height=HEIGHT, width=WIDTH)
@@ -120,8 +120,8 @@ def make_originals(folder: Path, only: str | None) -> list[Original]:
 def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
     """What comes of a damaged file; `row` is the manifest's of before the damage.
 
-    {"outcome": one of GOOD and BAD, "detail": why, "row": what indexing says now or None, "valid": for the rows before
-    and now, of the loader without workers}
+    {"outcome": one of GOOD and BAD, "detail": why}, and for `judge_group` {"rows": that row, and one of indexing now,
+    "valid": of each row, "stride": that both were read with}.
     """
     rows, refusal, is_verified = [row._replace(path=path)], "", False
     for decode in (False, True):
@@ -154,17 +154,19 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
             return _answer("unnamed", f"{engine}: {reasons}")
         for number, video in enumerate(rows):
             # Damage that hardware decoders conceal is found by --verify decode: see docs/data.md.
-            if batch.valid[number] and (engine == "host" or (is_verified and number)):
-                if reason := decoded.differs(video, batch.clips[number], stride, is_close=batch.engines[number] == "dali"):
-                    return _answer("wrong", f"{engine}, {'indexed now' if number else 'indexed before'}: {reason}")
+            if not batch.valid[number] or not (engine == "host" or (is_verified and number)):
+                continue
+            is_close = batch.engines[number] == "dali"
+            if reason := decoded.differs(video, batch.clips[number], stride, is_close=is_close):
+                return _answer("wrong", f"{engine}, {'indexed now' if number else 'indexed before'}: {reason}")
         if engine == "host":
             valid, faults = batch.valid.tolist(), reasons
     outcome = "refused" if len(rows) == 1 and not valid[0] else "equal" if any(valid) else "fault"
-    return _answer(outcome, "; ".join([refusal, *faults]), row=rows[1] if rows[1:] else None, valid=valid)
+    return _answer(outcome, "; ".join([refusal, *faults])) | {"rows": rows, "valid": valid, "stride": stride}
 
 
-def _answer(outcome: str, detail: str, row: Video | None = None, valid: Sequence[bool] = ()) -> dict[str, Any]:
-    return {"outcome": outcome, "detail": detail, "row": row, "valid": list(valid)}
+def _answer(outcome: str, detail: str) -> dict[str, Any]:
+    return {"outcome": outcome, "detail": detail}
 
 
 def _is_unnamed(reason: str) -> bool:
@@ -217,8 +219,8 @@ class Plain:
             self.errors += 1
 
     def differs(self, video: Video, clip: torch.Tensor, stride: float, *, is_close: bool) -> str:
-        """How the clips [V, C, T, S, S] of a file differ; "" if every frame is the one at its position, or up to as many
-        places before it as there were errors. `is_close`: colours may be rounded in another way."""
+        """How the clips [V, C, T, S, S] of a file differ; "" if every frame is the one at its position, or as many
+        places before it as frames were lost. `is_close`: colours may be rounded in another way."""
         loader = make_loader([video], stride=stride, decode="host")
         seconds = loader.window_seconds(0)
         positions = self._positions(loader, video)
@@ -227,14 +229,14 @@ class Plain:
         missing = {int(position): clip[3 * window, :, place] for window, row in enumerate(positions)
                    for place, position in enumerate(row)}  # fmt: skip
         best: dict[int, float] = {}
-        errors = self.errors
+        lost = self.errors + max(video.frames - self.count, 0)
         for number, frame in enumerate(self._frames()):
             for position, wanted in missing.items():
-                if number <= position <= number + errors and best.get(position, 9) > 1e-3:
+                if number <= position <= number + lost and best.get(position, 9) > 1e-3:
                     best[position] = min(best.get(position, 9), _distance(frame, video, wanted, is_close=is_close))
         limit = 4 / 255 if is_close else 1e-3
         bad = {position: best.get(position) for position in missing if best.get(position, 9) > limit}
-        return f"frames that differ, by at most: {bad}; {self.count} frames, {errors} errors" if bad else ""
+        return f"frames that differ, by at most: {bad}; {self.count} frames, {lost} lost" if bad else ""
 
     @staticmethod
     def _positions(loader: ClipLoader, video: Video) -> np.ndarray:
@@ -260,22 +262,26 @@ def _distance(frame: av.VideoFrame, video: Video, wanted: torch.Tensor, *, is_cl
     return float(error.mean() if is_close else max(error.max() - 0.52 / 255 * is_reduced, 0))
 
 
-def judge_group(judged: list[tuple[list[Video], list[bool]]]) -> dict[str, Any]:
-    """Whether a loader with worker processes says the same of many files at once as the one without."""
-    rows = [row for videos, _ in judged for row in videos]
-    expected = [each for _, valid in judged for each in valid]
-    loader = make_loader(rows, stride=1, decode="host", workers=1, batch=8)
-    try:
-        batches = list(loader)
-    except Exception as error:
-        return _answer("unnamed", f"with workers: {type(error).__name__}: {error}")
-    finally:
-        loader.close()
-    found = torch.cat([batch.valid for batch in batches])[: len(rows)].tolist()
-    other = [row.path for row, one, two in zip(rows, expected, found, strict=True) if one != two]
-    if "workers started again" in str(loader.stats.fallbacks):
-        return _answer("crash", f"in a worker: {loader.stats.fallbacks}")
-    return _answer("wrong", f"with workers, valid differs: {other}") if other else _answer("equal", "")
+def judge_group(judged: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether loaders with worker processes say the same of many files at once as `judge` did of each."""
+    for stride in {each["stride"] for each in judged}:
+        some = [each for each in judged if each["stride"] == stride]
+        rows = [row for each in some for row in each["rows"]]
+        expected = [is_valid for each in some for is_valid in each["valid"]]
+        loader = make_loader(rows, stride=stride, decode="host", workers=1, batch=8)
+        try:
+            batches = list(loader)
+        except Exception as error:
+            return _answer("unnamed", f"with workers: {type(error).__name__}: {error}")
+        finally:
+            loader.close()
+        if "workers" in str(loader.stats.fallbacks):
+            return _answer("crash", f"in a worker: {loader.stats.fallbacks}")
+        found = torch.cat([batch.valid for batch in batches])[: len(rows)].tolist()
+        other = [row.path for row, one, two in zip(rows, expected, found, strict=True) if one != two]
+        if other:
+            return _answer("wrong", f"with workers, valid differs: {other}")
+    return _answer("equal", "")
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
@@ -374,7 +380,7 @@ class Torture:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         child = Child(self._originals[0], self._arguments.timeout)
-        group: list[tuple[list[Video], list[bool]]] = []
+        group: list[dict[str, Any]] = []
         while True:
             with self._lock:
                 number = next(self._numbers, None)
@@ -383,8 +389,7 @@ class Torture:
                 answer = child.ask("judge", str(path), original.row, number)
                 self._record(answer, path, original.codec, kind)
                 if answer["outcome"] in GOOD:
-                    rows = [original.row._replace(path=str(path)), *([answer["row"]] if answer["row"] else [])]
-                    group.append((rows, answer["valid"]))
+                    group.append(answer)
             if group and (len(group) == GROUP or number is None):
                 answer = child.ask("judge_group", group, timeout_s=20 * GROUP)
                 if answer["outcome"] in BAD:
@@ -399,6 +404,7 @@ class Torture:
     def _make(self, number: int, folder: Path) -> tuple[Path, Original, str]:
         original = self._originals[number % len(self._originals)]
         kind = KINDS[number // len(self._originals) % len(KINDS)]
+        kind = kind if self._fields[original.path].get(kind, True) else "bits"
         rng = np.random.default_rng([self._arguments.seed, number])
         other = self._originals[int(rng.integers(len(self._originals)))].path.read_bytes()
         damaged = damage(original.path.read_bytes(), self._fields[original.path], kind, rng, other=other)
