@@ -118,7 +118,7 @@ def make_originals(folder: Path, only: str | None) -> list[Original]:
 
 
 def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
-    """What comes of a damaged file; `row` is the manifest's of before the damage.
+    """What comes of a damaged file; `row` is the manifest's of before the damage, with the path of the original.
 
     {"outcome": one of GOOD and BAD, "detail": why}, and for `judge_group` {"rows": that row, and one of indexing now,
     "valid": of each row, "stride": that both were read with}.
@@ -138,7 +138,7 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
             return _answer("unnamed", f"indexing: {refusal!r}")
     rng = np.random.default_rng(seed)
     stride = float(rng.choice([0.5, 1, 2, 3]))
-    decoded, valid, faults = Plain(path), [], []
+    decoded, valid, faults = Plain(path, original=row.path), [], []
     if is_verified and not decoded.errors and rows[1].frames != decoded.count:
         return _answer("wrong", f"{rows[1].frames} frames are indexed, {decoded.count} come out of a plain decode")
     for engine in ("host", "nvdec", "dali"):
@@ -192,19 +192,21 @@ def make_loader(rows: Sequence[Video], *, stride: float, decode: str, workers: i
 class Plain:
     """A full plain decode, as FFmpeg does it: what cannot be decoded is passed over and counted."""
 
-    def __init__(self, path: str):
-        self._path = path
+    def __init__(self, path: str, *, original: str):
+        self._path, self._original = path, original
         self.errors = 0
-        self.count = sum(1 for _ in self._frames())
+        self.count = sum(1 for _ in self._frames(path))
 
-    def _frames(self) -> Iterator[av.VideoFrame]:
+    def _frames(self, path: str) -> Iterator[av.VideoFrame]:
         self.errors = 0
         try:
-            with av.open(self._path, metadata_errors="replace") as container:
+            with av.open(path, metadata_errors="replace") as container:
                 stream = video_stream(container)
                 if stream is None:
                     return
                 stream.codec_context.thread_count = 1
+                if stream.codec_context.codec.canonical_name in ("mjpeg", "png"):  # they make up what is missing
+                    stream.codec_context.options = {"err_detect": "crccheck+explode"}
                 for packet in container.demux(stream):
                     if packet.is_corrupt and container.format.name != "mpegts":  # cut off: documented as not counted
                         continue
@@ -220,7 +222,8 @@ class Plain:
 
     def differs(self, video: Video, clip: torch.Tensor, stride: float, *, is_close: bool) -> str:
         """How the clips [V, C, T, S, S] of a file differ; "" if every frame is the one at its position, or as many
-        places before it as frames were lost. `is_close`: colours may be rounded in another way."""
+        places before it as frames were lost, or the one of the file before the damage: a plain decode may not recover.
+        `is_close`: colours may be rounded in another way."""
         loader = make_loader([video], stride=stride, decode="host")
         seconds = loader.window_seconds(0)
         positions = self._positions(loader, video)
@@ -230,10 +233,11 @@ class Plain:
                    for place, position in enumerate(row)}  # fmt: skip
         best: dict[int, float] = {}
         lost = self.errors + max(video.frames - self.count, 0)
-        for number, frame in enumerate(self._frames()):
-            for position, wanted in missing.items():
-                if number <= position <= number + lost and best.get(position, 9) > 1e-3:
-                    best[position] = min(best.get(position, 9), _distance(frame, video, wanted, is_close=is_close))
+        for path, most in ((self._path, lost), *([(self._original, 0)] if lost else [])):
+            for number, frame in enumerate(self._frames(path)):
+                for position, wanted in missing.items():
+                    if number <= position <= number + most and best.get(position, 9) > 1e-3:
+                        best[position] = min(best.get(position, 9), _distance(frame, video, wanted, is_close=is_close))
         limit = 4 / 255 if is_close else 1e-3
         bad = {position: best.get(position) for position in missing if best.get(position, 9) > limit}
         return f"frames that differ, by at most: {bad}; {self.count} frames, {lost} lost" if bad else ""
