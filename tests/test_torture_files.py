@@ -32,7 +32,7 @@ def test_a_whole_file_is_equal_and_one_without_its_end_is_refused(tmp_path, row)
 def test_other_frames_are_wrong(row, monkeypatch):
     def swapped(*arguments, **more):
         decoded = decode_frames(*arguments, **more)
-        return decoded._replace(frames=decoded.frames[::-1])
+        return decoded._replace(frames=decoded.frames[::-1].copy())
 
     monkeypatch.setattr(clip_source, "decode_frames", swapped)
     assert judge(row) == "wrong"
