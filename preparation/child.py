@@ -43,9 +43,6 @@ def in_child(function: str, arguments: list, timeout_s: float, *, setting: str =
         except TimeoutError:
             child.end()
             raise InputError(f"given up after {timeout_s:g} s ({setting})") from None
-        except TimeoutError:
-            child.end()
-            raise InputError(f"given up after {timeout_s:g} s ({setting})") from None
         except _EndedError as error:
             if is_last:
                 raise InputError(f"the process that reads it ends with {error}, twice") from None

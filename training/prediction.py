@@ -29,7 +29,6 @@ _MOST_BYTES, _MOST_FRAMES = 128 << 20, 128
 """Of decoded pictures in one sample, which holds so many of a video's windows. Each picture may need a group of
 pictures of its own in memory."""
 _LOOKERS = 4  # processes at most that look at files
-_LOOKERS = 4  # processes at most that look at files
 _AT_ONCE = 4
 """Windows, three crops each, that the network sees at once."""
 
@@ -120,19 +119,19 @@ def predict(
     with Crew(workers=max(lookers, 1)).executor() as executor:
         for chunk in chunks(found):
             known = list(executor.map(partial(_known, chunk, config.data), chunk.videos))
-                readable = Manifest([video for _, _, video in known if isinstance(video, Video)], root=chunk.root)
-                # Closed, and its processes ended, before the next chunk is waited for.
-                with contextlib.closing(
-                    _predict_readable(readable, config, classify, process, num_windows, is_alone=is_alone)
-                ) as predicted:
-                    for path, label, video in known:
-                        if isinstance(video, InputError):
-                            yield Prediction(video=path, label=label, reason=str(video))
-                            continue
-                        fields = next(predicted)
-                        if explain and "views" in fields:
-                            fields["attention"] = attention_rollout(network, fields["views"][1:2]).patches[0].cpu()
-                        yield Prediction(video=path, label=label, **fields)
+            readable = Manifest([video for _, _, video in known if isinstance(video, Video)], root=chunk.root)
+            # Closed, and its processes ended, before the next chunk is waited for.
+            with contextlib.closing(
+                _predict_readable(readable, config, classify, process, num_windows, is_alone=is_alone)
+            ) as predicted:
+                for path, label, video in known:
+                    if isinstance(video, InputError):
+                        yield Prediction(video=path, label=label, reason=str(video))
+                        continue
+                    fields = next(predicted)
+                    if explain and "views" in fields:
+                        fields["attention"] = attention_rollout(network, fields["views"][1:2]).patches[0].cpu()
+                    yield Prediction(video=path, label=label, **fields)
 
 
 def _known(chunk: Chunk, data: DataConfig, video: str | Video) -> tuple[str, int | None, Video | InputError]:
