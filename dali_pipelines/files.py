@@ -131,7 +131,7 @@ def _what_it_is(source: Source) -> str:
             size = int.from_bytes(header[:4])
             if size == 1:
                 size = int.from_bytes(header[8:])
-            if size < 8:
+            if not 8 <= size < 1 << 62:  # `seek` takes no more
                 break
             file.seek(size - len(header), io.SEEK_CUR)
         return "cut off: it has no index, the moov box"

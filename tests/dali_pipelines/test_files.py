@@ -431,6 +431,13 @@ def test_what_no_file_can_be_read_without_is_said_at_the_start(plain, monkeypatc
         check_reachable(Source("s3://b/a.mp4"))
 
 
+def test_a_box_that_is_larger_than_any_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"\0\0\0\x10ftypisom\0\0\0\0" + b"\0\0\0\1free" + b"\xff" * 8)
+    with pytest.raises(InputError, match="not a video that FFmpeg can read"):
+        open_video(path)
+
+
 def test_fsspec_is_not_imported_for_files():
     code = (
         "import sys, dali_pipelines.clip_source, preparation.index, preparation.pack\n"

@@ -60,15 +60,21 @@ _H264 = "bframes=3:keyint=12:scenecut=0:b-adapt=0:mbtree=0"
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _IN_MP4 = ("h264", "hevc", "mpeg4", "mpeg2video")  # Matroska has no decoding times
 _FAST = {"movflags": "faststart"}
+_OPEN = "bframes=3:keyint=12:min-keyint=12:scenecut=0:b-adapt=0:mbtree=0:open-gop=1:b-pyramid=normal"
+_HIDDEN = {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good"}
 ORIGINALS: Sequence[tuple[str, dict[str, Any], Sequence[tuple[str, dict[str, str]]]]] = (
     # codec, how it is encoded, (container, its options) ...
     ("h264", {"options": {"x264-params": _H264}}, [("mp4", {}), ("mp4", _FAST), ("mp4", _FRAGMENTS), ("mkv", {}),
         ("ts", {}), ("flv", {}), ("avi", {}), ("h264", {})]),
+    ("h264", {"options": {"x264-params": _OPEN}}, [("mp4", {}), ("mkv", {})]),
+    ("h264", {"options": {"x264-params": _H264 + ":tff=1:slices=3"}}, [("mp4", {}), ("ts", {})]),
     ("hevc", {"options": {"x265-params": "log-level=none:bframes=2:keyint=12:repeat-headers=1"}},
         [("mp4", {}), ("mp4", _FRAGMENTS), ("mkv", {}), ("ts", {})]),
     ("mpeg4", {"options": {"bf": "2", "g": "12"}}, [("avi", {}), ("mp4", {}), ("mkv", {}), ("mov", {})]),
     ("vp8", {"options": {"g": "12"}}, [("webm", {}), ("ivf", {}), ("ogg", {})]),
+    ("vp8", {"options": _HIDDEN}, [("webm", {})]),
     ("vp9", {"options": {"g": "12"}}, [("webm", {}), ("mp4", {}), ("ivf", {})]),
+    ("vp9", {"options": _HIDDEN}, [("webm", {})]),
     ("av1", {"options": {"g": "12"}}, [("mp4", {}), ("webm", {}), ("obu", {})]),
     ("mjpeg", {}, [("avi", {}), ("mov", {}), ("mkv", {})]),
     ("mpeg2video", {"options": {"g": "12"}}, [("ts", {}), ("mpg", {}), ("mkv", {}), ("m2v", {})]),
@@ -95,14 +101,14 @@ def make_originals(folder: Path, only: str | None) -> list[Original]:
     os.environ["SVT_LOG"] = "0"
     frames = textured(FRAMES, height=HEIGHT, width=WIDTH)
     made = []
-    for codec, settings, containers in ORIGINALS:
+    for kind, (codec, settings, containers) in enumerate(ORIGINALS):
         if only not in (None, codec):
             continue
-        whole = folder / f"{codec}_whole.{'mp4' if codec in _IN_MP4 else 'mkv'}"
+        whole = folder / f"{codec}_{kind}.{'mp4' if codec in _IN_MP4 else 'mkv'}"
         if len(containers) > 1:
             write_video(whole, frames, codec=codec, **settings)
         for number, (suffix, options) in enumerate(containers):
-            path = folder / f"{codec}_{number}.{suffix}"
+            path = folder / f"{codec}_{kind}_{number}.{suffix}"
             if codec == "av1" or suffix == "avi" or len(containers) == 1:  # copies of packets do not fit
                 write_video(path, frames, codec=codec, **settings)
             else:
