@@ -313,7 +313,7 @@ def _download(source: Source) -> bytes:
         if source.size is None or len(data) == source.size:
             return data
         if len(data) > source.size:
-            raise InputError("its server sends whole files and no parts of them (HTTP Range), which shards need")
+            raise _no_parts()
         reason = f"{len(data)} of its {source.size} bytes came: the shard is cut, or the connection was"
     raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {reason}")
 
@@ -339,6 +339,10 @@ def _too_large() -> InputError:
     return InputError(f"larger than {_MOST_BYTES >> 20} MiB, too large to be read from a URL; copy it to a disk")
 
 
+def _no_parts() -> InputError:
+    return InputError("its server sends whole files and no parts of them (HTTP Range), which shards need")
+
+
 async def _read_http(system: Any, url: str, start: int | None, end: int | None, most: int) -> bytes:
     """At most one byte more than `most`. fsspec would read the body to its end, and unpack what is compressed."""
     options = dict(system.kwargs)
@@ -348,6 +352,12 @@ async def _read_http(system: Any, url: str, start: int | None, end: int | None, 
     session = await system.set_session()
     async with session.get(system.encode_url(url), headers=headers, **options) as response:
         system._raise_not_found_for_status(response, url)
+        if end is not None and response.status == 206:
+            sent = response.headers.get("Content-Range", "")
+            if not sent.startswith(f"bytes {start}-"):
+                raise InputError(f"its server sends another part of the shard than was asked for ({sent[:80]!r})")
+        elif start:
+            raise _no_parts()
         data = bytearray()
         async for piece in response.content.iter_chunked(1 << 20):
             data += piece

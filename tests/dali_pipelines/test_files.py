@@ -240,11 +240,11 @@ def test_cut_connections_are_tried_again_and_never_kept(plain, web, tmp_path):
     assert same(epochs(loader(plain)), epochs(loader(at(plain, web.url), **settings)))
 
 
-def answer(body: bytes, **headers: str):
-    """Status 200 and the body, whatever is asked for; without a length, so its end is that of the connection."""
+def answer(body: bytes, status: int = 200, **headers: str):
+    """The same, whatever is asked for; without a length, so its end is that of the connection."""
 
     def instead(handler) -> None:
-        handler.send_response(200)
+        handler.send_response(status)
         for name, value in headers.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
@@ -313,6 +313,22 @@ def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypat
         fetch("memory://large/a.mp4")
     assert len(read_bytes("memory://large/b.mp4")) == 1 << 20
     memory.rm("/large", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "status, headers, reason",
+    [
+        (206, {"Content_Range": "bytes 0-999/5000"}, "sends another part of the shard than was asked for"),
+        (206, {}, "sends another part of the shard"),
+        (200, {}, "sends whole files and no parts"),
+        (302, {"Location": "/a.tar"}, "tried 3 times: .*a.tar"),
+    ],
+    ids=["another range", "no range", "as long as asked for", "redirects for ever"],
+)
+def test_other_bytes_than_those_asked_for_are_not_taken(web, no_pause, status, headers, reason):
+    web.instead = answer(bytes(1000), status, **headers)
+    with pytest.raises(InputError, match=reason):
+        fetch(Source(f"{web.url}/a.tar", 512, 1000))
 
 
 def test_a_server_that_never_answers_is_named_at_the_start(plain, web):
