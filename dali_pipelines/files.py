@@ -27,6 +27,12 @@ import av
 from dali_pipelines.errors import InputError
 from dali_pipelines.packets import video_stream
 
+_REFUSED = {
+    "reference": "it is a list of other files, made of templates",
+    **dict.fromkeys(("blockcache", "cached", "filecache", "simplecache"), "set data.cache instead"),
+}
+"""Protocols of fsspec that do more than to read bytes, and why a manifest, which anybody may have written, must not name
+them. Caches write what a server sends to the disk, however much it is."""
 _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
 _LISTS = ("concat", "dash", "hls", "imf", "sdp")
 """FFmpeg's formats that name what they are made of."""
@@ -52,7 +58,7 @@ class Source(NamedTuple):
 
 
 def is_url(path: str | os.PathLike) -> bool:
-    """Whether fsspec is to open it; also chained ones such as simplecache::s3://bucket/file."""
+    """Whether fsspec is to open it; also chained ones such as zip://a.mp4::s3://bucket/file.zip."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 
@@ -281,6 +287,9 @@ def _check_file(source: Source) -> int:
 
 def _file_system(url: str):
     """(fsspec's file system, the path in it)."""
+    for link in url.split("::"):
+        if reason := _REFUSED.get(link.partition("://")[0].lower()):
+            raise InputError(f"{url}: {link.partition('://')[0]} is not opened: {reason}")
     try:
         import fsspec
     except ImportError:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import namedtuple
@@ -411,6 +412,25 @@ def test_any_file_system_of_fsspec(plain, packed):
     finally:
         memory.rm("/some", recursive=True)
     assert same(expected, epochs(loader(at(plain, f"file://{plain.root}"), "test")))
+
+
+@pytest.mark.parametrize(
+    "url, reason",
+    [
+        ("reference://a.mp4::{}/list.json", "reference is not opened: it is a list of other files, made of templates"),
+        ("zip://a.mp4::reference::file://{}/list.json", "reference is not opened"),
+        ("filecache::file://{}/a.mp4", "filecache is not opened: set data.cache instead"),
+        ("SimpleCache::file://{}/a.mp4", "SimpleCache is not opened"),
+    ],
+)
+def test_what_does_more_than_to_read_bytes_is_not_opened(tmp_path, monkeypatch, url, reason):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("list.json", "a.mp4"):
+        (tmp_path / name).write_text('{"version": 1, "templates": {"u": "{{ 1 / 0 }}"}, "refs": {"a.mp4": ["{{u}}"]}}')
+    for read in (fetch, size_of, lambda url: check_reachable(Source(url))):
+        with pytest.raises(InputError, match=reason):
+            read(url.format(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_no_file_can_be_read_without_is_said_at_the_start(plain, monkeypatch):
