@@ -31,8 +31,8 @@ _REFUSED = {
     "reference": "it is a list of other files, made of templates",
     **dict.fromkeys(("blockcache", "cached", "filecache", "simplecache"), "set data.cache instead"),
 }
-"""Protocols of fsspec that do more than to read bytes, and why a manifest, which anybody may have written, must not name
-them. Caches write what a server sends to the disk, however much it is."""
+"""Protocols of fsspec that do more than to read bytes, and why a manifest must not name them: anybody may have written
+it. Caches write what a server sends to the disk, however much it is."""
 _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
 _LISTS = ("concat", "dash", "hls", "imf", "sdp")
 """FFmpeg's formats that name what they are made of."""
