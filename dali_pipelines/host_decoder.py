@@ -4,6 +4,7 @@ It decodes where DALI has no decoder for the codec on the device, and where some
 file: DALI's own decoder gives up on a whole batch.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -212,6 +213,8 @@ class _Selected:
         self.packets_read, self.packets_kept = len(reader.packets), sum(map(len, selection.runs))
         positions = {number: position for position, number in enumerate(selection.shown)}
         context.copy_opaque = True  # a frame comes out with the number of its packet
+        if context.codec.canonical_name == "mpeg4" and selection.runs[0][0]:
+            _learn_padding(context, reader.packets)
         for run, numbers in enumerate(selection.runs):
             if run:
                 context.flush_buffers()
@@ -222,6 +225,19 @@ class _Selected:
                     yield positions.get(frame.opaque, -1), frame
             for frame in context.decode(None):
                 yield positions.get(frame.opaque, -1), frame
+
+
+_PADDED = 3
+
+
+def _learn_padding(context: av.video.codeccontext.VideoCodecContext, packets: list[av.Packet | None]) -> None:
+    """Decodes the first frames of an MPEG-4 video. FFmpeg takes an encoder for one that pads wrongly until some frames
+    have shown that it does not, and till then it does not notice that a frame ends too early."""
+    for packet in packets[:_PADDED]:
+        if packet is not None:
+            with contextlib.suppress(av.error.FFmpegError):
+                context.decode(packet)
+    context.flush_buffers()
 
 
 class _Everything:
