@@ -213,7 +213,7 @@ class _Selected:
         self.packets_read, self.packets_kept = len(reader.packets), sum(map(len, selection.runs))
         positions = {number: position for position, number in enumerate(selection.shown)}
         context.copy_opaque = True  # a frame comes out with the number of its packet
-        if context.codec.canonical_name == "mpeg4" and selection.runs[0][0]:
+        if context.codec.canonical_name == "mpeg4" and (len(selection.runs) > 1 or selection.runs[0][0]):
             _learn_padding(context, reader.packets)
         for run, numbers in enumerate(selection.runs):
             if run:
