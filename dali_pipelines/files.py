@@ -28,6 +28,12 @@ import av
 from dali_pipelines.errors import InputError
 from dali_pipelines.packets import video_stream
 
+_REFUSED = {
+    "reference": "it is a list of other files, made of templates",
+    **dict.fromkeys(("blockcache", "cached", "filecache", "simplecache"), "set data.cache instead"),
+}
+"""Protocols of fsspec that do more than to read bytes, and why a manifest must not name them: anybody may have written
+it. Caches write what a server sends to the disk, however much it is."""
 _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
 _LISTS = ("concat", "dash", "hls", "imf", "sdp")
 """FFmpeg's formats that name what they are made of."""
@@ -57,7 +63,7 @@ class Source(NamedTuple):
 
 
 def is_url(path: str | os.PathLike) -> bool:
-    """Whether fsspec is to open it; also chained ones such as simplecache::s3://bucket/file."""
+    """Whether fsspec is to open it; also chained ones such as zip://a.mp4::s3://bucket/file.zip."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 
@@ -136,7 +142,7 @@ def _what_it_is(source: Source) -> str:
             size = int.from_bytes(header[:4])
             if size == 1:
                 size = int.from_bytes(header[8:])
-            if size < 8:
+            if not 8 <= size < 1 << 62:  # `seek` takes no more
                 break
             file.seek(size - len(header), io.SEEK_CUR)
         return "cut off: it has no index, the moov box"
@@ -335,6 +341,9 @@ def _check_file(source: Source) -> int:
 
 def _file_system(url: str):
     """(fsspec's file system, the path in it)."""
+    for link in url.split("::"):
+        if reason := _REFUSED.get(link.partition("://")[0].lower()):
+            raise InputError(f"{url}: {link.partition('://')[0]} is not opened: {reason}")
     try:
         import fsspec
     except ImportError:
@@ -368,7 +377,7 @@ def _download(url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[
         if list(map(len, data)) == wanted:
             return data
         if any(len(some) > size for some, size in zip(data, wanted)):
-            raise InputError("its server sends whole files and no parts of them (HTTP Range), which shards need")
+            raise _no_parts()
         reason = f"{sum(map(len, data))} of {sum(wanted)} bytes came: the file is cut, or the connection was"
     raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {reason}")
 
@@ -394,6 +403,10 @@ def _too_large() -> InputError:
     return InputError(f"larger than {_MOST_BYTES >> 20} MiB, too large to be read from a URL; copy it to a disk")
 
 
+def _no_parts() -> InputError:
+    return InputError("its server sends whole files and no parts of them (HTTP Range), which shards need")
+
+
 async def _read_http(system: Any, url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
     """All spans, some at a time."""
     slots = asyncio.Semaphore(_REQUESTS)
@@ -415,6 +428,12 @@ async def _read_http_span(system: Any, url: str, start: int | None, end: int | N
     session = await system.set_session()
     async with session.get(system.encode_url(url), headers=headers, **options) as response:
         system._raise_not_found_for_status(response, url)
+        if end is not None and response.status == 206:
+            sent = response.headers.get("Content-Range", "")
+            if not sent.startswith(f"bytes {start}-"):
+                raise InputError(f"its server sends another part of the shard than was asked for ({sent[:80]!r})")
+        elif start:
+            raise _no_parts()
         data = bytearray()
         async for piece in response.content.iter_chunked(1 << 20):
             data += piece

@@ -4,6 +4,7 @@ It decodes where DALI has no decoder for the codec on the device, and where some
 file: DALI's own decoder gives up on a whole batch.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -237,6 +238,8 @@ class _Selected:
         self.packets_read, self.packets_kept = reader.packets_read, sum(map(len, selection.runs))
         positions = {number: position for position, number in enumerate(selection.shown)}
         context.copy_opaque = True  # a frame comes out with the number of its packet
+        if context.codec.canonical_name == "mpeg4" and (len(selection.runs) > 1 or selection.runs[0][0]):
+            _learn_padding(context, reader.first(_PADDED))
         for run, numbers in enumerate(selection.runs):
             if run:
                 context.flush_buffers()
@@ -248,6 +251,19 @@ class _Selected:
                 for frame in context.decode(packet):
                     if frame.opaque in positions or not reader.flags[frame.opaque] & Flag.IS_DISCARDED:
                         yield positions.get(frame.opaque, -1), frame
+
+
+_PADDED = 3
+"""Frames from which FFmpeg learns it."""
+
+
+def _learn_padding(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> None:
+    """Decodes the first frames of an MPEG-4 video. FFmpeg takes an encoder for one that pads wrongly until some frames
+    have shown that it does not, and till then it does not notice that a frame ends too early."""
+    for packet in packets:
+        with contextlib.suppress(av.error.FFmpegError):
+            context.decode(packet)
+    context.flush_buffers()
 
 
 class _Everything:

@@ -459,6 +459,8 @@ def probe_packets(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PI
                 frames = _count_frames(container, structure.shown, until_damage=codec in _PACKET_IS_PICTURE)
     except av.error.FFmpegError as error:
         raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+    if not frames:
+        raise InputError("all frames of its video stream are damaged")
     gaps = _gaps(structure.times)
     fps = frame_rate(gaps, tick, average_rate) or guessed_rate or average_rate
     if not fps:

@@ -286,9 +286,10 @@ class IndexedVideo:
                 raise StaleIndexError("the file has another size than when it was indexed")
             ranges.insert(0, (0, self._head))
         try:
-            data, self.bytes_read = read_ranges(self._source, ranges)
+            data, count = read_ranges(self._source, ranges)
         except InputError as error:
             raise StaleIndexError(str(error)) from None
+        self.bytes_read += count
         if has_head and zlib.crc32(data.pop(0)) != self._head_check:
             raise StaleIndexError("the file is another than when it was indexed")
         for (_, _, number), some in zip(places, data, strict=True):
@@ -303,6 +304,13 @@ class IndexedVideo:
         packet.update(data)
         packet.is_keyframe = bool(self.flags[number] & Flag.IS_KEYFRAME.value)
         return packet
+
+    def first(self, count: int) -> list[av.Packet]:
+        """The first `count` packets of the file."""
+        numbers = range(min(count, len(self.flags)))
+        if missing := [number for number in numbers if number not in self._data]:
+            self._read(missing)
+        return list(map(self.packet, numbers))
 
     def order(self, numbers: Sequence[int]) -> list[int]:
         """The same packets in the order in which their pictures are shown."""

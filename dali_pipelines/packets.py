@@ -169,6 +169,10 @@ class PacketReader:
         """One of those that `select` has chosen."""
         return self.packets[number]
 
+    def first(self, count: int) -> list[av.Packet]:
+        """The first `count` packets of the file, but for those that are let go."""
+        return [packet for packet in self.packets[:count] if packet is not None]
+
     def order(self, numbers: Sequence[int]) -> list[int]:
         """The same packets in the order in which their pictures are shown."""
         return sorted(numbers, key=lambda number: self.pictures[number].order)
@@ -903,6 +907,14 @@ class _InOrder(abc.ABC):
     def __init__(self, extradata: bytes):
         self._count = 0
         self._size: tuple[int, int] | None = None
+        self._colours: Any = None
+
+    def _check_colours(self, colours: Any) -> None:
+        """Raises `UncertainError` if a key frame has another range or matrix than the first: torchcodec does not
+        follow."""
+        if self._colours not in (None, colours):
+            raise UncertainError("the colours of the frames change")
+        self._colours = colours
 
     def _check_size(self, size: tuple[int, int]) -> None:
         """Raises `UncertainError` if a frame has another size than those before it: hardware decoders do not follow."""
@@ -946,6 +958,7 @@ class _Vp8(_InOrder):
         if not data[0] & 1:
             width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (6, 8))
             self._check_size((width, height))
+            self._check_colours(data[10] >> 6)  # color_space and clamping_type, which FFmpeg takes for the range
         return Picture(starts_group=not data[0] & 1, is_shown=bool(data[0] & 0x10))
 
 
@@ -990,22 +1003,18 @@ class _Vp9(_InOrder):
         self._has_begun |= is_key
         if is_key:
             bits.u(24)  # frame_sync_code
-            self._skip_colours(bits, profile)
+            self._check_colours(self._read_colours(bits, profile))
             self._check_size((bits.u(16) + 1, bits.u(16) + 1))
         else:
             self._read_inter_size(bits, profile, is_resilient, is_shown)
         return is_key, is_shown
 
     @staticmethod
-    def _skip_colours(bits: Bits, profile: int) -> None:
-        if profile >= 2:
-            bits.u(1)  # ten_or_twelve_bit
-        if bits.u(3) != 7:  # color_space is not sRGB
-            bits.u(1)  # color_range
-            if profile in (1, 3):
-                bits.u(3)  # subsampling_x, subsampling_y, reserved
-        elif profile in (1, 3):
-            bits.u(1)
+    def _read_colours(bits: Bits, profile: int) -> tuple[int, ...]:
+        is_deep = bits.u(1) if profile >= 2 else 0  # ten_or_twelve_bit
+        matrix = bits.u(3)  # color_space
+        has_sampling = profile in (1, 3)  # subsampling_x, subsampling_y, reserved; after color_range, but for sRGB
+        return profile, is_deep, matrix, bits.u(has_sampling if matrix == 7 else 1 + 3 * has_sampling)
 
     def _read_inter_size(self, bits: Bits, profile: int, is_resilient: int, is_shown: bool) -> None:
         intra_only = 0 if is_shown else bits.u(1)
@@ -1016,7 +1025,7 @@ class _Vp9(_InOrder):
         if intra_only:
             bits.u(24)  # frame_sync_code
             if profile:
-                self._skip_colours(bits, profile)
+                self._read_colours(bits, profile)
             bits.u(8)  # refresh_frame_flags
             self._check_size((bits.u(16) + 1, bits.u(16) + 1))
             return

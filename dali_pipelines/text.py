@@ -70,7 +70,8 @@ def csv_writer(file: _Writable) -> _CsvWriter:
     return _CsvWriter(file)
 
 
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_FORMULA = re.compile(r"'*(\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
+"""Also behind spaces, and the wide signs of Japanese spreadsheets."""
 
 
 def cell_text(cell: str) -> str:

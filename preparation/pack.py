@@ -167,9 +167,14 @@ def _fill(shard: BinaryIO, manifest: Manifest, rows: Sequence[int], sizes: Seque
 def _look(file: str, manifest: Manifest, rows: Sequence[int], sizes: Sequence[int]) -> list[Member] | None:
     """The members of a shard, as after a kill that came before they were noted; None where it is not what `write`
     would make."""
+    if not os.path.isfile(file):  # a pipe would block for ever
+        return None
     try:
-        with tarfile.open(file) as tar:
-            found = {info.name: info for info in tar}
+        with tarfile.open(file, "r:") as tar:  # places in a compressed one are not those of its bytes
+            infos = list(tar)
+            found = {info.name: info for info in infos}
+            if len(found) < len(infos) or any(not info.isreg() or info.issparse() for info in infos):
+                return None
             members = []
             for row, size in zip(rows, sizes, strict=True):
                 key, suffix, facts = _describe(manifest, row)

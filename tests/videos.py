@@ -18,6 +18,7 @@ ENCODERS = {
     "vp8": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "2000000"}),
     "mjpeg": ("mjpeg", {"qscale": "2"}),
     "av1": ("libsvtav1", {"preset": "12", "crf": "20"}),
+    "mpeg2video": ("mpeg2video", {"qscale": "2", "bf": "2"}),
 }
 _LEVELS = np.array([16, 66, 116, 166, 216])  # five a channel: far enough apart to survive any codec
 
@@ -41,7 +42,7 @@ def write_video(
     others, and the stream says so.
     """
     pictures = list(pictures)
-    encoder, defaults = ENCODERS[codec]
+    encoder, defaults = ENCODERS.get(codec, (codec, {}))
     options = defaults | (options or {})
     if codec == "h264":  # with it, x264's assembly gives other bytes from run to run for pictures as small as these
         options["x264-params"] += ":mbtree=0"

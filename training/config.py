@@ -208,6 +208,17 @@ def load_config(path: str | None, overrides: list[str] = (), *, defaults: dict[s
     return config
 
 
+def read_run_config(path: Path) -> Config:
+    """The config.yaml of a run that is found beside weights. Anybody may have written it, so it may hold only what
+    train.py writes: `InputError` for the name of another file (`base`) and for what would be filled in
+    (`${oc.env:HOME}`)."""
+    if "base" in (content := _read_yaml(str(path))):
+        raise InputError(f"{path}: names another file, which train.py never does; it is not read")
+    if "${" in OmegaConf.to_yaml(content):
+        raise InputError(f"{path}: has a value to be filled in, which train.py never writes; it is not read")
+    return load_config(str(path))
+
+
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 

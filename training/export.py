@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, probe
-from training.config import Config, clip_settings, load_config
+from training.config import Config, clip_settings, read_run_config
 from training.distributed import Process
 from training.exported import METADATA_FILE, ONNX_FORMAT, TORCH_FORMAT, open_exported, runner
 from training.labels import read_manifest
@@ -86,7 +86,7 @@ def _videos(config: Config, videos: Sequence[str], beside: Path) -> tuple[Manife
     path = videos[0] if videos else config.data.test or config.data.val
     if path is None and (run := beside.with_name("config.yaml")).is_file():
         try:
-            path = load_config(str(run)).data.val
+            path = read_run_config(run).data.val
         except InputError as error:
             return None, f"{error}; "
         if path is not None and not Path(path).is_file():  # the run was elsewhere, or its data has gone
@@ -366,8 +366,8 @@ def triton_name(config: Config, *, beside: Path) -> str:
     """The name that the config gives, else the one of the run whose config.yaml lies beside the weights."""
     if config.name == Config.name and (run := beside.with_name("config.yaml")).is_file():
         with contextlib.suppress(InputError):
-            config = load_config(str(run))
-    if Path(config.name).name != config.name:
+            config = read_run_config(run)
+    if Path(config.name).name != config.name or config.name == "..":
         raise InputError(f"name is {config.name!r}, which is to be a folder of --triton; expected no / in it")
     return config.name
 

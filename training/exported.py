@@ -1,10 +1,11 @@
 """Opening what export.py wrote: one call from clips to probabilities, whichever runtime is behind it."""
 
 import json
+import mmap
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ def _open_onnx(path: Path) -> Exported:
         import onnxruntime
     except ImportError:
         raise InputError(f"{path}: to open it: pip install onnxruntime") from None
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            may_loop = _may_loop(content)
+    except (ValueError, IndexError):  # an empty file, or no protocol buffer
+        raise InputError(f"{path}: not an ONNX file, or a damaged one") from None
+    if may_loop:
+        raise InputError(f"{path}: not opened, as it holds what export.py does not write: loops or functions")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors, which are raised besides
@@ -94,9 +102,58 @@ def runner(session) -> Callable[[Tensor], Tensor]:
     """`Exported.run` by an onnxruntime session."""
 
     def run(clips: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+        try:
+            return torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+        except Exception as error:  # onnxruntime's kinds have no common base
+            raise InputError(f"the exported network cannot be run ({_first_line(error)})") from None
 
     return run
+
+
+def _may_loop(model: mmap.mmap) -> bool:
+    """Whether a serialized ModelProto has nodes with graphs of their own (Loop, If, Scan), or functions."""
+    for number, start, end in _messages(model, 0, len(model)):
+        if number == 25:  # functions
+            return True
+        nodes = [each for each in _messages(model, start, end) if each[0] == 1] if number == 7 else []  # graph.node
+        attributes = [each for node in nodes for each in _messages(model, *node[1:]) if each[0] == 5]
+        if any(
+            each[0] in (6, 11) for attribute in attributes for each in _messages(model, *attribute[1:])
+        ):  # g, graphs
+            return True
+    return False
+
+
+def _messages(data: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(field, start, end) of each field with a length in a protocol buffer. Raises ValueError and IndexError."""
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
+
+    while place < end:
+        field, wire = divmod(varint(), 8)
+        if wire == 2:
+            size = varint()
+            yield field, place, place + size
+            place += size
+        elif wire == 0:
+            varint()
+        elif wire in (1, 5):
+            place += 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+    if place > end:
+        raise ValueError("a field is longer than what it is in")
 
 
 def _open_torch(path: Path) -> Exported:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import namedtuple
@@ -240,11 +241,11 @@ def test_cut_connections_are_tried_again_and_never_kept(plain, web, tmp_path):
     assert same(epochs(loader(plain)), epochs(loader(at(plain, web.url), **settings)))
 
 
-def answer(body: bytes, **headers: str):
-    """Status 200 and the body, whatever is asked for; without a length, so its end is that of the connection."""
+def answer(body: bytes, status: int = 200, **headers: str):
+    """The same, whatever is asked for; without a length, so its end is that of the connection."""
 
     def instead(handler) -> None:
-        handler.send_response(200)
+        handler.send_response(status)
         for name, value in headers.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
@@ -313,6 +314,22 @@ def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypat
         fetch("memory://large/a.mp4")
     assert len(read_bytes("memory://large/b.mp4")) == 1 << 20
     memory.rm("/large", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "status, headers, reason",
+    [
+        (206, {"Content_Range": "bytes 0-999/5000"}, "sends another part of the shard than was asked for"),
+        (206, {}, "sends another part of the shard"),
+        (200, {}, "sends whole files and no parts"),
+        (302, {"Location": "/a.tar"}, "tried 3 times: .*a.tar"),
+    ],
+    ids=["another range", "no range", "as long as asked for", "redirects for ever"],
+)
+def test_other_bytes_than_those_asked_for_are_not_taken(web, no_pause, status, headers, reason):
+    web.instead = answer(bytes(1000), status, **headers)
+    with pytest.raises(InputError, match=reason):
+        fetch(Source(f"{web.url}/a.tar", 512, 1000))
 
 
 def test_a_server_that_never_answers_is_named_at_the_start(plain, web):
@@ -397,6 +414,25 @@ def test_any_file_system_of_fsspec(plain, packed):
     assert same(expected, epochs(loader(at(plain, f"file://{plain.root}"), "test")))
 
 
+@pytest.mark.parametrize(
+    "url, reason",
+    [
+        ("reference://a.mp4::{}/list.json", "reference is not opened: it is a list of other files, made of templates"),
+        ("zip://a.mp4::reference::file://{}/list.json", "reference is not opened"),
+        ("filecache::file://{}/a.mp4", "filecache is not opened: set data.cache instead"),
+        ("SimpleCache::file://{}/a.mp4", "SimpleCache is not opened"),
+    ],
+)
+def test_what_does_more_than_to_read_bytes_is_not_opened(tmp_path, monkeypatch, url, reason):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("list.json", "a.mp4"):
+        (tmp_path / name).write_text('{"version": 1, "templates": {"u": "{{ 1 / 0 }}"}, "refs": {"a.mp4": ["{{u}}"]}}')
+    for read in (fetch, size_of, lambda url: check_reachable(Source(url))):
+        with pytest.raises(InputError, match=reason):
+            read(url.format(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_no_file_can_be_read_without_is_said_at_the_start(plain, monkeypatch):
     with pytest.raises(InputError, match="nosuch://b/bframes.mp4: not a URL that fsspec can open.*nosuch"):
         loader(at(plain, "nosuch://b"))
@@ -429,6 +465,13 @@ def test_what_no_file_can_be_read_without_is_said_at_the_start(plain, monkeypatc
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"needs fsspec: pip install 'dali-timesformer\[remote\]'"):
         check_reachable(Source("s3://b/a.mp4"))
+
+
+def test_a_box_that_is_larger_than_any_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"\0\0\0\x10ftypisom\0\0\0\0" + b"\0\0\0\1free" + b"\xff" * 8)
+    with pytest.raises(InputError, match="not a video that FFmpeg can read"):
+        open_video(path)
 
 
 def test_fsspec_is_not_imported_for_files():

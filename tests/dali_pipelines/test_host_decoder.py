@@ -6,7 +6,7 @@ import pytest
 from dali_pipelines import InputError
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import coded_size
-from tests.videos import decode_all, numbered, textured, write_video
+from tests.videos import decode_all, edit_packets, numbered, textured, write_video
 
 SIZE = (72, 96)
 
@@ -74,3 +74,24 @@ def test_numbered_pictures_of_every_codec(numbered_videos):
         decoded = decode_frames(numbered_videos.file(index), positions, size=size)
         expected = np.stack(numbered(125, height=2, width=2))[positions][:, 0, 0].astype(int)
         assert np.abs(decoded.frames.mean(axis=(1, 2)) - expected).max() < 12, video.path
+
+
+@pytest.mark.parametrize("positions", [[13], [0, 13]])
+def test_damage_in_mpeg4_is_noticed_as_in_a_full_decode(tmp_path, positions):
+    """FFmpeg notices that a frame ends too early once it has seen some that do not."""
+    whole = write_video(tmp_path / "whole.mov", textured(18, height=48, width=64), codec="mpeg4", options={"g": "12"})
+    rng, silent, faults = np.random.default_rng(0), 0, 0
+    for _ in range(40):
+        place, bit = rng.random(), 1 << int(rng.integers(8))
+
+        def damaged(number: int, data: bytes, place=place, bit=bit) -> bytes:
+            at = 20 + int(place * (len(data) - 20))
+            return data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :] if number == 13 else data
+
+        path = edit_packets(whole, tmp_path / "damaged.mov", damaged)
+        try:
+            found = decode_frames(path, np.array(positions), size=(48, 64)).frames[-1]
+            silent += (found != decode_all(path)[13]).any()
+        except InputError:
+            faults += 1
+    assert not silent and faults > 5

@@ -312,3 +312,11 @@ def test_the_video_is_the_stream_that_ffmpeg_takes(tmp_path, suffix, marked):
         settings = dict(batch_size=1, num_frames=4, crop_size=32, stride=None, workers=0, decode=decode)
         batch = next(iter(ClipLoader(Manifest([video]), mode="validate", **settings)))
         assert batch.engines == (decode,) and read_numbers(batch.clips[0].numpy()) == [0, 13, 26, 39]
+
+
+def test_a_video_without_a_whole_frame_is_refused(tmp_path, monkeypatch):
+    """A row of no frames would make the manifest unreadable. Found in MPEG-4 that claims another height."""
+    path = write_video(tmp_path / "a.avi", textured(4, height=48, width=64), codec="mpeg4")
+    monkeypatch.setattr("dali_pipelines.manifest._count_frames", lambda *_, **__: 0)
+    with pytest.raises(InputError, match="all frames of its video stream are damaged"):
+        probe(path)

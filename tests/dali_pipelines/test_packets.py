@@ -17,7 +17,7 @@ from dali_pipelines.host_decoder import decode_frames, decode_indexed
 from dali_pipelines.manifest import open_video, probe, probe_packets
 from dali_pipelines.packet_index import IndexedVideo, StaleIndexError, open_header
 from dali_pipelines.packets import PacketReader, UncertainError, remux, remux_packets
-from tests.videos import decode_all, edit_packets, textured, write_video
+from tests.videos import decode_all, edit_packets, join_packets, textured, write_video
 
 PICTURES = textured(60, height=64, width=80)
 
@@ -334,6 +334,19 @@ def test_a_recording_that_went_on_with_other_parameters(tmp_path):
                 joined += head[:4] + time.to_bytes(3) + head[7:] + body + (11 + len(body)).to_bytes(4)
     (tmp_path / "joined.flv").write_bytes(joined)
     assert fallback(str(tmp_path / "joined.flv")) == "the parameters of the stream change"
+
+
+def test_colours_that_change_within_the_file(tmp_path):
+    """torchcodec converts all frames as the first: 20/255 off. The host decoder goes by each frame."""
+    few = [write_video(tmp_path / f"{full}.webm", PICTURES[:4], codec="vp9", full_range=full) for full in (False, True)]
+    vp8 = write_video(tmp_path / "vp8.webm", PICTURES[:4], codec="vp8", options={"g": "2"})
+
+    def change(number: int, data: bytes) -> bytes:
+        return data[:10] + bytes([data[10] ^ 0x40]) + data[11:] if number == 2 else data
+
+    changed = edit_packets(vp8, tmp_path / "changed.webm", change)
+    for path in (changed, join_packets(*few, tmp_path / "joined.webm")):
+        assert fallback(path) == "the colours of the frames change"
 
 
 def test_an_hevc_sequence_that_ends_within_the_file(tmp_path):

@@ -28,7 +28,21 @@ NAMES = st.text(st.sampled_from(ODD) | st.characters(exclude_characters="\0/", e
 every_name = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''-1", "'plain")
+FORMULAS = (
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "'=1",
+    "''-1",
+    "'plain",
+    " =1",
+    "\u3000 -1",
+    "\n=1",
+    "\uff1d1",
+)
 
 
 def rows_of(path: Path) -> list[list[str]]:

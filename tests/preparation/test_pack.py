@@ -1,5 +1,6 @@
 """Shards of videos: what is in them, that WebDataset reads them, and that nothing is lost, doubled or half written."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import namedtuple
 from itertools import pairwise
@@ -124,6 +126,31 @@ def test_shards_are_known_again_and_damaged_ones_written_again(source, tmp_path)
     assert not (tmp_path / "train.csv").exists()  # it may speak of what was there before
     os.truncate(tmp_path / names[4], 50_000)  # noted as done
     packed(source, tmp_path)
+    assert shards(tmp_path) == data
+
+
+def _doubled(data: bytes) -> bytes:
+    size = 512 + -(-int(data[124:135], 8) // 512) * 512  # of the first member
+    return data[:size] + data
+
+
+def _linked(data: bytes) -> bytes:
+    info = tarfile.TarInfo("../../outside")
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return info.tobuf(tarfile.GNU_FORMAT) + data
+
+
+@pytest.mark.parametrize("change", [gzip.compress, _doubled, _linked, None], ids=["gzip", "twice", "link", "pipe"])
+def test_a_shard_that_is_none_of_ours_is_written_again(source, tmp_path, change):
+    """Rows say where in the bytes of the file a video is, so it must be the tar itself."""
+    packed(source, tmp_path)
+    data, name = shards(tmp_path), next(iter(shards(tmp_path)))
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(change(data[name])) if change else os.mkfifo(tmp_path / name)
+    (tmp_path / "train.csv").touch()
+    (tmp_path / "train.journal").unlink()
+    made, _ = packed(source, tmp_path)
+    check(made, source)
     assert shards(tmp_path) == data
 
 

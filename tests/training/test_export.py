@@ -19,8 +19,18 @@ from model import TimeSformer, load_pretrained
 from model.pretrained import from_hugging_face, to_hugging_face
 from tests.training.conftest import PROJECT, run
 from training import export
+from training.config import Config
 from training.evaluation import predict_views
-from training.export import Clips, MismatchError, clips_to_compare, compare, export_onnx, export_torch, write_triton
+from training.export import (
+    Clips,
+    MismatchError,
+    clips_to_compare,
+    compare,
+    export_onnx,
+    export_torch,
+    triton_name,
+    write_triton,
+)
 from training.exported import METADATA_FILE, open_exported
 from training.hugging_face import export_hugging_face
 from training.weights import Weights, open_weights, save_weights
@@ -305,6 +315,51 @@ def test_other_and_damaged_files_are_refused(onnx_file, torch_file, tmp_path, mo
             open_exported(tmp_path / name)
 
 
+def _with_loop(graph):
+    """Its result goes round for ever."""
+    kind, result = onnx.TensorProto, graph.output[0].name
+    [last] = [node for node in graph.node if result in node.output]
+    last.output[:] = ["inner"]
+    same = [onnx.helper.make_node("Identity", [name], [f"{name}2"]) for name in ("c", "x")]
+    given = {"i": kind.INT64, "c": kind.BOOL, "x": kind.FLOAT}
+    body = onnx.helper.make_graph(
+        same,
+        "body",
+        [onnx.helper.make_tensor_value_info(name, each, None) for name, each in given.items()],
+        [onnx.helper.make_tensor_value_info(f"{name}2", given[name], None) for name in ("c", "x")],
+    )
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "true"))
+    graph.node.append(onnx.helper.make_node("Loop", ["", "true", "inner"], [result], body=body))
+
+
+def _with_huge(graph):
+    """4 TiB are made on the way."""
+    last = graph.node[-1]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1 << 40]), "shape"))
+    graph.node.append(onnx.helper.make_node("ConstantOfShape", ["shape"], ["huge"]))
+    graph.node.append(onnx.helper.make_node("ReduceSum", ["huge"], ["sum"], keepdims=0))
+    graph.node.append(onnx.helper.make_node("Add", ["inner", "sum"], list(last.output)))
+    last.output[:] = ["inner"]
+
+
+def test_an_onnx_file_that_would_run_for_ever_is_not_opened(onnx_file, clips, tmp_path):
+    model = onnx.load(onnx_file)
+    _with_loop(model.graph)
+    onnx.save(model, tmp_path / "loop.onnx")
+    with pytest.raises(InputError, match="loop.onnx: not opened, as it holds .*: loops or functions"):
+        open_exported(tmp_path / "loop.onnx")
+    model = onnx.load(onnx_file)
+    model.functions.append(onnx.helper.make_function("d", "f", [], [], [], []))
+    onnx.save(model, tmp_path / "function.onnx")
+    with pytest.raises(InputError, match="function.onnx: not opened, as it holds .*: loops or functions"):
+        open_exported(tmp_path / "function.onnx")
+    model = onnx.load(onnx_file)
+    _with_huge(model.graph)
+    onnx.save(model, tmp_path / "huge.onnx")
+    with pytest.raises(InputError, match="the exported network cannot be run"):
+        open_exported(tmp_path / "huge.onnx")(clips.views)
+
+
 def _rewritten(source, target, *, text=None, member=None, compression=zipfile.ZIP_STORED):
     """A .pt2 file with `text` = (before, after) replaced in its JSON, and with `member` = (name, bytes) as well."""
     replaced = 0
@@ -489,6 +544,7 @@ def test_what_is_typed_wrong(weights_file, monkeypatch, tmp_path):
             "data.crop_size is 64, but these weights were trained with 32",
         ),
         (f"--format onnx --triton {tmp_path} -o name=a/b", "expected no / in it"),
+        (f"--format onnx --triton {tmp_path} -o name=..", "expected no / in it"),
         (f"--format onnx --out {tmp_path}/a.onnx --videos a.csv b.csv", "expected files of videos, or one manifest"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -538,6 +594,14 @@ def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, m
         ask([str(bad)])
     (tmp_path / "config.yaml").write_text("data: {val: gone.csv}")
     assert ask().said.startswith(f"{tmp_path}/config.yaml names gone.csv, which is not there; compared on synthetic")
+    (tmp_path / "other.yaml").write_text(f"data: {{val: {small_data}/val.csv}}")
+    for text, reason in (
+        ("base: other.yaml", "names another file"),
+        ("name: ${oc.env:HOME}", "a value to be filled in"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        assert reason in ask().said and "compared on synthetic" in ask().said
+        assert triton_name(Config(), beside=tmp_path / "w.safetensors") == "timesformer"
     (tmp_path / "config.yaml").write_text("data: {vale: gone.csv}")
     assert "unknown key data.vale" in ask().said and "compared on synthetic clips" in ask().said
 
