@@ -22,6 +22,7 @@ from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.manifest import Manifest
 from dali_pipelines.plan import PADDING, Order, View
+from dali_pipelines.processes import semaphores_named_after
 from dali_pipelines.watch import Watchdog
 
 PREFETCH = 2  # batches that DALI works ahead
@@ -144,7 +145,7 @@ class Workers:
         )
         if self._count:
             self._check_shared_memory()
-            with _hidden_main(), _blocked_interrupt():
+            with _hidden_main(), _blocked_interrupt(), semaphores_named_after(self._source["table"]):
                 self.pipeline.start_py_workers()
             self._watchdog = Watchdog(self._source["table"], self.pipeline._py_pool, self._timeout_s)
         with self._watched():
