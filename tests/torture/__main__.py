@@ -29,6 +29,7 @@ from tests.torture.runs import damage_data, isolate, make_data
 
 _KILLS_A_CHAIN = 10
 _TURNS = ("one", "two", "slow", "one", "changing", "damaged")
+_REPORT_S = 0.1 if sys.stderr.isatty() else 60
 _COVERED_FROM = 150  # kills; fewer need not hit every phase
 
 
@@ -56,9 +57,7 @@ def main() -> int:
             for n, name in enumerate(names)
         ]
         chains = list(_kill(pool, arguments, root, data, references))
-        outcomes = {
-            name: job.result() for name, job in zip(names, tqdm(jobs, "attacks", disable=not sys.stderr.isatty()))
-        }
+        outcomes = {name: job.result() for name, job in zip(names, tqdm(jobs, "attacks", mininterval=_REPORT_S))}
     minutes = (time.monotonic() - started) / 60
     problems = _report(chains, outcomes, arguments, minutes)
     if problems:
@@ -74,7 +73,7 @@ def _kill(pool: ProcessPoolExecutor, arguments, root: Path, data, references) ->
     """Chains until there are enough kills; those that are under way have their share of what is missing."""
     under_way: dict[Future, int] = {}
     count = number = 0
-    with tqdm(total=arguments.kills, unit="kill", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=arguments.kills, unit="kill", mininterval=_REPORT_S) as bar:
         while count < arguments.kills or under_way:
             most = min(arguments.kills - count - sum(under_way.values()), _KILLS_A_CHAIN)
             if len(under_way) < arguments.jobs and most > 0:
