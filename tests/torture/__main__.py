@@ -113,7 +113,9 @@ def _report(chains: list[Chain], outcomes: dict[str, tuple[str, bool]], argument
         f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
     )
     if chains:
-        print(f"{equal} of {len(kills)} kills, in {len(chains)} runs, end equal to an unbroken run and leave nothing\n")
+        print(f"{equal} of {len(kills)} kills, in {len(chains)} runs, end equal to an unbroken run and leave nothing")
+        left = sum(chain.left_for_next_start for chain in chains)
+        print(f"after {left} of them, semaphores had names until the next start\n")
         counts = Counter((kill.who, kill.phase) for kill in kills)
         _print_table(
             ["killed", *PHASES, "all"],
