@@ -1,8 +1,9 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both make the environment in .venv first.
+# Two commands on a fresh machine: `make demo` and `make test`. Both make the environment in .venv first, as does
+# `make torture`: 200 kills and other faults, half an hour on two cores (docs/torture.md).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test environment
+.PHONY: demo test torture environment
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,6 +35,9 @@ test: $(READY)
 	@$(call step,ruff,$(BIN)/ruff check .)
 	@$(call step,the tests,$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile)
 	@echo "make test: passed"
+
+torture: $(READY)
+	@$(BIN)/python -m tests.torture $(TORTURE)
 
 environment: $(READY)
 

@@ -257,7 +257,11 @@ class ClipLoader:
         self._batches = 0  # consumed in this epoch
         self._iterator: object | None = None  # the one that is on its way through the epoch, or was left early
         self._table = TemporaryFolder()
-        manifest.save_arrays(self._table.name)
+        try:
+            manifest.save_arrays(self._table.name)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise InputError(f"{self._table.name}: {reason}; TMPDIR=DIR names another temporary folder") from None
         cut = Cut(
             crop_size=crop_size,
             clips=self._view.count,

@@ -13,12 +13,13 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from multiprocessing import synchronize, util
 from pathlib import Path
 
 _PREFIX = "clip_loader_pid"
 _NAME = re.compile(rf"{_PREFIX}\d+_\w+")
+_SEMAPHORES = Path("/dev/shm")  # where Linux keeps their names
 _TICK_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
@@ -100,9 +101,24 @@ def _remove_abandoned() -> None:
             lock = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for semaphore in _SEMAPHORES.glob(f"sem.{entry.name}-*"):
+                    semaphore.unlink(missing_ok=True)
                 shutil.rmtree(entry.path, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+@contextlib.contextmanager
+def semaphores_named_after(folder: str) -> Iterator[None]:
+    """Names the semaphores that are made within after a `TemporaryFolder`: if this process and multiprocessing's
+    resource tracker are killed together, they are removed with the folder."""
+    settings = multiprocessing.current_process()._config
+    before = settings["semprefix"]
+    settings["semprefix"] = f"/{os.path.basename(folder)}"
+    try:
+        yield
+    finally:
+        settings["semprefix"] = before
 
 
 def unlink_semaphores(locks: Iterable[synchronize.SemLock]) -> None:

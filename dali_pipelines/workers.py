@@ -6,6 +6,8 @@ it failed: then the workers decode the videos of the batches under way.
 """
 
 import contextlib
+import mmap
+import os
 import shutil
 import signal
 import sys
@@ -16,12 +18,14 @@ from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline
+from nvidia.dali._multiproc.shared_mem import SharedMem
 
 from dali_pipelines.clip_source import MOST_BYTES, ClipSource
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.manifest import Manifest
 from dali_pipelines.plan import PADDING, Order, View
+from dali_pipelines.processes import semaphores_named_after
 from dali_pipelines.watch import Watchdog
 
 PREFETCH = 2  # batches that DALI works ahead
@@ -144,7 +148,8 @@ class Workers:
         )
         if self._count:
             self._check_shared_memory()
-            with _hidden_main(), _blocked_interrupt():
+            names = semaphores_named_after(self._source["table"])
+            with _hidden_main(), _blocked_interrupt(), names, _reserved_shared_memory():
                 self.pipeline.start_py_workers()
             self._watchdog = Watchdog(self._source["table"], self.pipeline._py_pool, self._timeout_s)
         with self._watched():
@@ -209,6 +214,24 @@ class Workers:
 def _free_shared_memory() -> int:
     """Bytes."""
     return shutil.disk_usage("/dev/shm").free
+
+
+@contextlib.contextmanager
+def _reserved_shared_memory() -> Iterator[None]:
+    """Reserves the first page of what DALI allocates in /dev/shm within, which this process writes to: an `OSError` if
+    it is full, in place of a SIGBUS that ends the process without a message."""
+    plain = vars(SharedMem)["allocate"]
+
+    def reserve(cls: type[SharedMem], size: int) -> SharedMem:
+        made = cls(None, size)
+        os.posix_fallocate(made.handle, 0, min(size, mmap.PAGESIZE))
+        return made
+
+    SharedMem.allocate = classmethod(reserve)
+    try:
+        yield
+    finally:
+        SharedMem.allocate = plain
 
 
 @contextlib.contextmanager

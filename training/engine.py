@@ -131,7 +131,8 @@ class Trainer:
         self._rollbacks = 0  # since the last good step
         self._loader_state = self.train_loader.state_dict()
         self._fault_count = 0  # in the loader's statistics, of whole steps
-        self._logged = {"fault_bytes": 0, "log_bytes": 0}  # of what is whole
+        # Of what is whole: how far the logs have come, and the results (as tuples) of the steps since the last line.
+        self._logged: dict[str, Any] = {"fault_bytes": 0, "log_bytes": 0, "unlogged": []}
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
         self._whole = threading.Lock()  # held while something takes effect; what is saved is never half a step
         self._is_whole = True
@@ -183,6 +184,7 @@ class Trainer:
             self.profiler.start()
         try:
             with HangWatch(self.process, self.config.train.hang_timeout_s, self._save_from_outside):
+                self._log_what_was_left()
                 while self._is_due or self.step < self.last_step:
                     try:
                         self._finish_epoch() if self._is_due else self._train_epoch()
@@ -215,7 +217,7 @@ class Trainer:
         """Steps, to the end of the epoch that stands open, or to the last."""
         epoch = self.step // self.steps_per_epoch
         every = self.config.train.checkpoint_every_steps
-        interval = Interval(self.train_loader, self.process.device)
+        interval = self._next_interval()
         epoch_interval = Interval(self.train_loader, self.process.device)
         batches = self._batches()
         while not self._is_due:
@@ -226,10 +228,9 @@ class Trainer:
             if self.profiler:
                 self.profiler.step()
             self._check_faults(epoch)
-            if self._is_due or self.step % self.config.train.log_every_steps == 0:
-                progress = {"train/epoch": self.step / self.steps_per_epoch, "train/faults": self.failed}
-                self.monitor.log_interval(self.step, progress | interval.summary())
-                self._logged = self._log_sizes()
+            if self._ends_interval:
+                self.monitor.log_interval(self.step, self._progress() | interval.summary())
+                self._logged = self._log_sizes() | {"unlogged": []}
                 if (
                     self.mode == "CUDA graphs"
                     and self.step <= self.config.train.log_every_steps
@@ -238,13 +239,32 @@ class Trainer:
                     self.monitor.say(
                         "train.cuda_graphs: the compiler has left them out; TORCH_LOGS=cudagraphs says why"
                     )
-                interval = Interval(self.train_loader, self.process.device)
+                interval = self._next_interval()
             if self._must_end:
                 self._end_for_signal(epoch)
             if every and self.step % every == 0 and not self._is_due:
                 self._say_faults(self.train_loader, epoch, mode="train")
                 self._save()
         self._epoch_speed = epoch_interval.clips_per_second
+
+    @property
+    def _ends_interval(self) -> bool:
+        """Whether a line of the log follows this step."""
+        return self._is_due or self.step % self.config.train.log_every_steps == 0
+
+    def _next_interval(self) -> Interval:
+        """From the last line of the log on, though a run was resumed in between."""
+        before = [StepResult(*row) for row in self._logged["unlogged"]]
+        return Interval(self.train_loader, self.process.device, before=before)
+
+    def _progress(self) -> dict[str, float]:
+        return {"train/epoch": self.step / self.steps_per_epoch, "train/faults": self.failed}
+
+    def _log_what_was_left(self) -> None:
+        """The line of the last step, if this run was resumed between that step and its line."""
+        if self._logged["unlogged"] and self._ends_interval:
+            self.monitor.log(self.step, self._progress() | self._next_interval().training())
+            self._logged = self._log_sizes() | {"unlogged": []}
 
     def _batches(self) -> Iterable[Batch]:
         """Of the epoch, each with its time in the trace."""
@@ -312,6 +332,10 @@ class Trainer:
             self.loss_scale.update(overflow=result.skipped)
             self.network.zero_grad(set_to_none=True)
             self._advance(result.valid)
+            self._keep_for_log(result)
+
+    def _keep_for_log(self, result: StepResult) -> None:
+        self._logged = self._logged | {"unlogged": [*self._logged["unlogged"], dataclasses.astuple(result)]}
 
     def _advance(self, valid: float) -> None:
         self.step += 1
@@ -436,9 +460,11 @@ class Trainer:
         for _ in batches:
             pass
         self._must_end = False
+        result = StepResult(0.0, 0.0, 0.0, 0.0, lr, 0.0, self.loss_scale.value, skipped=True)
         with self._taking_effect():
             self._advance(self.config.optim.global_batch_size)
-        return StepResult(0.0, 0.0, 0.0, 0.0, lr, 0.0, self.loss_scale.value, skipped=True)
+            self._keep_for_log(result)
+        return result
 
     def _check_faults(self, epoch: int) -> None:
         """Stops a run that cannot read too much of its data. All processes know the same sums, so all stop here."""
@@ -519,7 +545,7 @@ class Trainer:
         self.monitor.log(self.step, scalars)
         self._collect_writes()
         failed = 0 if is_whole else self.failed
-        logged = self._log_sizes()
+        logged = self._logged | self._log_sizes()
         changes = {"best_top1": best_top1, "is_validated": True, "failed": failed, **logged}
         state = self._state() | changes if self.process.is_main else {}
         with self._taking_effect():
@@ -534,7 +560,7 @@ class Trainer:
         """Writes down and names what `loader` could not read since the last call, on all processes."""
         faults = self.faults.take(loader, epoch=epoch, mode=mode)
         if mode == "train":
-            self._fault_count, self._logged = 0, self._log_sizes()
+            self._fault_count, self._logged = 0, self._logged | self._log_sizes()
         for fault in faults[:_SHOWN]:
             treatment = "left out" if mode == "train" else "counted as wrong"
             self.monitor.say(f"{fault.path}: {fault.reason}; {treatment}")
@@ -640,7 +666,7 @@ class Trainer:
             if self._fault_count:
                 epoch = (self.step - 1) // self.steps_per_epoch
                 self.faults.write(self.train_loader.stats.faults[: self._fault_count], epoch=epoch, mode="train")
-                self._logged = self._log_sizes()
+                self._logged = self._logged | {"fault_bytes": self.faults.size()}
             with self._beside_the_step():
                 state = self._state()
             self.saver.write(state)
@@ -714,7 +740,8 @@ class Trainer:
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.loss_scale.load_state_dict(state["loss_scale"])
         self._loader_state, self._fault_count = state["loader"], 0
-        self._logged = {key: state[key] for key in self._logged}
+        unlogged = [dataclasses.astuple(StepResult(*row)) for row in state.get("unlogged", [])]  # not in older ones
+        self._logged = {"fault_bytes": state["fault_bytes"], "log_bytes": state["log_bytes"], "unlogged": unlogged}
         self.left_out.update(state["left_out"])
         if self.mode is None:
             self.mode = state.get("mode", "compiled" if state["config"]["train"]["compile"] is True else "eager")

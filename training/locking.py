@@ -17,7 +17,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 class FolderLock:
     """Keeps other processes that lock `folder` out of it until `release`, or until this process ends, however it does:
     its children do not hold the lock. The file of one that was killed stays, and locks nothing. Raises `InputError` if
-    another process has the lock.
+    another process has the lock, or its file is a symbolic link.
 
     A POSIX lock, which NFS servers know too. Two locks within one process do not see each other.
     """
@@ -29,7 +29,12 @@ class FolderLock:
         """Why nothing keeps other processes out; "" if the lock is held."""
         self._file: IO[str] | None = None
         while self._file is None:
-            file = open(self._path, "a+", encoding="utf-8")
+            try:
+                file = open(self._path, "a+", encoding="utf-8", opener=_open_no_link)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise InputError(f"{self._path} is a link to a file that would be overwritten: remove it") from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -56,3 +61,7 @@ class FolderLock:
                 self._path.unlink(missing_ok=True)
             self._file.close()
         self._file = None
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,15 @@ class StepResult:
 
 
 class Interval:
-    """Means over the steps between two log lines."""
+    """Means over the steps between two log lines. `before`: of these, the steps that the run did before it was
+    resumed; how fast they were is not known."""
 
-    def __init__(self, loader: ClipLoader, device: torch.device):
+    def __init__(self, loader: ClipLoader, device: torch.device, *, before: Sequence[StepResult] = ()):
         self._stats, self._device = loader.stats, device
         self._before = dataclasses.replace(loader.stats)
         self._started = time.perf_counter()
-        self._results: list[StepResult] = []
+        self._results = list(before)
+        self._count_before = len(before)
 
     def add(self, result: StepResult) -> None:
         self._results.append(result)
@@ -77,10 +79,10 @@ class Interval:
 
     @property
     def _clips(self) -> float:
-        return sum(result.valid for result in self._results)
+        return sum(result.valid for result in self._results[self._count_before :])
 
-    def summary(self) -> dict[str, float]:
-        """All of it by name; clips are those of all processes, waiting and packets this one's."""
+    def training(self) -> dict[str, float]:
+        """Loss, accuracies, gradient norm and schedule, by name."""
         last, steps = self._results[-1], len(self._results)
         learned = {}
         if done := [result for result in self._results if not result.skipped]:
@@ -96,6 +98,13 @@ class Interval:
             "train/lr": last.lr,
             "train/loss_scale": last.loss_scale,
             "train/skipped_steps": steps - len(done),
+        }
+
+    def summary(self) -> dict[str, float]:
+        """All of it by name; clips are those of all processes, waiting and packets this one's."""
+        steps = len(self._results) - self._count_before
+        return {
+            **self.training(),
             "speed/clips_per_second": self.clips_per_second,
             "speed/step_ms": 1000 * (time.perf_counter() - self._started) / steps,
             "speed/data_wait_ms": 1000 * self._waited / steps,

@@ -1,5 +1,7 @@
 """ClipLoader: exactly the planned frames and pixels, whatever decodes them, however they are shared out."""
 
+import errno
+import mmap
 import multiprocessing
 import os
 import signal
@@ -513,6 +515,23 @@ def test_too_little_shared_memory_is_said_before_it_kills_workers(textured_video
     monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
     with pytest.raises(InputError, match=r"/dev/shm has 0 MB free.*--shm-size"):
         next(iter(loader(textured_videos, workers=1, num_frames=32, batch_size=13)))
+
+
+def test_shared_memory_that_the_loader_writes_to_is_reserved_when_it_is_made():
+    """On a full /dev/shm, the first write would end the process by SIGBUS."""
+    with workers_module._reserved_shared_memory():
+        made = workers_module.SharedMem.allocate(1 << 20)
+    assert os.fstat(made.handle).st_blocks * 512 == mmap.PAGESIZE
+    assert os.fstat(workers_module.SharedMem.allocate(1 << 20).handle).st_blocks == 0
+
+
+def test_a_full_temporary_folder_is_named(textured_videos, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Manifest, "save_arrays", no_room)
+    with pytest.raises(InputError, match="clip_loader_pid.*: cannot be written .No space left on device.; TMPDIR="):
+        loader(textured_videos)
 
 
 def test_workers_carry_no_torch_and_do_not_run_the_users_script_again(textured_videos, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 from dali_pipelines import ClipLoader, Manifest
 from dali_pipelines.manifest import probe
-from dali_pipelines.processes import TemporaryFolder, end_with_parent
+from dali_pipelines.processes import TemporaryFolder, end_with_parent, semaphores_named_after
 from tests.videos import textured, write_video
 
 PROJECT = Path(__file__).parents[2]
@@ -203,6 +203,31 @@ def test_folders_are_kept_as_long_as_their_process_lives(tmp_path, monkeypatch):
     del third
     own.close()
     assert not Path(name).exists() and set(tmp_path.iterdir()) == others
+    for each in (reader, writer):
+        os.close(each)
+
+
+def test_semaphores_of_a_killed_process_are_removed_with_its_folder(tmp_path, monkeypatch):
+    """If multiprocessing's resource tracker, which would do it, was killed too."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("multiprocessing.resource_tracker.register", lambda *_: None)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        held = TemporaryFolder()
+        with semaphores_named_after(held.name):
+            kept = multiprocessing.get_context("spawn").Lock()
+        os.write(writer, kept._semlock.name.encode())
+        time.sleep(20)
+        os._exit(0)
+    path = Path("/dev/shm") / f"sem.{os.read(reader, 1000).decode()[1:]}"
+    TemporaryFolder()
+    assert path.exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    TemporaryFolder()
+    assert not path.exists() and not list(tmp_path.iterdir())
+    assert multiprocessing.current_process()._config["semprefix"] == "/mp"
     for each in (reader, writer):
         os.close(each)
 

@@ -82,6 +82,14 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     FolderLock(tmp_path, remedy="").release()
 
 
+def test_a_lock_that_is_a_link_leads_to_nothing_that_is_overwritten(tmp_path):
+    (tmp_path / "precious").write_text("something")
+    (tmp_path / "lock").symlink_to("precious")
+    with pytest.raises(InputError, match="lock is a link"):
+        FolderLock(tmp_path, remedy="")
+    assert (tmp_path / "precious").read_text() == "something"
+
+
 def test_a_file_system_without_locks_is_said_and_used(config_file, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

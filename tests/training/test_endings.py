@@ -20,6 +20,7 @@ from tests.training.test_engine import assert_equal_weights, lines, losses, trai
 from training import checkpoints
 from training.checkpoints import list_checkpoints, load_newest_checkpoint
 from training.engine import Trainer
+from training.monitor import Monitor
 from training.preemption import REQUEUE
 from training.weights import load_weights
 
@@ -32,6 +33,7 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {project!r})
 from training.engine import Trainer
+from training.monitor import Monitor
 {patch}
 import train
 from dali_pipelines.errors import run_command
@@ -400,6 +402,33 @@ def test_ended_while_the_weights_of_an_epoch_are_copied_nothing_is_forgotten(con
     assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
     ours, theirs = ([line["step"] for line in lines(tmp_path / name)] for name in ("output", "unbroken"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("when", ["after step 1", "after the line of step 2"])
+def test_ended_between_two_lines_of_the_log_nothing_of_them_is_lost(config_file, tmp_path, monkeypatch, when):
+    """Ctrl-C; each line is a mean over two steps."""
+    settings = ["train.log_every_steps=2", "train.epochs=1"]
+    plain = Monitor.log
+
+    def log(self, step, values):
+        plain(self, step, values)
+        raise KeyboardInterrupt
+
+    def advance(self, interval, *, epoch):
+        raise KeyboardInterrupt
+
+    def shown(name):
+        return [
+            {key: line[key] for key in line if key.startswith(("step", "train"))} for line in lines(tmp_path / name)
+        ]
+
+    train(config_file, *settings, f"output={tmp_path}/unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, *(("advance", advance) if when == "after step 1" else ("log", log)))
+        with pytest.raises(KeyboardInterrupt):
+            train(config_file, *settings)
+    train(config_file, *settings, resume=True)
+    assert shown("output") == shown("unbroken") and [line["step"] for line in shown("output")] == [2, 3, 3]
 
 
 def test_two_that_save_at_once_do_not_write_into_one_file(config_file, tmp_path, monkeypatch):
