@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
-        if path.suffix != ".csv" and ".journal" not in path.name and path.is_file()
+        if path.suffix not in (".csv", ".packets") and ".journal" not in path.name and path.is_file()
     }
 
 
@@ -237,7 +237,7 @@ def test_labels_order_and_classes_are_kept(folder):
         assert numbers(made.file(row)) == list(range(12))
         assert made[row][2:7] == (12, 25.0, 42, 32, "h264")
     assert "5 of 5 videos" in done.stdout and "size: " in done.stdout and "times as fast" in done.stdout
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["a", "all.csv", "b", "c.mp4"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["a", "all.csv", "all.packets", "b", "c.mp4"]
 
 
 def test_a_second_run_does_nothing_and_other_settings_do(folder):
