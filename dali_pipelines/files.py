@@ -404,7 +404,9 @@ def _too_large() -> InputError:
 
 
 def _no_parts() -> InputError:
-    return InputError("its server sends whole files and no parts of them (HTTP Range), which shards need")
+    return InputError(
+        "its server sends whole files and no parts of them (HTTP Range), which shards and packet indexes need"
+    )
 
 
 async def _read_http(system: Any, url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:

@@ -34,7 +34,16 @@ import numpy as np
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, as_source, fetch, is_url, join, open_video, unfinished
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_packets, prepare
-from dali_pipelines.packet_index import Recorder, Stream, hash_of, index_path, no_entry, write_index
+from dali_pipelines.packet_index import (
+    PacketIndex,
+    Recorder,
+    StaleIndexError,
+    Stream,
+    hash_of,
+    index_path,
+    no_entry,
+    write_index,
+)
 from dali_pipelines.packets import PacketReader, UncertainError, demux, video_stream
 from dali_pipelines.text import cell_text, csv_writer, decode
 
@@ -244,13 +253,15 @@ class Manifest:
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes the file beside its place and renames it, so that a kill leaves the old one or the new one; before it,
-        the packet index of its `entries`."""
+        a packet index of its `entries`, and of those that its videos have in `index`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        index_path(path).unlink(missing_ok=True)
-        if self.entries:
-            write_index(index_path(path), self.entries)
+        entries = self._known_entries() | self.entries
+        if entries:
+            write_index(index_path(path), entries)
             self.index = index_path(path)
+        else:
+            index_path(path).unlink(missing_ok=True)
         root = self.root
         if not is_url(root):
             root, home = root.resolve(), path.parent.resolve()
@@ -273,6 +284,15 @@ class Manifest:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+    def _known_entries(self) -> dict[int, bytes]:
+        found: dict[int, bytes] = {}
+        with contextlib.suppress(StaleIndexError):
+            index = PacketIndex(self.index) if self.index is not None else ()
+            for key in map(key_of, self) if index else ():
+                with contextlib.suppress(StaleIndexError):
+                    found[key] = index.entry(key)
+        return found
 
     def checksum(self, *, measured: bool = False) -> str:
         """A SHA-256 of which videos these are and how they are labelled: of labels, paths, frames, sizes and codecs, in

@@ -78,13 +78,17 @@ class Stream(NamedTuple):
         return cls(context.codec.name, bytes(context.extradata or b"").decode("latin-1"), **settings)
 
     def context(self) -> av.VideoCodecContext:
-        """A decoder, not opened yet, that is told the same."""
-        context = av.CodecContext.create(self.decoder, "r")
-        for name in _SETTINGS:
-            if (value := getattr(self, name)) is not None:
-                setattr(context, name, value)
-        if self.extradata:
-            context.extradata = self.extradata.encode("latin-1")
+        """A decoder, not opened yet, that is told the same. Raises `StaleIndexError` where FFmpeg has none, or does not
+        know the values."""
+        try:
+            context = av.CodecContext.create(self.decoder, "r")
+            for name in _SETTINGS:
+                if (value := getattr(self, name)) is not None:
+                    setattr(context, name, value)
+            if self.extradata:
+                context.extradata = self.extradata.encode("latin-1")
+        except (ValueError, TypeError, OverflowError, AttributeError, av.error.FFmpegError):
+            raise StaleIndexError(f"FFmpeg here has no decoder {self.decoder!r} as in the index") from None
         return context
 
 
@@ -103,7 +107,7 @@ def open_header(stream: Stream) -> av.container.InputContainer:
     def number(name: str, value: int) -> bytes:
         return element(name, value.to_bytes(8))
 
-    codec = av.Codec(stream.decoder, "r").canonical_name
+    codec = stream.context().codec.canonical_name
     # RFC 9559; the names of the elements are those of its section 5.
     video = element("E0", number("B0", stream.width), number("BA", stream.height))
     private = element("63A2", stream.extradata.encode("latin-1")) if stream.extradata else b""

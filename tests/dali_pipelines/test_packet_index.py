@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_pipelines import ClipLoader, Manifest
+from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.cpu_cut import BatchMemory
 from dali_pipelines.files import Source, read_ranges
 from dali_pipelines.manifest import key_of, probe, probe_packets
@@ -29,7 +29,7 @@ from dali_pipelines.packet_index import (
     write_index,
 )
 from dali_pipelines.plan import plan_sample
-from preparation.index import index
+from preparation.index import check_is_ours, index
 from preparation.pack import pack
 from preparation.transcode import Job, Settings
 from preparation.work import Crew
@@ -229,6 +229,17 @@ def test_entries_that_claim_too_much(indexed):
             IndexedVideo(source, zlib.compress(wrong + b"\n" + columns))
     with pytest.raises(StaleIndexError, match="damaged"):
         IndexedVideo(source, zlib.compress(bytes(300 << 20)))
+    for old, new in ((b'["h264"', b'["h266x"'), (b", 96, 72,", b", 96, 7200000000000000000000,")):
+        assert old in head
+        changed = IndexedVideo(source, zlib.compress(head.replace(old, new) + b"\n" + columns))
+        with pytest.raises(StaleIndexError, match="FFmpeg here has no decoder"):
+            changed.stream.context()
+
+
+def test_a_file_that_is_no_index_is_not_overwritten(tmp_path):
+    (tmp_path / "some.packets").write_text("somebody's notes")
+    with pytest.raises(InputError, match=r"some\.packets: exists, and would be overwritten"):
+        check_is_ours(tmp_path / "some.csv")
 
 
 def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
@@ -244,10 +255,13 @@ def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
         assert stats.fallbacks == {} and stats.packets_read == stats.packets_kept
 
 
-def test_a_manifest_that_is_written_anew_keeps_no_old_index(indexed, tmp_path):
+def test_a_manifest_that_is_written_takes_its_index_along(indexed, tmp_path):
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
     manifest = Manifest.read(tmp_path / "some.csv")
     assert manifest.index == index_path(tmp_path / "some.csv")
+    manifest.write(tmp_path / "other.csv")
+    copy = Manifest.read(tmp_path / "other.csv")
+    assert clips(copy)[1].fallbacks == {} and len(PacketIndex(copy.index)) == len(NAMES)
     Manifest([probe(tmp_path / NAMES[0])]).write(tmp_path / "some.csv")
     assert not index_path(tmp_path / "some.csv").exists() and Manifest.read(tmp_path / "some.csv").index is None
 

@@ -39,7 +39,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, coded_size, probe
+from dali_pipelines.manifest import Video, coded_size, key_of, probe, probe_packets
+from dali_pipelines.packet_index import write_index
 from dali_pipelines.packets import video_stream
 from dali_pipelines.processes import end_with_parent
 from preparation.index import look
@@ -129,6 +130,7 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
     {"outcome": one of GOOD and BAD, "detail": why}, and for `judge_group` {"rows": that row, and one of indexing now,
     "valid": of each row, "stride": that both were read with}.
     """
+    original = row.path
     rows, refusal, is_verified = [row._replace(path=path)], "", False
     for decode in (False, True):
         try:
@@ -138,18 +140,22 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
         except Exception as error:
             return _answer("unnamed", f"indexing: {type(error).__name__}: {error}")
         else:
-            rows[1:] = [video]
+            folder, name = os.path.split(path)
+            rows[1:] = [video._replace(path=f"{folder}/./{name}")]  # a key of its own in the packet index
             is_verified = decode
         if _is_unnamed(refusal):
             return _answer("unnamed", f"indexing: {refusal!r}")
     rng = np.random.default_rng(seed)
     stride = float(rng.choice([0.5, 1, 2, 3]))
-    decoded, valid, faults = Plain(path, original=row.path), [], []
+    decoded, valid, faults = Plain(path, original=original), [], []
     if is_verified and not decoded.errors and rows[1].frames != decoded.count:
         return _answer("wrong", f"{rows[1].frames} frames are indexed, {decoded.count} come out of a plain decode")
-    for engine in ("host", "nvdec", "dali"):
+    entries = {key_of(row): probe_packets(place)[1] for row, place in zip(rows, (original, path))}
+    index = Path(f"{path}.packets")
+    write_index(index, entries)
+    for engine, by_index in (("host", False), ("host", True), ("nvdec", True), ("dali", False)):
         try:
-            loader = make_loader(rows, stride=stride, decode=engine)
+            loader = make_loader(rows, stride=stride, decode=engine, index=index if by_index else None)
             (batch,) = loader
         except Exception as error:
             return _answer("unnamed", f"{engine}: {type(error).__name__}: {error}")
@@ -165,8 +171,11 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
             is_close = batch.engines[number] == "dali"
             if reason := decoded.differs(video, batch.clips[number], stride, is_close=is_close):
                 return _answer("wrong", f"{engine}, {'indexed now' if number else 'indexed before'}: {reason}")
+        if engine == "host" and by_index and batch.valid.tolist() != valid:
+            return _answer("wrong", f"by the packet index, valid is {batch.valid.tolist()}, without it {valid}")
         if engine == "host":
             valid, faults = batch.valid.tolist(), reasons
+    index.unlink()
     outcome = "refused" if len(rows) == 1 and not valid[0] else "equal" if any(valid) else "fault"
     return _answer(outcome, "; ".join([refusal, *faults])) | {"rows": rows, "valid": valid, "stride": stride}
 
@@ -179,9 +188,13 @@ def _is_unnamed(reason: str) -> bool:
     return bool(re.match(r"[A-Z]\w*(Error|Exception)\b", reason))
 
 
-def make_loader(rows: Sequence[Video], *, stride: float, decode: str, workers: int = 0, batch: int = 0) -> ClipLoader:
+def make_loader(
+    rows: Sequence[Video], *, stride: float, decode: str, workers: int = 0, batch: int = 0, index: Path | None = None
+) -> ClipLoader:
+    manifest = Manifest(rows)
+    manifest.index = index
     return ClipLoader(
-        Manifest(rows),
+        manifest,
         mode="test",
         batch_size=batch or len(rows),
         num_frames=WINDOW_FRAMES,
