@@ -498,7 +498,7 @@ def probe_packets(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PI
         rotation=rotation,
         pixel_format=first.format.name,
         vfr=_is_variable(gaps),
-        gop=structure.gop or frames,
+        gop=int(structure.gop) or frames,
         mirrored=mirrored,
     )
     return found, structure.entry
@@ -540,7 +540,7 @@ def _read_structure(container: av.container.InputContainer, source: Source, max_
         return _Structure([], 0, times, None, no_entry(str(error)))
     before = np.cumsum([0] + [picture.is_shown for picture in reader.pictures])
     starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
-    gop = max(np.diff(before[[*starts, len(reader.pictures)]])).item()
+    gop = max(np.diff(before[[*starts, len(reader.pictures)]]), default=0)
     times = [time for time, picture in zip(reader.times, reader.pictures, strict=True) if picture.is_shown]
     return _Structure(shown, gop, times, first, entry)
 

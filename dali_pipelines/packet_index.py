@@ -188,8 +188,8 @@ class Recorder:
 
     def entry(self, reader: PacketReader, stream: Stream) -> bytes:
         """The entry of the video, all of which `reader` has read without an error."""
-        if self._refusal:
-            return no_entry(self._refusal)
+        if self._refusal or not self._rows:
+            return no_entry(self._refusal or "it has no packets")
         offsets, sizes, checks = np.array(self._rows, np.int64).reshape(-1, 3).T
         count = len(offsets)
         order = np.empty(count, np.int64)

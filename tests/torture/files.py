@@ -151,7 +151,7 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
     if is_verified and not decoded.errors and rows[1].frames != decoded.count:
         return _answer("wrong", f"{rows[1].frames} frames are indexed, {decoded.count} come out of a plain decode")
     entries = {key_of(row): probe_packets(place)[1] for row, place in zip(rows, (original, path))}
-    index = Path(f"{path}.packets")
+    index = Path(f"{path}.{os.getpid()}.packets")
     write_index(index, entries)
     for engine, by_index in (("host", False), ("host", True), ("nvdec", True), ("dali", False)):
         try:
@@ -169,11 +169,14 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
             if not batch.valid[number] or not (engine == "host" or (is_verified and number)):
                 continue
             is_close = batch.engines[number] == "dali"
-            if reason := decoded.differs(video, batch.clips[number], stride, is_close=is_close):
+            is_older = by_index and not number  # by the index of before the damage: packets that are intact count
+            if reason := decoded.differs(video, batch.clips[number], stride, is_close=is_close, is_older=is_older):
                 return _answer("wrong", f"{engine}, {'indexed now' if number else 'indexed before'}: {reason}")
-        if engine == "host" and by_index and batch.valid.tolist() != valid:
-            return _answer("wrong", f"by the packet index, valid is {batch.valid.tolist()}, without it {valid}")
-        if engine == "host":
+        if engine == "host" and by_index:
+            # With the index of before, a container that is damaged need not be understood.
+            if any(before and not now for before, now in zip(valid, batch.valid.tolist(), strict=True)):
+                return _answer("wrong", f"by the packet index, valid is {batch.valid.tolist()}, without it {valid}")
+        elif engine == "host":
             valid, faults = batch.valid.tolist(), reasons
     index.unlink()
     outcome = "refused" if len(rows) == 1 and not valid[0] else "equal" if any(valid) else "fault"
@@ -239,10 +242,12 @@ class Plain:
         except (av.error.FFmpegError, AttributeError):  # no decoder
             self.errors += 1
 
-    def differs(self, video: Video, clip: torch.Tensor, stride: float, *, is_close: bool) -> str:
+    def differs(
+        self, video: Video, clip: torch.Tensor, stride: float, *, is_close: bool, is_older: bool = False
+    ) -> str:
         """How the clips [V, C, T, S, S] of a file differ; "" if every frame is the one at its position, or as many
         places before it as frames were lost, or the one of the file before the damage: a plain decode may not recover.
-        `is_close`: colours may be rounded in another way."""
+        `is_close`: colours may be rounded in another way; `is_older`: it may be the one of before the damage anyway."""
         loader = make_loader([video], stride=stride, decode="host")
         seconds = loader.window_seconds(0)
         positions = self._positions(loader, video)
@@ -252,7 +257,7 @@ class Plain:
                    for place, position in enumerate(row)}  # fmt: skip
         best: dict[int, float] = {}
         lost = self.errors + max(video.frames - self.count, 0)
-        for path, most in ((self._path, lost), *([(self._original, 0)] if lost else [])):
+        for path, most in ((self._path, lost), *([(self._original, 0)] if lost or is_older else [])):
             for number, frame in enumerate(self._frames(path)):
                 for position, wanted in missing.items():
                     if number <= position <= number + most and best.get(position, 9) > 1e-3:
