@@ -29,6 +29,8 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from dali_pipelines.errors import InputError
+
 _MOST_HELD = 256 << 20
 """Bytes of packets in memory, from which on those that nobody will ask for are let go."""
 
@@ -283,12 +285,19 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
 
 def demux(container: av.container.InputContainer) -> Iterator[av.Packet]:
     """The packets of its video stream, but for one that the end of the file cuts off: many decoders make up the rest of
-    its frame, and do not say so."""
+    its frame, and do not say so. Raises `InputError`."""
     # In a transport stream the mark says that something is missing before the packet.
     is_marked_elsewhere = container.format.name == "mpegts"
-    return (
-        packet for packet in container.demux(video_stream(container)) if is_marked_elsewhere or not packet.is_corrupt
-    )
+    packets = container.demux(video_stream(container))
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError:  # PyAV has no place for one that FFmpeg finds so late
+            raise InputError("another stream begins within the file; encode it anew") from None
+        if packet is None:
+            return
+        if is_marked_elsewhere or not packet.is_corrupt:
+            yield packet
 
 
 class Remuxed(NamedTuple):

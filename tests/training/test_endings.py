@@ -117,7 +117,7 @@ def test_killed_at_random_moments_the_run_is_the_unbroken_one(config_file, tmp_p
     while True:
         with open(tmp_path / "said", "w") as said, started(PROJECT / "train.py", *arguments, stdout=said) as process:
             before = len(losses(output)) if (output / "metrics.jsonl").exists() else 0
-            if kills < 6:
+            if kills < 3:
                 wait_for(lambda n=before: process.poll() is not None or has_steps(output, n + 1)())
                 time.sleep(draw.uniform(0, 0.6))
                 os.killpg(process.pid, signal.SIGKILL)
