@@ -249,8 +249,10 @@ class _Selected:
                     packet = reader.packet(number)
                     packet.opaque = number
                 for frame in context.decode(packet):
-                    if frame.opaque in positions or not reader.flags[frame.opaque] & Flag.IS_DISCARDED:
-                        yield positions.get(frame.opaque, -1), frame
+                    position = positions.get(frame.opaque, -1)
+                    is_known = position >= 0 or frame.opaque is None
+                    if is_known or not reader.flags[frame.opaque] & Flag.IS_DISCARDED:
+                        yield position, frame
 
 
 _PADDED = 3
