@@ -279,12 +279,12 @@ def _distance(frame: av.VideoFrame, video: Video, wanted: torch.Tensor, *, is_cl
     whole = frame.to_ndarray(format="rgb24")
     whole = whole[:, ::-1] if video.mirrored else whole
     whole = np.rot90(whole, video.rotation // 90)
-    whole = torch.from_numpy(np.ascontiguousarray(whole)).permute(2, 0, 1)[None].float() / 255
+    whole = torch.from_numpy(np.ascontiguousarray(whole)).permute(2, 0, 1)[None]
     height, width = whole.shape[2:]
     size = tuple(max(height, width) * HEIGHT // min(height, width) if side > other else HEIGHT
                  for side, other in ((height, width), (width, height)))  # fmt: skip
     expected = _resized_corner(_resized_corner(whole[0], size[1]).transpose(1, 2), size[0]).transpose(1, 2)
-    error = (expected - wanted).abs()
+    error = (expected / 255 - wanted).abs()
     is_reduced = 3 * height * width * WINDOWS * WINDOW_FRAMES > 64 << 20  # by the workers, in 8 bits
     return float(error.mean() if is_close else max(error.max() - 0.52 / 255 * is_reduced, 0))
 
@@ -294,7 +294,8 @@ def _resized_corner(frame: torch.Tensor, width: int) -> torch.Tensor:
     places = (torch.arange(HEIGHT) + 0.5) * frame.shape[2] / width - 0.5
     places = places.clamp(0, frame.shape[2] - 1)
     low = places.long()
-    return torch.lerp(frame[:, :, low], frame[:, :, (low + 1).clamp(max=frame.shape[2] - 1)], places - low)
+    high = (low + 1).clamp(max=frame.shape[2] - 1)
+    return torch.lerp(frame[:, :, low].float(), frame[:, :, high].float(), places - low)
 
 
 def judge_group(judged: list[dict[str, Any]]) -> dict[str, Any]:
