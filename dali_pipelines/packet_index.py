@@ -226,7 +226,6 @@ class IndexedVideo:
     def __init__(self, source: Source, entry: bytes | np.ndarray):
         self._source = source
         self._data: dict[int, bytes] = {}  # number of a packet -> its bytes
-        self.bytes_read = 0
         try:
             unpacker = zlib.decompressobj()
             header, _, data = unpacker.decompress(entry, _MOST_BYTES).partition(b"\n")
@@ -290,10 +289,9 @@ class IndexedVideo:
                 raise StaleIndexError("the file has another size than when it was indexed")
             ranges.insert(0, (0, self._head))
         try:
-            data, count = read_ranges(self._source, ranges)
+            data, _ = read_ranges(self._source, ranges)
         except InputError as error:
             raise StaleIndexError(str(error)) from None
-        self.bytes_read += count
         if has_head and zlib.crc32(data.pop(0)) != self._head_check:
             raise StaleIndexError("the file is another than when it was indexed")
         for (_, _, number), some in zip(places, data, strict=True):
