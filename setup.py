@@ -1,18 +1,33 @@
-"""Installs the packages and the commands' modules. The lower bounds are the oldest versions that have been tested."""
+"""Installs the packages and the command `dali-timesformer`. The lower bounds are the oldest tested versions."""
+
+import runpy
 
 from setuptools import setup
 
+VERSION = runpy.run_path("common/version.py")["VERSION"]
+
 setup(
     name="dali-timesformer",
-    version="0.1.0",
+    version=VERSION,
     description="PP-TimeSformer in PyTorch, fed by NVIDIA DALI",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["benchmarks", "dali_pipelines", "model", "preparation", "training"],
-    package_data={"training": ["report.css", "report.js"]},
-    py_modules=["benchmark", "evaluate", "export", "predict", "prepare", "train", "weights"],
+    packages=[
+        "benchmarks",
+        "commands",
+        "common",
+        "configs",
+        "dali_pipelines",
+        "evaluation",
+        "model",
+        "preparation",
+        "serving",
+        "training",
+    ],
+    package_data={"configs": ["*.yaml", "labels/*"], "evaluation": ["report.css", "report.js"], "*": ["py.typed"]},
+    entry_points={"console_scripts": ["dali-timesformer = commands.__main__:main"]},
     install_requires=[
         "av>=18.1,<19",
         "numpy>=2.4",

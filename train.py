@@ -1,47 +1,7 @@
-"""Trains a TimeSformer.
+"""Trains a TimeSformer: `python train.py --help`."""
 
-python train.py -c configs/demo.yaml
-python train.py -c configs/pptimesformer_k400.yaml -o data.train=train.csv data.val=val.csv output=runs/one
-torchrun --nproc-per-node 8 train.py -c configs/pptimesformer_k400.yaml --amp
-
-Exits with 75 where SIGTERM or SIGUSR1 (Slurm) asked it to end: all is saved, and --resume goes on.
-"""
-
-import argparse
-
-from dali_pipelines.errors import run_command
-from training.preemption import Preemption
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a TimeSformer.")
-    parser.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
-    parser.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the file's values"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
-    parser.add_argument("--amp", action="store_true", help="mixed precision: bf16, or fp16 on a GPU without it")
-    parser.add_argument("--profile", action="store_true", help="write a torch.profiler trace of some steps")
-    arguments = parser.parse_args()
-    with Preemption() as preemption:
-        train(arguments, preemption)
-
-
-def train(arguments: argparse.Namespace, preemption: Preemption) -> None:
-    import torch
-
-    from training.config import load_config
-    from training.distributed import start_process
-    from training.engine import Trainer
-
-    config = load_config(arguments.config, arguments.override)
-    if arguments.amp and config.train.precision == "auto":
-        config.train.precision = "amp"
-    with start_process(config.device, timeout_s=2 * config.train.hang_timeout_s) as process:
-        torch.set_num_threads(process.cores)
-        options = {"resume": arguments.resume, "profile": arguments.profile}
-        Trainer(config, process, preemption=preemption, **options).train()
-
+from commands.train import main
+from common.command_line import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -39,13 +39,13 @@ from benchmarks.loader import (
     training_view,
 )
 from benchmarks.work import Clip, Work, repeated
+from common.system_metrics import nvml_gauges
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
 from dali_pipelines.manifest import Video
 from dali_pipelines.nvdec import decode_file, load_torchcodec, nvdec_backend
 from dali_pipelines.packets import UncertainError, remux
 from dali_pipelines.stream_format import uncrop
-from training.gauges import nvml_gauges
 
 _FLOOR_CLIPS = 96  # that the floor goes round
 _CHECKED = 16  # clips

@@ -33,11 +33,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.loader import machine
 from benchmarks.model import Work, hugging_face, ours, peer_versions
+from common.precision import make_deterministic
 from dali_pipelines.errors import InputError
 from dali_pipelines.processes import end_with_parent
 from model.timesformer import multiply_adds
 from training.compiling import compile_network, cuda_graphs_skipped
-from training.precision import make_deterministic
 
 BATCH_SIZES = (8, 32)  # the published recipe's, and one that fills the GPU
 OURS, COMPILED, GRAPHS = "ours", "ours compiled", "ours, CUDA graphs"

@@ -49,6 +49,8 @@ from benchmarks.contestants import (
 from benchmarks.copies import copy_videos
 from benchmarks.stages import stages
 from benchmarks.work import Work, needed_packets, repeated
+from common.system_metrics import processes, proportional_mib
+from common.worker_pool import WorkerPool
 from dali_pipelines import crops
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, join, open_video, size_of
@@ -59,8 +61,6 @@ from dali_pipelines.packets import video_stream
 from dali_pipelines.plan import View
 from dali_pipelines.processes import end_with_parent
 from preparation.index import index
-from preparation.work import Crew
-from training.gauges import processes, proportional_mib
 
 TARGETS = {"best peer": 1.35, REFERENCE: 3.0, FLOOR: 0.9}
 _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "decord2", "torchcodec", "spdl", "numpy")
@@ -209,7 +209,7 @@ def find_videos(paths: Sequence[str]) -> Manifest:
     if files:
         listed = [(os.path.abspath(file), 0) for file in files]
         with tempfile.TemporaryDirectory() as folder:
-            probed, rejected = index(listed, root="/", journal=Path(folder, "journal"), crew=Crew())
+            probed, rejected = index(listed, root="/", journal=Path(folder, "journal"), crew=WorkerPool())
         if rejected:
             raise InputError(f"{rejected[0].path}: {rejected[0].reason}")
         videos += probed

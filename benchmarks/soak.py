@@ -11,8 +11,8 @@ import torch
 from benchmarks.copies import copy_videos
 from benchmarks.loader import find_videos
 from benchmarks.work import repeated
+from common.system_metrics import processes, proportional_mib
 from dali_pipelines import ClipLoader, InputError, Manifest
-from training.gauges import processes, proportional_mib
 
 _LOOKS = 10
 _GROWTH = 1.05  # of the last looks over those in the middle

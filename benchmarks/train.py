@@ -30,14 +30,14 @@ import torch
 
 from benchmarks.gpu_model import matmul_tflops
 from benchmarks.loader import cpu_seconds, machine
+from common.config import load_config, preprocessing
+from common.distributed import DistributedContext, start_process
+from common.weights import build_network
 from dali_pipelines.errors import InputError
 from dali_pipelines.loader import Batch
 from model.timesformer import multiply_adds
-from training.config import load_config, preprocessing
-from training.distributed import Process, start_process
 from training.engine import Trainer
-from training.monitor import Silent
-from training.weights import build_network
+from training.monitor import NullMonitor
 
 LOADER, NETWORK, TOGETHER = CONTESTANTS = ("loader alone", "network alone", "together")
 TARGET = 0.95
@@ -132,7 +132,7 @@ def of_the_gpu(trainer: Trainer, medians: dict[str, dict[str, float]], gib: floa
     return found | {"matrix product, TFLOP/s": peak} | shares | {"GiB": gib}
 
 
-def halves(process: Process) -> tuple[set[int], set[int]]:
+def halves(process: DistributedContext) -> tuple[set[int], set[int]]:
     """Of the cores of this process."""
     mine = sorted(os.sched_getaffinity(0))[process.local_rank :: process.local_world_size]
     if process.device.type != "cpu" or len(mine) < 2:
@@ -148,7 +148,7 @@ class Contest:
 
     def __init__(self, trainer: Trainer, steps: int, cores: float, of_loader: set[int], of_network: set[int]):
         trainer.monitor.close()
-        trainer.monitor = Silent()
+        trainer.monitor = NullMonitor()
         self._trainer, self._steps, self._cores = trainer, steps, cores
         self._of_loader, self._of_network = of_loader, of_network
         self._warm_up = -(-_AHEAD // trainer.micro_steps)

@@ -445,15 +445,15 @@ def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
     return InputError(f"{path}: not a manifest")
 
 
-def probe(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) -> Video:
+def probe(video: str | os.PathLike | Source, max_pixels: int = MAX_PIXELS, cache: str | None = None) -> Video:
     """What a decoder puts out for a file; label is 0.
 
     Frames are counted by their packets where that is exact, and by decoding elsewhere (`_PACKET_IS_PICTURE`).
 
     Raises `InputError` with a reason that a person understands if the file is no video that can be read, or its frames
-    have more than `max_pixels`.
+    have more than `max_pixels`. `cache`: see `files.fetch`.
     """
-    return probe_packets(video, max_pixels=max_pixels)[0]
+    return probe_packets(fetch(video, cache), max_pixels=max_pixels)[0]
 
 
 def probe_packets(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) -> tuple[Video, bytes]:

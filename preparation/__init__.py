@@ -1,1 +1,1 @@
-"""From videos as people have them to the manifests that training reads. Only `budget` needs torch."""
+"""From videos as people have them to the manifests that training reads. Nothing here needs torch."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from common.labels import read_labels
 from dali_pipelines.errors import InputError
 from dali_pipelines.folders import VIDEO_SUFFIXES, videos_below
 from dali_pipelines.text import decode, read_lines
 from preparation.index import Listed, read_list
-from training.labels import read_labels
 
 _LABELS = Path(__file__).parents[1] / "configs" / "labels"
 _SPLITS = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.worker_pool import Failed, WorkerPool, run
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
 from dali_pipelines.folders import is_video_name, leads_back, videos_below
@@ -19,7 +20,6 @@ from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe_packets
 from dali_pipelines.packet_index import PacketIndex, StaleIndexError, index_path
 from dali_pipelines.text import csv_writer, decode, split_lines
-from preparation.work import Crew, Failed, run
 
 _LARGEST_LABEL = 2**31 - 1
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -158,7 +158,7 @@ def index(
     *,
     root: str | os.PathLike,
     journal: Path,
-    crew: Crew,
+    crew: WorkerPool,
     classes: Sequence[str] = (),
     copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
     decode: bool = False,
@@ -179,7 +179,7 @@ def index(
 
     def look_at(paths: Sequence[str]) -> list[Any]:
         tasks = [(join(place, path), decode, None, max_pixels) for path in paths]
-        return run("index.examine", tasks, journal=journal, crew=crew)
+        return run(probe_file, tasks, journal=journal, crew=crew)
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:
@@ -208,26 +208,20 @@ def index(
     return manifest, rejected
 
 
-def look(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Video:
-    """What there is to know of the file at `path`; with `decode`, all of it is decoded. `cache`: see `files.fetch`.
-    Raises `InputError`."""
-    return examine(path, decode, cache, max_pixels).video
-
-
-class Examined(NamedTuple):
+class Probed(NamedTuple):
     video: Video
     entry: str
     """For the packet index, in base64."""
 
 
-def examine(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Examined:
-    """`look`, and the video's entry in the packet index."""
+def probe_file(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Probed:
+    """Probes a file; with `decode`, all of it is decoded. `cache`: see `files.fetch`. Raises `InputError`."""
     source = fetch(path, cache)
     video, entry = probe_packets(source, max_pixels=max_pixels)
     if decode:
         for _ in decode_all(source, frames=video.frames, size=coded_size(video)):
             pass
-    return Examined(video, base64.b64encode(entry).decode())
+    return Probed(video, base64.b64encode(entry).decode())
 
 
 def split(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:

@@ -18,28 +18,41 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from common.worker_pool import Failed, WorkerPool, run
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import check_reachable, read_bytes, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
 from dali_pipelines.manifest import Manifest, key_of
 from dali_pipelines.packet_index import StaleIndexError, open_index
 from preparation.index import Rejected
-from preparation.work import Crew, Failed, run
 
 _OVERHEAD = 4096  # bytes of a shard for each video, beside its own: three headers, padding, label and facts
 _ROWS = 1000  # whose sizes are one task
 _THREADS = 16  # that ask for sizes at once: shared file systems answer late
+
+
+class Shard(NamedTuple):
+    """A shard to write: the arguments of `write`."""
+
+    manifest: str
+    digest: str
+    """SHA-256 of the manifest."""
+    file: str
+    rows: list[int]
+    sizes: list[int]
+    """Bytes of each row's video."""
+
 
 Member = list[int] | str
 """[offset, size] of a video in its shard; or why it is in none."""
 
 
 def pack(
-    path: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: float, crew: Crew
+    path: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: float, crew: WorkerPool
 ) -> tuple[Manifest | None, list[Rejected]]:
     """Packs the videos of the manifest at `path` into `out`/NAME-000000.tar and so on, NAME being the manifest's.
 
@@ -61,13 +74,15 @@ def pack(
             if (out / other).is_file():
                 raise InputError(f"{out / other}: exists, and was not packed from {path}; name another --out")
     source = [str(path), hashlib.sha256(path.read_bytes()).hexdigest()]
-    sizes = _all_sizes(source, len(manifest), journal, crew)
-    shards = _plan(sizes, shard_bytes)
+    lengths = _all_sizes(source, len(manifest), journal, crew)
+    shards = _plan(lengths, shard_bytes)
     files = [f"{out / path.stem}-{number:06}.tar" for number in range(len(shards))]
-    tasks = [[*source, file, rows, [sizes[row] for row in rows]] for file, rows in zip(files, shards, strict=True)]
+    tasks = [
+        Shard(*source, file, rows, [lengths[row] for row in rows]) for file, rows in zip(files, shards, strict=True)
+    ]
     _check_disk(out, tasks[crew.shard[0] :: crew.shard[1]])
     done = run(
-        "pack.write",
+        write,
         tasks,
         journal=journal,
         crew=crew,
@@ -80,7 +95,7 @@ def pack(
     if not crew.is_whole:
         return None, []
     members: dict[int, tuple[str, Member]] = {
-        row: ("", size) for row, size in enumerate(sizes) if isinstance(size, str)
+        row: ("", size) for row, size in enumerate(lengths) if isinstance(size, str)
     }
     for file, rows, result in zip(files, shards, done, strict=True):
         members |= {row: (file, member) for row, member in zip(rows, result["members"], strict=True)}
@@ -227,10 +242,10 @@ def _add(shard: BinaryIO, name: str, data: bytes) -> int:
     return offset
 
 
-def _all_sizes(source: list[str], count: int, journal: Path, crew: Crew) -> list[int | str]:
+def _all_sizes(source: list[str], count: int, journal: Path, crew: WorkerPool) -> list[int | str]:
     """Of all rows, whichever part of the shards is to be written; one journal a part, as two may be at it at once."""
     found = run(
-        "pack.sizes",
+        sizes,
         [[*source, first, min(first + _ROWS, count)] for first in range(0, count, _ROWS)],
         journal=crew.journal(journal, "sizes-"),
         crew=replace(crew, shard=(0, 1), progress=None),
@@ -259,10 +274,11 @@ def _plan(sizes: Sequence[int | str], shard_bytes: float) -> list[list[int]]:
     return shards
 
 
-def _check_disk(out: Path, tasks: Sequence[Sequence]) -> None:
-    missing = [task for task in tasks if _length(task[2]) is None]
-    needed = sum(sum(sizes) + _OVERHEAD * len(sizes) for *_, sizes in missing)
-    free = shutil.disk_usage(out).free + sum(os.path.getsize(part) for task in missing for part in _unfinished(task[2]))
+def _check_disk(out: Path, shards: Sequence[Shard]) -> None:
+    missing = [shard for shard in shards if _length(shard.file) is None]
+    needed = sum(sum(shard.sizes) + _OVERHEAD * len(shard.sizes) for shard in missing)
+    parts = [part for shard in missing for part in _unfinished(shard.file)]
+    free = shutil.disk_usage(out).free + sum(map(os.path.getsize, parts))
     if needed > free:
         raise InputError(
             f"{out}: the shards need {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; name a folder on "

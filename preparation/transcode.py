@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
+from common.child_process import in_child
+from common.worker_pool import Failed, WorkerPool, remove_journals, run
 from dali_pipelines.crops import resized_size
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, absolute, fetch, ffmpeg_url, open_video, size_of
@@ -30,9 +32,7 @@ from dali_pipelines.folders import VIDEO_SUFFIXES
 from dali_pipelines.host_decoder import decode_all, decode_frames
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe, probe_packets
 from dali_pipelines.sampling import frame_positions
-from preparation.child import in_child
 from preparation.index import Rejected
-from preparation.work import Crew, Failed, finish, run
 
 _SAMPLED = 16  # videos that tell how large and how slow the others will be
 _COMPARED = 32  # videos whose decoding is timed, before and after
@@ -108,6 +108,34 @@ class Settings:
             raise InputError(f"--short-side is {self.short_side}; expected 2 pixels or more")
 
 
+class Task(NamedTuple):
+    """One video to transcode: the arguments of `transcode`."""
+
+    source: Source
+    video: Video
+    out: str
+    """Absolute path of the folder of the copies."""
+    name: str
+    """Path of the copy within `out`."""
+    settings: dict[str, Any]
+    """The fields of `Settings`."""
+
+    @property
+    def target(self) -> Path:
+        return Path(self.out, self.name)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all frames of the copy."""
+        height, width = copy_size(self.video, self.settings["short_side"])
+        return self.video.frames * height * width
+
+    @property
+    def work(self) -> int:
+        """Pixels to read and to write."""
+        return self.video.frames * self.video.height * self.video.width + self.pixels
+
+
 class Copy(NamedTuple):
     """What became of one video."""
 
@@ -139,7 +167,7 @@ class Job:
     """The copies of a manifest's videos below the folder `out`. Raises `InputError` where they would be in the way of
     the originals."""
 
-    def __init__(self, manifest: Manifest, out: Path, settings: Settings, *, journal: Path, crew: Crew):
+    def __init__(self, manifest: Manifest, out: Path, settings: Settings, *, journal: Path, crew: WorkerPool):
         self._manifest, self._out, self._journal, self._crew = manifest, out, journal, crew
         rows = [manifest[row] for row in range(len(manifest))]
         paths = [_below(video.path, manifest.root) for video in rows]
@@ -150,8 +178,8 @@ class Job:
             source = video._replace(path=path, label=0)
             name = names[key]
             place, offset, size, *_ = manifest.source(row)
-            place = absolute(place), offset, size  # workers elsewhere have another working folder
-            tasks.setdefault(key, (list(place), list(source), os.path.abspath(out), name, asdict(settings)))
+            place = Source(absolute(place), offset, size)  # workers elsewhere have another working folder
+            tasks.setdefault(key, Task(place, source, os.path.abspath(out), name, asdict(settings)))
         self._tasks = [tasks[video.shard, path] for video, path in zip(rows, paths)]
         part, parts = crew.shard
         self._own = list(tasks.values())[part::parts]
@@ -160,11 +188,11 @@ class Job:
             self._remove_unfinished()
 
     def _check_originals(self) -> None:
-        there = [target for target in map(_target, self._own) if target.exists()]
+        there = [target for target in (task.target for task in self._own) if target.exists()]
         if not there:
             return
         originals = {}
-        for (file, *_), *_ in self._tasks:
+        for file in {task.source.path for task in self._tasks}:
             if os.path.isfile(file):
                 status = os.stat(file)
                 originals[status.st_dev, status.st_ino] = file
@@ -178,10 +206,10 @@ class Job:
         can be transcoded."""
         there, todo = [], []
         for task in self._own:
-            (there if _target(task).exists() else todo).append(task)
+            (there if task.target.exists() else todo).append(task)
         if not all(self._is_done(task) for task in there[:: max(len(there) // 4, 1)]):
             todo += there  # made with other settings: they are made anew
-        todo.sort(key=_pixels)
+        todo.sort(key=lambda task: task.pixels)
         if not todo:
             return Estimate(0, 0.0, 0, 0)
         count = min(_SAMPLED, -(-len(todo) // 4))
@@ -193,16 +221,16 @@ class Job:
         good = [(task, copy) for task, copy in zip(sample, copies, strict=True) if isinstance(copy, Copy)]
         if not good:
             return None
-        bytes_a_pixel = sum(copy.copy_bytes for _, copy in good) / sum(_pixels(task) for task, _ in good)
-        seconds_a_pixel = sum(copy.seconds for _, copy in good) / sum(_work(task) for task, _ in good)
-        needed = bytes_a_pixel * sum(map(_pixels, todo)) - sum(_size(_target(task)) for task in todo)
-        seconds = seconds_a_pixel * sum(map(_work, todo))
+        bytes_a_pixel = sum(copy.copy_bytes for _, copy in good) / sum(task.pixels for task, _ in good)
+        seconds_a_pixel = sum(copy.seconds for _, copy in good) / sum(task.work for task, _ in good)
+        needed = bytes_a_pixel * sum(task.pixels for task in todo) - sum(_size(task.target) for task in todo)
+        seconds = seconds_a_pixel * sum(task.work for task in todo)
         workers = 1 if crew.scheduler else crew.workers or len(os.sched_getaffinity(0))
         return Estimate(max(round(needed), 0), seconds / workers, len(good), workers)
 
-    def _is_done(self, task: Sequence) -> bool:
+    def _is_done(self, task: Task) -> bool:
         try:
-            return in_child("transcode.is_done", list(task), self._crew.timeout_s)
+            return in_child(is_done, task, self._crew.timeout_s)
         except InputError:
             return False
 
@@ -224,10 +252,12 @@ class Job:
         """
         copies = self._run(self._tasks, self._journal, self._crew)
         if self._crew.is_whole and any(_is_stale(task, copy) for task, copy in zip(self._tasks, copies)):
-            finish(self._journal)  # somebody has changed or removed copies since; the others are found to be done
+            remove_journals(
+                self._journal
+            )  # somebody has changed or removed copies since; the others are found to be done
             copies = self._run(self._tasks, self._journal, self._crew)
         if any(_DISK_FULL in copy for copy in copies if isinstance(copy, Failed)):
-            finish(self._journal)  # it would remember the failures
+            remove_journals(self._journal)  # it would remember the failures
             raise InputError(f"{self._out}: {_DISK_FULL}; make room and run the command again: what is done stays done")
         if self._crew.is_whole:
             self._remove_unfinished()
@@ -252,15 +282,15 @@ class Job:
 
     def compare(self) -> tuple[float, float, int]:
         """(ms of CPU time to decode a clip of 8 frames of the originals, of the copies, videos that were tried)."""
-        tasks = [task for task in self._tasks if _target(task).exists()]
+        tasks = [task for task in self._tasks if task.target.exists()]
         tasks = [tasks[number] for number in np.linspace(0, len(tasks) - 1, min(_COMPARED, len(tasks))).astype(int)]
-        times = run("transcode.time_decoding", tasks, journal=self._journal, crew=self._crew)
+        times = run(time_decoding, tasks, journal=self._journal, crew=self._crew)
         times = [each for each in times if not isinstance(each, Failed)]
         before, after = np.mean(times, axis=0).tolist() if times else (0.0, 0.0)
         return before, after, len(times)
 
-    def _run(self, tasks: Sequence, journal: Path, crew: Crew) -> list[Copy | Failed]:
-        found = run("transcode.transcode", tasks, journal=journal, crew=crew)
+    def _run(self, tasks: Sequence[Task], journal: Path, crew: WorkerPool) -> list[Copy | Failed]:
+        found = run(transcode, tasks, journal=journal, crew=crew)
         return [each if isinstance(each, Failed) else Copy(Video(*each[0]), *each[1:]) for each in found]
 
     def _remove_unfinished(self) -> None:
@@ -303,32 +333,18 @@ def _below(path: str, root: Path) -> str:
     return path
 
 
-def _target(task: Sequence) -> Path:
-    return Path(task[2], task[3])
-
-
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _pixels(task: Sequence) -> int:
-    """Of all pictures of the copy."""
-    video = Video(*task[1])
-    height, width = copy_size(video, task[4]["short_side"])
-    return video.frames * height * width
-
-
-def _work(task: Sequence) -> int:
-    """Pixels to read and to write."""
-    video = Video(*task[1])
-    return video.frames * video.height * video.width + _pixels(task)
-
-
-def _is_stale(task: Sequence, copy: Copy | Failed) -> bool:
+def _is_stale(task: Task, copy: Copy | Failed) -> bool:
     if isinstance(copy, Failed):
         return False
-    target = _target(task)
-    return not target.exists() or (target.stat().st_size, target.stat().st_mtime_ns) != copy[2:4]
+    target = task.target
+    return not target.exists() or (target.stat().st_size, target.stat().st_mtime_ns) != (
+        copy.copy_bytes,
+        copy.modified_ns,
+    )
 
 
 def copy_size(video: Video, short_side: int) -> tuple[int, int]:

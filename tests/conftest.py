@@ -1,6 +1,10 @@
 """Fixtures: where the reference data is, and a folder of small videos of every codec, made once a session."""
 
+import errno
+import io
+import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -8,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.command_line import run_command
 from dali_pipelines.manifest import Manifest, probe
 from model.torchvision import let_torchvision_load
-from tests.videos import numbered, write_video
+from tests.commands import CONFIG
+from tests.videos import numbered, textured, write_video
 
 SHARED = Path(__file__).parents[2] / "shared"
 DATA = Path(__file__).parent / "data"
@@ -74,6 +80,68 @@ def numbered_videos(tmp_path_factory) -> Manifest:
     ]
     videos = [probe(path)._replace(path=Path(path).name, label=n % 7) for n, path in enumerate(made)]
     return Manifest(videos, root=folder)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """13 training and 7 validation videos (primes: nothing divides them) of three classes, told apart by their tint,
+    in two codecs; with manifests train.csv and val.csv."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, count in (("train", 13), ("val", 7)):
+        videos = []
+        for number in range(count):
+            codec, suffix = (("h264", "mp4"), ("vp9", "webm"))[number % 2]
+            tint = 80 * np.eye(3)[number % 3]
+            pictures = [
+                np.clip(picture * 0.6 + tint, 0, 255).astype(np.uint8)
+                for picture in textured(6 + number, height=40, width=40 + 4 * number, seed=100 * count + number)
+            ]
+            path = write_video(folder / f"{name}_{number}.{suffix}", pictures, codec=codec)
+            videos.append(probe(path)._replace(path=os.path.basename(path), label=number % 3))
+        Manifest(videos, root=folder, classes=("ash", "birch", "cedar")).write(folder / f"{name}.csv")
+    return folder
+
+
+@pytest.fixture
+def config_file(small_data, tmp_path) -> Path:
+    """A config that reads `small_data` and writes below the test's own folder."""
+    text = CONFIG.format(folder=small_data).replace(f"{small_data}/output", f"{tmp_path}/output")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Sets how many bytes a checkpoint or weights file may have: a longer write fails midway, as on a full disk."""
+    largest = [None]
+
+    class SmallFile(io.FileIO):
+        def write(self, data):
+            if largest[0] is not None and self.tell() + len(data) > largest[0]:
+                super().write(data[: largest[0] - self.tell()])
+                raise OSError(errno.EFBIG, "File too large")
+            return super().write(data)
+
+    monkeypatch.setattr("common.weights.open", SmallFile, raising=False)
+    return lambda size: largest.__setitem__(0, size)
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """Runs a command's `main` here, which is quicker than `run`: (exit status, stdout, stderr)."""
+
+    def command(main, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__.rpartition('.')[2]}.py", *map(str, arguments)])
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                run_command(main)
+        finally:
+            torch.set_num_threads(threads)
+        return ended.value.code, *capsys.readouterr()
+
+    return command
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,7 @@
 import json
 
 from dali_pipelines import Manifest
-from tests.training.conftest import PROJECT, run
+from tests.commands import PROJECT, run
 
 
 def test_the_demo_from_nothing_to_a_prediction(tmp_path):

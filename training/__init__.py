@@ -1,1 +1,1 @@
-"""Training and evaluation of the network on clips from `dali_pipelines`."""
+"""Training the network on clips from `dali_pipelines`."""

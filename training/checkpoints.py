@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from common.weights import atomic_rename, atomic_write
 from dali_pipelines.errors import InputError
-from training.weights import put_in_place, whole_file
 
 _KEPT = 2  # checkpoints: the newest, and the one before it
 _NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")
@@ -54,14 +54,14 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     unnamed = folder / f"{_UNNAMED}-{uuid.uuid4().hex[:12]}.pt"
-    with whole_file(unnamed) as file:
+    with atomic_write(unnamed) as file:
         hashing = _Hashing(file)
         try:
             torch.save(state, hashing)
         except RuntimeError as error:
             raise hashing.error or error from None
     path = folder / f"step_{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
-    put_in_place(unnamed, path)
+    atomic_rename(unnamed, path)
     for old in list_checkpoints(folder)[:-_KEPT]:
         old.unlink()
     return path

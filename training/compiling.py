@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 from torch._dynamo.utils import counters
 
+from common.config import TrainConfig
+from common.distributed import DistributedContext
 from dali_pipelines.errors import InputError
 from model import TimeSformer
-from training.config import TrainConfig
-from training.distributed import Process
 
 Mode = Literal["eager", "compiled", "CUDA graphs"]
 
@@ -19,7 +19,7 @@ than an eager one (docs/benchmarks.md), and compiling takes half a minute. Both 
 _VARIANTS = 32  # graphs of a block: first, middle and last, in training and in evaluation, of a student and a teacher
 
 
-def check_compile(train: TrainConfig, process: Process) -> None:
+def check_compile(train: TrainConfig, process: DistributedContext) -> None:
     """Raises `InputError` if what the settings force cannot be done here. On all processes."""
     if train.cuda_graphs and process.device.type != "cuda":
         raise InputError(f"train.cuda_graphs is true, and the device is {process.device}; expected a GPU")
@@ -32,7 +32,9 @@ def check_compile(train: TrainConfig, process: Process) -> None:
             raise InputError(f"train.{key} is true, and {missing}; install it, or set train.{key}={other}")
 
 
-def decide_compile(train: TrainConfig, process: Process, *, passes: int, before: Mode | None) -> tuple[Mode, str]:
+def decide_compile(
+    train: TrainConfig, process: DistributedContext, *, passes: int, before: Mode | None
+) -> tuple[Mode, str]:
     """How to run the network, the same on all processes, and that in words, with the reason if it is not compiled.
 
     passes: forward passes in training, over the whole run. before: how the run began that is resumed, None for a new
@@ -57,7 +59,7 @@ def _wanted(train: TrainConfig) -> str:
     return str(train.compile).lower()
 
 
-def _missing_anywhere(process: Process) -> str:
+def _missing_anywhere(process: DistributedContext) -> str:
     return next(filter(None, process.gather(compiler_missing(process.device))), "")
 
 

@@ -4,13 +4,13 @@ import hashlib
 import math
 from typing import NamedTuple
 
+from common.agreement import check_agreement, shared_facts, weights_checksum
+from common.config import Config, clip_settings
+from common.distributed import DistributedContext
+from common.labels import check_labels, class_names, read_manifest
+from common.precision import resolve_precision
+from common.weights import Weights, load_weights
 from dali_pipelines import ClipLoader, InputError
-from training.agreement import check_agreement, shared_facts, weights_checksum
-from training.config import Config, clip_settings
-from training.distributed import Process
-from training.labels import check_labels, class_names, read_manifest
-from training.precision import resolve_precision
-from training.weights import Weights, load_weights
 
 
 class Sharing(NamedTuple):
@@ -83,7 +83,7 @@ class Data(NamedTuple):
     sharing: Sharing
 
 
-def make_data(config: Config, process: Process, teacher: Weights | None) -> Data:
+def make_data(config: Config, process: DistributedContext, teacher: Weights | None) -> Data:
     """The loaders of training and validation; with a teacher, training clips have as many frames as it takes, within
     the window of ours."""
     data = config.data

@@ -17,21 +17,24 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from common.agreement import check_agreement, versions, weights_checksum
+from common.config import Config, preprocessing, to_yaml
+from common.distributed import WAITING, DistributedContext, HangWatch
+from common.metrics import top_k_counts
+from common.precision import LossScale, autocast, gradient_factor, make_deterministic, resolve_precision
+from common.preemption import REQUEUE, Preemption
+from common.weights import Weights, build_network, load_into
 from dali_pipelines import ClipLoader, InputError
 from dali_pipelines.loader import Batch
 from dali_pipelines.text import csv_writer
 from model import TimeSformer
 from training import checkpoints
-from training.agreement import check_agreement, versions, weights_checksum
 from training.compiling import Mode, check_compile, compile_network, cuda_graphs_skipped, decide_compile
-from training.config import Config, preprocessing, to_yaml
 from training.data import make_data, read_teacher
-from training.distributed import WAITING, HangWatch, Process
 from training.faults import FaultLog
 from training.losses import summed_cross_entropy, summed_distillation
-from training.metrics import top_k_counts
 from training.mixing import Mixed, mix_clips
-from training.monitor import Interval, Monitor, Silent, StepResult
+from training.monitor import Interval, Monitor, NullMonitor, StepResult
 from training.optimizer import (
     describe,
     learning_rate,
@@ -40,12 +43,9 @@ from training.optimizer import (
     make_optimizer,
     resolve_implementation,
 )
-from training.precision import LossScale, autocast, gradient_factor, make_deterministic, resolve_precision
-from training.preemption import REQUEUE, Preemption
 from training.profiling import StepProfiler, record_function
 from training.resuming import FORMAT, check_resumable
 from training.saving import Saver, find_checkpoint
-from training.weights import Weights, build_network, load_into
 
 _SHOWN = 5  # faults, or clips, in a message
 _BLIND_CLIPS = 16  # a run that can read none of so many stops
@@ -81,7 +81,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        process: Process,
+        process: DistributedContext,
         *,
         resume: bool,
         preemption: Preemption | None = None,
@@ -140,7 +140,7 @@ class Trainer:
         self._must_end = False
         self._epoch_speed = 0.0  # clips/s
         self.saver = Saver(self.output, self._weights)
-        self.monitor: Monitor | Silent = Silent()
+        self.monitor: Monitor | NullMonitor = NullMonitor()
 
         self.mode: Mode | None = None  # not decided yet
         self._changes: list[str] = []  # of the settings and data since the checkpoint

@@ -4,17 +4,17 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.distributed import DistributedContext
 from dali_pipelines import ClipLoader
 from dali_pipelines.loader import Fault
 from dali_pipelines.text import csv_writer
-from training.distributed import Process
 
 
 class FaultLog:
     """A row for every time that a video could not be read: epoch (from 1), mode (train or validate), sample_id (row of
     that manifest, from 0), path, reason. No file where there is none. The main process writes it."""
 
-    def __init__(self, path: Path, process: Process):
+    def __init__(self, path: Path, process: DistributedContext):
         self.path = path
         self._process = process
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.config import MixConfig
+from common.config import MixConfig
 
 
 class Mixed(NamedTuple):

@@ -18,11 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from common.clip_images import clip_grid
+from common.config import Config, preprocessing, to_yaml
+from common.system_metrics import gpu_gauges, host_memory_gib
 from dali_pipelines import ClipLoader
 from dali_pipelines.text import split_lines
-from training.config import Config, preprocessing, to_yaml
-from training.gauges import gpu_gauges, host_memory_gib
-from training.pictures import clip_grid
 
 _FINAL = {"val/top1": 0.0, "val/top5": 0.0, "val/loss": 0.0}  # HParams shows the last value of each
 
@@ -120,7 +120,7 @@ class Monitor:
     """Writes tensorboard/ and metrics.jsonl below `folder`, from `step` on: what stands there of later steps goes.
 
     A disk that is full costs what would have been written, never the run. The main process has a `Monitor`, the
-    others have `Silent`.
+    others have `NullMonitor`.
     """
 
     def __init__(self, folder: Path, *, total_steps: int):
@@ -242,7 +242,7 @@ class Monitor:
             self._writer = None
 
 
-class Silent:
+class NullMonitor:
     """A monitor that shows nothing."""
 
     size = 0

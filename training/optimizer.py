@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.config import OptimConfig
+from common.precision import ApexMultiTensor, TorchMultiTensor
 from dali_pipelines.errors import InputError
-from training.config import OptimConfig
-from training.precision import ApexMultiTensor, TorchMultiTensor
 
 _NO_DECAY = ("cls_token", "pos_embed", "time_embed", "head.bias")
 """PaddleVideo pptimesformer: vit_tweaks.py and ppTimeSformer_head.py give these no L2 decay, everything else has it."""

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.agreement import versions
+from common.config import Config, flat
 from dali_pipelines.errors import InputError
-from training.agreement import versions
-from training.config import Config, flat
 
 FORMAT = 2  # of checkpoints
 

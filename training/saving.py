@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.locking import FolderLock
+from common.weights import Weights, save_weights
 from dali_pipelines.errors import InputError
 from training import checkpoints
-from training.locking import FolderLock
-from training.weights import Weights, save_weights
 
 _LAUNCH = "launch"  # a file beside the checkpoints
 _FAILED_WRITES = 3  # in a row, before a run stops that cannot save

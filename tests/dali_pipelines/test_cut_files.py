@@ -7,7 +7,7 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import coded_size, probe
 from dali_pipelines.packets import PacketReader
-from preparation.index import look
+from preparation.index import probe_file
 from tests.bad_files import copy_packets
 from tests.videos import cut_packets, decode_all, set_edits, textured, write_video
 
@@ -35,7 +35,7 @@ def whole(tmp_path_factory):
 def check(path: str, fallbacks: set[str], engine: str = "host") -> np.ndarray:
     """Every frame, one by one and in a clip; returns those of a full decode."""
     expected = decode_all(path)
-    video = look(path, True)  # as prepare.py --verify decode
+    video = probe_file(path, True).video  # as prepare.py --verify decode
     assert video == probe(path) and video.frames == len(expected)
     found = [decode_frames(path, np.array([n]), size=coded_size(video)) for n in range(video.frames)]
     assert all((each.frames[0] == frame).all() for each, frame in zip(found, expected, strict=True))
@@ -91,7 +91,7 @@ def test_a_frame_that_is_missing_further_on_is_a_fault_for_all(tmp_path, whole, 
     with pytest.raises(InputError, match="invalid data found"):
         decode_frames(video.path, np.array([video.frames - 1]), size=coded_size(video))
     with pytest.raises(InputError, match="invalid data found"):
-        look(video.path, True)
+        probe_file(video.path, True)
 
 
 REPEATS, LEAVES_OUT = "an edit list repeats frames", "an edit list leaves pictures out that others refer to"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dali_pipelines.errors import InputError, run_command
+from common.command_line import run_command
+from dali_pipelines.errors import InputError
 
 
 def fails_while_cleaning_up():

@@ -20,11 +20,11 @@ import fsspec
 import pytest
 import torch
 
+from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, InputError, Manifest, files
 from dali_pipelines.files import Source, check_reachable, fetch, is_url, join, open_video, read_bytes, size_of
 from dali_pipelines.manifest import probe
 from preparation.pack import pack
-from preparation.work import Crew
 from tests.videos import textured, write_video
 from tests.web import fill, serve
 
@@ -54,7 +54,7 @@ def packed(plain, tmp_path_factory) -> Manifest:
     """The same in a few shards."""
     folder = tmp_path_factory.mktemp("packed")
     plain.write(folder / "some.csv")
-    manifest, rejected = pack(folder / "some.csv", folder / "a, b:c", shard_bytes=45_000, crew=Crew(workers=1))
+    manifest, rejected = pack(folder / "some.csv", folder / "a, b:c", shard_bytes=45_000, crew=WorkerPool(workers=1))
     assert not rejected and 1 < len(manifest.shards) < len(manifest)
     return manifest
 
@@ -483,7 +483,7 @@ def test_fsspec_is_not_imported_for_files():
 
 
 def test_indexing_below_a_url(plain, web, tmp_path):
-    from tests.training.conftest import run
+    from tests.commands import run
 
     (tmp_path / "list.txt").write_text("".join(f"{name} {n}\n" for n, name in enumerate(KINDS)) + "gone.mp4 0\n")
     done = run("prepare.py", "index", "--list", tmp_path / "list.txt", "--root", web.url, "--out", tmp_path / "v.csv")

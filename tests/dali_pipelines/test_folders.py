@@ -6,7 +6,7 @@ import pytest
 
 from dali_pipelines import InputError
 from dali_pipelines.folders import VIDEO_SUFFIXES, is_video_name, videos_below
-from training.inputs import find_videos
+from serving.video_arguments import find_videos
 
 
 def touch(path):

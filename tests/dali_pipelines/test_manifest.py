@@ -12,7 +12,7 @@ from av.stream import Disposition
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, _gaps, frame_rate, probe
-from preparation.index import look
+from preparation.index import probe_file
 from tests.videos import decode_all, numbered, read_numbers, textured, write_video
 
 HEADER = "path,label,frames,fps,width,height,codec,rotation\n"
@@ -306,7 +306,7 @@ def test_the_video_is_the_stream_that_ffmpeg_takes(tmp_path, suffix, marked):
                         out.mux(packet)
     with av.open(str(path)) as container:
         assert [stream.codec_context.codec.canonical_name for stream in container.streams.video] == ["mjpeg", "h264"]
-    video = look(str(path), True)
+    video = probe_file(str(path), True).video
     assert (video.codec, video.frames, video.width) == ("h264", 40, 96)
     for decode in ("host", "nvdec"):
         settings = dict(batch_size=1, num_frames=4, crop_size=32, stride=None, workers=0, decode=decode)

@@ -13,7 +13,7 @@ import torch
 from dali_pipelines import ClipLoader, InputError, Manifest, clip_source, workers
 from dali_pipelines.crops import Reducer
 from dali_pipelines.manifest import probe
-from preparation.index import look
+from preparation.index import probe_file
 from tests.dali_pipelines.sources import HUNGRY, HungrySource
 from tests.videos import textured, write_video
 
@@ -91,7 +91,7 @@ def test_frames_beyond_the_limit_are_refused_by_index_and_loader(tmp_path, small
     claims = "its frames are 4096x4096, more than 1000000 pixels: .*data.max_pixels.*--max-pixels"
     large = probe(path)
     assert (large.frames, large.width) == (2, SIDE)
-    for read in (lambda: probe(path, max_pixels=10**6), lambda: look(path, True, max_pixels=10**6)):
+    for read in (lambda: probe(path, max_pixels=10**6), lambda: probe_file(path, True, max_pixels=10**6).video):
         with pytest.raises(InputError, match=claims):
             read()
     settings = dict(mode="validate", batch_size=2, num_frames=2, crop_size=16, stride=None, workers=0)

@@ -124,7 +124,7 @@ def test_idle_processes_of_a_pool_end_with_their_process(tmp_path):
 HANGING = """
 import multiprocessing, re
 from dali_pipelines.processes import end_with_parent
-from preparation import child
+from common import child_process as child
 
 def hang():
     end_with_parent()
@@ -133,10 +133,10 @@ def hang():
 
 if __name__ == "__main__":
     if {by_child}:
-        child._COMMAND = ["-c", "from preparation import child; import re; child.json.loads = lambda _: "
+        child._COMMAND = ["-c", "from common import child_process as child; import re; child.json.loads = lambda _: "
                           "re.match(r'(a+)+$', 'a' * 60 + 'b'); child._main()"]
         print("has begun", flush=True)
-        child.in_child("work.finish", ["x"], 100)
+        child.in_child(end_with_parent, ["x"], 100)
     process = multiprocessing.get_context("spawn").Process(target=hang)
     process.start()
     process.join()
@@ -157,9 +157,9 @@ def test_a_worker_that_hangs_ends_with_its_process(tmp_path, by_child):
 
 def test_a_child_whose_parent_is_gone_before_it_begins(tmp_path):
     """It may have a task already, and its input may be open: some other process may have a copy of it."""
-    command = [sys.executable, "-m", "preparation.child", str(os.getpid() + 1)]
+    command = [sys.executable, "-m", "common.child_process", str(os.getpid() + 1)]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdin.write(b'["work.finish", ["x"]]\n')
+        process.stdin.write(b'["os:getpid", []]\n')
         process.stdin.flush()
         assert process.stdout.read() == b"" and process.wait(20) == 1
 

@@ -11,17 +11,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dali_pipelines.errors import InputError, run_command
+from common.command_line import run_command
+from common.distributed import start_process
+from dali_pipelines.errors import InputError
 from dali_pipelines.loader import Fault
 from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.text import ForPeople, cell_text, csv_writer, for_data
+from evaluation.report import _read_per_class, _read_predictions
+from evaluation.results import make_results, read_results, write_results
 from preparation.index import Rejected, write_rejected
-from training.answers import csv_columns, csv_rows
-from training.distributed import start_process
+from serving.formats import csv_columns, csv_rows
+from serving.prediction import Prediction
 from training.faults import FaultLog
-from training.prediction import Prediction
-from training.report import _read_per_class, _read_predictions
-from training.results import make_results, read_results, write_results
 
 ODD = "\n\r\t,;'\"=+-@# \\\x1b\x85\u2028\udcffa."
 NAMES = st.text(st.sampled_from(ODD) | st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1)

@@ -23,7 +23,7 @@ from preparation.datasets import (
     read_annotations,
     ucf101_annotations,
 )
-from tests.training.conftest import run
+from tests.commands import run
 from tests.videos import numbered, write_video
 
 K400 = kinetics_classes(400, [], None)

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
+from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
 from preparation.index import index, read_folder, read_list, split, write_rejected
-from preparation.work import Crew
-from tests.training.conftest import run
+from tests.commands import run
 from tests.videos import numbered, write_video
 
 
@@ -205,7 +205,7 @@ def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, work
     listed, classes, _ = read_folder(folder)
     listed.insert(2, ("gone.mp4", 1))
     manifest, rejected = index(
-        listed, root=folder, classes=classes, journal=tmp_path / "journal", crew=Crew(workers=workers)
+        listed, root=folder, classes=classes, journal=tmp_path / "journal", crew=WorkerPool(workers=workers)
     )
     assert [manifest[n].path for n in range(len(manifest))] == [
         path for path, _ in listed if path not in ("jump/broken.mp4", "gone.mp4")
@@ -223,7 +223,11 @@ def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, work
 def test_labels_beyond_the_names_are_refused(folder):
     with pytest.raises(InputError, match="label 3 is listed, but there are 3 classes"):
         index(
-            [("swim/e.mp4", 3)], root=folder, classes=("a", "b", "c"), journal=folder / "journal", crew=Crew(workers=1)
+            [("swim/e.mp4", 3)],
+            root=folder,
+            classes=("a", "b", "c"),
+            journal=folder / "journal",
+            crew=WorkerPool(workers=1),
         )
 
 

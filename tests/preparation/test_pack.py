@@ -19,15 +19,15 @@ import pytest
 import webdataset
 
 import preparation.pack as pack_module
+from common.config import load_config, preprocessing
+from common.weights import Weights, build_network, save_weights
+from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.files import read_bytes
 from dali_pipelines.manifest import Video, probe
 from preparation.pack import pack
-from preparation.work import Crew
-from tests.training.conftest import CONFIG, PROJECT, run
+from tests.commands import CONFIG, PROJECT, run
 from tests.videos import textured, write_video
-from training.config import load_config, preprocessing
-from training.weights import Weights, build_network, save_weights
 
 CLASSES = ("ash", "birch", "cedar", "ä")
 
@@ -48,7 +48,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def packed(source: Path, out: Path, **changes):
-    return pack(source, out, **(dict(shard_bytes=100_000, crew=Crew(workers=1)) | changes))
+    return pack(source, out, **(dict(shard_bytes=100_000, crew=WorkerPool(workers=1)) | changes))
 
 
 def shards(out: Path) -> dict[str, bytes]:
@@ -74,7 +74,7 @@ def check(made: Manifest, source: Path, missing=()) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_row_and_equal_bytes_for_equal_videos(source, tmp_path, workers):
     for name in ("one", "two"):
-        made, rejected = packed(source, tmp_path / name, crew=Crew(workers=workers))
+        made, rejected = packed(source, tmp_path / name, crew=WorkerPool(workers=workers))
         assert not rejected
         check(made, source)
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
@@ -159,7 +159,7 @@ def test_gone_and_changed_videos_are_named_and_left_out(source, tmp_path):
     source, out = tmp_path / "in" / "train.csv", tmp_path / "out"
     original = Manifest.read(source)
     os.remove(original.file(3))
-    packed(source, out, crew=Crew(workers=1, shard=(0, 2)))  # every second shard; all sizes are known
+    packed(source, out, crew=WorkerPool(workers=1, shard=(0, 2)))  # every second shard; all sizes are known
     os.rename(out / "train.journal.sizes-0-of-2", out / "train.journal.sizes-0-of-1")
     waiting = sorted(set(range(40)) - {3} - {int(name[:8]) for name in members(out)})
     grown, gone = waiting[:2]
@@ -190,7 +190,7 @@ def members(out: Path) -> list[str]:
 
 def test_parts_on_several_machines(source, tmp_path):
     for part in (1, 0):
-        assert packed(source, tmp_path, crew=Crew(workers=1, shard=(part, 2))) == (None, [])
+        assert packed(source, tmp_path, crew=WorkerPool(workers=1, shard=(part, 2))) == (None, [])
     before = inodes(tmp_path)
     made, _ = packed(source, tmp_path)
     check(made, source)

@@ -17,16 +17,16 @@ import av
 import numpy as np
 import pytest
 
+from common.child_process import end_children
+from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.files import open_video
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Video, coded_size, probe
 from dali_pipelines.packets import PacketReader
 from preparation import transcode
-from preparation.child import end_children
 from preparation.transcode import CODECS, Job, Settings, copy_size, target_names
-from preparation.work import Crew
-from tests.training.conftest import PROJECT, run
+from tests.commands import PROJECT, run
 from tests.videos import ENCODERS, decode_all, edit_packets, numbered, read_numbers, set_matrix, textured, write_video
 
 GOP = 8
@@ -302,13 +302,15 @@ def test_a_journal_that_is_out_of_date_is_not_believed(folder):
     manifest, journal = Manifest.read(folder / "all.csv"), folder / "j"
     for gop in (4, 8, 4):
         settings = Settings(short_side=32, gop=gop)
-        copies, rejected, _ = Job(manifest, folder / "out", settings, journal=journal, crew=Crew(workers=1)).transcode()
+        copies, rejected, _ = Job(
+            manifest, folder / "out", settings, journal=journal, crew=WorkerPool(workers=1)
+        ).transcode()
         assert not rejected and all(copies[row].gop == probe(copies.file(row)).gop == gop for row in range(5))
 
 
 def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
     manifest = Manifest.read(folder / "all.csv")
-    job = Job(manifest, folder / "out", Settings(short_side=32), journal=folder / "j", crew=Crew(workers=1))
+    job = Job(manifest, folder / "out", Settings(short_side=32), journal=folder / "j", crew=WorkerPool(workers=1))
     usage = namedtuple("usage", "total used free")
     estimate = job.estimate()
     assert estimate.sampled == 2 and 1000 < estimate.needed_bytes < 100_000 and estimate.seconds > 0
@@ -317,7 +319,7 @@ def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
         job.check_disk(estimate)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 2 * estimate.needed_bytes))
     assert job.check_disk(estimate) == 2 * estimate.needed_bytes
-    full = {"key": json.dumps(["transcode.transcode", job._tasks[0]]), "failed": transcode._DISK_FULL}
+    full = {"key": json.dumps(["preparation.transcode:transcode", job._tasks[0]]), "failed": transcode._DISK_FULL}
     (folder / "j").write_text(json.dumps(full) + "\n")
     with pytest.raises(InputError, match="no space is left on the disk; make room and run the command again"):
         job.transcode()
@@ -375,7 +377,7 @@ def test_a_video_listed_twice_and_by_other_spellings_is_one_copy(folder):
     videos.append(videos[0]._replace(path="a/../c.mp4", label=2))
     videos.append(videos[0]._replace(path=str(folder / "c.mp4")))
     manifest = Manifest(videos, root=folder)
-    crew = Crew(workers=1)
+    crew = WorkerPool(workers=1)
     made, _, copies = Job(manifest, folder / "out", Settings(), journal=folder / "j", crew=crew).transcode()
     assert [made[row].path for row in range(4)] == ["c.mp4"] * 4 and made.labels.tolist() == [0, 1, 2, 0]
     assert len(files(folder / "out")) == 1 and len(copies) == 4
@@ -433,5 +435,5 @@ def test_workers_elsewhere_find_originals_and_copies(tmp_path, monkeypatch):
     """Those of dask have another working folder."""
     monkeypatch.chdir(tmp_path)
     manifest = Manifest([probe(write_video("a.mp4", textured(3, height=32, width=32)))._replace(path="a.mp4")])
-    ((source, _, out, *_),) = Job(manifest, Path("out"), Settings(), journal=Path("j"), crew=Crew(workers=1))._tasks
-    assert source[0] == str(tmp_path / "a.mp4") and out == str(tmp_path / "out")
+    (task,) = Job(manifest, Path("out"), Settings(), journal=Path("j"), crew=WorkerPool(workers=1))._tasks
+    assert task.source.path == str(tmp_path / "a.mp4") and task.out == str(tmp_path / "out")

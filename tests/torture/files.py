@@ -42,7 +42,7 @@ from dali_pipelines.manifest import Video, coded_size, key_of, probe, probe_pack
 from dali_pipelines.packet_index import write_index
 from dali_pipelines.packets import video_stream
 from dali_pipelines.processes import end_with_parent
-from preparation.index import look
+from preparation.index import probe_file
 from tests.bad_files import copy_packets
 from tests.torture.damage import KINDS, damage, find_fields
 from tests.videos import textured, write_video
@@ -133,7 +133,7 @@ def judge(path: str, row: Video, seed: int) -> dict[str, Any]:
     rows, refusal, is_verified = [row._replace(path=path)], "", False
     for decode in (False, True):
         try:
-            video = look(path, decode)
+            video = probe_file(path, decode).video
         except InputError as error:
             refusal = str(error)
         except Exception as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from dali_pipelines.errors import run_command
+from common.command_line import run_command
 
 PHASES = ("starting", "training", "end of epoch", "validation", "SWA")
 """What the main thread does. "starting" lasts until the first clips are there."""

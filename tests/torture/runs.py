@@ -18,11 +18,11 @@ import numpy as np
 import psutil
 import torch
 
+from common.weights import read_safetensors
 from dali_pipelines.manifest import Manifest, probe
 from tests.torture.observed import BOARD_BYTES, PHASES
 from tests.videos import textured, write_video
 from training.checkpoints import list_checkpoints, load_newest_checkpoint
-from training.weights import read_safetensors
 
 OBSERVED = Path(__file__).with_name("observed.py")
 PATIENCE_S = 180  # for anything that a run should come to by itself

@@ -13,8 +13,8 @@ from collections import Counter
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from training.config import load_config
-from training.distributed import start_process
+from common.config import load_config
+from common.distributed import start_process
 from training.engine import Trainer
 
 

@@ -8,17 +8,17 @@ import time
 
 import torch
 
+from common.distributed import start_process
+from common.weights import open_weights
 from dali_pipelines import Manifest
-from training.distributed import start_process
-from training.evaluation import collect, evaluate
-from training.results import Protocol
-from training.weights import open_weights
+from evaluation.evaluate import build_results, evaluate
+from evaluation.results import Protocol
 
 BATCH_SIZES = (1, 5, 8)
 
 
 def evaluations(weights_file, manifest_file, process) -> list[dict]:
-    """What `evaluate` and `collect` say, one for each of the batch sizes."""
+    """What `evaluate` and `build_results` say, one for each of the batch sizes."""
     found = []
     for batch_size in BATCH_SIZES:
         overrides = ["device=cpu", "data.workers=0", f"data.test={manifest_file}", f"data.batch_size={batch_size}"]
@@ -26,7 +26,7 @@ def evaluations(weights_file, manifest_file, process) -> list[dict]:
         given = [weights], Manifest.read(manifest_file), process
         result = evaluate(config, *given)
         started, names = time.monotonic(), [str(weights_file)]
-        results = collect(result, config, given[0], names, *given[1:], protocol=Protocol(), started=started)
+        results = build_results(result, config, given[0], names, *given[1:], protocol=Protocol(), started=started)
         said = results.summary | {"date": None, "seconds": None, "config": None}
         faults = [(fault.sample_id, fault.path, fault.reason) for fault in result.faults]
         found.append(vars(result) | {"faults": faults, "top": results.top.tolist(), "summary": said})

@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from common.config import TrainConfig, load_config
+from common.distributed import DistributedContext, start_process
+from common.precision import make_deterministic
 from dali_pipelines import InputError
+from tests.commands import run
 from tests.conftest import needs_compiler
-from tests.training.conftest import run
 from tests.training.test_engine import assert_equal_weights, train
 from training import compiling
 from training.compiling import WORTH_IT, check_compile, decide_compile
-from training.config import TrainConfig, load_config
-from training.distributed import Process, start_process
 from training.engine import Trainer
-from training.precision import make_deterministic
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COMPILED = ["train.compile=true", "data.batch_size=2"]  # one shape for all, so that the compiler has it cached
 
 
 def process(device, rank=0, world_size=1):
-    return Process(rank, world_size, rank, world_size, device)
+    return DistributedContext(rank, world_size, rank, world_size, device)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_who_compiles(monkeypatch, wanted, device, passes, before, missing, expe
 
 def test_one_process_without_a_compiler_keeps_the_others_from_it(monkeypatch):
     monkeypatch.setattr(compiling, "compiler_missing", lambda on: "")
-    monkeypatch.setattr(Process, "gather", lambda self, mine: [mine, "no g++ on rank 1"])
+    monkeypatch.setattr(DistributedContext, "gather", lambda self, mine: [mine, "no g++ on rank 1"])
     said = decide_compile(TrainConfig(), process(GPU, world_size=2), passes=WORTH_IT, before=None)
     assert said == ("eager", "eager: no g++ on rank 1")
 

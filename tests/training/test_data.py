@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from common.config import Config
 from dali_pipelines import InputError
-from training.config import Config
 from training.data import share_out
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from common.preemption import REQUEUE
+from common.weights import load_weights
 from dali_pipelines import InputError
-from tests.training.conftest import PROJECT, run
+from tests.commands import PROJECT, run
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training import checkpoints
 from training.checkpoints import list_checkpoints, load_newest_checkpoint
 from training.engine import Trainer
 from training.monitor import Monitor
-from training.preemption import REQUEUE
-from training.weights import load_weights
 
 # Everything that draws at random or remembers: mixing, drop path, moments, averages; and workers.
 SETTINGS = ["optim.name=adamw", "optim.lr=0.002", "optim.warmup_start_lr=0.001", "mix.cutmix_prob=0.5"]
@@ -36,7 +36,7 @@ from training.engine import Trainer
 from training.monitor import Monitor
 {patch}
 import train
-from dali_pipelines.errors import run_command
+from common.command_line import run_command
 run_command(train.main)
 """
 
@@ -99,7 +99,7 @@ def assert_same_run(one, two):
 
 @pytest.fixture(scope="module")
 def unbroken(small_data, tmp_path_factory):
-    from tests.training.conftest import CONFIG
+    from tests.commands import CONFIG
 
     folder = tmp_path_factory.mktemp("unbroken")
     (folder / "c.yaml").write_text(CONFIG.format(folder=small_data))

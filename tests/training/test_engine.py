@@ -10,13 +10,13 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
+from common.config import load_config
+from common.distributed import start_process
+from common.weights import load_weights
 from dali_pipelines import InputError, Manifest
-from tests.training.conftest import run
+from tests.commands import run
 from training.checkpoints import load_checkpoint, save_checkpoint
-from training.config import load_config
-from training.distributed import start_process
 from training.engine import Trainer
-from training.weights import load_weights
 
 
 def train(config_file, *overrides, resume=False):

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dali_pipelines.manifest import Manifest
-from tests.training.conftest import CONFIG, PROJECT, run
+from tests.commands import CONFIG, PROJECT, run
 
 COUNTS = (1, 2, 4)
 STEPS = 3

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from common.metrics import top_k_counts
 from training.losses import summed_cross_entropy, summed_distillation
-from training.metrics import top_k_counts
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.config import MixConfig
+from common.config import MixConfig
 from training.mixing import mix_clips
 
 CUTMIX = MixConfig(cutmix_prob=1.0)

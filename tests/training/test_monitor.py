@@ -13,9 +13,9 @@ from nvidia.dali import __version__ as dali_version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from common import system_metrics as gauges
+from common.config import load_config
 from tests.training.test_engine import lines, train
-from training import gauges
-from training.config import load_config
 from training.engine import Trainer
 from training.monitor import Monitor
 from training.profiling import PARTS
@@ -192,7 +192,7 @@ def test_gauges_of_a_gpu():
 
 
 def profiled(config_file, *overrides):
-    from training.distributed import start_process
+    from common.distributed import start_process
 
     config = load_config(str(config_file), overrides)
     with start_process("cpu") as process:

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
+from common.weights import load_weights
 from dali_pipelines import InputError, Manifest
-from tests.training.conftest import run
+from tests.commands import run
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training.checkpoints import load_newest_checkpoint
 from training.engine import Trainer
-from training.weights import load_weights
 
 
 @pytest.fixture
@@ -208,14 +208,14 @@ def loss(self, *arguments):
     return value * float("nan") if self.step == 4 and self.process.rank == 1 else value
 Trainer._loss = loss
 import train
-from dali_pipelines.errors import run_command
+from common.command_line import run_command
 run_command(train.main)
 """
 
 
 def test_two_processes_go_back_together(config_file, tmp_path):
     """Only one of them has seen it."""
-    from tests.training.conftest import PROJECT
+    from tests.commands import PROJECT
 
     (tmp_path / "patched.py").write_text(PATCHED_TRAIN.format(project=str(PROJECT)))
     settings = ["-c", config_file, "-o", "train.on_nan=rollback", "train.checkpoint_every_steps=2"]

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from common.config import OptimConfig
 from dali_pipelines import InputError
 from model import TimeSformer
 from tests.apex_double import install
-from training.config import OptimConfig
 from training.optimizer import learning_rate, load_optimizer_state, make_optimizer, resolve_implementation
 
 # ../shared/golden/train_tiny.npz `lrs`: warm-up of 4 steps from 0.005, cosine from 0.05 over 12

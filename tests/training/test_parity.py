@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import load_config
+from common.distributed import start_process
+from common.weights import load_into
 from dali_pipelines.loader import Batch
 from tests.conftest import DATA
-from training.config import load_config
-from training.distributed import start_process
 from training.engine import Trainer
-from training.weights import load_into
 
 RECIPE = [
     "data.crop_size=64", "data.num_frames=4",

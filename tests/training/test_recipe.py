@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import load_config, preprocessing
+from common.distributed import start_process
+from common.weights import Weights, build_network, load_weights, save_weights
 from dali_pipelines import InputError
 from model import TimeSformer
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
-from training.config import load_config, preprocessing
-from training.distributed import start_process
 from training.engine import Trainer
-from training.weights import Weights, build_network, load_weights, save_weights
 
 CLASSES = ("ash", "birch", "cedar")
 MIX = ["mix.cutmix_prob=0.5", "mix.mixup_alpha=0.2"]

@@ -1,0 +1,455 @@
+"""Makes the manifests that training reads, and says whether decoding will keep up with it.
+
+python prepare.py demo --out data/demo
+python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
+python prepare.py folder my_videos --val-fraction 0.1
+python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
+python prepare.py transcode -m my_videos/train.csv --out small_videos
+python prepare.py pack -m my_videos/train.csv --out packed
+"""
+
+import argparse
+import copy
+import datetime
+import functools
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.labels import read_labels
+from common.worker_pool import WorkerPool, remove_journals
+from dali_pipelines.errors import InputError
+from dali_pipelines.files import is_url
+from dali_pipelines.gpus import find_gpu
+from dali_pipelines.host_decoder import MAX_PIXELS
+from dali_pipelines.manifest import Manifest
+from preparation.datasets import (
+    Expected,
+    Found,
+    Store,
+    check_order,
+    kinetics_classes,
+    read_annotations,
+    ucf101_annotations,
+)
+from preparation.demo import CLASSES, render_demo
+from preparation.index import (
+    Listed,
+    Rejected,
+    check_is_ours,
+    describe,
+    index,
+    read_folder,
+    read_list,
+    split,
+    write_rejected,
+    write_table,
+)
+from preparation.pack import pack
+from preparation.transcode import CODECS as ENCODERS
+from preparation.transcode import Job, Settings, size_text
+
+_SHOWN = 10  # rejected videos that are printed; all are in the file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the manifests that training reads.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    workers = argparse.ArgumentParser(add_help=False)
+    workers.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a CPU core)")
+    crew = argparse.ArgumentParser(add_help=False, parents=[workers])
+    crew.add_argument(
+        "--timeout", type=_seconds, default=60, metavar="S", help="give a file up (default %(default)g s)"
+    )
+    crew.add_argument("--executor", choices=["processes", "dask"], default="processes", help="who does the work")
+    crew.add_argument("--scheduler", metavar="ADDRESS", help="of dask, such as tcp://node1:8786")
+    crew.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="only part i (from 0) of n")
+    looking = argparse.ArgumentParser(add_help=False, parents=[crew])
+    looking.add_argument(
+        "--max-pixels",
+        type=_count,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="larger frames are rejected (default: twice those of 8K)",
+    )
+    looking.add_argument("--verify", choices=["decode"], help="decode all of every file; default: headers and packets")
+
+    demo = verbs.add_parser("demo", parents=[workers], help="render a small data set of eight motions")
+    demo.add_argument("--out", type=Path, required=True, metavar="DIR")
+    demo.add_argument("--train-videos", type=_count, default=2400, metavar="N")
+    demo.add_argument("--val-videos", type=_count, default=400, metavar="N")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo, **vars(looking.parse_args([])) | {"workers": None})
+
+    listed = verbs.add_parser("index", parents=[looking], help="a manifest from a list of `path label` lines")
+    listed.add_argument("--list", type=Path, required=True, help="lines `path label`, as for PaddleVideo")
+    listed.add_argument("--root", default=".", metavar="DIR", help="folder, or URL, the paths are relative to")
+    listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
+    listed.add_argument(
+        "--classes",
+        "--labels",
+        metavar="FROM",
+        help="class names: a file with one a line, or a manifest of these classes",
+    )
+    listed.set_defaults(run=_index)
+
+    folder = verbs.add_parser("folder", parents=[looking], help="manifests from a folder of videos for each class")
+    folder.add_argument("folder", type=Path, metavar="DIR")
+    folder.add_argument(
+        "--out", type=Path, help="folder for train.csv and val.csv (default: DIR), or one file NAME.csv"
+    )
+    folder.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="share for val.csv (default 0.1)")
+    folder.add_argument(
+        "--classes",
+        metavar="FROM",
+        help="a manifest, or a file of class names, whose labels to use, for further splits (default: the folders')",
+    )
+    folder.set_defaults(run=_folder)
+
+    for count, name in ((400, "k400"), (600, "k600"), (700, "k700")):
+        kinetics = verbs.add_parser(
+            f"kinetics{count}", parents=[looking], help=f"manifests of Kinetics-{count} from its annotations"
+        )
+        kinetics.add_argument(
+            "--annotations",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="FILE",
+            help="official CSV files, or lists of `path label`",
+        )
+        kinetics.add_argument("--videos", required=True, metavar="DIR", help="folder, or URL, that holds all videos")
+        kinetics.add_argument(
+            "--out", type=Path, default=Path("data", name), metavar="DIR", help=f"default: data/{name}"
+        )
+        kinetics.add_argument("--labels", metavar="FILE", help="class names, one a line")
+        kinetics.set_defaults(run=_kinetics, classes=count)
+
+    ucf101 = verbs.add_parser("ucf101", parents=[looking], help="manifests of UCF101 from its splits")
+    ucf101.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder ucfTrainTestlist")
+    ucf101.add_argument("--videos", required=True, metavar="DIR", help="folder, or URL, that holds all videos")
+    ucf101.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="which of the three (default 1)")
+    ucf101.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
+    )
+    ucf101.set_defaults(run=_ucf101)
+
+    budget = verbs.add_parser("budget", help="will decoding starve the training, and what would help")
+    budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="of the training videos")
+    budget.add_argument("-c", "--config", metavar="FILE", help="YAML of the experiment (default: ViT-B, 8 frames)")
+    budget.add_argument("-o", "--override", nargs="+", default=[], metavar="KEY=VALUE", help="over the config's values")
+    budget.add_argument("--gpu", metavar="NAME", help="that trains: a100, h100, h200, ... (default: measure here)")
+    budget.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many of them (default 1)")
+    budget.add_argument("--cores", type=_count, metavar="N", help="CPU cores of that machine (default: those here)")
+    budget.add_argument("--network-clips", type=_positive, metavar="N", help="clips/s that one GPU trains, if measured")
+    budget.add_argument("--samples", type=_count, default=200, metavar="N", help="videos to look at (default 200)")
+    budget.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    budget.set_defaults(run=_budget)
+
+    patient = copy.deepcopy(crew)
+    patient.set_defaults(timeout=600)
+    transcode = verbs.add_parser("transcode", parents=[patient], help="copies of a manifest's videos that decode fast")
+    transcode.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
+    transcode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for them and their manifest")
+    transcode.add_argument("--short-side", type=_count, default=256, metavar="PIXELS", help="at most (default 256)")
+    transcode.add_argument("--gop", type=_count, default=16, metavar="N", help="pictures a group (default 16)")
+    transcode.add_argument("--codec", choices=list(ENCODERS), default="h264")
+    crfs = ", ".join(f"{name} {codec.crf}" for name, codec in ENCODERS.items())
+    transcode.add_argument("--crf", type=int, metavar="N", help=f"lower is better and larger (default: {crfs})")
+    transcode.set_defaults(run=_transcode)
+
+    packing = verbs.add_parser("pack", parents=[crew], help="a manifest's videos in few large files, for shared disks")
+    packing.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
+    packing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards, and a manifest")
+    packing.add_argument("--shard-size", type=_gigabytes, default=3e9, metavar="GB", help="of a shard (default 3)")
+    packing.add_argument("--root", metavar="DIR", help="folder, or URL, where the shards will lie (default: --out)")
+    packing.set_defaults(run=_pack)
+
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.seed < 2**64:
+        raise InputError(f"--seed is {arguments.seed}; expected 0 or more, less than 2**64")
+    total = arguments.train_videos + arguments.val_videos
+    with tqdm(total=total, unit="video", desc="render", dynamic_ncols=True, disable=_quiet()) as bar:
+        listed = render_demo(
+            arguments.out,
+            train_videos=arguments.train_videos,
+            val_videos=arguments.val_videos,
+            seed=arguments.seed,
+            workers=arguments.workers or len(os.sched_getaffinity(0)),
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+    for name, entries in listed.items():
+        _write(entries, arguments.out / f"{name}.csv", arguments.out, CLASSES, arguments)
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    classes = read_labels(arguments.classes) if arguments.classes else ()
+    _write(read_list(arguments.list, arguments.root), arguments.out, arguments.root, classes, arguments)
+
+
+def _folder(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.val_fraction < 1:
+        raise InputError(f"--val-fraction is {arguments.val_fraction}; expected 0 or more, less than 1")
+    out = arguments.out or arguments.folder
+    if arguments.out and out.suffix not in ("", ".csv"):
+        raise InputError(f"--out {out}: expected a folder, or a file name that ends in .csv")
+    listed, classes, note = read_folder(arguments.folder, read_labels(arguments.classes) if arguments.classes else ())
+    if note:
+        print(f"{arguments.folder}: {note}")
+    if out.suffix == ".csv":
+        _write(listed, out, arguments.folder, classes, arguments)
+        return
+    for name, entries in zip(("train", "val"), split(listed, arguments.val_fraction), strict=True):
+        if entries:
+            _write(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
+        else:
+            print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
+
+
+def _kinetics(arguments: argparse.Namespace) -> None:
+    classes = kinetics_classes(arguments.classes, arguments.annotations, arguments.labels)
+    expected = [each for path in arguments.annotations for each in read_annotations(path, classes)]
+    _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # all of Kinetics' have 10
+
+
+def _ucf101(arguments: argparse.Namespace) -> None:
+    expected, classes = ucf101_annotations(arguments.splits, arguments.split)
+    name = "ucf101" if arguments.split == 1 else f"ucf101_split{arguments.split}"
+    _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+
+
+def _write_splits(
+    expected: list[Expected],
+    classes: Sequence[str],
+    out: Path,
+    arguments: argparse.Namespace,
+    longest_s: float = math.inf,
+) -> None:
+    """Finds the expected videos and writes a manifest a split, with lists of what is missing and what there is more
+    than once. Raises `InputError` where a split has no videos at all."""
+    store = Store(arguments.videos)
+    if store.passed_over:
+        print(f"{store.root}: {store.passed_over}")
+    splits = store.find(list(dict.fromkeys(expected)))
+    for name in splits:
+        check_is_ours(out / f"{name}.csv")
+    used = {path for found in splits.values() for path, _ in found.listed}
+    used.update(copy for found in splits.values() for copies in found.copies.values() for copy in copies)
+    for name, found in splits.items():
+        check_order(found, classes, name)
+        manifest, missing, more = (out / f"{name}{suffix}.csv" for suffix in ("", ".missing", ".duplicated"))
+        print(
+            f"{name}: {found.expected} expected, {len(found.listed)} found ({len(found.copies)} more than once), "
+            f"{len(found.missing)} missing"
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        write_table(missing, ("name", "class"), [(each.name, classes[each.label]) for each in found.missing])
+        write_table(more, ("path", "copy"), [(path, copy) for path, all in found.copies.items() for copy in all])
+        for file, rows in ((missing, found.missing), (more, found.copies)):
+            if rows:
+                print(f"  listed in {file}")
+        if found.listed:
+            _write(found.listed, manifest, store.root, classes, arguments, found, longest_s)
+    if others := len(store.paths - used):
+        print(f"{others} other videos below {store.root} are not in these annotations")
+    empty = [name for name, found in splits.items() if not found.listed]
+    if empty:
+        raise InputError(
+            f"none of the {' and '.join(empty)} videos is below {store.root}; expected names such as {expected[0].name}"
+        )
+
+
+def _budget(arguments: argparse.Namespace) -> None:
+    gpu = find_gpu(arguments.gpu)
+    from common.config import load_config
+    from preparation import budget  # torch and DALI: seconds that no other verb needs
+
+    report = budget.budget(
+        arguments.manifest,
+        load_config(arguments.config, arguments.override),
+        samples=arguments.samples,
+        gpu=gpu,
+        gpus=arguments.gpus,
+        cores=arguments.cores,
+        network_clips=arguments.network_clips,
+    )
+    print(json.dumps(report, indent=2) if arguments.json else budget.table(report))
+
+
+def _transcode(arguments: argparse.Namespace) -> None:
+    out = arguments.out / f"{arguments.manifest.stem}.csv"
+    crf = ENCODERS[arguments.codec].crf if arguments.crf is None else arguments.crf
+    settings = Settings(arguments.short_side, arguments.gop, arguments.codec, crf)
+    manifest = Manifest.read(arguments.manifest)
+    if out.exists() and out.samefile(arguments.manifest):
+        raise InputError(f"--out {arguments.out}: {out} would be overwritten, the manifest itself; name another folder")
+    check_is_ours(out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    journal, crew = out.with_name(f"{out.name}.journal"), _crew(arguments, out.name)
+    job = Job(manifest, arguments.out, settings, journal=journal, crew=crew)
+    estimate = job.estimate()
+    if estimate and estimate.sampled:
+        free = job.check_disk(estimate)
+        duration = datetime.timedelta(seconds=round(estimate.seconds))
+        print(
+            f"{arguments.out}: about {size_text(estimate.needed_bytes)} and {duration} h more with {estimate.workers} "
+            f"processes, says a sample of {estimate.sampled} videos; {size_text(free)} are free",
+            flush=True,
+        )
+    copies, rejected, made = job.transcode()
+    if not crew.is_whole:
+        _say_part(out, crew)
+        return
+    _save(copies, rejected, out, journal, nothing=f"none of the {len(manifest)} videos can be transcoded")
+    before, after = (sum(sizes) for sizes in zip(*{each.video.path: each[1:3] for each in made}.values()))
+    print(f"{out}: {len(copies)} of {len(manifest)} videos")
+    print(f"size: {size_text(before)} before, {size_text(after)} now, {after / before:.2f} times as much")
+    before, after, compared = job.compare()
+    if compared:
+        print(
+            f"decoding 8 frames: {before:.1f} ms before, {after:.1f} ms now, {before / after:.1f} times as fast "
+            f"(CPU time, mean of {compared} videos)"
+        )
+    remove_journals(journal)  # the comparison's
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    out = arguments.out / f"{arguments.manifest.stem}.csv"
+    check_is_ours(out)
+    crew = _crew(arguments, out.stem, unit="shard")
+    manifest, rejected = pack(arguments.manifest, arguments.out, shard_bytes=arguments.shard_size, crew=crew)
+    if manifest is None:
+        _say_part(out, crew)
+        return
+    if arguments.root:
+        manifest.root = arguments.root if is_url(arguments.root) else Path(arguments.root)
+    _save(manifest, rejected, out, None, nothing=f"none of the videos of {arguments.manifest} can be packed")
+    print(f"{out}: {len(manifest)} of {manifest.listed} videos in {len(manifest.shards)} shards")
+
+
+def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> WorkerPool:
+    if arguments.scheduler and arguments.executor != "dask":
+        raise InputError("--scheduler is for --executor dask")
+    if arguments.executor == "dask" and not arguments.scheduler:
+        raise InputError("--executor dask needs --scheduler ADDRESS, such as tcp://node1:8786")
+    return WorkerPool(
+        workers=arguments.workers,
+        scheduler=arguments.scheduler,
+        timeout_s=arguments.timeout,
+        shard=arguments.shard,
+        progress=functools.partial(tqdm, unit=unit, desc=name, dynamic_ncols=True, disable=_quiet()),
+    )
+
+
+def _write(
+    listed: Sequence[Listed],
+    out: Path,
+    root: Path,
+    classes: Sequence[str],
+    arguments: argparse.Namespace,
+    found: Found | None = None,
+    longest_s: float = math.inf,
+) -> None:
+    """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found.
+
+    `found`: what else is known of the listed ones; those that are missing count as left out. `longest_s`: seconds that
+    none should be longer than."""
+    found = found or Found()
+    check_is_ours(out)
+    journal = out.with_name(f"{out.name}.journal")
+    crew = _crew(arguments, out.name)
+    manifest, rejected = index(
+        listed,
+        root=root,
+        journal=journal,
+        crew=crew,
+        classes=classes,
+        copies=found.copies,
+        decode=arguments.verify == "decode",
+        max_pixels=arguments.max_pixels,
+    )
+    if not crew.is_whole:
+        _say_part(out, crew)
+        return
+    manifest.rejected += len(found.missing)
+    nothing = f"none of the {len(listed)} listed videos can be read below {manifest.root}"
+    _save(manifest, rejected, out, journal, nothing=nothing)
+    print(f"{out}: {len(manifest)} of {manifest.listed} videos, {len(set(manifest.labels.tolist()))} classes")
+    print(f"  {describe(manifest)}")
+    longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
+    if longer:
+        print(f"  {longer} are longer than {longest_s:g} s: not cut to their clip?")
+
+
+def _say_part(out: Path, crew: WorkerPool) -> None:
+    part, parts = crew.shard
+    print(f"{out}: part {part} of {parts} is done; when all are, the same command without --shard writes it")
+
+
+def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: Path | None, *, nothing: str) -> None:
+    """Writes a manifest and what was rejected, and ends the journal; `InputError` with `nothing` where none is left."""
+    rejected_file = out.with_name(f"{out.stem}.rejected.csv")
+    for entry in rejected[:_SHOWN]:
+        print(f"{entry.path}: {entry.reason}")
+    if len(rejected) > _SHOWN:
+        print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
+    if not len(manifest):
+        if journal:
+            remove_journals(journal)  # they are looked at again once it is known why
+        raise InputError(f"{nothing}; nothing written")
+    manifest.made_by = _command()
+    manifest.write(out)
+    write_rejected(rejected_file, rejected)
+    if journal:
+        remove_journals(journal)
+
+
+def _command() -> str:
+    return f"{shlex.join(['prepare.py', *sys.argv[1:]])} ({datetime.date.today()})"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected i/n with i from 0 to n - 1, such as 0/8")
+    return int(part), int(parts)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("expected more than 0")
+    return value
+
+
+def _gigabytes(text: str) -> float:
+    """Bytes."""
+    return 1e9 * _positive(text)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("expected more than 0 seconds")
+    return value
+
+
+def _quiet() -> bool:
+    return not sys.stderr.isatty()

@@ -1,0 +1,1 @@
+"""What several packages need: settings, processes, weights files, labels, locks and the command-line harness."""

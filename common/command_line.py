@@ -1,0 +1,55 @@
+"""How every command starts, ends and shows its errors."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+from dali_pipelines.errors import InputError
+from dali_pipelines.text import ForPeople
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main` and exits: 0 or what it returned, 2 for bad input, 130 for Ctrl-C.
+
+    An `InputError` or an operating-system error (no such file, disk full) is one line on stderr. Anything else is
+    our own bug and keeps its traceback.
+    """
+    # Threads of torch that wait for each other yield the core to the loader's processes: docs/demo.md has the gain.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    if not isinstance(sys.stdout, ForPeople):
+        sys.stdout, sys.stderr = ForPeople(sys.stdout), ForPeople(sys.stderr)
+    rank = os.environ.get("RANK")
+    command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        message = str(error)
+    except BrokenPipeError:  # `predict.py ... | head` is not a failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (Exception, KeyboardInterrupt) as error:
+        if not _is_ctrl_c(error):
+            raise
+        _silence_threads()
+        print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    _silence_threads()
+    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _silence_threads() -> None:
+    """What others say from now on is of this end: the thread of DALI that watches its workers may see them go."""
+    threading.excepthook = lambda _: None
+
+
+def _is_ctrl_c(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came first: DALI's own clean-up fails where it comes while a graph is being defined."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

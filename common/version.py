@@ -1,0 +1,3 @@
+"""The version of this project; `setup.py` reads it here."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,211 @@
+"""Weights files, which tell all that is needed to use them, and the ways in for weights of others."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from common.config import PREPROCESSING, Config, ModelConfig, check_header, load_config, preprocessing
+from common.labels import read_labels
+from dali_pipelines.errors import InputError
+from dali_pipelines.files import unfinished
+from model import LoadReport, TimeSformer, WeightsError, load_pretrained
+from model.pretrained import SUFFIXES, read_safetensors
+
+_FORMAT = "dali-timesformer 1"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weights file holds: enough to predict without a config."""
+
+    model: dict[str, Any]
+    """Arguments of `TimeSformer`, as in the section `model` of a config."""
+    preprocessing: dict[str, Any]
+    """How clips were cut: keys of the section `data`."""
+    classes: tuple[str, ...]
+    state: dict[str, torch.Tensor]
+
+    def config(self) -> dict[str, Any]:
+        """What the weights say of a config, for `load_config(defaults=...)`."""
+        return {"model": self.model, "data": self.preprocessing}
+
+    def build(self, device: torch.device | str = "cpu") -> TimeSformer:
+        """The network with these weights, ready to predict."""
+        network = build_network(self.model, self.preprocessing, len(self.classes))
+        network.load_state_dict(self.state)
+        return network.to(device).eval()
+
+
+def build_network(model: dict[str, Any] | ModelConfig, preprocessing: dict[str, Any], num_classes: int) -> TimeSformer:
+    settings = dataclasses.asdict(model) if isinstance(model, ModelConfig) else model
+    return TimeSformer(
+        **settings,
+        num_frames=preprocessing["num_frames"],
+        image_size=preprocessing["crop_size"],
+        num_classes=num_classes,
+    )
+
+
+def save_weights(path: str | os.PathLike, weights: Weights) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    metadata = to_metadata(weights, _FORMAT)
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.state.items()}
+    with atomic_write(Path(path)) as file:
+        file.write(safetensors.torch.save(state, metadata))
+
+
+def to_metadata(weights: Weights, format: str) -> dict[str, str]:
+    """What a file in `format` says of the weights in it, as texts: the metadata of safetensors, of ONNX and of .pt2."""
+    return {
+        "format": format,
+        "model": json.dumps(weights.model),
+        "preprocessing": json.dumps(weights.preprocessing),
+        "classes": json.dumps(weights.classes),  # as ASCII: names of folders need not be UTF-8
+    }
+
+
+def from_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """(model, preprocessing, classes) of what `to_metadata` made, checked; KeyError, TypeError, ValueError or
+    RecursionError for anything else."""
+    model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
+    check_header(model, preprocessing)
+    if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+        raise InputError("classes is no list of names")
+    return model, preprocessing, tuple(classes)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` once it is complete and on disk, and not at all otherwise."""
+    part = unfinished(path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        atomic_rename(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def atomic_rename(file: Path, path: Path) -> None:
+    """Renames `file`, in the same folder, and sees that the new name is on disk too."""
+    file.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether a file is one that `save_weights` wrote, by its header."""
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (OSError, safetensors.SafetensorError, UnicodeDecodeError):
+        return False
+
+
+def load_weights(path: str | os.PathLike) -> Weights:
+    """Reads what `save_weights` wrote; `InputError` says what is wrong with another file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such weights file; train.py writes best.safetensors and last.safetensors")
+    try:
+        state, metadata = read_safetensors(path)
+    except WeightsError as error:
+        raise InputError(str(error)) from None
+    if metadata.get("format") != _FORMAT:
+        raise InputError(f"{path}: not the weights that train.py writes; for those of others, name a config with -c")
+    try:
+        model, preprocessing, classes = from_metadata(metadata)
+        with torch.device("meta"):
+            expected = build_network(model, preprocessing, len(classes)).state_dict()
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its header is not what train.py writes ({error})") from None
+    wrong = expected.keys() ^ state.keys() or [name for name in state if state[name].shape != expected[name].shape]
+    wrong = wrong or [name for name in state if not state[name].isfinite().all()]
+    if wrong:
+        raise InputError(f"{path}: damaged: {min(wrong)} is not what its header speaks of, or not finite")
+    return Weights(model, preprocessing, classes, state)
+
+
+def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = ()) -> tuple[Weights, Config, str]:
+    """Weights to evaluate or predict with, the config for that, and what had to be done to them, in words.
+
+    Files of ours tell everything. A config may not contradict them, but for `data.num_frames`, to which the time
+    embedding is resized. What `model.load_pretrained` reads besides needs a config that tells the rest, `data.labels`
+    included.
+    """
+    is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
+    if is_ours(path):
+        weights = load_weights(path)
+        config = agreeing_config(weights, config_path, overrides)
+        if config.data.num_frames == weights.preprocessing["num_frames"]:
+            return weights, config, ""
+        model, classes = weights.model, weights.classes
+    elif config_path is None or is_other_file:
+        if path.endswith(".safetensors") or is_other_file:
+            load_weights(path)  # says what is wrong with it
+        raise InputError(f"{path}: does not say how clips are cut and which classes there are; name a config with -c")
+    else:
+        config = load_config(config_path, overrides)
+        if config.data.labels is None:
+            raise InputError(f"{path}: names no classes; name a file that does, a name a line: -o data.labels=FILE")
+        model, classes = dataclasses.asdict(config.model), read_labels(config.data.labels)
+    network = build_network(model, preprocessing(config.data), len(classes))
+    report = load_into(network, path, classes=classes)
+    for key, theirs in report.preprocessing.items():
+        if theirs != getattr(config.data, key):
+            raise InputError(f"{path}: trained with data.{key}={theirs}; here it is {getattr(config.data, key)}")
+    if report.initial or not all(how.startswith("resized") for how in report.adapted.values()):
+        raise InputError(f"{path}: not trained for these classes of videos: {report}")
+    return Weights(model, preprocessing(config.data), tuple(classes), network.state_dict()), config, str(report)
+
+
+def agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]) -> Config:
+    """The config at `path`, or what the weights say, with overrides; refuses another preprocessing than theirs."""
+    config = load_config(path, overrides, defaults=weights.config())
+    theirs = load_config(None, defaults=weights.config())
+    keys = [("data", key) for key in PREPROCESSING] + [("model", key) for key in weights.model]
+    for section, key in keys:
+        given, expected = (getattr(getattr(each, section), key) for each in (config, theirs))
+        # Drop path and the initial spread matter in training only.
+        if given != expected and key not in ("num_frames", "drop_path", "embed_init_std"):
+            raise InputError(f"{section}.{key} is {given}, but these weights were trained with {expected}")
+    return config
+
+
+def load_into(network: TimeSformer, source: str, *, classes: Sequence[str]) -> LoadReport:
+    """`model.load_pretrained`, with an `InputError` for what it cannot load."""
+    try:
+        return load_pretrained(network, source, classes=classes)
+    except WeightsError as error:
+        raise InputError(str(error)) from None
+
+
+def average_weights(paths: Sequence[str]) -> Weights:
+    """The mean of weights files of one network, such as those of the last epochs (SWA, Izmailov et al. 2018)."""
+    if len(paths) < 2:
+        raise InputError(f"{paths[0]}: one file has no mean; name several")
+    first = load_weights(paths[0])
+    average = AveragedModel(first.build())
+    for path in paths:
+        weights = load_weights(path)
+        for what in ("model", "preprocessing", "classes"):
+            if getattr(weights, what) != getattr(first, what):
+                raise InputError(f"{path}: its {what} is not that of {paths[0]}; only weights of one network average")
+        average.update_parameters(weights.build())
+    return dataclasses.replace(first, state=average.module.state_dict())

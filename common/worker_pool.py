@@ -1,0 +1,205 @@
+"""Shares work on many files out, and remembers what is done: a run that was killed goes on where it was."""
+
+import glob
+import json
+import os
+import queue
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.child_process import end_children, find_function, in_child, name_of
+from dali_pipelines.errors import InputError
+from dali_pipelines.text import read_lines
+
+_UNDER_WAY = 1024  # tasks that an executor is given ahead
+
+
+class Failed(str):
+    """Why a task has no result, for people."""
+
+    is_done = True
+
+
+class NotDone(Failed):
+    """It belongs to another part (`WorkerPool.shard`)."""
+
+    is_done = False
+
+
+@dataclass(frozen=True)
+class WorkerPool:
+    """Who works, and how.
+
+    workers: threads, each with a process that it gives its tasks (`in_child`); None: one a CPU core.
+    scheduler: address of a dask scheduler, whose workers do it instead.
+    timeout_s: seconds for one task.
+    shard: (i, n), i from 0: only every n-th task, starting at the i-th; what comes out stays in the journal.
+    progress: makes the bar: called with `total` and `initial` counts, gives an object with `update()` and `close()`.
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+    timeout_s: float = 60
+    shard: tuple[int, int] = (0, 1)
+    progress: Callable[..., Any] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Not only a part of the tasks."""
+        return self.shard[1] == 1
+
+    def journal(self, whole: Path, kind: str = "") -> Path:
+        """The one of this part of the tasks, beside the journal of all, where `run` finds it; `whole` itself where
+        this is all. `kind` keeps one for other tasks apart."""
+        part, parts = self.shard
+        return whole if self.is_whole else whole.with_name(f"{whole.name}.{kind}{part}-of-{parts}")
+
+    @contextmanager
+    def executor(self) -> Iterator[Executor]:
+        if self.scheduler:
+            with _dask_executor(self.scheduler) as executor:
+                yield executor
+            return
+        executor = ThreadPoolExecutor(self.workers or len(os.sched_getaffinity(0)), "work")
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            end_children()
+            raise
+        executor.shutdown()
+
+
+def run(
+    function: Callable,
+    tasks: Sequence[Sequence],
+    *,
+    journal: Path,
+    crew: WorkerPool,
+    timeout_s: float | None = None,
+    is_good: Callable[[Any], bool] = lambda result: True,
+) -> list[Any]:
+    """Calls `function(*task)` for every task in child processes. Returns the results in the order of the tasks, each
+    as JSON gives it back, or a `Failed`.
+
+    Every result is a line of the file `journal` as soon as it is there, and is not computed again by a later run of
+    the same tasks; equal tasks are done once. Journals of the parts of a `pool.shard` lie beside it, and count as well;
+    a whole run removes them all with `remove_journals`. With a part only, the others are `NotDone`. `is_good` says
+    whether a result of an earlier run still holds.
+    """
+    keys = [_key(function, task) for task in tasks]
+    wanted = dict.fromkeys(keys)
+    done = {key: result for key, result in _read_journals(journal) if key in wanted and is_good(result)}
+    part, parts = crew.shard
+    own = list(wanted)[part::parts]
+    missing = [key for key in own if key not in done]
+    timeout_s = timeout_s or crew.timeout_s
+    if missing:
+        path = crew.journal(journal)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with crew.executor() as executor, open(path, "a", encoding="utf-8") as file:
+            if file.tell():
+                file.write("\n")  # after a line that a kill has cut
+            bar = crew.progress and crew.progress(total=len(own), initial=len(own) - len(missing))
+            try:
+                for key, result in _results(executor, missing, timeout_s):
+                    done[key] = result
+                    entry = {"key": key, "failed": result} if isinstance(result, Failed) else {"key": key, "is": result}
+                    file.write(json.dumps(entry) + "\n")
+                    file.flush()
+                    if bar:
+                        bar.update()
+            finally:
+                if bar:
+                    bar.close()
+    return [done.get(key, NotDone("not done")) for key in keys]
+
+
+def remove_journals(journal: Path) -> None:
+    """Removes what a run and its parts have left to go on from; its results are written elsewhere."""
+    for path in _journals(journal):
+        path.unlink(missing_ok=True)
+
+
+def _results(executor: Executor, keys: Iterable[str], timeout_s: float) -> Iterator[tuple[str, Any]]:
+    """As they come; only some are with the executor at a time."""
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    keys, under_way = iter(keys), {}
+
+    def submit() -> None:
+        key = next(keys, None)
+        if key is not None:
+            future = executor.submit(_do, key, timeout_s)
+            under_way[future] = key
+            future.add_done_callback(ready.put)
+
+    for _ in range(_UNDER_WAY):
+        submit()
+    while under_way:
+        future = ready.get()
+        key = under_way.pop(future)
+        submit()
+        kind, result = future.result()
+        yield key, Failed(result) if kind == "failed" else result
+
+
+def _do(key: str, timeout_s: float) -> tuple[str, Any]:
+    function, arguments = json.loads(key)
+    try:
+        return "done", in_child(find_function(function), arguments, timeout_s)
+    except InputError as error:
+        return "failed", str(error)
+
+
+def _key(function: Callable, task: Sequence) -> str:
+    return json.dumps([name_of(function), list(task)])
+
+
+def _journals(journal: Path) -> list[Path]:
+    return [journal, *map(Path, sorted(glob.glob(f"{glob.escape(str(journal))}.*-of-*")))]
+
+
+def _read_journals(journal: Path) -> Iterator[tuple[str, Any]]:
+    for path in _journals(journal):
+        try:
+            lines = read_lines(path)
+        except FileNotFoundError:
+            continue
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                yield entry["key"], Failed(entry["failed"]) if "failed" in entry else entry["is"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue  # cut by a kill
+
+
+@contextmanager
+def _dask_executor(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise InputError("--executor dask needs dask.distributed: pip install 'dali-timesformer[dask]'") from None
+    try:
+        client = Client(address, timeout=5)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise InputError(f"--scheduler {address}: no dask scheduler answers there ({error})") from None
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise InputError(f"--scheduler {address}: no workers; start some with `dask worker {address}`")
+        try:
+            client.run(lambda: bool(__import__("common.worker_pool")))
+        except ImportError as error:
+            raise InputError(
+                f"--scheduler {address}: its workers cannot import this project ({error}): start them in its folder, "
+                "with PYTHONPATH naming it, or after pip install"
+            ) from None
+        try:
+            yield client.get_executor(pure=False)
+        except Exception as error:
+            if not type(error).__module__.startswith("distributed"):
+                raise
+            raise InputError(f"--scheduler {address}: {type(error).__name__}: {error}; run it again to go on") from None

@@ -1,0 +1,1 @@
+"""Taking weights to users: prediction on videos, export and the formats of answers."""

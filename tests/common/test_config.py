@@ -1,0 +1,136 @@
+"""Configs: precedence, and errors that name the key."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from common.config import ModelConfig, clip_settings, load_config, preprocessing, to_yaml
+from dali_pipelines import ClipLoader, InputError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("name: mine\noptim: {lr: 1e-3}\ndata: {stride: null, num_frames: 4}\n")
+    return str(path)
+
+
+def test_overrides_stand_above_the_file_above_the_defaults(file):
+    config = load_config(file, ["data.num_frames=16", "data.mean=[0.1,0.2,0.3]", "optim.lr=0.5", "optim.lr=2e-3"])
+    assert (config.data.num_frames, config.optim.lr, config.data.stride) == (16, 0.002, None)
+    assert config.data.mean == [0.1, 0.2, 0.3] and config.model == ModelConfig()
+    assert config.output == "output/mine"  # follows the name
+    below = load_config(file, defaults={"data": {"num_frames": 2, "crop_size": 64}})
+    assert (below.data.num_frames, below.data.crop_size) == (4, 64)
+
+
+def test_the_resolved_config_reads_back(file, tmp_path):
+    config = load_config(file, ["seed=3"])
+    (tmp_path / "b.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "b.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.num_frame=8", "unknown key data.num_frame; did you mean data.num_frames"),
+        ("lr=1", "unknown key lr; did you mean optim.lr"),
+        ("learning=1", "unknown key learning; known: name"),
+        ("model.num_classes=3", "it follows from"),
+        ("data=3", "data is a section"),
+        ("data.num_frames=eight", "data.num_frames: Value 'eight'"),
+        ("data.num_frames=0", "data.num_frames is 0; expected 1 or more"),
+        ("data.crop_size=100", "a multiple of model.patch_size, 16"),
+        ("data.short_side=[256]", r"expected \[low, high\]"),
+        ("optim.name=adam", "expected one of sgd, adamw"),
+        ("model.attention=time", "expected one of divided_space_time"),
+        ("train.precision=half", "expected one of auto, amp, float32, bf16, fp16"),
+        ("seed=-1", "seed is -1"),
+        ("seed=18446744073709551616", "seed is 18446744073709551616; expected 0 or more"),
+        ("nonsense", "expected KEY=VALUE"),
+        ("data.mean=[1,", "not YAML"),
+        ("output=${name", "output"),
+        ("data.mean=[nan,0,0]", "data.mean is .* expected three numbers"),
+        ("optim.clip_norm=-1", "optim.clip_norm is -1.0; expected more than 0, or null"),
+        ("optim.lr=inf", "optim.lr is inf; expected more than 0"),
+        ("optim.betas=[0.9]", "expected two numbers"),
+        ("optim.weight_decay=-1", "optim.weight_decay is -1"),
+        ("optim.warmup_epochs=20", "expected less than train.epochs, 20: the learning rate would never reach"),
+        ("model.num_heads=0", "model.num_heads is 0"),
+        ("model.num_heads=7", "model.embed_dim is 768; expected a multiple of model.num_heads, 7"),
+        ("model.patch_size=-16", "model.patch_size is -16"),
+        ("train.checkpoint_every_steps=-1", "or null"),
+        ("optim.decay_epochs=[3,2]", "optim.decay_epochs is .* expected rising, above 0"),
+        ("mix.cutmix_box=time", "expected one of space, reference"),
+        ("mix.cutmix_prob=2", "mix.cutmix_prob is 2.0; expected 0 to 1"),
+        ("mix.cutmix_alpha=0", "mix.cutmix_alpha is 0.0; expected more than 0"),
+        ("distill.temperature=0", "expected more than 0"),
+        ("train.swa_epochs=21", "train.swa_epochs is 21; expected at most train.epochs, 20"),
+        ("base=a.yaml", "unknown key base"),
+        ("data.max_fault_fraction=5", "data.max_fault_fraction is 5.0; expected 0 to 1"),
+        ("data.max_fault_fraction=-0.1", "expected 0 to 1"),
+    ],
+)
+def test_errors_name_the_key(file, override, message):
+    with pytest.raises(InputError, match=message):
+        load_config(file, [override])
+
+
+def test_a_date_is_a_good_name(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: 2024-01-01\n")
+    assert load_config(str(tmp_path / "a.yaml")).output == "output/2024-01-01"
+
+
+def test_a_file_that_is_no_config(tmp_path):
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    (tmp_path / "unknown.yaml").write_text("trainer: {epochs: 3}\n")
+    for name, message in (("list", "key: value"), ("bad", "not YAML"), ("unknown", "unknown key trainer; did you")):
+        with pytest.raises(InputError, match=message):
+            load_config(str(tmp_path / f"{name}.yaml"))
+    with pytest.raises(FileNotFoundError):
+        load_config(str(tmp_path / "gone.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_loads_and_says_what_it_is_for(path):
+    config = load_config(str(path))
+    text = path.read_text()
+    assert config.name == path.stem and text.startswith("#") and "train.py -c configs/" in text
+    assert "Reaches: " in text or ("Reproduces: " in text and "Not run here" in text)
+    keys = [line.split(":")[0].strip() for line in text.splitlines() if ":" in line and not line.startswith("#")]
+    assert keys.count("num_frames") <= 1 and config.data.train and config.data.val
+    for file in (config.data.labels, *re.findall(r"configs/\S+\.(?:yaml|txt)", text.split("Command: ")[1])):
+        assert file is None or (CONFIGS[0].parents[1] / file).is_file() or file.startswith("configs/recognition")
+
+
+def test_a_file_stands_on_its_base(file, tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "b.yaml").write_text("base: ../a.yaml\noptim: {momentum: 0.5}\ndata: {num_frames: 16}\n")
+    (tmp_path / "c.yaml").write_text("base: inner/b.yaml\nname: c\n")
+    config = load_config(str(tmp_path / "c.yaml"), ["optim.lr=2.0"])
+    assert (config.name, config.data.num_frames, config.optim.momentum, config.optim.lr) == ("c", 16, 0.5, 2.0)
+    assert config.data.stride is None  # from the lowest
+    (tmp_path / "round.yaml").write_text("base: round.yaml\n")
+    with pytest.raises(InputError, match=r"round.yaml: its `base` leads back to itself"):
+        load_config(str(tmp_path / "round.yaml"))
+    for base in ("${name}", "[x]", "5", "{a: 1}", "''", "???"):
+        (tmp_path / "odd.yaml").write_text(f"base: {base}\n")
+        with pytest.raises(InputError, match=r"odd.yaml: base is .* expected the name of a YAML file"):
+            load_config(str(tmp_path / "odd.yaml"))
+    (tmp_path / "bad.yaml").write_text("base: gone.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"gone.yaml"):
+        load_config(str(tmp_path / "bad.yaml"))
+
+
+def test_clip_settings_fit_the_loader(numbered_videos):
+    config = load_config(None, ["data.short_side=[40,50]", "data.crop_size=32"])
+    sides = {}
+    for mode in ("train", "validate", "test"):
+        made = ClipLoader(numbered_videos, **clip_settings(config.data, mode), batch_size=2, workers=0)
+        sides[mode] = made._view.short_sides
+    assert sides == {"train": (40, 50), "validate": (40, 40), "test": (32, 32)}
+    assert set(preprocessing(config.data)) >= {"num_frames", "crop_size", "mean", "std", "stride", "past_end"}
