@@ -15,15 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-import tests.commands
 from common.config import load_config
+from tests.commands import CONFIG
 
 PROJECT = Path(__file__).parents[1]
 CLUSTER = PROJECT / "docs" / "cluster"
 SCRIPT = CLUSTER / "train.sbatch"
 JOB = str(os.getpid())  # the script's port follows from it
 
-small_data = tests.commands.small_data
 
 # Slurm's commands as far as the script uses them. As seen with Slurm: srun that is told to end kills its tasks.
 STAND_INS = {
@@ -110,7 +109,7 @@ def slurm(tmp_path):
 @pytest.fixture
 def config(small_data, tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(tests.commands.CONFIG.format(folder=small_data))
+    path.write_text(CONFIG.format(folder=small_data))
     return path
 
 
