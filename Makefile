@@ -1,9 +1,9 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both make the environment in .venv first, as does
-# `make torture`: 200 kills and other faults, then 2,000 damaged files; an hour on two cores (docs/torture.md).
+# Two commands on a fresh machine: `make demo` and `make test`. Every target makes the environment in .venv first.
+# For contributors: `make quick` before a commit, `make docs`, and `make torture` (an hour: docs/torture.md).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test torture environment
+.PHONY: demo test quick lint docs torture environment
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ READY := .venv/.ready
 OUTPUT := output/demo
 VIDEO := data/demo/videos/val/00089_right.mp4
 
-# Runs $(2) and, where it fails, ends with one line that names the step $(1).
+# Runs $(2); if it fails, the last line names the step $(1).
 step = { $(2); } || { code=$$?; echo "make $@: failed at: $(1)" >&2; exit $$code; }
 
 demo: $(READY)
@@ -31,10 +31,22 @@ demo: $(READY)
 	@echo "  TensorBoard    $(BIN)/tensorboard --logdir $(OUTPUT)/tensorboard"
 	@echo "  prediction     $(OUTPUT)/prediction.png"
 
-test: $(READY)
-	@$(call step,ruff,$(BIN)/ruff check .)
-	@$(call step,the tests,$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile)
+TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+test: lint docs
+	@$(call step,mypy,$(BIN)/mypy)
+	@$(call step,the tests,$(TESTS))
 	@echo "make test: passed"
+
+quick: lint
+	@$(call step,the fast tests,$(TESTS) -m 'not slow')
+
+lint: $(READY)
+	@$(call step,ruff format,$(BIN)/ruff format --check .)
+	@$(call step,ruff,$(BIN)/ruff check .)
+
+docs: $(READY)
+	@$(call step,the API reference,$(BIN)/python -m docs.build output/docs)
 
 torture: $(READY)
 	@$(BIN)/python -m tests.torture $(TORTURE)

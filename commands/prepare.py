@@ -272,7 +272,7 @@ def _write_splits(
 def _budget(arguments: argparse.Namespace) -> None:
     gpu = find_gpu(arguments.gpu)
     from common.config import load_config
-    from preparation import budget  # torch and DALI: seconds that no other verb needs
+    from benchmarks import budget  # torch and DALI: seconds that no other verb needs
 
     report = budget.budget(
         arguments.manifest,

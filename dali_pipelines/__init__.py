@@ -14,5 +14,6 @@ def __getattr__(name: str):
     if name == "ClipLoader":
         from dali_pipelines.loader import ClipLoader
 
+        globals()[name] = ClipLoader
         return ClipLoader
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
