@@ -271,8 +271,8 @@ def _write_splits(
 
 def _budget(arguments: argparse.Namespace) -> None:
     gpu = find_gpu(arguments.gpu)
-    from common.config import load_config
     from benchmarks import budget  # torch and DALI: seconds that no other verb needs
+    from common.config import load_config
 
     report = budget.budget(
         arguments.manifest,
