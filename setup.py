@@ -2,7 +2,7 @@
 
 import runpy
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 VERSION = runpy.run_path("common/version.py")["VERSION"]
 
@@ -14,18 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        "benchmarks",
-        "commands",
-        "common",
-        "configs",
-        "dali_pipelines",
-        "evaluation",
-        "model",
-        "preparation",
-        "serving",
-        "training",
-    ],
+    packages=[*find_packages(exclude=["tests", "tests.*"]), "configs"],
     package_data={"configs": ["*.yaml", "labels/*"], "evaluation": ["report.css", "report.js"], "*": ["py.typed"]},
     entry_points={"console_scripts": ["dali-timesformer = commands.__main__:main"]},
     install_requires=[
