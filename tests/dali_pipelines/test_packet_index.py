@@ -152,6 +152,25 @@ def test_a_file_that_was_replaced_by_one_of_the_same_size(indexed, tmp_path):
     assert sum(stats.fallbacks.values()) == 1 and next(iter(stats.fallbacks)).startswith(READ_ALL)
 
 
+def test_an_edit_list_that_has_changed_is_noticed(tmp_path):
+    """It decides which frames are shown. The size, the first 4 KiB and the packets are the same."""
+    write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96))
+    set_edits(tmp_path / "whole.mp4", tmp_path / "a.mp4", [(1600, 10 * 512)])
+    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=Crew(workers=1))
+    manifest.write(tmp_path / "some.csv")
+    before, stats = clips(manifest)
+    assert stats.fallbacks == {}
+    data = (tmp_path / "a.mp4").read_bytes()
+    edits = np.array([1600, 10 * 512], ">i4").tobytes()
+    assert data.count(edits) == 1 and data.index(edits) > 4096
+    (tmp_path / "a.mp4").write_bytes(data.replace(edits, np.array([1600, 20 * 512], ">i4").tobytes()))
+    after, stats = clips(manifest)
+    assert same(after, clips(without_index(manifest))[0]) and not torch.equal(after.clips, before.clips)
+    assert stats.fallbacks == {READ_ALL + "the file is another than when it was indexed": 1}
+    (tmp_path / "a.mp4").write_bytes(data)  # another time of change is no reason
+    assert same(clips(manifest)[0], before) and clips(manifest)[1].fallbacks == {}
+
+
 def test_a_packet_that_has_changed_is_noticed(indexed, tmp_path):
     path = indexed.root / NAMES[0]
     _, entry = probe_packets(path)
@@ -224,7 +243,11 @@ def test_entries_that_claim_too_much(indexed):
     for wrong in (b"", columns[:-1], bytes(huge), bytes(len(columns)), columns + columns[:19]):
         with pytest.raises(StaleIndexError, match="damaged|changed"):
             IndexedVideo(source, zlib.compress(head + b"\n" + wrong)).select(np.array([0]))
-    for wrong in (b"[]", b"{}", head.replace(b'"size"', b'"sise"'), b'{"stream": [1], "size": 1, "head": [1, 1]}'):
+    wrong_heads = [b"[]", b"{}", head.replace(b'"size"', b'"sise"'), b'{"stream": [1], "size": 1, "checked": []}']
+    wrong_heads += [head.replace(b'"size": ', b'"size": 1e999, "": '), b"[" * 100_000]
+    wrong_heads += [head.replace(b"[[0, ", b"[[-9, "), head.replace(b"[[0, 4096", b"[[0, 99999999999")]
+    assert len({*wrong_heads, head}) == len(wrong_heads) + 1
+    for wrong in wrong_heads:
         with pytest.raises(StaleIndexError, match="damaged"):
             IndexedVideo(source, zlib.compress(wrong + b"\n" + columns))
     with pytest.raises(StaleIndexError, match="damaged"):
