@@ -146,6 +146,8 @@ class ClipSource:
                 return self._make(indexed, video, plan, sample_id, note=source.note)
             except (UncertainError, InputError) as error:
                 note = f"read without the packet index: {error}"
+            except Exception as error:  # whatever an index holds, it must not be a fault of the video
+                note = f"read without the packet index: {type(error).__name__}: {error}"
         source = self._fetch(source, video)
         return self._make(source, video, plan, sample_id, note=note or source.note)
 

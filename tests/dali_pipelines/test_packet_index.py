@@ -4,6 +4,7 @@ That any frames of any stream come out right through the index is tested beside 
 `test_packets.py`.
 """
 
+import json
 import os
 import shutil
 import zlib
@@ -23,6 +24,7 @@ from dali_pipelines.packet_index import (
     IndexedVideo,
     PacketIndex,
     StaleIndexError,
+    Stream,
     hash_of,
     index_path,
     open_index,
@@ -257,6 +259,23 @@ def test_entries_that_claim_too_much(indexed):
         changed = IndexedVideo(source, zlib.compress(head.replace(old, new) + b"\n" + columns))
         with pytest.raises(StaleIndexError, match="FFmpeg here has no decoder"):
             changed.stream.context()
+
+
+def test_an_entry_that_nothing_foresees_is_no_fault(indexed, tmp_path):
+    """One with a good checksum, and without a type that anything expects."""
+    entries = {}
+    for video in indexed:
+        head, _, columns = zlib.decompress(PacketIndex(indexed.index).entry(key_of(video))).partition(b"\n")
+        head = json.loads(head)
+        head["stream"][Stream._fields.index("extradata")] = []
+        entries[key_of(video)] = zlib.compress(json.dumps(head).encode() + b"\n" + columns)
+    write_index(tmp_path / "some.packets", entries)
+    manifest = Manifest(list(indexed), root=indexed.root)
+    manifest.index = tmp_path / "some.packets"
+    for decode in ("auto", "nvdec"):
+        batch, stats = clips(manifest, decode=decode)
+        assert same(batch, clips(without_index(indexed), decode=decode)[0])
+        assert any(reason.startswith(READ_ALL) for reason in stats.fallbacks) and not stats.faults
 
 
 def test_a_file_that_is_no_index_is_not_overwritten(tmp_path):
