@@ -112,7 +112,9 @@ def open_header(stream: Stream) -> av.container.InputContainer:
 
     codec = stream.context().codec.canonical_name
     # RFC 9559; the names of the elements are those of its section 5.
-    video = element("E0", number("B0", stream.width), number("BA", stream.height))
+    colour = {"55B1": "colorspace", "55B9": "color_range", "55BA": "color_trc", "55BB": "color_primaries"}
+    colour = [number(name, getattr(stream, value)) for name, value in colour.items()]
+    video = element("E0", number("B0", stream.width), number("BA", stream.height), element("55B0", *colour))
     private = element("63A2", stream.extradata.encode("latin-1")) if stream.extradata else b""
     track = element(
         "AE", number("D7", 1), number("73C5", 1), number("83", 1), element("86", _MATROSKA[codec]), private, video

@@ -27,6 +27,7 @@ from dali_pipelines.packet_index import (
     Stream,
     hash_of,
     index_path,
+    open_header,
     open_index,
     write_index,
 )
@@ -276,6 +277,15 @@ def test_an_entry_that_nothing_foresees_is_no_fault(indexed, tmp_path):
         batch, stats = clips(manifest, decode=decode)
         assert same(batch, clips(without_index(indexed), decode=decode)[0])
         assert any(reason.startswith(READ_ALL) for reason in stats.fallbacks) and not stats.faults
+
+
+def test_a_header_tells_colours_that_only_the_container_knows(indexed):
+    """A decoder of the small file would otherwise take others than one of the video."""
+    _, entry = probe_packets(indexed.root / NAMES[0])
+    known = {"colorspace": 1, "color_range": 2, "color_primaries": 9, "color_trc": 13}
+    stream = IndexedVideo(Source(str(indexed.root / NAMES[0])), entry).stream._replace(**known)
+    context = open_header(stream).streams.video[0].codec_context
+    assert {name: int(getattr(context, name)) for name in known} == known
 
 
 def test_a_file_that_is_no_index_is_not_overwritten(tmp_path):
