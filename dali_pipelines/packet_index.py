@@ -303,7 +303,7 @@ class IndexedVideo:
             places += [(*checked, None) for checked in self._checked]
         places.sort(key=lambda place: place[:2])
         try:
-            data, _ = read_ranges(self._source, [place[:2] for place in places])
+            data, _ = read_ranges(self._source, [place[:2] for place in places], size=self._size)
         except InputError as error:
             raise StaleIndexError(str(error)) from None
         for (_, _, check, number), some in zip(places, data, strict=True):

@@ -386,9 +386,14 @@ def test_a_cache_keeps_whole_files_and_is_read_by_the_index(indexed, tmp_path):
         assert same(clips(manifest, cache=tmp_path)[0], batch) and server.sent == sent
 
 
-def test_a_file_that_was_replaced_on_its_server_is_fetched(indexed, tmp_path):
+@pytest.mark.parametrize("change", ["replaced", "longer"])
+def test_a_file_that_has_changed_on_its_server_is_fetched(indexed, tmp_path, change):
+    """Also if its packets are what they were: a server says how long a file is."""
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
-    write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
+    if change == "replaced":
+        write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
+    else:
+        (tmp_path / NAMES[0]).write_bytes(one_byte_longer((tmp_path / NAMES[0]).read_bytes()))
     with serve(tmp_path) as server:
         manifest = Manifest(list(indexed), root=server.url)
         manifest.index = indexed.index
