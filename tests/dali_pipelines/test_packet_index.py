@@ -314,6 +314,7 @@ def test_a_manifest_that_is_written_takes_its_index_along(indexed, tmp_path):
     manifest.write(tmp_path / "other.csv")
     copy = Manifest.read(tmp_path / "other.csv")
     assert clips(copy)[1].fallbacks == {} and len(PacketIndex(copy.index)) == len(NAMES)
+    assert copy.hint == "" and "no packet index beside it" in without_index(copy).hint
     Manifest([probe(tmp_path / NAMES[0])]).write(tmp_path / "some.csv")
     assert not index_path(tmp_path / "some.csv").exists() and Manifest.read(tmp_path / "some.csv").index is None
 
