@@ -307,6 +307,17 @@ def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
         assert stats.fallbacks == {} and stats.packets_read == stats.packets_kept
 
 
+def test_an_index_that_is_made_again_counts_at_once(indexed, tmp_path):
+    """Also in the process that has read the old one."""
+    shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
+    assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
+    write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
+    listed = [(name, number) for number, name in enumerate(NAMES)]
+    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", crew=Crew(workers=1))
+    manifest.write(tmp_path / "some.csv")
+    assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
+
+
 def test_a_manifest_that_is_written_takes_its_index_along(indexed, tmp_path):
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
     manifest = Manifest.read(tmp_path / "some.csv")
