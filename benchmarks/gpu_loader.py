@@ -40,12 +40,12 @@ from benchmarks.loader import (
 )
 from benchmarks.work import Clip, Work, repeated
 from common.system_metrics import nvml_gauges
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
 from dali_pipelines.manifest import Video
 from dali_pipelines.nvdec import decode_file, load_torchcodec, nvdec_backend
-from dali_pipelines.packets import UncertainError, remux
-from dali_pipelines.stream_format import uncrop
+from dali_pipelines.packets import remux
 
 _FLOOR_CLIPS = 96  # that the floor goes round
 _CHECKED = 16  # clips
@@ -313,7 +313,7 @@ def _floor(work: GpuWork):
         clip = work.clip(place)
         with open_video(clip.source) as container:
             try:
-                files.append(remux(container, np.unique(clip.positions), uncrop))
+                files.append(remux(container, np.unique(clip.positions), uncropped=True))
             except UncertainError:
                 continue
     device = torch.device(work.device)

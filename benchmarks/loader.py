@@ -51,7 +51,6 @@ from benchmarks.stages import stages
 from benchmarks.work import Work, needed_packets, repeated
 from common.system_metrics import processes, proportional_mib
 from common.worker_pool import WorkerPool
-from dali_pipelines import crops
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, join, open_video, size_of
 from dali_pipelines.folders import videos_below
@@ -177,11 +176,6 @@ def training_view(num_frames: int, crop_size: int) -> View:
         mode="train",
         num_frames=num_frames,
         crop_size=crop_size,
-        stride=32,
-        target_fps=30,
-        past_end="fit",
-        short_sides=(crops.JITTER[0] * crop_size, crops.JITTER[1] * crop_size),
-        flip=True,
     )
 
 

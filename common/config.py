@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dali_pipelines.engines import DECODES
 from dali_pipelines.errors import InputError
 from dali_pipelines.host_decoder import MAX_PIXELS
-from dali_pipelines.sampling import PAST_END
+from dali_pipelines.sampling import STRATEGIES
 from model.timesformer import Attention
 
 T = TypeVar("T")
@@ -334,7 +334,7 @@ _VALUES = {
     ),
     "data.stride": _optional((lambda value: 0 < value <= 1e6, "more than 0, at most 1e6")),
     "data.target_fps": (lambda value: 1e-3 <= value <= 1e6, "0.001 to 1e6"),
-    "data.past_end": _one_of(*PAST_END),
+    "data.past_end": _one_of(*STRATEGIES),
     "data.mean": (lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
     "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
     "data.batch_size": _optional(_COUNT),

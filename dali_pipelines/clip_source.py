@@ -11,17 +11,18 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.crops import Reducer
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.host_decoder import check_pixels, decode_frames, decode_indexed, size_mismatch
-from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe
+from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
 from dali_pipelines.packet_index import IndexedVideo, PacketIndex, StaleIndexError, open_header
-from dali_pipelines.packets import Remuxed, UncertainError, remux, remux_packets, video_stream
-from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
+from dali_pipelines.packets import Remuxed, remux, remux_packets, video_stream
+from dali_pipelines.plan import PADDING, EntrySampler, SamplePlan, View, plan_sample
+from dali_pipelines.probe import probe
 from dali_pipelines.processes import end_with_parent
-from dali_pipelines.stream_format import uncrop
 from dali_pipelines.watch import NOTHING, Progress
 
 MOST_BYTES = 64 << 20
@@ -34,7 +35,7 @@ _MOST_BYTES_ON_GPU = 1 << 30
 class Sample(NamedTuple):
     """What the graph is fed for one sample; each field is an array. N pictures; W windows of T frames; V clips."""
 
-    pictures: np.ndarray
+    frames: np.ndarray
     """uint8 [N, H, W, 3], decoded here; one black pixel where `is_host` is false."""
     encoded: np.ndarray
     """uint8 [bytes]: a small file of the needed packets; one zero byte where `is_host` is true."""
@@ -65,7 +66,7 @@ class ClipSource:
     ends.
 
     `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `index` the file of
-    its packet index, or None; `cache` see `files.fetch`; `start` the place in `order` of the first call, `end` the
+    its packet index, or None; `cache` see `files.fetch`; `start` the place in `sampler` of the first call, `end` the
     first one that nobody will ask for (DALI works ahead: from there on it gets padding), or None; `routing` decides
     which samples are decoded here; `host_ids` samples that DALI has failed on and that are decoded here instead;
     `given_up` samples that are not tried (again), and why; `max_pixels` those that a frame may have.
@@ -79,7 +80,7 @@ class ClipSource:
         index: str | None,
         cache: str | None,
         view: View,
-        order: Order,
+        sampler: EntrySampler,
         start: int,
         end: int | None,
         routing: Routing,
@@ -92,7 +93,7 @@ class ClipSource:
         self._index = index
         self._cache = cache
         self._view = view
-        self._order = order
+        self._sampler = sampler
         self._start, self._end = start, end
         self._routing = routing
         self._host_ids = host_ids
@@ -110,16 +111,16 @@ class ClipSource:
         return tuple(self.sample(self._start + info.idx_in_epoch))  # DALI rebuilds what it gets: no named tuple
 
     def sample(self, place: int) -> Sample:
-        """The sample at `place` in the order; a black one with its fault where it cannot be read."""
+        """The sample at `place`; a black one with its fault if it cannot be read."""
         if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
             self._manifest = Manifest.map_arrays(self._table, self._root)
             self._progress = Progress(self._table)
-        epoch, entry = self._order.sample(place)
+        epoch, entry = self._sampler.sample(place)
         if self._end is not None and place >= self._end:
             entry = PADDING
         if entry == PADDING:
             return self._black(PADDING, "")
-        sample_id, part = divmod(entry, self._view.parts)
+        sample_id, part = divmod(entry, self._view.entries_per_video)
         if reason := self._given_up.get(sample_id):
             return self._black(sample_id, reason)
         self._progress.at(sample_id)
@@ -142,7 +143,7 @@ class ClipSource:
     def _read(self, epoch: int, sample_id: int, part: int) -> Sample:
         video = self._manifest[sample_id]
         check_pixels((video.height, video.width), self._max_pixels)
-        plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id, part=part)
+        plan = plan_sample(video, self._view, seed=self._sampler.seed, epoch=epoch, sample_id=sample_id, part=part)
         source, note = self._manifest.source(sample_id), ""
         if self._index is None or self._cache is not None:  # a cache keeps whole files
             source = self._fetch(source, video)
@@ -184,17 +185,17 @@ class ClipSource:
         return self._decoded(source, video, plan, sample_id, fallback=fallback, note=note)
 
     def _remux(self, source: Source | IndexedVideo, video: Video, positions: np.ndarray) -> Remuxed:
-        rewrite = uncrop if self._routing.engine == "nvdec" else None
+        uncropped = self._routing.engine == "nvdec"
         with contextlib.ExitStack() as stack:
             try:
                 if isinstance(source, IndexedVideo):
                     context = source.stream.context()
                     template = video_stream(open_header(source.stream))
-                    file = remux_packets(source, template, context, positions, rewrite)
+                    file = remux_packets(source, template, context, positions, uncropped=uncropped)
                 else:
                     container = stack.enter_context(open_video(source))
                     context = video_stream(container).codec_context
-                    file = remux(container, positions, rewrite)
+                    file = remux(container, positions, uncropped=uncropped)
             except av.error.FFmpegError as error:
                 raise InputError(error.strerror.lower()) from None
             self._routing.check(file, context)
@@ -236,7 +237,7 @@ class ClipSource:
         return self._sample(
             plan,
             sample_id,
-            pictures=decoded.frames,
+            frames=decoded.frames,
             rectangles=rectangles,
             packets=(decoded.packets_read, decoded.packets_kept),
             fallback=fallback or decoded.fallback or note,
@@ -245,18 +246,18 @@ class ClipSource:
     def _black(self, sample_id: int, fault: str) -> Sample:
         plan = SamplePlan(
             positions=np.zeros(1),
-            picks=np.zeros((self._view.windows, self._view.num_frames)),
-            rectangles=np.tile([0.0, 0, 1, 1], (self._view.count, 1)),
+            picks=np.zeros((self._view.windows_per_entry, self._view.num_frames)),
+            rectangles=np.tile([0.0, 0, 1, 1], (self._view.clips_per_entry, 1)),
             transpose=False,
         )
-        return self._sample(plan, sample_id, pictures=np.zeros((1, 1, 1, 3), np.uint8), fault=fault)
+        return self._sample(plan, sample_id, frames=np.zeros((1, 1, 1, 3), np.uint8), fault=fault)
 
     @staticmethod
     def _sample(
         plan: SamplePlan,
         sample_id: int,
         *,
-        pictures: np.ndarray | None = None,
+        frames: np.ndarray | None = None,
         encoded: np.ndarray | None = None,
         size: tuple[int, int] = (1, 1),
         positions: np.ndarray | None = None,
@@ -266,13 +267,13 @@ class ClipSource:
         fallback: str = "",
     ) -> Sample:
         return Sample(
-            pictures=np.zeros((1, 1, 1, 3), np.uint8) if pictures is None else pictures,
+            frames=np.zeros((1, 1, 1, 3), np.uint8) if frames is None else frames,
             encoded=np.zeros(1, np.uint8) if encoded is None else encoded,
             size=np.array(size, np.int32),
             positions=(plan.positions if positions is None else positions).astype(np.int32),
             picks=plan.picks.astype(np.int32),
             rectangles=(plan.rectangles if rectangles is None else rectangles).astype(np.float32),
-            is_host=np.array(pictures is not None),
+            is_host=np.array(frames is not None),
             transpose=np.array(plan.transpose),
             sample_id=np.array(sample_id, np.int64),
             packets=np.array(packets, np.int64),

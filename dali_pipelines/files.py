@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import av
 
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, check
 from dali_pipelines.packets import video_stream
 
 _REFUSED = {
@@ -110,17 +110,14 @@ def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer
         raise InputError(f"not a video that FFmpeg can read ({reason})") from None
     except OSError as error:
         raise InputError(error.strerror.lower()) from None
-    reason = ""
-    stream = video_stream(container)
-    if container.format.name in _LISTS:
-        reason = "a list of other files"
-    elif stream is None:
-        reason = "no video stream in it"
-    elif stream.codec_context is None:
-        reason = "FFmpeg does not know the codec of its video stream"
-    if reason:
+    try:
+        check(container.format.name not in _LISTS, "a list of other files")
+        # Whatever PyAV's stubs say: there is none for a codec that FFmpeg does not know.
+        is_known = getattr(video_stream(container), "codec_context", None) is not None
+        check(is_known, "FFmpeg does not know the codec of its video stream")
+    except InputError:
         container.close()
-        raise InputError(reason)
+        raise
     return container
 
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
+from dali_pipelines.bitstream.parser import MissingFrameError, UncertainError
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.packet_index import IndexedVideo
-from dali_pipelines.packets import Flag, MissingPictureError, PacketReader, UncertainError, demux, video_stream
+from dali_pipelines.packets import Flag, PacketReader, demux, video_stream
 
 MAX_PIXELS = 1 << 26
 """Of a frame, by default: twice those of 8K. A few kilobytes can claim more, and a decoder may hold 17 frames."""
@@ -58,7 +59,7 @@ def decode_frames(
         return decode(
             lambda container, positions: _Selected(video_stream(container).codec_context, container, positions)
         )
-    except MissingPictureError as error:
+    except MissingFrameError as error:
         # FFmpeg puts something in its place, and only says so when it is told to be strict.
         return decode(_Everything, fallback=str(error), is_strict=True)
     except UncertainError as error:
@@ -183,7 +184,7 @@ def _misses_frames(source: Source) -> bool:
     try:
         with open_video(source) as container:
             PacketReader(container).shown()
-    except MissingPictureError:
+    except MissingFrameError:
         return True
     except (UncertainError, av.error.FFmpegError):
         pass

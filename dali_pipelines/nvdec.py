@@ -24,12 +24,14 @@ import av
 import numpy as np
 import torch
 
+from dali_pipelines.bitstream.codecs import CODECS
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.clip_source import Sample, bounds
-from dali_pipelines.engines import BLOCKS, CODECS, DEPTHS, Limits, LimitsByFormat, cpu_limits
+from dali_pipelines.engines import DEPTHS, Limits, LimitsByFormat, cpu_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source
 from dali_pipelines.host_decoder import decode_frames, size_mismatch
-from dali_pipelines.packets import REMUXED_FPS, UncertainError
+from dali_pipelines.packets import REMUXED_FPS
 from dali_pipelines.processes import TemporaryFolder
 
 _DECODERS_A_THREAD = 4
@@ -162,7 +164,7 @@ def _decode(task: Task, device: torch.device) -> Decoded:
     """By torchcodec; by PyAV, from the same bytes, where that fails; black where both do."""
     sample = task.sample
     if sample.is_host:
-        return _finish(torch.from_numpy(sample.pictures), sample.rectangles, sample, device, engine="host")
+        return _finish(torch.from_numpy(sample.frames), sample.rectangles, sample, device, engine="host")
     rows, columns = bounds(sample.rectangles, task.size)
     rectangles = sample.rectangles - np.array([rows.start, columns.start] * 2, np.float32)
     try:
@@ -428,19 +430,19 @@ def driver_limits(device: torch.device) -> LimitsByFormat:
     limits = {}
     with torch.cuda.device(device):
         torch.zeros(1, device=device)  # makes the context that the driver is asked in
-        for codec, support in CODECS.items():
+        for name, codec in CODECS.items():
             for depth in sorted(set(DEPTHS.values())):
-                caps = _Caps(support.nvdec or 0, _CHROMA_420, depth - 8)
-                failed = support.nvdec is None or cuvid.cuvidGetDecoderCaps(ctypes.byref(caps))
+                caps = _Caps(codec.nvdec or 0, _CHROMA_420, depth - 8)
+                failed = codec.nvdec is None or cuvid.cuvidGetDecoderCaps(ctypes.byref(caps))
                 if not failed and caps.is_supported and caps.output_format_mask & _NV12:
-                    limits[codec, depth] = Limits(
+                    limits[name, depth] = Limits(
                         caps.min_width,
                         caps.min_height,
                         caps.max_width,
                         caps.max_height,
                         caps.max_mb_count,
                         caps.num_nvdecs or 1,
-                        BLOCKS[codec],
+                        codec.nvdec_block,
                     )
     if not limits:
         raise UnavailableError("the driver says that this GPU has no NVDEC engine")

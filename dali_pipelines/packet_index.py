@@ -29,9 +29,11 @@ import av
 import numpy as np
 import safetensors.numpy
 
+from dali_pipelines.bitstream.codecs import CODECS, make_parser
+from dali_pipelines.bitstream.parser import Parser, UncertainError
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, is_url, read_ranges, size_of, unfinished
-from dali_pipelines.packets import Flag, PacketReader, Selection, UncertainError, choose_runs
+from dali_pipelines.packets import Flag, PacketReader, Selection, choose_runs
 
 SUFFIX = ".packets"
 _FORMAT = "dali-timesformer packets 2"
@@ -117,7 +119,13 @@ def open_header(stream: Stream) -> av.container.InputContainer:
     video = element("E0", number("B0", stream.width), number("BA", stream.height), element("55B0", *colour))
     private = element("63A2", stream.extradata.encode("latin-1")) if stream.extradata else b""
     track = element(
-        "AE", number("D7", 1), number("73C5", 1), number("83", 1), element("86", _MATROSKA[codec]), private, video
+        "AE",
+        number("D7", 1),
+        number("73C5", 1),
+        number("83", 1),
+        element("86", CODECS[codec].matroska_id),
+        private,
+        video,
     )
     file = element("1A45DFA3", element("4282", b"matroska"), number("4287", 4), number("4285", 2))
     info, cluster = element("1549A966", number("2AD7B1", 10**6)), element("1F43B675", number("E7", 0))
@@ -126,17 +134,6 @@ def open_header(stream: Stream) -> av.container.InputContainer:
         return av.open(io.BytesIO(file), format="matroska")
     except av.error.FFmpegError as error:
         raise StaleIndexError(error.strerror.lower()) from None
-
-
-_MATROSKA = {
-    "av1": b"V_AV1",
-    "h264": b"V_MPEG4/ISO/AVC",
-    "hevc": b"V_MPEGH/ISO/HEVC",
-    "mjpeg": b"V_MJPEG",
-    "mpeg4": b"V_MPEG4/ISO/ASP",
-    "vp8": b"V_VP8",
-    "vp9": b"V_VP9",
-}
 
 
 class Recorder:
@@ -278,6 +275,12 @@ class IndexedVideo:
     @property
     def packets_read(self) -> int:
         return len(self._data)
+
+    @functools.cached_property
+    def parser(self) -> Parser:
+        """See `PacketSource.parser`."""
+        codec = av.Codec(self.stream.decoder, "r").canonical_name
+        return make_parser(codec, self.stream.extradata.encode("latin-1"))
 
     def select(self, positions: np.ndarray, *, in_one_go: bool = False) -> Selection:
         """As `PacketReader.select`; reads the packets. Raises `UncertainError`, `StaleIndexError` and `InputError`."""

@@ -20,7 +20,8 @@ from common.distributed import DistributedContext
 from common.labels import read_manifest
 from common.weights import Weights, atomic_rename, atomic_write, to_metadata
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import probe
 from serving.exported import METADATA_FILE, ONNX_FORMAT, TORCH_FORMAT, open_exported, runner
 
 Precision = Literal["float32", "float16", "int8"]

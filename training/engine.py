@@ -25,7 +25,7 @@ from common.precision import LossScale, autocast, gradient_factor, make_determin
 from common.preemption import REQUEUE, Preemption
 from common.weights import Weights, build_network, load_into
 from dali_pipelines import ClipLoader, InputError
-from dali_pipelines.loader import Batch
+from dali_pipelines.batches import Batch
 from dali_pipelines.text import csv_writer
 from model import TimeSformer
 from training import checkpoints

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.distributed import DistributedContext
 from dali_pipelines import ClipLoader
-from dali_pipelines.loader import Fault
+from dali_pipelines.batches import Fault
 from dali_pipelines.text import csv_writer
 
 

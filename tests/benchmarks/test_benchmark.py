@@ -19,7 +19,7 @@ from benchmarks.loader import find_videos
 from benchmarks.train import LOADER, NETWORK, TOGETHER, Turn
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 from tests.commands import run
 from tests.videos import textured, write_video
 

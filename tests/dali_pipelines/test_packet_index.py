@@ -20,7 +20,7 @@ from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.cpu_cut import BatchMemory
 from dali_pipelines.files import Source, read_ranges
-from dali_pipelines.manifest import key_of, probe, probe_packets
+from dali_pipelines.manifest import key_of
 from dali_pipelines.packet_index import (
     IndexedVideo,
     PacketIndex,
@@ -33,6 +33,7 @@ from dali_pipelines.packet_index import (
     write_index,
 )
 from dali_pipelines.plan import plan_sample
+from dali_pipelines.probe import probe, probe_packets
 from preparation.index import check_is_ours, index
 from preparation.pack import pack
 from preparation.transcode import Job, Settings
@@ -159,7 +160,7 @@ def test_an_edit_list_that_has_changed_is_noticed(tmp_path):
     """It decides which frames are shown. The size, the first 4 KiB and the packets are the same."""
     write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96))
     set_edits(tmp_path / "whole.mp4", tmp_path / "a.mp4", [(1600, 10 * 512)])
-    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=Crew(workers=1))
+    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=WorkerPool(workers=1))
     manifest.write(tmp_path / "some.csv")
     before, stats = clips(manifest)
     assert stats.fallbacks == {}
@@ -315,7 +316,7 @@ def test_an_index_that_is_made_again_counts_at_once(indexed, tmp_path):
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
     write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
     listed = [(name, number) for number, name in enumerate(NAMES)]
-    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", crew=Crew(workers=1))
+    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", crew=WorkerPool(workers=1))
     manifest.write(tmp_path / "some.csv")
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
 
