@@ -193,6 +193,8 @@ def find_videos(paths: Sequence[str]) -> Manifest:
         if path.suffix == ".csv":
             manifest = Manifest.read(path)
             root = absolute(manifest.root)
+            if manifest.hint:
+                print(f"{path}: {manifest.hint}")
             for video in manifest:
                 place = {"shard": join(root, video.shard)} if video.shard else {"path": join(root, video.path)}
                 videos.append(video._replace(**place))

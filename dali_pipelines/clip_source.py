@@ -4,6 +4,7 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 """
 
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.host_decoder import check_pixels, decode_frames, decode_indexed, size_mismatch
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe
-from dali_pipelines.packet_index import IndexedVideo, StaleIndexError, open_header, open_index
+from dali_pipelines.packet_index import IndexedVideo, PacketIndex, StaleIndexError, open_header
 from dali_pipelines.packets import Remuxed, UncertainError, remux, remux_packets, video_stream
 from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
 from dali_pipelines.processes import end_with_parent
@@ -133,6 +134,11 @@ class ClipSource:
         finally:
             self._progress.at(NOTHING)
 
+    @functools.cached_property
+    def _packet_index(self) -> PacketIndex:
+        """Mapped by the process that reads it. Raises `StaleIndexError`."""
+        return PacketIndex(self._index)
+
     def _read(self, epoch: int, sample_id: int, part: int) -> Sample:
         video = self._manifest[sample_id]
         check_pixels((video.height, video.width), self._max_pixels)
@@ -142,10 +148,12 @@ class ClipSource:
             source = self._fetch(source, video)
         if self._index is not None:
             try:
-                indexed = IndexedVideo(source, open_index(self._index).entry(key_of(video)))
+                indexed = IndexedVideo(source, self._packet_index.entry(key_of(video)))
                 return self._make(indexed, video, plan, sample_id, note=source.note)
             except (UncertainError, InputError) as error:
                 note = f"read without the packet index: {error}"
+            except Exception as error:  # whatever an index holds, it must not be a fault of the video
+                note = f"read without the packet index: {type(error).__name__}: {error}"
         source = self._fetch(source, video)
         return self._make(source, video, plan, sample_id, note=note or source.note)
 

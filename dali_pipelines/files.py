@@ -213,11 +213,13 @@ def read_bytes(video: str | os.PathLike | Source) -> bytes:
         raise InputError(error.strerror.lower()) from None
 
 
-def read_ranges(video: str | os.PathLike | Source, ranges: Sequence[tuple[int, int]]) -> tuple[list[bytes], int]:
+def read_ranges(
+    video: str | os.PathLike | Source, ranges: Sequence[tuple[int, int]], *, size: int | None = None
+) -> tuple[list[bytes], int]:
     """The bytes of the video in each of `ranges`, (first, end) ascending, and how many bytes were read for that.
 
-    Below a URL only those travel, several requests side by side. Raises `InputError`, also where the video ends before
-    a range does.
+    Below a URL only those travel, several requests side by side. Raises `InputError`, also if the video ends before a
+    range does, or if a web server says that its file does not have `size` bytes.
     """
     source = as_source(video)
     is_remote = source.data is None and is_url(source.path)
@@ -233,7 +235,8 @@ def read_ranges(video: str | os.PathLike | Source, ranges: Sequence[tuple[int, i
     if source.data is not None:
         data = [source.data[first:end] for first, end in spans]
     elif is_remote:
-        data = _download(source.path, [(source.offset + first, source.offset + end) for first, end in spans])
+        size = size if source.size is None else None  # of a shard nobody knows it
+        data = _download(source.path, [(source.offset + first, source.offset + end) for first, end in spans], size)
     else:
         data = _read_local(source, spans)
     if any(len(some) != end - first for some, (first, end) in zip(data, spans, strict=True)):
@@ -356,14 +359,14 @@ def _file_system(url: str):
         raise InputError(f"{url}: not a URL that fsspec can open ({error})") from None
 
 
-def _download(url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
-    """The bytes of each span, (first, end); all of the file for (None, None)."""
+def _download(url: str, spans: Sequence[tuple[int | None, int | None]], size: int | None = None) -> list[bytes]:
+    """The bytes of each span, (first, end); all of the file for (None, None). `size`: see `read_ranges`."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_S * 4 ** (attempt - 1))
         try:
             system, path = _file_system(url)
-            data = _read(system, path, spans)
+            data = _read(system, path, spans, size)
         except InputError:
             raise
         except FileNotFoundError:
@@ -382,7 +385,7 @@ def _download(url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[
     raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {reason}")
 
 
-def _read(system: Any, path: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
+def _read(system: Any, path: str, spans: Sequence[tuple[int | None, int | None]], size: int | None) -> list[bytes]:
     """The bytes of each span, if they are not too many. No more is read, whatever is sent."""
     if sum(end - first for first, end in spans if end is not None) > _MOST_BYTES:
         raise _too_large()
@@ -390,7 +393,7 @@ def _read(system: Any, path: str, spans: Sequence[tuple[int | None, int | None]]
     from fsspec.implementations.http import HTTPFileSystem
 
     if isinstance(system, HTTPFileSystem):
-        data = sync(system.loop, _read_http, system, path, spans)
+        data = sync(system.loop, _read_http, system, path, spans, size)
     else:
         ends = [_MOST_BYTES + 1 if end is None else end for _, end in spans]
         data = system.cat_ranges([path] * len(spans), [first or 0 for first, _ in spans], ends, on_error="raise")
@@ -409,18 +412,20 @@ def _no_parts() -> InputError:
     )
 
 
-async def _read_http(system: Any, url: str, spans: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
+async def _read_http(
+    system: Any, url: str, spans: Sequence[tuple[int | None, int | None]], size: int | None
+) -> list[bytes]:
     """All spans, some at a time."""
     slots = asyncio.Semaphore(_REQUESTS)
 
     async def read(first: int | None, end: int | None) -> bytes:
         async with slots:
-            return await _read_http_span(system, url, first, end)
+            return await _read_http_span(system, url, first, end, size)
 
     return await asyncio.gather(*(read(first, end) for first, end in spans))
 
 
-async def _read_http_span(system: Any, url: str, start: int | None, end: int | None) -> bytes:
+async def _read_http_span(system: Any, url: str, start: int | None, end: int | None, size: int | None) -> bytes:
     """At most one byte more than asked for. fsspec would read the body to its end, and unpack what is compressed."""
     most = _MOST_BYTES if end is None else end - start
     options = dict(system.kwargs)
@@ -434,6 +439,8 @@ async def _read_http_span(system: Any, url: str, start: int | None, end: int | N
             sent = response.headers.get("Content-Range", "")
             if not sent.startswith(f"bytes {start}-"):
                 raise InputError(f"its server sends another part of the shard than was asked for ({sent[:80]!r})")
+            if size is not None and sent.rpartition("/")[2] not in ("*", str(size)):
+                raise InputError(f"its server has a file of another size than {size} bytes ({sent[:80]!r})")
         elif start:
             raise _no_parts()
         data = bytearray()

@@ -214,6 +214,14 @@ class Manifest:
     def listed(self) -> int:
         return len(self) + self.rejected
 
+    @property
+    def hint(self) -> str:
+        """What would make it faster to read; "" for nothing."""
+        if self.index is not None:
+            return ""
+        how = self.made_by or "prepare.py index, folder, transcode or pack"
+        return f"no packet index beside it, so each clip reads through its file; to get one, run again: {how}"
+
     def file(self, index: int) -> str:
         """Where row `index` is, for people: its path from here, or its shard and its name."""
         return place_for_people(self[index], self.root)

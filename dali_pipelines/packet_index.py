@@ -11,8 +11,8 @@ The file is in the safetensors format. Workers map it, so it takes no memory of 
     entries   uint8 [bytes]: one after the other, each compressed by zlib, whose checksum finds damage
 
 An entry holds what a container tells a decoder (`Stream`), and `_COLUMNS` of numbers, one a packet. None is trusted:
-the head of the file (on a disk) and every packet that is read must have the checksums of the day of the index.
-Otherwise `StaleIndexError` sends the caller back to the demuxer.
+the bytes before and after the packets (on a disk) and every packet that is read must have the checksums of the day of
+the index. Otherwise `StaleIndexError` sends the caller back to the demuxer.
 """
 
 import functools
@@ -34,9 +34,13 @@ from dali_pipelines.files import Source, is_url, read_ranges, size_of, unfinishe
 from dali_pipelines.packets import Flag, PacketReader, Selection, UncertainError, choose_runs
 
 SUFFIX = ".packets"
-_FORMAT = "dali-timesformer packets 1"
-_HEAD = 4096
-"""Bytes at the start of a file whose checksum tells whether it is the same."""
+_FORMATS = "dali-timesformer packets "
+_FORMAT = f"{_FORMATS}2"
+_HEAD = 1 << 12
+"""Bytes at the start of a file that are always checked, packets or not."""
+_MOST_CHECKED = 1 << 16
+"""Bytes before the first and after the last packet that are checked: an MP4 keeps its edit lists, parameter sets and
+sample tables there, which decide what its packets show."""
 _BEFORE = 64
 """Bytes that a container may have between the place that FFmpeg gives for a packet and its data: MP4 0, AVI 8, FLV 16,
 Matroska a few."""
@@ -109,7 +113,9 @@ def open_header(stream: Stream) -> av.container.InputContainer:
 
     codec = stream.context().codec.canonical_name
     # RFC 9559; the names of the elements are those of its section 5.
-    video = element("E0", number("B0", stream.width), number("BA", stream.height))
+    colour = {"55B1": "colorspace", "55B9": "color_range", "55BA": "color_trc", "55BB": "color_primaries"}
+    colour = [number(name, getattr(stream, value)) for name, value in colour.items()]
+    video = element("E0", number("B0", stream.width), number("BA", stream.height), element("55B0", *colour))
     private = element("63A2", stream.extradata.encode("latin-1")) if stream.extradata else b""
     track = element(
         "AE", number("D7", 1), number("73C5", 1), number("83", 1), element("86", _MATROSKA[codec]), private, video
@@ -201,8 +207,13 @@ class Recorder:
             "flags": np.frombuffer(reader.flags, np.uint8),
             "check": checks & 0xFFFF,
         }
-        head = self._read(0, _HEAD)
-        header = {"stream": stream, "size": size_of(self._source), "head": [len(head), zlib.crc32(head)]}
+        size, after = size_of(self._source), int((offsets + sizes).max())
+        ranges = [
+            (0, min(max(_HEAD, int(offsets.min())), _MOST_CHECKED, size)),
+            (after, min(after + _MOST_CHECKED, size)),
+        ]
+        checked = [(first, end, zlib.crc32(self._read(first, end - first))) for first, end in ranges if first < end]
+        header = {"stream": stream, "size": size, "checked": checked}
         # Bytes of the same worth together are alike, and take a fourth of the room.
         planes = (columns[name].astype(kind).view(np.uint8).reshape(count, -1).T for name, kind in _COLUMNS.items())
         return _pack(header, b"".join(plane.tobytes() for plane in planes))
@@ -236,9 +247,11 @@ class IndexedVideo:
                 raise StaleIndexError(str(header["none"]))
             self.stream = Stream(*header["stream"])
             self._size = int(header["size"])
-            self._head, self._head_check = map(int, header["head"])
+            self._checked = [tuple(map(int, each)) for each in header["checked"]]
             self._read_columns(data)
-        except (ValueError, TypeError, KeyError, zlib.error):
+            if any(not 0 <= first < end <= min(self._size, first + _MOST_CHECKED) for first, end, _ in self._checked):
+                raise ValueError("ranges that cannot be")
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, zlib.error):
             raise StaleIndexError("the entry of this video is damaged") from None
 
     def _read_columns(self, data: bytes) -> None:
@@ -281,23 +294,26 @@ class IndexedVideo:
         return Selection(runs, shown)
 
     def _read(self, numbers: Sequence[int]) -> None:
-        places = sorted(zip(self._firsts[numbers].tolist(), self._ends[numbers].tolist(), numbers))
-        ranges = [place[:2] for place in places]
-        has_head = self._source.data is not None or not is_url(self._source.path)
-        if has_head:
+        """The packets, and with them what is checked of a file on a disk."""
+        places = list(
+            zip(self._firsts[numbers].tolist(), self._ends[numbers].tolist(), self._checks[numbers].tolist(), numbers)
+        )
+        if self._source.data is not None or not is_url(self._source.path):
             if size_of(self._source) != self._size:
                 raise StaleIndexError("the file has another size than when it was indexed")
-            ranges.insert(0, (0, self._head))
+            places += [(*checked, None) for checked in self._checked]
+        places.sort(key=lambda place: place[:2])
         try:
-            data, _ = read_ranges(self._source, ranges)
+            data, _ = read_ranges(self._source, [place[:2] for place in places], size=self._size)
         except InputError as error:
             raise StaleIndexError(str(error)) from None
-        if has_head and zlib.crc32(data.pop(0)) != self._head_check:
-            raise StaleIndexError("the file is another than when it was indexed")
-        for (_, _, number), some in zip(places, data, strict=True):
-            if zlib.crc32(some) & 0xFFFF != self._checks[number]:
-                raise StaleIndexError("the file has changed since it was indexed")
-            self._data[number] = some
+        for (_, _, check, number), some in zip(places, data, strict=True):
+            if number is None and zlib.crc32(some) != check:
+                raise StaleIndexError("the file is another than when it was indexed")
+            if number is not None:
+                if zlib.crc32(some) & 0xFFFF != check:
+                    raise StaleIndexError("the file has changed since it was indexed")
+                self._data[number] = some
 
     def packet(self, number: int) -> av.Packet:
         """One of those that `select` has chosen."""
@@ -356,7 +372,7 @@ class PacketIndex:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length if length < _MOST_BYTES // 100 else 0))
             if header["__metadata__"]["format"] != _FORMAT:
-                raise ValueError("another format")
+                raise ValueError("another version")
             arrays = {}
             for name, kind in (("keys", "uint64"), ("ends", "uint64"), ("entries", "uint8")):
                 first, end = header[name]["data_offsets"]
@@ -378,6 +394,12 @@ class PacketIndex:
             raise StaleIndexError("this video is not in the index")
         first = int(self._ends[place - 1]) if place else 0
         return self._entries[first : int(self._ends[place])].tobytes()
+
+
+def is_index(path: str | os.PathLike) -> bool:
+    """Whether a file begins as an index does, of this or another version. Raises OSError."""
+    with open(path, "rb") as file:
+        return _FORMATS.encode() in file.read(200)
 
 
 @functools.lru_cache(maxsize=4)

@@ -59,8 +59,8 @@ class Server:
                     if server.cuts > 0:
                         server.cuts -= 1
                         data = data[: len(data) // 2]
+                    server.sent += len(data)  # before a client that has them can look
                     self.wfile.write(data)
-                    server.sent += len(data)
 
             def log_message(self, *arguments):
                 pass

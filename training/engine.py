@@ -771,7 +771,9 @@ class Trainer:
             + (f", resumed from {resumed_from.name} at step {self.step}" if resumed_from else ""),
         ):
             self.monitor.say(line)
-        for note in filter(None, [*self._changes, self._lock_note]):
+        named = ((self.config.data.train, train.manifest), (self.config.data.val, self.val_loader.manifest))
+        hints = [f"{path}: {manifest.hint}" for path, manifest in named if manifest.hint]
+        for note in filter(None, [*self._changes, self._lock_note, *hints]):
             self.monitor.say(note)
         if self.step >= self.last_step and not self._is_due:
             self.monitor.say(f"all {self.last_step} steps are done already")

@@ -4,6 +4,7 @@ That any frames of any stream come out right through the index is tested beside 
 `test_packets.py`.
 """
 
+import json
 import os
 import shutil
 import zlib
@@ -24,8 +25,10 @@ from dali_pipelines.packet_index import (
     IndexedVideo,
     PacketIndex,
     StaleIndexError,
+    Stream,
     hash_of,
     index_path,
+    open_header,
     open_index,
     write_index,
 )
@@ -152,6 +155,25 @@ def test_a_file_that_was_replaced_by_one_of_the_same_size(indexed, tmp_path):
     assert sum(stats.fallbacks.values()) == 1 and next(iter(stats.fallbacks)).startswith(READ_ALL)
 
 
+def test_an_edit_list_that_has_changed_is_noticed(tmp_path):
+    """It decides which frames are shown. The size, the first 4 KiB and the packets are the same."""
+    write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96))
+    set_edits(tmp_path / "whole.mp4", tmp_path / "a.mp4", [(1600, 10 * 512)])
+    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=Crew(workers=1))
+    manifest.write(tmp_path / "some.csv")
+    before, stats = clips(manifest)
+    assert stats.fallbacks == {}
+    data = (tmp_path / "a.mp4").read_bytes()
+    edits = np.array([1600, 10 * 512], ">i4").tobytes()
+    assert data.count(edits) == 1 and data.index(edits) > 4096
+    (tmp_path / "a.mp4").write_bytes(data.replace(edits, np.array([1600, 20 * 512], ">i4").tobytes()))
+    after, stats = clips(manifest)
+    assert same(after, clips(without_index(manifest))[0]) and not torch.equal(after.clips, before.clips)
+    assert stats.fallbacks == {READ_ALL + "the file is another than when it was indexed": 1}
+    (tmp_path / "a.mp4").write_bytes(data)  # another time of change is no reason
+    assert same(clips(manifest)[0], before) and clips(manifest)[1].fallbacks == {}
+
+
 def test_a_packet_that_has_changed_is_noticed(indexed, tmp_path):
     path = indexed.root / NAMES[0]
     _, entry = probe_packets(path)
@@ -224,7 +246,11 @@ def test_entries_that_claim_too_much(indexed):
     for wrong in (b"", columns[:-1], bytes(huge), bytes(len(columns)), columns + columns[:19]):
         with pytest.raises(StaleIndexError, match="damaged|changed"):
             IndexedVideo(source, zlib.compress(head + b"\n" + wrong)).select(np.array([0]))
-    for wrong in (b"[]", b"{}", head.replace(b'"size"', b'"sise"'), b'{"stream": [1], "size": 1, "head": [1, 1]}'):
+    wrong_heads = [b"[]", b"{}", head.replace(b'"size"', b'"sise"'), b'{"stream": [1], "size": 1, "checked": []}']
+    wrong_heads += [head.replace(b'"size": ', b'"size": 1e999, "": '), b"[" * 100_000]
+    wrong_heads += [head.replace(b"[[0, ", b"[[-9, "), head.replace(b"[[0, 4096", b"[[0, 99999999999")]
+    assert len({*wrong_heads, head}) == len(wrong_heads) + 1
+    for wrong in wrong_heads:
         with pytest.raises(StaleIndexError, match="damaged"):
             IndexedVideo(source, zlib.compress(wrong + b"\n" + columns))
     with pytest.raises(StaleIndexError, match="damaged"):
@@ -236,10 +262,41 @@ def test_entries_that_claim_too_much(indexed):
             changed.stream.context()
 
 
-def test_a_file_that_is_no_index_is_not_overwritten(tmp_path):
-    (tmp_path / "some.packets").write_text("somebody's notes")
+def test_an_entry_that_nothing_foresees_is_no_fault(indexed, tmp_path):
+    """One with a good checksum, and without a type that anything expects."""
+    entries = {}
+    for video in indexed:
+        head, _, columns = zlib.decompress(PacketIndex(indexed.index).entry(key_of(video))).partition(b"\n")
+        head = json.loads(head)
+        head["stream"][Stream._fields.index("extradata")] = []
+        entries[key_of(video)] = zlib.compress(json.dumps(head).encode() + b"\n" + columns)
+    write_index(tmp_path / "some.packets", entries)
+    manifest = Manifest(list(indexed), root=indexed.root)
+    manifest.index = tmp_path / "some.packets"
+    for decode in ("auto", "nvdec"):
+        batch, stats = clips(manifest, decode=decode)
+        assert same(batch, clips(without_index(indexed), decode=decode)[0])
+        assert any(reason.startswith(READ_ALL) for reason in stats.fallbacks) and not stats.faults
+
+
+def test_a_header_tells_colours_that_only_the_container_knows(indexed):
+    """A decoder of the small file would otherwise take others than one of the video."""
+    _, entry = probe_packets(indexed.root / NAMES[0])
+    known = {"colorspace": 1, "color_range": 2, "color_primaries": 9, "color_trc": 13}
+    stream = IndexedVideo(Source(str(indexed.root / NAMES[0])), entry).stream._replace(**known)
+    context = open_header(stream).streams.video[0].codec_context
+    assert {name: int(getattr(context, name)) for name in known} == known
+
+
+def test_a_file_that_is_no_index_is_not_overwritten(indexed, tmp_path):
+    path = tmp_path / "some.packets"
+    path.write_text("somebody's notes")
     with pytest.raises(InputError, match=r"some\.packets: exists, and would be overwritten"):
         check_is_ours(tmp_path / "some.csv")
+    path.write_bytes(indexed.index.read_bytes().replace(b"packets 2", b"packets 1"))  # of an earlier version
+    with pytest.raises(StaleIndexError, match="another version"):
+        PacketIndex(path)
+    check_is_ours(tmp_path / "some.csv")
 
 
 def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
@@ -257,6 +314,17 @@ def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
         assert stats.fallbacks == {} and stats.packets_read == stats.packets_kept
 
 
+def test_an_index_that_is_made_again_counts_at_once(indexed, tmp_path):
+    """Also in the process that has read the old one."""
+    shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
+    assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
+    write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
+    listed = [(name, number) for number, name in enumerate(NAMES)]
+    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", crew=Crew(workers=1))
+    manifest.write(tmp_path / "some.csv")
+    assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
+
+
 def test_a_manifest_that_is_written_takes_its_index_along(indexed, tmp_path):
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
     manifest = Manifest.read(tmp_path / "some.csv")
@@ -264,6 +332,7 @@ def test_a_manifest_that_is_written_takes_its_index_along(indexed, tmp_path):
     manifest.write(tmp_path / "other.csv")
     copy = Manifest.read(tmp_path / "other.csv")
     assert clips(copy)[1].fallbacks == {} and len(PacketIndex(copy.index)) == len(NAMES)
+    assert copy.hint == "" and "no packet index beside it" in without_index(copy).hint
     Manifest([probe(tmp_path / NAMES[0])]).write(tmp_path / "some.csv")
     assert not index_path(tmp_path / "some.csv").exists() and Manifest.read(tmp_path / "some.csv").index is None
 
@@ -336,9 +405,14 @@ def test_a_cache_keeps_whole_files_and_is_read_by_the_index(indexed, tmp_path):
         assert same(clips(manifest, cache=tmp_path)[0], batch) and server.sent == sent
 
 
-def test_a_file_that_was_replaced_on_its_server_is_fetched(indexed, tmp_path):
+@pytest.mark.parametrize("change", ["replaced", "longer"])
+def test_a_file_that_has_changed_on_its_server_is_fetched(indexed, tmp_path, change):
+    """Also if its packets are what they were: a server says how long a file is."""
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
-    write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
+    if change == "replaced":
+        write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
+    else:
+        (tmp_path / NAMES[0]).write_bytes(one_byte_longer((tmp_path / NAMES[0]).read_bytes()))
     with serve(tmp_path) as server:
         manifest = Manifest(list(indexed), root=server.url)
         manifest.index = indexed.index
