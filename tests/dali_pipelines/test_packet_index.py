@@ -159,7 +159,7 @@ def test_an_edit_list_that_has_changed_is_noticed(tmp_path):
     """It decides which frames are shown. The size, the first 4 KiB and the packets are the same."""
     write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96))
     set_edits(tmp_path / "whole.mp4", tmp_path / "a.mp4", [(1600, 10 * 512)])
-    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=Crew(workers=1))
+    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=WorkerPool(workers=1))
     manifest.write(tmp_path / "some.csv")
     before, stats = clips(manifest)
     assert stats.fallbacks == {}
@@ -320,7 +320,7 @@ def test_an_index_that_is_made_again_counts_at_once(indexed, tmp_path):
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
     write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
     listed = [(name, number) for number, name in enumerate(NAMES)]
-    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", crew=Crew(workers=1))
+    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", crew=WorkerPool(workers=1))
     manifest.write(tmp_path / "some.csv")
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
 
