@@ -444,7 +444,9 @@ def preprocessing(data: DataConfig) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(data).items() if key in PREPROCESSING}
 
 
-_MOST_PIXELS = 1 << 28  # of a clip whose size a file tells: 3 GiB in float32
+_MOST_PIXELS = 1 << 25  # of a clip whose size a file tells: 400 MB in float32
+_MOST_VALUES = 1 << 25  # of the patches of such a clip in the network; TimeSformer-L has 19 million
+_MOST_ATTENDED = 1 << 15  # patches that attend to each other; time grows with the square
 
 
 def check_header(model: Any, preprocessing: Any) -> None:
@@ -469,6 +471,13 @@ def check_header(model: Any, preprocessing: Any) -> None:
     frames, side = preprocessing["num_frames"], preprocessing["crop_size"]
     if frames * side**2 > _MOST_PIXELS:
         raise InputError(f"a clip has {frames} x {side} x {side} pixels; expected at most {_MOST_PIXELS}")
+    network = ModelConfig(**model)
+    patches, width = (side // network.patch_size) ** 2, network.embed_dim
+    if frames * patches * width > _MOST_VALUES:
+        raise InputError(f"a clip has {frames} x {patches} patches of {width} values; expected at most {_MOST_VALUES}")
+    attended = frames * patches if network.attention == "joint_space_time" else max(frames, patches)
+    if attended > _MOST_ATTENDED:
+        raise InputError(f"{attended} patches attend to each other; expected at most {_MOST_ATTENDED}")
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:

@@ -47,8 +47,8 @@ class _Running:
 
 
 class DecodeStage:
-    """Runs workers, pool and graph so that all are busy: workers and pool are as many batches ahead as the pool can use,
-    the graph is `PREFETCH` ahead.
+    """Runs workers, pool and graph so that all are busy: workers and pool are as many batches ahead as the pool can
+    use, the graph is `PREFETCH` ahead.
 
     `workers` must run a `source_pipeline`. Everything starts at the first `run`.
     """

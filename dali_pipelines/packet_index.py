@@ -36,7 +36,8 @@ from dali_pipelines.files import Source, is_url, read_ranges, size_of, unfinishe
 from dali_pipelines.packets import Flag, PacketReader, Selection, choose_runs
 
 SUFFIX = ".packets"
-_FORMAT = "dali-timesformer packets 2"
+_FORMATS = "dali-timesformer packets "
+_FORMAT = f"{_FORMATS}2"
 _HEAD = 1 << 12
 """Bytes at the start of a file that are always checked, packets or not."""
 _MOST_CHECKED = 1 << 16
@@ -374,7 +375,7 @@ class PacketIndex:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length if length < _MOST_BYTES // 100 else 0))
             if header["__metadata__"]["format"] != _FORMAT:
-                raise ValueError("another format")
+                raise ValueError("another version")
             arrays = {}
             for name, kind in (("keys", "uint64"), ("ends", "uint64"), ("entries", "uint8")):
                 first, end = header[name]["data_offsets"]
@@ -396,6 +397,12 @@ class PacketIndex:
             raise StaleIndexError("this video is not in the index")
         first = int(self._ends[place - 1]) if place else 0
         return self._entries[first : int(self._ends[place])].tobytes()
+
+
+def is_index(path: str | os.PathLike) -> bool:
+    """Whether a file begins as an index does, of this or another version. Raises OSError."""
+    with open(path, "rb") as file:
+        return _FORMATS.encode() in file.read(200)
 
 
 @functools.lru_cache(maxsize=4)

@@ -293,9 +293,7 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 def demux(container: av.container.InputContainer) -> Iterator[VideoPacket]:
     """The packets of its video stream, except one that the end of the file cuts off: many decoders make up the rest of
     its frame, and do not say so. Raises `InputError`."""
-    # In a transport stream the mark says that something is missing before the packet.
-    is_marked_elsewhere = container.format.name == "mpegts"
-    packets = container.demux(video_stream(container))
+    packets, kind, size = container.demux(video_stream(container)), container.format.name, container.size
     while True:
         try:
             packet = next(packets, None)
@@ -303,8 +301,19 @@ def demux(container: av.container.InputContainer) -> Iterator[VideoPacket]:
             raise InputError("another stream begins within the file; encode it anew") from None
         if packet is None:
             return
-        if is_marked_elsewhere or not packet.is_corrupt:
+        if not _is_cut(packet, kind, size):
             yield packet
+
+
+def _is_cut(packet: av.Packet, kind: str, size: int) -> bool:
+    """Whether the file, of a format and bytes, ends before this packet does."""
+    end = (packet.pos or 0) + packet.size
+    if packet.is_corrupt:
+        return kind != "mpegts"  # there it says that something is missing before the packet
+    if kind == "dv":  # filled up with bytes of the frame before
+        return 0 < size < end
+    # The image data of a GIF ends with an empty block, and the file with a semicolon.
+    return kind == "gif" and end == size and bytes(packet)[-1] not in b"\0;"
 
 
 class Remuxed(NamedTuple):

@@ -32,6 +32,7 @@ from dali_pipelines.watch import Watchdog
 PREFETCH = 2  # batches that DALI works ahead
 _SURVEYED = 256  # videos, evenly over the manifest
 _RESTARTS = 3  # without a batch between them, before giving up
+_not_ours: list[Pipeline | None] = []  # pipelines that a fork must not end
 
 
 class Workers:
@@ -66,6 +67,7 @@ class Workers:
         self._timeout_s = timeout_s
         self._count_fallback = count_fallback
         self._watchdog: Watchdog | None = None
+        self._process = os.getpid()
         self._place: int | None = None  # of the next entry that the pipeline gives; None: not known
         self._host_ids: frozenset[int] = frozenset()
         self._bad_ids: set[int] = set()
@@ -115,7 +117,11 @@ class Workers:
             self._bad_ids.add(sample_id)
 
     def close(self) -> None:
-        """Stops the workers; the next `run` starts them again."""
+        """Stops the workers; the next `run` starts them again. A fork of this process leaves them alone: they are not
+        its children, and DALI would wait for threads that a fork does not have."""
+        if self._process != os.getpid():
+            _not_ours.append(self.pipeline)
+            return
         if self._watchdog is not None:
             self._watchdog.is_waited_for = True  # a worker that hangs would not end either
         pipeline, self.pipeline, self._place = self.pipeline, None, None

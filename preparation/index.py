@@ -18,7 +18,7 @@ from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is
 from dali_pipelines.folders import is_video_name, leads_back, videos_below
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
-from dali_pipelines.packet_index import PacketIndex, StaleIndexError, index_path
+from dali_pipelines.packet_index import index_path, is_index
 from dali_pipelines.probe import probe_packets
 from dali_pipelines.text import csv_writer, decode, split_lines
 
@@ -267,11 +267,8 @@ def check_is_ours(path: str | os.PathLike) -> None:
             Manifest.read(path)
         except InputError:
             raise InputError(f"{path}: exists, and is no manifest; it is not overwritten: name another --out") from None
-    if index_path(path).exists():
-        try:
-            PacketIndex(index_path(path))
-        except StaleIndexError as error:
-            raise InputError(f"{index_path(path)}: exists, and would be overwritten, but {error}; remove it") from None
+    if index_path(path).exists() and not is_index(index_path(path)):
+        raise InputError(f"{index_path(path)}: exists, and would be overwritten, but is no packet index; remove it")
 
 
 def describe(manifest: Manifest) -> str:

@@ -30,6 +30,9 @@ _MOST_BYTES, _MOST_FRAMES = 128 << 20, 128
 """Of decoded pictures in one sample, which holds so many of a video's windows. Each picture may need a group of
 pictures of its own in memory."""
 _LOOKERS = 4  # processes at most that look at files
+_ALONE_AREA, _ALONE_PIXELS = 1 << 23, 1 << 31
+"""Pixels of a frame, and of all frames, up to which a single video is decoded in this process. A decoder may hold 17
+frames, and there is nobody to end it when it takes too long."""
 _AT_ONCE = 4
 """Windows, three crops each, that the network sees at once."""
 
@@ -172,14 +175,16 @@ def _predict_readable(
     *,
     is_alone: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Fields of a `Prediction` for each video of the manifest, in its order. One that `is_alone` in the whole input is
-    decoded in this process, which is quicker; no other waits for it."""
+    """Fields of a `Prediction` for each video of the manifest, in its order. A small one that `is_alone` in the whole
+    input is decoded in this process, which is quicker."""
     if not len(manifest):
         return
     settings = clip_settings(config.data, "test")
     at_once = _windows_at_once(manifest, num_windows, settings["num_frames"])
     parts = -(-num_windows // at_once)
     samples = len(manifest) * parts
+    largest = int(manifest.areas.max())
+    is_small = largest <= _ALONE_AREA and largest * int(manifest.column("frames").max()) <= _ALONE_PIXELS
     loader = ClipLoader(
         manifest,
         **settings,
@@ -187,7 +192,7 @@ def _predict_readable(
         device=process.device,
         num_windows=num_windows,
         windows_at_once=at_once,
-        workers=0 if is_alone and samples == 1 else process.workers(config.data.workers, samples),
+        workers=0 if is_alone and is_small and samples == 1 else process.workers(config.data.workers, samples),
     )
     parts_of_video: list[dict[str, Tensor]] = []
     for batch in loader:
@@ -207,11 +212,11 @@ def _predict_readable(
             parts_of_video.append(part)
             if len(parts_of_video) == parts:
                 reasons = [fault.reason for fault in loader.stats.faults if fault.sample_id == sample_id]
-                if reasons:
-                    yield {"reason": reasons[0]}
-                else:
-                    seconds = loader.window_seconds(sample_id)
-                    yield _joined(parts_of_video, num_windows, views=views, seconds=seconds)
+                seconds = loader.window_seconds(sample_id)
+                fields = _joined(parts_of_video, num_windows, views=views, seconds=seconds)
+                if not (reasons or fields["window_probabilities"].isfinite().all()):
+                    reasons = ["the network's answer is not finite; try -o train.precision=float32"]
+                yield {"reason": reasons[0]} if reasons else fields
                 parts_of_video = []
 
 

@@ -88,7 +88,8 @@ def test_other_files_are_refused(weights, tmp_path):
         ("preprocessing", "cache", "/tmp/cache", "data.cache is no setting of weights"),
         ("preprocessing", "labels", "/etc/passwd", "data.labels is no setting of weights"),
         ("preprocessing", "num_frames", 4096, "damaged: time_embed is not what its header"),
-        ("preprocessing", "crop_size", 8192, "damaged: pos_embed is not what its header"),
+        ("preprocessing", "crop_size", 512, "damaged: pos_embed is not what its header"),
+        ("preprocessing", "crop_size", 8192, "a clip has . x 8192 x 8192 pixels"),
         ("preprocessing", "num_frames", 1 << 40, "data.num_frames is 1099511627776"),
         ("preprocessing", "short_side", [1, 10**9], "data.short_side is"),
         ("preprocessing", "stride", 1e300, "data.stride is 1e\\+300"),
@@ -106,13 +107,23 @@ def test_a_header_sets_plain_settings_of_its_own_within_bounds(weights, tmp_path
     assert len(str(refused.value)) < 500
 
 
-def test_a_network_whose_clips_fit_no_memory_is_refused(tmp_path):
-    """No tensor of a space-only network tells how many frames it takes."""
-    model = MODEL | {"attention": "space_only"}
-    state = TimeSformer(**model, num_frames=2, image_size=512, num_classes=3).state_dict()
-    frames = PREPROCESSING | {"num_frames": 4096, "crop_size": 512}
-    save_weights(tmp_path / "w.safetensors", Weights(model, frames, CLASSES, state))
-    with pytest.raises(InputError, match="a clip has 4096 x 512 x 512 pixels"):
+@pytest.mark.parametrize(
+    "attention, frames, side, patch, message",
+    [
+        # No tensor of a space-only network tells how many frames it takes.
+        ("space_only", 4096, 512, 16, "a clip has 4096 x 512 x 512 pixels"),
+        ("divided_space_time", 2048, 128, 4, "a clip has 2048 x 1024 patches of 24 values"),
+        ("joint_space_time", 1024, 128, 16, "65536 patches attend to each other"),
+        ("space_only", 1, 256, 1, "65536 patches attend to each other"),
+    ],
+)
+def test_a_small_file_cannot_ask_for_a_network_without_end(tmp_path, attention, frames, side, patch, message):
+    model = MODEL | {"attention": attention, "patch_size": patch}
+    told = 2 if attention == "space_only" else frames
+    state = TimeSformer(**model, num_frames=told, image_size=side, num_classes=3).state_dict()
+    clips = PREPROCESSING | {"num_frames": frames, "crop_size": side}
+    save_weights(tmp_path / "w.safetensors", Weights(model, clips, CLASSES, state))
+    with pytest.raises(InputError, match=message):
         load_weights(tmp_path / "w.safetensors")
 
 

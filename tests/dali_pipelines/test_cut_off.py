@@ -14,7 +14,7 @@ from dali_pipelines.probe import probe
 FRAMES = 6
 SIZES = {"dnxhd": (720, 1280), "dvvideo": (576, 720)}
 FORMATS = {"mjpeg": "yuvj420p", "ljpeg": "yuvj420p", "jpegls": "rgb24", "png": "rgb24", "prores_ks": "yuv422p10le",
-           "huffyuv": "yuv422p", "dnxhd": "yuv422p"}  # fmt: skip
+           "huffyuv": "yuv422p", "dnxhd": "yuv422p", "gif": "rgb8"}  # fmt: skip
 
 
 def write(path: Path, codec: str) -> None:
@@ -71,6 +71,7 @@ CASES = [
       if (suffix, damage) != ("mov", cut)],
     *[(codec, "avi", cut) for codec in ("huffyuv", "ffvhuff", "ljpeg", "jpegls", "png", "ffv1", "utvideo",
                                         "dvvideo", "mpeg4", "rawvideo")],
+    ("dvvideo", "dv", cut), ("gif", "gif", cut),
     *[(codec, "avi", copy) for codec in ("ljpeg", "jpegls", "png", "ffv1")],
     *[(codec, "mov", damage) for codec in ("prores_ks", "dnxhd", "png") for damage in (copy, zero)],
 ]  # fmt: skip

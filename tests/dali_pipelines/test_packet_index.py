@@ -289,10 +289,15 @@ def test_a_header_tells_colours_that_only_the_container_knows(indexed):
     assert {name: int(getattr(context, name)) for name in known} == known
 
 
-def test_a_file_that_is_no_index_is_not_overwritten(tmp_path):
-    (tmp_path / "some.packets").write_text("somebody's notes")
+def test_a_file_that_is_no_index_is_not_overwritten(indexed, tmp_path):
+    path = tmp_path / "some.packets"
+    path.write_text("somebody's notes")
     with pytest.raises(InputError, match=r"some\.packets: exists, and would be overwritten"):
         check_is_ours(tmp_path / "some.csv")
+    path.write_bytes(indexed.index.read_bytes().replace(b"packets 2", b"packets 1"))  # of an earlier version
+    with pytest.raises(StaleIndexError, match="another version"):
+        PacketIndex(path)
+    check_is_ours(tmp_path / "some.csv")
 
 
 def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):

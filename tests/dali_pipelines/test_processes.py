@@ -242,6 +242,25 @@ def resources() -> dict[str, int]:
     }
 
 
+def test_a_fork_that_drops_its_copy_of_a_loader_ends_and_the_loader_lives(video):
+    made = ClipLoader(
+        Manifest([video] * 6), mode="train", batch_size=2, num_frames=2, crop_size=16, stride=None, workers=1
+    )
+    next(iter(made))
+    child = os.fork()
+    if not child:
+        del made
+        gc.collect()
+        os._exit(0)
+    try:
+        assert wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), 10)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert next(iter(made)).valid.all()
+    made.close()
+
+
 @pytest.mark.parametrize("mode, decode", [("train", "host"), ("train", "nvdec"), ("validate", "host")])
 def test_loaders_that_are_dropped_leave_nothing(video, mode, decode):
     def drop(workers: int, *, is_read: bool) -> None:

@@ -312,6 +312,31 @@ def probe_like(*, width, height):
     return Video("a.mp4", 0, 108_000, 30.0, width, height, "h264", 0)
 
 
+def test_a_large_video_is_decoded_by_a_worker_also_alone(weights_file, tmp_path, monkeypatch):
+    """Its frames would fill this process's memory, and nothing would end a decoder that takes too long."""
+    asked = []
+
+    def loader(*_, workers, **__):
+        asked.append(workers)
+        raise InputError("enough")
+
+    monkeypatch.setattr(prediction, "ClipLoader", loader)
+    for width, height, frames in ((340, 256, 300), (8192, 8192, 2), (640, 360, 10_000)):
+        video = probe_like(width=width, height=height)._replace(frames=frames)
+        Manifest([video]).write(tmp_path / "one.csv")
+        with pytest.raises(InputError, match="enough"):
+            next(predictions(weights_file, [tmp_path / "one.csv"], overrides=["data.workers=4"]))
+    assert asked == [0, 1, 1]
+
+
+def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, tmp_path):
+    weights = load_weights(weights_file)
+    weights.state["head.weight"].fill_(3e38)
+    save_weights(tmp_path / "w.safetensors", weights)
+    (found,) = predictions(tmp_path / "w.safetensors", [small_data / "val_1.webm"])
+    assert found.probabilities is None and "the network's answer is not finite" in found.reason
+
+
 def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
     video = small_data / "val_6.mp4"
     options = ["-w", weights_file, video, "--windows", 4, "--device", "cpu"]
