@@ -121,7 +121,7 @@ def _settings(*, batch_size: int, device_id: int | None, workers: int, threads: 
     }
 
 
-@pipeline_def  # type: ignore[untyped-decorator]
+@pipeline_def
 def _clip_pipeline(source: ClipSource, cut: Cut, device: str) -> tuple[DataNode, ...]:
     sample = _samples(source)
     is_host = sample["is_host"]
@@ -139,12 +139,12 @@ def _clip_pipeline(source: ClipSource, cut: Cut, device: str) -> tuple[DataNode,
     return clips, *results, is_host, shapes, unused
 
 
-@pipeline_def  # type: ignore[untyped-decorator]
+@pipeline_def
 def _source_pipeline(source: ClipSource) -> tuple[DataNode, ...]:
     return tuple(_samples(source).values())
 
 
-@pipeline_def  # type: ignore[untyped-decorator]
+@pipeline_def
 def _cut_pipeline(
     decoded: Callable[[int], Sequence[Any]], rest: Callable[[int], Sequence[Sequence[Any]]], cut: Cut, device: str
 ) -> DataNode:
@@ -188,7 +188,7 @@ def _clips(frames: DataNode, picks: DataNode, rectangles: DataNode, transpose: D
 
 
 def _clip(frames: DataNode, rectangles: DataNode, number: int, transpose: DataNode, cut: Cut) -> DataNode:
-    clip = fn.resize(
+    clip: Any = fn.resize(  # whose stub also allows lists
         frames,
         size=[cut.crop_size, cut.crop_size],
         roi_start=rectangles[number, 0:2],
@@ -198,13 +198,14 @@ def _clip(frames: DataNode, rectangles: DataNode, number: int, transpose: DataNo
         dtype=DALIDataType.FLOAT,  # the default rounds to uint8
     )
     clip = _transpose_some(clip, transpose)
-    return fn.crop_mirror_normalize(
+    normalized: DataNode = fn.crop_mirror_normalize(
         clip,
         output_layout="CFHW",
         mean=[255 * value for value in cut.mean],
         std=[255 * value for value in cut.std],
         dtype=DALIDataType.FLOAT16 if cut.half else DALIDataType.FLOAT,
     )
+    return normalized
 
 
 def _transpose_some(clip: DataNode, transpose: DataNode) -> DataNode:
@@ -221,4 +222,7 @@ def _split(samples: DataNode, predicate: DataNode) -> tuple[DataNode, DataNode]:
 
 
 def _merge(if_true: DataNode, if_false: DataNode, predicate: DataNode) -> DataNode:
-    return fn._conditional.merge(if_true, if_false, predicate=predicate)  # type: ignore[attr-defined]  # no stub
+    merged: DataNode = fn._conditional.merge(  # type: ignore[attr-defined]  # no stub
+        if_true, if_false, predicate=predicate
+    )
+    return merged

@@ -1,4 +1,4 @@
-"""The table of videos: what is known of each before it is decoded.
+"""The table of videos: what is known about each before it is decoded.
 
 A manifest is a CSV file that a person can read and edit. Comment lines before the column names say where the videos
 are, the names of the classes, and how many listed videos were rejected:
@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,9 +51,9 @@ class Video(NamedTuple):
     """Relative to the manifest's root, or absolute."""
     label: int
     frames: int
-    """Pictures that a decoder puts out, not what the header claims."""
+    """Frames that a decoder puts out, not what the header claims."""
     fps: float
-    """That of most of the video by the times of its frames (`frame_rate`)."""
+    """The rate of most of the video by the times of its frames (`probe.frame_rate`)."""
     width: int
     height: int
     codec: str
@@ -61,13 +61,13 @@ class Video(NamedTuple):
     rotation: int
     """Degrees anticlockwise by which the coded frame, mirrored if it is, is turned to be shown: 0, 90, 180 or 270."""
     pixel_format: str = ""
-    """FFmpeg's name: yuv420p, yuvj420p, yuv420p10le, ...; "" where unknown."""
+    """FFmpeg's name: yuv420p, yuvj420p, yuv420p10le, ...; "" if unknown."""
     vfr: int = 0
-    """1 where not every picture is shown for as long as the others."""
+    """1 if frames are shown for different times."""
     gop: int = 0
-    """Pictures of the longest group of pictures; all of the video where its headers do not tell; 0 where unknown."""
+    """Frames of the longest group of pictures; all of the video if its headers do not tell; 0 if unknown."""
     shard: str = ""
-    """The tar file that holds the video, as `path` relative to the root; "" where the video is a file of its own."""
+    """The tar file that holds the video, as `path` relative to the root; "" if the video is a file of its own."""
     offset: int = 0
     """Where in the shard the video starts, in bytes."""
     size: int = 0
@@ -77,25 +77,25 @@ class Video(NamedTuple):
     others in this order."""
 
 
-def place_for_people(video: Video, root: str | os.PathLike) -> str:
+def place_for_people(video: Video, root: str | os.PathLike[str]) -> str:
     """The path from here, or the shard and the name in it, of a row of a manifest with this root."""
     return f"{join(root, video.shard)}: {video.path}" if video.shard else join(root, video.path)
 
 
-def source_of(video: Video, root: str | os.PathLike) -> Source:
-    """What is opened for a row of a manifest with this root."""
+def source_of(video: Video, root: str | os.PathLike[str]) -> Source:
+    """The bytes of a row of a manifest with this root."""
     if video.shard:
         return Source(join(root, video.shard), video.offset, video.size)
     return Source(join(root, video.path))
 
 
 def key_of(video: Video) -> int:
-    """Of a row in the packet index: of where it says that the video is."""
+    """The key of a row in the packet index: a hash of where the row says that the video is."""
     return hash_of(video.path, video.shard, video.offset)
 
 
 def coded_size(video: Video) -> tuple[int, int]:
-    """(height, width) of the pictures as coded, before they are turned to be shown."""
+    """(height, width) of the frames as coded, before they are turned to be shown."""
     return (video.height, video.width) if video.rotation in (0, 180) else (video.width, video.height)
 
 
@@ -120,14 +120,15 @@ _ROW = np.dtype(
 )
 _OPTIONAL = Video._fields[len(Video._fields) - len(Video._field_defaults) :]
 _IN_SHARDS = ("shard", "offset", "size")
+_CODEC, _PIXEL_FORMAT, _SHARD = (Video._fields.index(name) - 1 for name in ("codec", "pixel_format", "shard"))
 
 
 class Manifest:
     """Videos in the order of the file: `len(manifest)`, `manifest[i]` is a `Video`, `.labels` int64 [N].
 
-    `root` is the folder, or the URL, that paths are relative to; `classes` the names of the classes, () where unknown;
+    `root` is the folder, or the URL, that paths are relative to; `classes` the names of the classes, () if unknown;
     `listed` and `rejected` count the videos that the manifest was made from and those left out as unreadable; `made_by`
-    is the command that made it. `index` is the file of its packet index, None where there is none; `entries` are those
+    is the command that made it. `index` is the file of its packet index, None if there is none; `entries` are those
     that `write` makes one of, by `key_of` their rows.
     """
 
@@ -135,21 +136,21 @@ class Manifest:
         self,
         videos: Iterable[Video],
         *,
-        root: str | os.PathLike = ".",
+        root: str | os.PathLike[str] = ".",
         classes: Sequence[str] = (),
         rejected: int = 0,
         made_by: str = "",
     ):
         columns = list(zip(*videos, strict=True)) or [()] * len(Video._fields)
         self._fill([os.fsencode(path) for path in columns[0]], columns[1:])
-        self.root = root if is_url(root) else Path(root)  # a Path would make one slash of two
+        self.root: str | Path = root if is_url(root) else Path(root)  # a Path would make one slash of two
         self.classes = tuple(classes)
         self.rejected = rejected
         self.made_by = made_by
         self.index: Path | None = None
         self.entries: dict[int, bytes] = {}
 
-    def _fill(self, paths: list[bytes], columns: Sequence[Sequence]) -> None:
+    def _fill(self, paths: list[bytes], columns: Sequence[Sequence[Any] | np.ndarray]) -> None:
         self._rows = np.zeros(len(paths), _ROW)
         self._rows["path_end"] = np.cumsum([len(path) for path in paths])
         self._paths = np.frombuffer(b"".join(paths), np.uint8)
@@ -158,7 +159,7 @@ class Manifest:
             if name == "shard":
                 self._shards = list(dict.fromkeys(["", *column]))
                 numbers = {shard: number for number, shard in enumerate(self._shards)}
-                column = [numbers[shard] for shard in column]
+                column = np.array([numbers[shard] for shard in column], np.int32)
             self._rows[name] = np.asarray(column, dtype=_ROW[name])
 
     def __len__(self) -> int:
@@ -170,34 +171,34 @@ class Manifest:
         start = int(self._rows["path_end"][index - 1]) if index else 0
         end, *values = self._rows[index].item()
         path = os.fsdecode(self._paths[start:end].tobytes())
-        video = Video(path, *values)
-        return video._replace(
-            codec=video.codec.decode(), pixel_format=video.pixel_format.decode(), shard=self._shards[video.shard]
-        )
+        values[_CODEC], values[_PIXEL_FORMAT] = values[_CODEC].decode(), values[_PIXEL_FORMAT].decode()
+        values[_SHARD] = self._shards[values[_SHARD]]
+        return Video(path, *values)
 
     @property
     def labels(self) -> np.ndarray:
         return self._rows["label"]
 
     def column(self, name: str) -> np.ndarray:
-        """A field of `Video` for all rows, but path and shard; texts as str."""
+        """A field of `Video` for all rows, except path and shard; texts as str."""
         values = self._rows[name]
         return values.astype(str) if values.dtype.kind == "S" else values
 
     @property
     def codecs(self) -> list[str]:
-        """Those that occur, sorted."""
+        """The codecs that occur, sorted."""
         return [codec.decode() for codec in np.unique(self._rows["codec"]).tolist()]
 
     @property
     def shards(self) -> list[str]:
-        """Those that occur, relative to the root; none where the videos are files of their own."""
+        """The shards that occur, relative to the root; none if the videos are files of their own."""
         return self._shards[1:]
 
     @property
     def areas(self) -> np.ndarray:
-        """Pixels of a picture of each video, int64 [N]."""
-        return self._rows["width"].astype(np.int64) * self._rows["height"]
+        """Pixels of a frame of each video, int64 [N]."""
+        areas: np.ndarray = self._rows["width"].astype(np.int64) * self._rows["height"]
+        return areas
 
     @property
     def listed(self) -> int:
@@ -212,11 +213,11 @@ class Manifest:
         return f"no packet index beside it, so each clip reads through its file; to get one, run again: {how}"
 
     def file(self, index: int) -> str:
-        """Where row `index` is, for people: its path from here, or its shard and its name."""
+        """The place of row `index` for people: its path from here, or its shard and its name."""
         return place_for_people(self[index], self.root)
 
     def source(self, index: int) -> Source:
-        """What is opened for row `index`."""
+        """The bytes of row `index`."""
         return source_of(self[index], self.root)
 
     def place(self, name: str) -> str:
@@ -224,8 +225,8 @@ class Manifest:
         return join(self.root, name)
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> "Manifest":
-        """Reads a manifest file; `InputError` names the file and the line where it is wrong."""
+    def read(cls, path: str | os.PathLike[str]) -> "Manifest":
+        """Reads a manifest file. Raises `InputError`, which names the file and the line that is wrong."""
         path = Path(path)
         try:
             text = decode(path.read_bytes())
@@ -248,7 +249,7 @@ class Manifest:
         manifest.index = index if index.is_file() else None
         return manifest
 
-    def write(self, path: str | os.PathLike) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the file beside its place and renames it, so that a kill leaves the old one or the new one; before it,
         a packet index of its `entries`, and of those that its videos have in `index`."""
         path = Path(path)
@@ -259,13 +260,13 @@ class Manifest:
             self.index = index_path(path)
         else:
             index_path(path).unlink(missing_ok=True)
-        root = self.root
-        if not is_url(root):
-            root, home = root.resolve(), path.parent.resolve()
-            root = root.relative_to(home).as_posix() if root.is_relative_to(home) else root
+        root = str(self.root)
+        if isinstance(self.root, Path):
+            folder, home = self.root.resolve(), path.parent.resolve()
+            root = folder.relative_to(home).as_posix() if folder.is_relative_to(home) else str(folder)
         out = io.StringIO()
-        plain = str(root).isprintable() and not str(root).startswith('"') and str(root) == str(root).strip()
-        out.write(f"# root: {root if plain else json.dumps(str(root), ensure_ascii=False)}\n")
+        is_plain = root.isprintable() and not root.startswith('"') and root == root.strip()
+        out.write(f"# root: {root if is_plain else json.dumps(root, ensure_ascii=False)}\n")
         out.write(f"# classes: {json.dumps(self.classes, ensure_ascii=False)}\n")
         out.write(f"# listed {self.listed}, kept {len(self)}, rejected {self.rejected}\n")
         if self.made_by:
@@ -283,27 +284,31 @@ class Manifest:
             part.unlink(missing_ok=True)
 
     def _known_entries(self) -> dict[int, bytes]:
+        """The entries of the videos in `index`, by `key_of` their rows."""
         found: dict[int, bytes] = {}
+        if self.index is None:
+            return found
         with contextlib.suppress(StaleIndexError):
-            index = PacketIndex(self.index) if self.index is not None else ()
-            for key in map(key_of, self) if index else ():
+            index = PacketIndex(self.index)
+            for row in range(len(self)) if len(index) else ():
+                key = key_of(self[row])
                 with contextlib.suppress(StaleIndexError):
                     found[key] = index.entry(key)
         return found
 
     def checksum(self, *, measured: bool = False) -> str:
-        """A SHA-256 of which videos these are and how they are labelled: of labels, paths, frames, sizes and codecs, in
-        their order.
+        """A SHA-256 of the labels, paths, frames, sizes and codecs of the videos, in their order.
 
-        Not of the root, nor of a folder that all paths begin with, so the videos may move. Nor of shards that they are
-        packed into. Only if `measured`, also of what else indexing measures: frame rate, orientation, pixel format,
-        groups of pictures.
+        It leaves out the root and any folder that all paths begin with, so the videos may move, and the shards that
+        they are packed into. With `measured`, it covers what else indexing measures: frame rate, orientation, pixel
+        format, groups of pictures.
         """
         ends = self._rows["path_end"].tolist()
         whole = self._paths.tobytes()
         paths = [whole[start:end] for start, end in zip([0, *ends[:-1]], ends)]
-        prefix = os.path.commonprefix([min(paths), max(paths)]) if paths else b""  # noqa: RUF071 (cut to folders below)
-        folder = prefix.rpartition(b"/")[0]
+        ends_of_range = [os.fsdecode(min(paths)), os.fsdecode(max(paths))] if paths else []
+        prefix = os.path.commonprefix(ends_of_range)  # noqa: RUF071 (cut to folders below)
+        folder = os.fsencode(prefix.rpartition("/")[0])
         hashed = hashlib.sha256(b"\0".join(path[len(folder) :].lstrip(b"/") for path in paths))
         more = ("fps", "rotation", "mirrored", "pixel_format", "vfr", "gop") if measured else ()
         for name in ("label", "frames", "width", "height", "codec", *more):
@@ -311,17 +316,17 @@ class Manifest:
         return hashed.hexdigest()
 
     def summary(self) -> str:
-        """The number of videos and a checksum of all that is known of them, for people."""
+        """The number of videos and a checksum of all that is known about them, for people."""
         return f"{len(self)} videos, checksum {self.checksum(measured=True)[:12]}"
 
-    def save_arrays(self, folder: str | os.PathLike) -> None:
+    def save_arrays(self, folder: str | os.PathLike[str]) -> None:
         """Writes the table as arrays that `map_arrays` opens without copying: many workers share one in memory."""
         np.save(os.path.join(folder, "rows.npy"), self._rows)
         np.save(os.path.join(folder, "paths.npy"), self._paths)
         Path(folder, "shards.json").write_text(json.dumps(self._shards))
 
     @classmethod
-    def map_arrays(cls, folder: str | os.PathLike, root: str | os.PathLike) -> "Manifest":
+    def map_arrays(cls, folder: str | os.PathLike[str], root: str | os.PathLike[str]) -> "Manifest":
         manifest = cls((), root=root)
         manifest._rows = np.load(os.path.join(folder, "rows.npy"), mmap_mode="r")
         manifest._paths = np.load(os.path.join(folder, "paths.npy"), mmap_mode="r")
@@ -389,9 +394,9 @@ _RANGES = {
 }
 
 
-def _column(values: Sequence[str], name: str) -> np.ndarray | Sequence[str]:
+def _column(values: Sequence[str], name: str) -> np.ndarray:
     if name == "shard":
-        return list(map(cell_text, values))
+        return np.array(list(map(cell_text, values)), object)
     if name in ("codec", "pixel_format"):
         return np.array([value.strip() for value in values], dtype="S16")
     if name == "fps":
@@ -400,7 +405,7 @@ def _column(values: Sequence[str], name: str) -> np.ndarray | Sequence[str]:
 
 
 def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
-    """Reads once more, slowly, for the message."""
+    """Reads the file once more, slowly, for the message."""
     reader = csv.reader(io.StringIO(body, newline=""))
     names = next(reader)
     expected = {

@@ -250,7 +250,7 @@ class PacketReader:
             if not missing:
                 break
         if self._begins_within:
-            raise UncertainError("the file does not begin with a frame that stands alone")
+            raise UncertainError("the file does not begin with a frame that can be decoded alone")
         if self._entry is not None:
             raise UncertainError("an edit list leaves frames out that others refer to")
 
@@ -305,8 +305,8 @@ def demux(container: av.container.InputContainer) -> Iterator[VideoPacket]:
             yield packet
 
 
-def _is_cut(packet: av.Packet, kind: str, size: int) -> bool:
-    """Whether the file, of a format and bytes, ends before this packet does."""
+def _is_cut(packet: VideoPacket, kind: str, size: int) -> bool:
+    """Whether a file of format `kind` and `size` bytes ends before this packet does."""
     end = (packet.pos or 0) + packet.size
     if packet.is_corrupt:
         return kind != "mpegts"  # there it says that something is missing before the packet
@@ -372,8 +372,8 @@ def remux_packets(
         raise UncertainError("some of its frames are not shown")
     ranks = {number: rank for rank, number in enumerate(source.order(numbers))}
     delay = max(place - ranks[number] for place, number in enumerate(numbers))
-    codec = CODECS[context.codec.canonical_name]
-    rewrite = source.parser.without_cropping() if uncropped and codec.uncrops else None
+    parser, codec = source.parser, CODECS[context.codec.canonical_name]
+    rewrite = parser.without_cropping() if uncropped and codec.uncrops else None
     size = rewrite.size if rewrite else (context.height, context.width)
     file = io.BytesIO()
     with av.open(file, "w", format=codec.remuxed_as, options=_CONTAINER_OPTIONS[codec.remuxed_as]) as out:
@@ -390,9 +390,9 @@ def remux_packets(
                 if rewrite:
                     data = rewrite.packet(data)
                 if place == 0:
-                    data = source.parser.with_header(data)
+                    data = parser.with_header(data)
                 if data != before:
-                    packet = _make_packet(data)
+                    packet = make_packet(data)
             packet.stream, packet.time_base, packet.duration = stream, tick, 1
             packet.pts, packet.dts = ranks[number], place - delay
             packet.is_keyframe = place == 0
@@ -405,9 +405,10 @@ def remux_packets(
         source.packets_read,
         len(numbers),
         delay,
-        source.parser,
+        parser,
     )
 
 
-def _make_packet(data: bytes) -> VideoPacket:
+def make_packet(data: bytes | int) -> VideoPacket:
+    """A packet of these bytes, or with room for a number of them and for the padding that decoders read."""
     return av.Packet(data)  # type: ignore[return-value]  # the stubs have no packet that is yet to get its stream

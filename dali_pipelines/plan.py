@@ -253,8 +253,8 @@ def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
 
 
 def engine_draw(seed: int, sample_id: int) -> float:
-    """A random number in [0, 1), the same in every epoch, on which the engine that decodes a video may depend, so that its
-    pixels depend on nothing else."""
+    """A random number in [0, 1), the same in every epoch: the engine that decodes a video may depend on it, so that the
+    video's pixels depend on nothing else."""
     return float(_generator(seed, 0, _ENGINE, sample_id).random())
 
 

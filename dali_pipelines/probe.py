@@ -1,25 +1,25 @@
 """What a decoder puts out for a video file, and the entry of the video for the packet index."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
 
 from dali_pipelines.bitstream.codecs import CODECS
 from dali_pipelines.bitstream.parser import UncertainError
-from dali_pipelines.errors import InputError
-from dali_pipelines.files import Source, as_source, fetch, open_video
+from dali_pipelines.errors import InputError, reason
+from dali_pipelines.files import Source, VideoLike, as_source, fetch, open_video
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_packets, prepare
 from dali_pipelines.manifest import Video
 from dali_pipelines.packet_index import Recorder, Stream, no_entry
-from dali_pipelines.packets import PacketReader, demux, video_stream
+from dali_pipelines.packets import PacketReader, VideoPacket, demux, video_stream
 
 
-def probe(video: str | os.PathLike | Source, max_pixels: int = MAX_PIXELS, cache: str | None = None) -> Video:
+def probe(video: VideoLike, max_pixels: int = MAX_PIXELS, cache: str | None = None) -> Video:
     """What a decoder puts out for a file; label is 0.
 
     Frames are counted by their packets if that is exact, and by decoding otherwise (`Codec.is_frame_a_packet`).
@@ -30,7 +30,7 @@ def probe(video: str | os.PathLike | Source, max_pixels: int = MAX_PIXELS, cache
     return probe_packets(fetch(video, cache), max_pixels=max_pixels)[0]
 
 
-def probe_packets(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PIXELS) -> tuple[Video, bytes]:
+def probe_packets(video: VideoLike, *, max_pixels: int = MAX_PIXELS) -> tuple[Video, bytes]:
     """`probe`, and the entry of the video for the packet index."""
     source = fetch(video)
     try:
@@ -53,7 +53,7 @@ def probe_packets(video: str | os.PathLike | Source, *, max_pixels: int = MAX_PI
                 prepare(container, max_pixels=max_pixels)
                 frames = _count_frames(container, structure.shown, until_damage=is_frame_a_packet)
     except av.error.FFmpegError as error:
-        raise InputError(f"not a video that FFmpeg can read ({error.strerror.lower()})") from None
+        raise InputError(f"not a video that FFmpeg can read ({reason(error)})") from None
     if not frames:
         raise InputError("all frames of its video stream are damaged")
     gaps = _gaps(structure.times)
@@ -83,9 +83,9 @@ class _Structure(NamedTuple):
     """What the packets of a file say."""
 
     shown: list[int]
-    """The number of the packet of each frame; [] where the headers do not tell."""
+    """The number of the packet of each frame; [] if the headers do not tell."""
     gop: int
-    """Frames of the longest group; 0 where the headers do not tell."""
+    """Frames of the longest group; 0 if the headers do not tell."""
     times: list[tuple[int | None, int | None]]
     """(pts, dts) of the packets of frames, in the order of the file."""
     first: av.VideoFrame | None
@@ -103,7 +103,8 @@ def _read_structure(container: av.container.InputContainer, source: Source, max_
             reader = PacketReader(container, recorder)
             shown = reader.shown()
             if reader.packets and reader.packets[0] is not None:
-                first = next(_decode(reader.packets, context), None)
+                held = (packet for packet in reader.packets if packet is not None)
+                first = next(_decode(held, context), None)
             if context.codec.intra_only:
                 context.flush_buffers()
                 shown = _without_broken_end(reader, shown)
@@ -120,7 +121,7 @@ def _read_structure(container: av.container.InputContainer, source: Source, max_
     return _Structure(shown, gop, times, first, entry)
 
 
-def _decode(packets: Iterable[av.Packet], context: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
+def _decode(packets: Iterable[VideoPacket], context: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
     """All frames of the packets."""
     yield from decode_packets(packets)
     yield from context.decode(None)
@@ -159,7 +160,8 @@ def frame_rate(gaps: np.ndarray, tick: Fraction, header_rate: Fraction | None) -
     gaps: ticks of `tick` seconds from each frame to the next. `header_rate` is taken as it is if it agrees.
 
     The mean of the gaps that are near the median: long pauses and dropped frames do not count, and jitter and rounded
-    times (33, 33, 34 ms) even out. If few are near it, such as when frames come in pairs, so for stretches of frames.
+    times (33, 33, 34 ms) even out. If few are near it, as when frames come in pairs, it is the mean
+    over stretches of frames.
     """
     if not len(gaps) or not gaps.sum():
         return None
@@ -190,21 +192,21 @@ def _is_variable(gaps: np.ndarray) -> int:
 
 
 _MOST_TILT = 10
-"""Degrees that a display matrix may be off a quarter turn. Players show such a frame straight."""
+"""Degrees that a display matrix may be off a quarter turn. Players show such a frame upright."""
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[int, int]:
-    """`Video.rotation` and `Video.mirrored` by the display matrix of a frame. Raises `InputError`."""
+    """`Video.rotation` and `Video.mirrored` by the display matrix of a frame. Raises `InputError` for other angles."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV does not know some other data beside it, such as Exif
         if frame.rotation:
             raise InputError("turned or mirrored, beside other data that hides how; encode it anew") from None
         return 0, 0
-    if matrix is None:
+    if not isinstance(matrix, SideData):
         return 0, 0
     # Column x of a coded frame goes to (x * a, x * b) of the shown one, row y to (y * c, y * d).
-    a, b, _, c, d, *_ = map(int, np.frombuffer(matrix, np.int32))
+    a, b, _, c, d, *_ = map(int, np.frombuffer(bytes(matrix), np.int32))
     if a * d == b * c:  # nothing that could be shown: all zeros, by muxers that forgot it
         return 0, 0
     mirrored = a * d < b * c
@@ -241,7 +243,7 @@ def _count_frames(container: av.container.InputContainer, shown: list[int], *, u
     return count
 
 
-def _numbered(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+def _numbered(packets: Iterable[VideoPacket]) -> Iterator[VideoPacket]:
     """With the number of each that has data as its `opaque`, in a list: it is compared with a slice."""
     number = 0
     for packet in packets:

@@ -56,4 +56,5 @@ def frame_positions(
     """
     window = frames if stride is None else max(stride * num_frames / target_fps * fps, 1)
     points = STRATEGIES[past_end](window=window, frames=frames, num_frames=num_frames, start=start)
-    return np.clip(points, 0, frames - 1).astype(np.int64)
+    positions: np.ndarray = np.clip(points, 0, frames - 1).astype(np.int64)
+    return positions

@@ -1,6 +1,6 @@
-"""The loader's worker processes: started, watched, and started again where they die or hang.
+"""The loader's worker processes: started, watched, and started again if they die or hang.
 
-They run a `ClipSource` in a DALI pipeline, which hands over what they make. Each notes which sample it is at, so a
+They run a `ClipSource` in a DALI pipeline, which hands over their samples. Each notes which sample it is at, so a
 sample at which a worker hangs, or dies twice, is given up. DALI's own decoder does not say on which sample of a batch
 it failed: then the workers decode the videos of the batches under way.
 """
@@ -89,8 +89,8 @@ class Workers:
             except InputError:
                 raise
             except (RuntimeError, AssertionError, ValueError, OSError, EOFError, MemoryError) as error:
-                # The first from DALI; the others from its queues, where a worker died in the midst of using them.
-                # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
+                # The first from DALI; the others from its queues, if a worker died while it used them.
+                # The pipeline is gone. If a sample was at fault, the next one handles it differently.
                 have_ended = self._watchdog is not None and self._watchdog.have_ended
                 have_ended = have_ended or "Workers initialization failed" in str(error)
                 restarts = 0 if self._recover(place, error) else restarts + 1
@@ -190,7 +190,7 @@ class Workers:
         return self.routing.engine_for(video, row) == "host" or not self.routing.takes(video)
 
     def _recover(self, place: int, error: Exception) -> bool:
-        """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""
+        """Finds out why the pipeline failed at `place`. Returns whether the next one will do something differently."""
         if "decoders.video" in str(error):
             # DALI's decoder cannot name the video that it failed on: the workers decode the batches under way. Videos
             # that they could decode go back to DALI afterwards.
@@ -253,7 +253,7 @@ def _blocked_interrupt() -> Iterator[None]:
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
     """Hides the user's script from spawn, which would import it in every worker: torch with it, or all of it again
-    where the script has no main guard."""
+    if the script has no main guard."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

@@ -52,7 +52,7 @@ class Av1Parser(InOrderParser):
 
     def _read_frame(self, data: memoryview) -> FrameHeader:
         if self._header is None:
-            raise UncertainError("the file does not begin with a frame that stands alone")
+            raise UncertainError("the file does not begin with a frame that can be decoded alone")
         bits = Bits(bytes(data[:_HEADER_BYTES]))
         show_existing_frame = bits.u(1)
         if show_existing_frame:

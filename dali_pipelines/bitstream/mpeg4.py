@@ -63,7 +63,7 @@ class Mpeg4Parser(Parser):
         self._count += 1
         if vop_coding_type == _B_VOP:
             if self._references < 2:
-                raise UncertainError("the file does not begin with a frame that stands alone")
+                raise UncertainError("the file does not begin with a frame that can be decoded alone")
             # Shown before the reference that was decoded last.
             order = (2 * self._references, self._count)
             return FrameHeader(order, is_leading=self._follows_start, is_disposable=True)

@@ -49,7 +49,7 @@ class Vp9Parser(InOrderParser):
     def _read_inter_size(self, bits: Bits, profile: int, error_resilient_mode: int, show_frame: int) -> None:
         intra_only = 0 if show_frame else bits.u(1)
         if intra_only and not self._has_begun:
-            raise UncertainError("the file does not begin with a frame that stands alone")
+            raise UncertainError("the file does not begin with a frame that can be decoded alone")
         if not error_resilient_mode:
             bits.skip(reset_frame_context=2)
         if intra_only:

@@ -14,7 +14,7 @@ from tests.videos import cut_packets, decode_all, set_edits, textured, write_vid
 
 FRAMES = textured(60, height=64, width=80)
 OPEN = "keyint=12:min-keyint=12:bframes=3:b-adapt=0:open-gop=1:b-pyramid=normal:scenecut=0"
-BEGINS_WITHIN = "the file does not begin with a frame that stands alone"
+BEGINS_WITHIN = "the file does not begin with a frame that can be decoded alone"
 
 
 @pytest.fixture(scope="module")
