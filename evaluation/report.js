@@ -1,4 +1,4 @@
-// What report.html does when it is touched. What is chosen stands behind the # of the address, so that it can be kept
+// The behaviour of report.html. The selection is kept behind the # of the address, so that it can be bookmarked
 // and sent: #sort=accuracy&order=ascending&filter=ball&true=3&predicted=5 (numbers of classes).
 "use strict";
 (() => {

@@ -22,7 +22,8 @@ from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, Manifest
 from dali_pipelines.manifest import probe
 from evaluation.evaluate import build_results, evaluate, predict_views
-from evaluation.results import FILES, Protocol, read_results
+from evaluation.result_files import FILES, read_results
+from evaluation.results import Protocol
 from preparation.pack import pack
 from serving.prediction import predict
 from tests.commands import PROJECT, run
@@ -58,7 +59,7 @@ def result_of(weights_file, manifest_file, *overrides, protocol=None):
 
 
 class Evaluated:
-    """`Result` and the `Results` made of it, as one."""
+    """`Predictions` and the `Results` made of them, as one."""
 
     def __init__(self, result, results):
         self.results = results
@@ -260,7 +261,7 @@ def test_an_ensemble_is_the_mean_of_its_members(weights_file, small_data, tmp_pa
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     status, _, errors = in_process(command.main, *files[:2], *settings, "--out", tmp_path / "mine")
-    assert status == 2 and "is not an evaluation; name another folder" in errors
+    assert status == 2 and "that are not an evaluation; name another folder" in errors
 
 
 def test_members_of_an_ensemble_that_do_not_fit_are_named(weights_file, small_data, tmp_path, in_process):
@@ -322,7 +323,7 @@ def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, average)
             for each in (weights, Overflowing(weights))
         )
     assert (~result.valid).nonzero()[:, 0].tolist() == bad == [fault.sample_id for fault in result.faults]
-    reason = "the network's answer is not finite in float32; try -o train.precision=float32"
+    reason = "the network's output is not finite in float32; try -o train.precision=float32"
     assert {(fault.path, fault.reason) for fault in result.faults} == {(manifest.file(n), reason) for n in bad}
     assert torch.equal(result.probabilities, good.probabilities * result.valid[:, None])
     right = (good.probabilities.argmax(1) == good.labels) & result.valid
