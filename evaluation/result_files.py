@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
-from typing import IO, Any, get_args, get_origin, get_type_hints, is_typeddict
+from typing import IO, Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 
@@ -178,8 +178,12 @@ def _parsed(value: Any, kind: Any, name: str) -> Any:
             raise ValueError(f"{name} is {str(value)[:60]!r}")
         kinds = arguments * len(value) if origin is list else arguments
         return origin(_parsed(each, its_kind, f"{name}[{n}]") for n, (each, its_kind) in enumerate(zip(value, kinds)))
-    allowed = arguments if isinstance(kind, UnionType) else (origin or kind,)
-    if not isinstance(value, allowed + (int,) * (float in allowed)):
+    if origin is Literal:
+        fits = value in arguments
+    else:
+        allowed = arguments if isinstance(kind, UnionType) else (origin or kind,)
+        fits = isinstance(value, (*allowed, int) if float in allowed else allowed)
+    if not fits:
         raise ValueError(f"{name} is {str(value)[:60]!r}")
     return value
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class ClipSummary(TypedDict):
     crop_size: int
     stride: float | None
     target_fps: float
-    past_end: str
+    past_end: Literal["fit", "hold"]
 
 
 class ConfigSummary(TypedDict):

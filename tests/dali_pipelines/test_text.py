@@ -21,7 +21,7 @@ from evaluation.result_files import read_results, write_results
 from evaluation.results import make_results
 from preparation.index import Rejected, write_rejected
 from serving.formats import csv_columns, csv_rows
-from serving.prediction import Prediction
+from serving.prediction import Unreadable
 from tests.evaluation import facts_of
 from training.faults import FaultLog
 
@@ -125,7 +125,7 @@ def test_lists_of_faults_and_predictions_are_read_back(tmp_path, names):
     table = csv_writer(out)
     table.writerow(csv_columns(5, names, windows=False))
     for name in names:
-        table.writerows(csv_rows(Prediction(video=name, reason=name[::-1]), 5, names, windows=False))
+        table.writerows(csv_rows(Unreadable(video=name, reason=name[::-1]), 5, names, windows=False))
     (tmp_path / "p.csv").write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
     assert [row[:2] for row in rows_of(tmp_path / "p.csv")[1:]] == [[name, name[::-1]] for name in names]
 

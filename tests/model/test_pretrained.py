@@ -277,7 +277,7 @@ def test_an_image_network_begins_as_itself_on_every_frame(timm, tmp_path, suffix
         logits = model(images.unsqueeze(2).expand(-1, -1, num_frames, -1, -1))
         torch.testing.assert_close(logits, vit(images), atol=1e-5, rtol=1e-5)
     assert report.initial == dict.fromkeys(
-        ("head.weight", "head.bias"), "a new head: the file's 21 classes are of images"
+        ("head.weight", "head.bias"), "a new head: the file's 21 classes are image classes"
     )
     block = model.blocks[1]
     assert (block.temporal_attn.qkv.weight == vit.blocks[1].attn.qkv.weight).all()
@@ -285,7 +285,7 @@ def test_an_image_network_begins_as_itself_on_every_frame(timm, tmp_path, suffix
     assert not block.temporal_fc.weight.any() and not block.temporal_fc.bias.any() and not model.time_embed.any()
     text = str(report)
     assert "adapted: blocks.*.temporal_fc.weight, blocks.*.temporal_fc.bias: zero" in text
-    assert "blocks.*.temporal_norm1.weight" in text and "started from the attention over space" in text
+    assert "blocks.*.temporal_norm1.weight" in text and "copied from the attention over space" in text
     assert sorted([*report.loaded, *report.adapted, *report.initial]) == sorted(model.state_dict())
 
 
@@ -348,7 +348,7 @@ def test_a_network_of_hugging_face_without_a_head(hugging_face, tmp_path):
     theirs.timesformer.save_pretrained(tmp_path)
     model = network(qkv_bias=True)
     report = load_pretrained(model, tmp_path)
-    assert set(report.initial.values()) == {"a new head: none in the file"}
+    assert set(report.initial.values()) == {"a new head: the file has none"}
     assert (model.blocks[1].mlp.fc2.weight == theirs.timesformer.encoder.layer[1].output.dense.weight).all()
 
 
@@ -466,12 +466,18 @@ def edit_json(path, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(hidden_act="relu"), "config.json has hidden_act 'relu'; here it is 'gelu'"),
-        (dict(layer_norm_eps=1e-2), "config.json has layer_norm_eps 0.01; here it is 1e-06"),
-        (dict(global_pool="avg"), "config.json has global_pool 'avg'; here it is 'token'"),
+        (dict(hidden_act="relu"), "config.json has hidden_act 'relu'; expected 'gelu'"),
+        (dict(layer_norm_eps=1e-2), "config.json has layer_norm_eps 0.01; expected 1e-06"),
+        (dict(global_pool="avg"), "config.json has global_pool 'avg'; expected 'token'"),
         (dict(num_attention_heads=4), "has 4 attention heads, the network 3"),
-        (dict(pretrained_cfg={"mean": "abc", "std": [1, 1, 1]}), "mean in its JSON files is no list of three numbers"),
-        (dict(pretrained_cfg={"mean": [0.5], "std": [1, 1, 1]}), "mean in its JSON files is no list of three numbers"),
+        (
+            dict(pretrained_cfg={"mean": "abc", "std": [1, 1, 1]}),
+            "mean in its JSON files is not a list of three numbers",
+        ),
+        (
+            dict(pretrained_cfg={"mean": [0.5], "std": [1, 1, 1]}),
+            "mean in its JSON files is not a list of three numbers",
+        ),
     ],
 )
 def test_a_network_that_computes_something_else_is_noticed(hugging_face, tmp_path, changes, message):
@@ -682,18 +688,18 @@ def test_what_does_not_fit_is_said_and_changes_nothing(tmp_path, changes, messag
     [
         ({"blocks.x.y": torch.ones(2)}, "the network has no blocks.x.y"),
         ({"blocks.": torch.ones(2)}, "the network has no blocks.;|the network has no blocks."),
-        ({"module.norm.bias": torch.ones(24)}, "holds several tensors for norm.bias"),
+        ({"module.norm.bias": torch.ones(24)}, "contains several tensors for norm.bias"),
         ({"head.weight": None}, "it lacks head.weight"),
         ({"head.weight": torch.tensor(1.0)}, "head.weight is  there|does not fit"),
         ({"pos_embed": torch.ones(1, 1, 24)}, "pos_embed is 1 x 1 x 24 there"),
         ({"pos_embed": torch.ones(1, 0, 24)}, "pos_embed is 1 x 0 x 24 there"),
         ({"time_embed": torch.ones(1, 0, 24)}, "time_embed is 1 x 0 x 24 there"),
-        ({"norm.bias": torch.ones(24, dtype=torch.int64)}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.ones(24).to(torch.float8_e4m3fn)}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.ones(24).to_sparse()}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.full((24,), 1e300, dtype=torch.float64)}, "norm.bias holds values that are not finite"),
-        ({"pos_embed": torch.ones(1, 1, 1).expand(1, 2**30, 24)}, "pos_embed is larger than what the file holds"),
+        ({"norm.bias": torch.ones(24, dtype=torch.int64)}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.ones(24).to(torch.float8_e4m3fn)}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.ones(24).to_sparse()}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.full((24,), 1e300, dtype=torch.float64)}, "norm.bias has values that are not finite"),
+        ({"pos_embed": torch.ones(1, 1, 1).expand(1, 2**30, 24)}, "pos_embed is larger than its data in the file"),
     ],
 )
 def test_odd_tensors_are_told_and_change_nothing(tmp_path, changes, message):
@@ -724,8 +730,8 @@ def test_tensors_that_nobody_knows_and_numbers_that_are_none(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("more.safetensors", "the network has no blocks.0.ls1.gamma"),
-        ("resnet.safetensors", "not weights of a vision transformer that are known here; it holds conv1.weight"),
-        ("nan.safetensors", "norm.bias holds values that are not finite"),
+        ("resnet.safetensors", "not weights of a known vision transformer; it contains conv1.weight"),
+        ("nan.safetensors", "norm.bias has values that are not finite"),
         ("folder", "a folder without model.safetensors or pytorch_model.bin"),
     ):
         with pytest.raises(WeightsError, match=message):

@@ -18,21 +18,17 @@ from common.config import Config
 from common.weights import Weights, open_weights, save_weights
 from dali_pipelines import InputError
 from evaluation.evaluate import predict_views
+from evaluation.result_files import read_summary
 from model import TimeSformer, load_pretrained
 from model.pretrained import from_hugging_face, to_hugging_face
-from serving import export
-from serving.export import (
-    Clips,
-    MismatchError,
-    clips_to_compare,
-    compare,
-    export_onnx,
-    export_torch,
-    triton_name,
-    write_triton,
-)
-from serving.exported import METADATA_FILE, open_exported
+from serving import onnx_format, torch_format, verification
+from serving.export_formats import open_exported
 from serving.hugging_face import export_hugging_face
+from serving.onnx_format import export_onnx, open_onnx
+from serving.tensorrt import build_tensorrt
+from serving.torch_format import METADATA_FILE, export_torch, open_torch
+from serving.triton import triton_name, write_triton
+from serving.verification import Clips, MismatchError, clips_to_compare, compare, synthetic_views, verified
 from tests.commands import PROJECT, run
 
 PREPROCESSING = {
@@ -64,7 +60,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def clips(weights):
-    return Clips(export._synthetic(weights), [f"clip {number}" for number in range(4)], "compared on four")
+    return Clips(synthetic_views(weights), [f"clip {number}" for number in range(4)], "compared on four")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +89,7 @@ def in_onnxruntime(path, clips):
 def test_onnx_says_what_the_network_says(attention, qkv_bias, clips, tmp_path):
     weights = make_weights(attention, qkv_bias)
     said = export_onnx(tmp_path / "w.onnx", weights, clips)
-    assert "same top-1 for all 12" in said and "opset 20" in said and "times as fast" in said
+    assert "same top-1 for all 12" in said and "opset 20" in said and "x as fast" in said
     for batch in (1, 2, 5):
         given = torch.randn(batch, 3, 4, 32, 32)
         name, logits = in_onnxruntime(tmp_path / "w.onnx", given)
@@ -224,23 +220,22 @@ def in_process(monkeypatch, *arguments):
 
 @pytest.mark.parametrize("kind, suffix", [("onnx", ".onnx"), ("torch", ".pt2")])
 def test_a_mismatch_fails_and_deletes_nothing(kind, suffix, weights_file, monkeypatch, capsys):
+    module, opener = {"onnx": (onnx_format, open_onnx), "torch": (torch_format, open_torch)}[kind]
+
     def opens_another(path):
-        exported = open_exported(path)
+        exported = opener(path)
         return dataclasses.replace(exported, run=lambda inputs: exported.run(inputs) + 0.01)
 
-    monkeypatch.setattr(export, "open_exported", opens_another)
+    monkeypatch.setattr(module, opener.__name__, opens_another)
     out = weights_file.with_name(f"best{suffix}")
     out.write_bytes(b"the good one")
     assert in_process(monkeypatch, "-w", weights_file, "--format", kind, "--out", out) == 1
     assert out.read_bytes() == b"the good one"
     kept = out.with_name(f"best.mismatch{suffix}")
     said = capsys.readouterr().err
-    assert (
-        "synthetic clip 0, view 1 of 3: a logit differs by 0.01, more than 0.001 (float32; so or alike for 12 of 12)"
-        in said
-    )
-    assert f"kept as {kept}; {out} is what it was" in said
-    assert open_exported(kept).classes == CLASSES
+    assert "synthetic clip 0, view 1 of 3: a logit differs by 0.01, more than 0.001 (float32; 12 of 12 differ)" in said
+    assert f"kept as {kept}; {out} is unchanged" in said
+    assert opener(kept).classes == CLASSES
     assert {each.name for each in out.parent.iterdir()} == {out.name, kept.name, "w.safetensors"}
     if kind == "torch":  # and when it is good again
         monkeypatch.undo()
@@ -250,14 +245,14 @@ def test_a_mismatch_fails_and_deletes_nothing(kind, suffix, weights_file, monkey
 
 def test_what_is_broken_off_leaves_nothing(tmp_path):
     (tmp_path / "w.onnx").write_bytes(b"the good one")
-    with pytest.raises(IsADirectoryError), export.verified(tmp_path / "w.onnx") as path:
+    with pytest.raises(IsADirectoryError), verified(tmp_path / "w.onnx") as path:
         path.write_bytes(b"half") and tmp_path.write_bytes(b"fails")
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"the good one"]
 
 
 def test_a_network_too_large_for_one_file(weights, clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_LARGEST_ONNX", 1000)
-    with pytest.raises(InputError, match=r"too large for one ONNX file; take --format torch"):
+    monkeypatch.setattr(onnx_format, "_LARGEST", 1000)
+    with pytest.raises(InputError, match=r"too large for one ONNX file; use --format torch"):
         export_onnx(tmp_path / "w.onnx", weights, clips)
     assert not list(tmp_path.iterdir())
 
@@ -346,12 +341,12 @@ def test_an_onnx_file_that_would_run_for_ever_is_not_opened(onnx_file, clips, tm
     model = onnx.load(onnx_file)
     _with_loop(model.graph)
     onnx.save(model, tmp_path / "loop.onnx")
-    with pytest.raises(InputError, match="loop.onnx: not opened, as it holds .*: loops or functions"):
+    with pytest.raises(InputError, match="loop.onnx: not opened, because it contains .*: loops or functions"):
         open_exported(tmp_path / "loop.onnx")
     model = onnx.load(onnx_file)
     model.functions.append(onnx.helper.make_function("d", "f", [], [], [], []))
     onnx.save(model, tmp_path / "function.onnx")
-    with pytest.raises(InputError, match="function.onnx: not opened, as it holds .*: loops or functions"):
+    with pytest.raises(InputError, match="function.onnx: not opened, because it contains .*: loops or functions"):
         open_exported(tmp_path / "function.onnx")
     model = onnx.load(onnx_file)
     _with_huge(model.graph)
@@ -400,7 +395,7 @@ def test_a_torch_file_that_could_run_code_is_not_opened(torch_file, tmp_path, mo
     monkeypatch.setattr(torch.export, "load", lambda path: pytest.fail("torch was given the file"))
     path = _rewritten(torch_file, tmp_path / "bad.pt2", **change)
     with pytest.raises(
-        InputError, match=f"bad.pt2: not opened, as it holds what export.py does not write: .*{message}"
+        InputError, match=f"bad.pt2: not opened, because it contains what export.py does not write: .*{message}"
     ):
         open_exported(path)
 
@@ -418,8 +413,7 @@ def test_hugging_face_opens_it_with_the_same_logits(attention, qkv_bias, clips, 
 
     weights = make_weights(attention, qkv_bias)
     folder = tmp_path / "my_model"
-    (tmp_path / "results.json").write_text('{"top1": 0.87654321, "videos": 7, "recall": {"ash": 1}}')
-    said = export_hugging_face(folder, weights, clips, results=tmp_path / "results.json")
+    said = export_hugging_face(folder, weights, clips)
     assert "ms in transformers" in said and "same top-1 for all 12" in said
     network = TimesformerForVideoClassification.from_pretrained(folder).eval()
     given = torch.randn(3, 3, 4, 32, 32)
@@ -434,18 +428,44 @@ def test_hugging_face_opens_it_with_the_same_logits(attention, qkv_bias, clips, 
     torch.testing.assert_close(theirs, ours.permute(0, 3, 1, 2), atol=1e-5, rtol=0)
     card = (folder / "README.md").read_text()
     assert "license: apache-2.0" in card and "1. Birke, ü" in card and "# my_model" in card
-    assert "| top1 | 0.8765 |" in card and "| videos | 7 |" in card and "recall" not in card
+    assert "## Evaluation" not in card and "model card without accuracies" in said
     # And our own reader takes it back.
     again = TimeSformer(**weights.model, num_frames=4, image_size=32, num_classes=3)
     report = load_pretrained(again, folder, classes=CLASSES)
     assert not (report.adapted or report.initial or report.left_out)
     assert report.preprocessing == {"mean": PREPROCESSING["mean"], "std": PREPROCESSING["std"]}
-    with pytest.raises(InputError, match=r"my_model: is there already; name a new folder"):
+    with pytest.raises(InputError, match=r"my_model: already exists; name a new folder"):
         export_hugging_face(folder, weights, clips)
 
 
+def test_the_model_card_has_the_numbers_of_the_evaluation(weights, small_data, tmp_path):
+    """From weights to card by the commands alone; not the numbers of other weights, or of other clips."""
+    for name, factor in (("best", 1), ("other", 2)):
+        state = weights.state | {"head.bias": factor * weights.state["head.bias"]}
+        save_weights(tmp_path / f"{name}.safetensors", dataclasses.replace(weights, state=state))
+    settings = ["-o", f"data.test={small_data}/val.csv", "data.workers=0", "device=cpu"]
+    done = run("evaluate.py", "-w", tmp_path / "best.safetensors", *settings)
+    assert done.returncode == 0, done.stderr
+    summary = read_summary(tmp_path / "evaluation" / "results.json")
+
+    def card_of(name, *settings):
+        out = tmp_path / f"card_{name}{len(settings)}"
+        given = "-w", tmp_path / f"{name}.safetensors", "--format", "huggingface", "--out", out
+        done = run("export.py", *given, *settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, (out / "README.md").read_text()
+
+    said, card = card_of("best")
+    assert f"model card with test/top1_1x3_prob {summary['top1']:.4f}" in said
+    assert f"| top1 | {round(summary['top1'], 4)} |" in card and f"| top5 | {summary['top5']} |" in card
+    assert "| protocol | test/top1_1x3_prob |" in card and "| expected | 7 |" in card
+    assert "weights |" not in card and str(tmp_path) not in card
+    for said, card in (card_of("other"), card_of("best", "-o", "data.num_frames=8")):
+        assert "model card without accuracies" in said and "## Evaluation" not in card
+
+
 def test_what_transformers_cannot_say_is_refused(clips, tmp_path):
-    with pytest.raises(InputError, match=r"space_only: .* no mean over them"):
+    with pytest.raises(InputError, match=r"space_only: .* not their mean"):
         export_hugging_face(tmp_path / "out", make_weights("space_only"), clips)
     assert not (tmp_path / "out").exists()
 
@@ -533,7 +553,11 @@ def test_what_is_typed_wrong(weights_file, monkeypatch, tmp_path):
         (f"--format onnx --out {tmp_path}/folder.onnx", "a folder; expected the name of a file"),
         ("--format torch --out a.pt2 --triton x", "--triton is for --format onnx"),
         ("--format torch --out a.pt2 --precision int8", "int8 is for --format onnx"),
-        ("--format huggingface --out a --views 3", "takes no --views and no --precision"),
+        ("--format huggingface --out a --views 3", "--views 3 is for --format onnx and torch"),
+        (
+            "--format huggingface --out a --precision float16",
+            "float16 is for --format onnx and torch; here only",
+        ),
         ("--format onnx --out a.onnx --tensorrt --precision int8", "--tensorrt takes float32 or float16"),
         (
             f"--format onnx --out {tmp_path}/a.onnx --tensorrt",
@@ -545,7 +569,7 @@ def test_what_is_typed_wrong(weights_file, monkeypatch, tmp_path):
         ),
         (f"--format onnx --triton {tmp_path} -o name=a/b", "expected no / in it"),
         (f"--format onnx --triton {tmp_path} -o name=..", "expected no / in it"),
-        (f"--format onnx --out {tmp_path}/a.onnx --videos a.csv b.csv", "expected files of videos, or one manifest"),
+        (f"--format onnx --out {tmp_path}/a.onnx --videos a.csv b.csv", "expected video files, or one manifest"),
     ]:
         with pytest.raises(InputError, match=message):
             in_process(monkeypatch, "-w", weights_file, *arguments.split())
@@ -559,7 +583,7 @@ def test_what_is_not_installed_is_named(weights_file, weights, clips, onnx_file,
             with pytest.raises(InputError, match=f"needs {name}: pip install onnx onnxscript onnxruntime"):
                 export_onnx(tmp_path / "w.onnx", weights, clips)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"w.onnx: to open it: pip install onnxruntime"):
+    with pytest.raises(InputError, match=r"w.onnx: cannot be opened without onnxruntime: pip install onnxruntime"):
         open_exported(onnx_file)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "NOT VERIFIED: transformers cannot be imported" in export_hugging_face(tmp_path / "hf", weights, clips)
@@ -568,7 +592,7 @@ def test_what_is_not_installed_is_named(weights_file, weights, clips, onnx_file,
 def test_more_frames_than_the_weights_have(weights_file, clips, tmp_path):
     weights, config, _ = open_weights(str(weights_file), None, ["data.num_frames=8"])
     clips = clips_to_compare(weights, config, [], None, beside=weights_file)
-    assert clips.said == "compared on synthetic clips; name real ones with --videos"
+    assert clips.origin == "compared on synthetic clips; name real ones with --videos"
     export_torch(tmp_path / "w.pt2", weights, clips)
     exported = open_exported(tmp_path / "w.pt2")
     assert exported.input_shape == (3, 8, 32, 32) and exported.preprocessing["num_frames"] == 8
@@ -583,9 +607,9 @@ def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, m
         with start_process("cpu") as process:
             return clips_to_compare(weights, config, list(videos), process, beside=weights_file)
 
-    monkeypatch.setattr(export, "_MOST_VIDEOS", 3)
+    monkeypatch.setattr(verification, "_MOST_VIDEOS", 3)
     some = ask(val=f"{small_data}/val.csv")
-    assert some.said == f"compared on 3 of the 7 videos in {small_data}/val.csv" and some.views.shape[:3] == (3, 3, 3)
+    assert some.origin == f"compared on 3 of the 7 videos in {small_data}/val.csv" and some.views.shape[:3] == (3, 3, 3)
     assert [name.rsplit("/")[-1] for name in some.names] == ["val_0.mp4", "val_2.mp4", "val_4.mp4"]
     bad = tmp_path / "bad.mp4"
     whole = (small_data / "val_0.mp4").read_bytes()
@@ -593,17 +617,19 @@ def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, m
     with pytest.raises(InputError, match=r"--videos .*bad.mp4: not a video that FFmpeg can read"):
         ask([str(bad)])
     (tmp_path / "config.yaml").write_text("data: {val: gone.csv}")
-    assert ask().said.startswith(f"{tmp_path}/config.yaml names gone.csv, which is not there; compared on synthetic")
+    assert ask().origin.startswith(
+        f"{tmp_path}/config.yaml names gone.csv, which does not exist; compared on synthetic"
+    )
     (tmp_path / "other.yaml").write_text(f"data: {{val: {small_data}/val.csv}}")
     for text, reason in (
         ("base: other.yaml", "names another file"),
         ("name: ${oc.env:HOME}", "a value to be filled in"),
     ):
         (tmp_path / "config.yaml").write_text(text)
-        assert reason in ask().said and "compared on synthetic" in ask().said
+        assert reason in ask().origin and "compared on synthetic" in ask().origin
         assert triton_name(Config(), beside=tmp_path / "w.safetensors") == "timesformer"
     (tmp_path / "config.yaml").write_text("data: {vale: gone.csv}")
-    assert "unknown key data.vale" in ask().said and "compared on synthetic clips" in ask().said
+    assert "unknown key data.vale" in ask().origin and "compared on synthetic clips" in ask().origin
 
 
 def test_how_tensorrt_is_asked_for(weights, clips, onnx_file, tmp_path, monkeypatch):
@@ -618,7 +644,7 @@ def test_how_tensorrt_is_asked_for(weights, clips, onnx_file, tmp_path, monkeypa
     path = shutil.copy(onnx_file, tmp_path / "w.onnx")
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     with pytest.raises(InputError, match=r"could not start TensorrtExecutionProvider"):
-        export.build_tensorrt(path, weights, clips, views=1, precision="float16")
+        build_tensorrt(path, weights, clips, views=1, precision="float16")
     name, options = asked[-1][0]
     assert name == "TensorrtExecutionProvider" and options["trt_fp16_enable"] is True
     assert options["trt_profile_min_shapes"] == "clips:1x3x4x32x32"

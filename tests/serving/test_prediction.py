@@ -21,12 +21,14 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, probe
 from evaluation.evaluate import evaluate
 from model import attention_rollout
-from serving import export, prediction
+from serving import prediction
 from serving import video_arguments as inputs
-from serving.export import Clips, export_onnx, export_torch
 from serving.features import Features
 from serving.formats import as_json, clock, csv_columns, csv_rows
+from serving.onnx_format import export_onnx
 from serving.prediction import open_model, predict
+from serving.torch_format import export_torch
+from serving.verification import Clips, synthetic_views
 from tests.commands import PROJECT, run
 from tests.videos import textured, write_video
 
@@ -161,7 +163,7 @@ def test_a_glob_follows_links_but_no_loops(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gone*.mp4"], r"gone\*.mp4: no file and no pattern that any file fits"),
+        (["gone*.mp4"], r"gone\*.mp4: no such file, and no file matches it as a pattern"),
         (["empty"], "empty: no videos in this folder or below it"),
         (["empty.csv"], "empty.csv: no videos in it"),
         (["gone.csv"], "gone.csv: no such manifest"),
@@ -298,7 +300,7 @@ def test_windows_are_the_means_of_their_crops_and_the_video_that_of_all(weights_
 def test_memory_for_windows_is_bounded_whatever_the_video():
     hd = probe_like(width=1920, height=1080)
     small = probe_like(width=340, height=256)
-    at_once = prediction._windows_at_once
+    at_once = prediction._windows_per_sample
     assert at_once(Manifest([small]), 10, 8) == 10
     for video, num_windows in ((hd, 60), (small, 60), (hd, 1), (probe_like(width=7680, height=4320), 7)):
         count = at_once(Manifest([small, video]), num_windows, 8)
@@ -386,7 +388,7 @@ def test_explanations_are_the_rollout_of_the_middle_crop(weights_file, small_dat
 def exported_files(weights_file):
     """By suffix; in the .onnx file the mean over three views is inside."""
     weights = load_weights(weights_file)
-    clips = Clips(export._synthetic(weights), [f"clip {number}" for number in range(4)], "compared on four")
+    clips = Clips(synthetic_views(weights), [f"clip {number}" for number in range(4)], "compared on four")
     export_onnx(weights_file.with_name("w.onnx"), weights, clips, views=3)
     export_torch(weights_file.with_name("w.pt2"), weights, clips)
     return {suffix: weights_file.with_name(f"w.{suffix}") for suffix in ("onnx", "pt2")}
