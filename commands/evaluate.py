@@ -18,15 +18,15 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Evaluate weights on the videos of a manifest.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
         "-w",
         "--weights",
         action="append",
         help="best.safetensors of a run, or with -c third-party weights; several -w: an ensemble",
     )
-    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, or their results.json")
-    what.add_argument("--report", type=Path, metavar="DIR", help="only rewrite report.html in a folder of results")
+    mode.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, or their results.json")
+    mode.add_argument("--report", type=Path, metavar="DIR", help="only rewrite report.html in a folder of results")
     parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
     parser.add_argument(
         "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"

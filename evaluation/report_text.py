@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def printable(text: object) -> str:
-    """`text` with escape sequences for what cannot be shown: bytes that are not UTF-8, control characters, changes of
-    the writing direction."""
+    """`text` with escape sequences for bytes that are not UTF-8, control characters, and changes of the writing
+    direction."""
     return re.sub(
         "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
         lambda match: _escape_sequence(ord(match[0])),

@@ -71,29 +71,29 @@ def load_pretrained(
     `WeightsError` for any other difference.
     """
     file = read_weights_file(os.fspath(source))
-    origin, theirs, is_image = _our_names(file)
+    origin, tensors, is_image = _our_names(file)
     report = LoadReport(os.fspath(source), origin, preprocessing=file.preprocessing)
-    ours = model.state_dict()
+    expected = model.state_dict()
     if file.num_heads not in (None, model.num_heads):
         raise WeightsError(
             f"{file.path}: has {file.num_heads} attention heads, the network {model.num_heads}; set num_heads"
         )
-    if theirs.pop(AVERAGED_COUNT, None) is not None:
+    if tensors.pop(AVERAGED_COUNT, None) is not None:
         report.left_out[AVERAGED_COUNT] = "counts the networks that were averaged"
     if is_image:
-        for name in [name for name in theirs if name.startswith("pre_logits.")]:
+        for name in [name for name in tensors if name.startswith("pre_logits.")]:
             report.left_out[name] = "part of the image classifier"
-            del theirs[name]
-    _adapt_head(report, theirs, ours, file.classes, classes, is_image)
-    _resize_embeddings(report, theirs, ours)
-    _initialise_time(report, theirs, ours)
-    _check_complete(report, theirs, ours)
-    report.loaded = [name for name in theirs if name not in report.adapted]
-    model.load_state_dict(ours | theirs)
+            del tensors[name]
+    _adapt_head(report, tensors, expected, file.classes, classes, is_image)
+    _resize_embeddings(report, tensors, expected)
+    _initialise_time(report, tensors, expected)
+    _check_complete(report, tensors, expected)
+    report.loaded = [name for name in tensors if name not in report.adapted]
+    model.load_state_dict(expected | tensors)
     return report
 
 
-# -- from their names to ours --
+# -- from the names in the file to ours --
 
 _HUGGING_FACE_NAMES = {
     "timesformer.": "",
@@ -129,7 +129,7 @@ def _our_names(file: WeightsFile) -> tuple[str, dict[str, Tensor], bool]:
         origin, rename = "PaddleVideo", lambda name: re.sub(r"^head\.fc\.", "head.", name)
     else:
         is_image = not file.is_ours and not any("time_embed" in name or "temporal" in name for name in tensors)
-        origin, rename = "ours" if file.is_ours else "an image ViT" if is_image else "a TimeSformer", str
+        origin, rename = "train.py" if file.is_ours else "an image ViT" if is_image else "a TimeSformer", str
         if prefix.endswith("model."):
             origin, is_image = "facebookresearch/TimeSformer", False
     tensors = _renamed(file.path, tensors, rename)
@@ -169,16 +169,16 @@ def _renamed(path: str, tensors: dict[str, Tensor], rename: Callable[[str], str]
 
 def from_hugging_face(name: str) -> str:
     """timesformer.encoder.layer.3.attention.attention.qkv.weight -> blocks.3.attn.qkv.weight"""
-    for theirs, ours in _HUGGING_FACE_NAMES.items():
-        name = name.replace(theirs, ours)
+    for their_part, our_part in _HUGGING_FACE_NAMES.items():
+        name = name.replace(their_part, our_part)
     return name
 
 
 def to_hugging_face(name: str) -> str:
     """blocks.3.attn.qkv.weight -> timesformer.encoder.layer.3.attention.attention.qkv.weight"""
-    for theirs, ours in reversed(_HUGGING_FACE_NAMES.items()):
-        if ours:  # only whole parts of the name: norm1. is also the end of temporal_norm1.
-            name = re.sub(rf"(?<!\w){re.escape(ours)}", theirs, name)
+    for their_part, our_part in reversed(_HUGGING_FACE_NAMES.items()):
+        if our_part:  # only whole parts of the name: norm1. is also the end of temporal_norm1.
+            name = re.sub(rf"(?<!\w){re.escape(our_part)}", their_part, name)
     return name if name.startswith("classifier.") else f"timesformer.{name}"
 
 
@@ -187,31 +187,31 @@ def to_hugging_face(name: str) -> str:
 
 def _adapt_head(
     report: LoadReport,
-    theirs: dict[str, Tensor],
-    ours: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    expected: dict[str, Tensor],
     their_classes: Sequence[str] | None,
     classes: Sequence[str] | None,
     is_image: bool,
 ) -> None:
-    head = [name for name in ours if name.startswith("head.")]
-    if not any(name.startswith("head.") for name in theirs):
+    head = [name for name in expected if name.startswith("head.")]
+    if not any(name.startswith("head.") for name in tensors):
         for name in head:
             report.initial[name] = "a new head: the file has none"
         return
-    number = len(theirs["head.weight"]) if "head.weight" in theirs and theirs["head.weight"].ndim == 2 else 0
+    number = len(tensors["head.weight"]) if "head.weight" in tensors and tensors["head.weight"].ndim == 2 else 0
     if not number:
         return  # half a head: `_check_complete` reports it
     if is_image:
         reason = f"the file's {number} classes are image classes"
-    elif number != len(ours["head.weight"]):
-        reason = f"{number} classes in the file, {len(ours['head.weight'])} here"
+    elif number != len(expected["head.weight"]):
+        reason = f"{number} classes in the file, {len(expected['head.weight'])} here"
     elif classes is not None and their_classes is not None and not _same_names(classes, their_classes):
         reason = f"the file's {number} classes have other names"
     else:
         return
     for name in head:
         report.initial[name] = f"a new head: {reason}"
-        theirs.pop(name, None)
+        tensors.pop(name, None)
 
 
 def _same_names(one: Sequence[str], other: Sequence[str]) -> bool:
@@ -220,21 +220,21 @@ def _same_names(one: Sequence[str], other: Sequence[str]) -> bool:
     return plain[0] == plain[1]
 
 
-def _resize_embeddings(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _resize_embeddings(report: LoadReport, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Resizes the position embedding by bilinear interpolation with aligned corners, and the time embedding to the
     nearest, as all origins do. (PaddleVideo uses scipy.ndimage.zoom of order 1 for positions, which for some sizes
     writes zeros into the last row and column; this does not.)"""
-    pos, target = theirs.get("pos_embed"), ours["pos_embed"]
+    pos, target = tensors.get("pos_embed"), expected["pos_embed"]
     if pos is not None and _may_resize(pos, target):
         side, new_side = (math.isqrt(value.shape[1] - 1) for value in (pos, target))
         if side and side**2 + 1 == pos.shape[1]:
             grid = torch.unflatten(pos[:, 1:].double().transpose(1, 2), 2, (side, side))
             grid = interpolate(grid, (new_side, new_side), mode="bilinear", align_corners=True)
-            theirs["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
+            tensors["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
             report.adapted["pos_embed"] = f"resized from {side} x {side} to {new_side} x {new_side} patches"
-    time, time_target = theirs.get("time_embed"), ours.get("time_embed")
+    time, time_target = tensors.get("time_embed"), expected.get("time_embed")
     if time is not None and time_target is not None and _may_resize(time, time_target):
-        theirs["time_embed"] = interpolate(time.float().transpose(1, 2), time_target.shape[1]).transpose(1, 2)
+        tensors["time_embed"] = interpolate(time.float().transpose(1, 2), time_target.shape[1]).transpose(1, 2)
         report.adapted["time_embed"] = f"resized from {time.shape[1]} to {time_target.shape[1]} frames, to the nearest"
 
 
@@ -244,19 +244,19 @@ def _may_resize(value: Tensor, target: Tensor) -> bool:
     return are_alike and value.shape[1] != target.shape[1]
 
 
-def _initialise_time(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _initialise_time(report: LoadReport, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Initialises attention over time for weights without it, so that the network starts as those weights."""
-    if any("temporal" in name for name in theirs):
+    if any("temporal" in name for name in tensors):
         return
-    for name, value in ours.items():
+    for name, value in expected.items():
         if "temporal_fc" in name:
-            theirs[name] = torch.zeros_like(value)
+            tensors[name] = torch.zeros_like(value)
             report.adapted[name] = "zero: at first, other frames have no influence"
-        elif "temporal" in name and (spatial := name.replace("temporal_", "")) in theirs:
-            theirs[name] = theirs[spatial].clone()
+        elif "temporal" in name and (spatial := name.replace("temporal_", "")) in tensors:
+            tensors[name] = tensors[spatial].clone()
             report.adapted[name] = "copied from the attention over space and its norm"
-    if "time_embed" in ours and "time_embed" not in theirs:
-        theirs["time_embed"] = torch.zeros_like(ours["time_embed"])
+    if "time_embed" in expected and "time_embed" not in tensors:
+        tensors["time_embed"] = torch.zeros_like(expected["time_embed"])
         report.adapted["time_embed"] = "zero: not in the file"
 
 
@@ -265,19 +265,19 @@ def _initialise_time(report: LoadReport, theirs: dict[str, Tensor], ours: dict[s
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-def _check_complete(report: LoadReport, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _check_complete(report: LoadReport, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raises `WeightsError`, with hints, unless every tensor of the file and of the network is explained."""
-    missing = [name for name in ours if name not in theirs and name not in report.initial]
-    unknown = [name for name in theirs if name not in ours]
+    missing = [name for name in expected if name not in tensors and name not in report.initial]
+    unknown = [name for name in tensors if name not in expected]
     problems = [
         f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for what, names in (("it lacks", missing), ("the network has no", unknown))
         if names
     ]
     problems += [
-        f"{name} is {_shape(theirs[name])} there, {_shape(ours[name])} here"
-        for name in ours
-        if name in theirs and theirs[name].shape != ours[name].shape
+        f"{name} is {_shape(tensors[name])} there, {_shape(expected[name])} here"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
     ][:3]
     if not problems:
         return
@@ -286,11 +286,13 @@ def _check_complete(report: LoadReport, theirs: dict[str, Tensor], ours: dict[st
         for names, bias in ((unknown, True), (missing, False))
         if any(name.endswith("attn.qkv.bias") for name in names)
     ]
-    if any("temporal" in name for name in unknown) and not any("temporal" in name for name in ours):
+    if any("temporal" in name for name in unknown) and not any("temporal" in name for name in expected):
         hints.append("it attends over time and space in turn: set attention to divided_space_time")
-    depth, our_depth = (len({found[1] for found in map(_BLOCK.match, names) if found}) for names in (theirs, ours))
-    if depth != our_depth:
-        hints.append(f"it has {depth} blocks, the network {our_depth}: set depth")
+    depth, expected_depth = (
+        len({found[1] for found in map(_BLOCK.match, names) if found}) for names in (tensors, expected)
+    )
+    if depth != expected_depth:
+        hints.append(f"it has {depth} blocks, the network {expected_depth}: set depth")
     raise WeightsError(f"{report.source} ({report.origin}) does not fit the network: {'; '.join(problems + hints)}")
 
 

@@ -114,7 +114,7 @@ def open_onnx(path: Path) -> Exported:
     except (ValueError, IndexError):  # an empty file, or no protocol buffer
         raise InputError(f"{path}: not an ONNX file, or a damaged one") from None
     if may_loop:
-        raise InputError(f"{path}: not opened, because it contains what export.py does not write: loops or functions")
+        raise InputError(f"{path}: refused, because export.py never writes loops or functions")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors, which are also raised

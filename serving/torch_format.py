@@ -61,8 +61,8 @@ def open_torch(path: Path) -> Exported:
             metadata = json.loads(archive.read(names[0])) if names else {}
             # Before torch opens it: a file that export.py did not write is not opened at all.
             header = read_header(path, metadata, format=FORMAT)
-            if problem := _problem(archive, path.stat().st_size):
-                raise InputError(f"{path}: not opened, because it contains what export.py does not write: {problem}")
+            if problem := _forbidden_content(archive, path.stat().st_size):
+                raise InputError(f"{path}: refused, because export.py never writes {problem}")
             if (damaged := archive.testzip()) is not None:
                 raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
     except InputError:
@@ -100,7 +100,7 @@ _TEXTS = {  # patterns for the values of these keys, at any depth; all others ar
 _WORD = r"[\w.+-]*"
 
 
-def _problem(archive: zipfile.ZipFile, size: int) -> str:
+def _forbidden_content(archive: zipfile.ZipFile, size: int) -> str:
     """What in a .pt2 file of `size` bytes could make torch 2.13 run code or fill the memory; "" if nothing could. torch
     unpickles entries marked as pickles, looks functions up by name, generates Python from the names of values, and
     evaluates expressions and guards."""
@@ -118,7 +118,7 @@ def _problem(archive: zipfile.ZipFile, size: int) -> str:
         if re.search(r"/(model|\w+_config)\.json$", member.filename):
             content = json.loads(archive.read(member))
             if any(entry["use_pickle"] is not False for entry in content.get("config", {}).values()):
-                return f"pickles, says {member.filename}"
+                return f"pickles ({member.filename})"
             if text := _suspicious_text(content):
                 return text
     return ""

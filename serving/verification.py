@@ -54,6 +54,8 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Clips:
+    """Real or synthetic clips to compare networks on."""
+
     views: Tensor
     """float32 [N, 3, 3, T, S, S]: three views of each of N videos, normalised."""
     names: list[str]
@@ -182,18 +184,18 @@ def compare(
         expected, found = reference(inputs[batch]), exported(inputs[batch])
         if found.shape != expected.shape or found.dtype != torch.float32:
             raise MismatchError(f"it gives {found.dtype} {tuple(found.shape)}; expected {tuple(expected.shape)}")
-        for number, ours, theirs in zip(batch, expected, found, strict=True):
-            difference, limit = (ours - theirs).abs().max().item(), _limit(precision, ours)
+        for number, original, copy in zip(batch, expected, found, strict=True):
+            difference, limit = (original - copy).abs().max().item(), _limit(precision, original)
             largest = max(largest, difference)
             if not difference <= limit:  # NaN is not
                 wrong.setdefault(number, f"a {unit} differs by {difference:.2g}, more than {limit:.2g}")
-            elif ours.argmax() != theirs.argmax():
-                top = f"the top-1 is class {theirs.argmax()}, that of the network is {ours.argmax()}"
+            elif original.argmax() != copy.argmax():
+                top = f"the top-1 is class {copy.argmax()}, that of the network is {original.argmax()}"
                 wrong.setdefault(number, f"{top}; a {unit} differs by {difference:.2g}")
     if wrong:
-        number, what = next(iter(wrong.items()))
+        number, difference_text = next(iter(wrong.items()))
         name = clips.names[number] if views > 1 else f"{clips.names[number // 3]}, view {number % 3 + 1} of 3"
-        raise MismatchError(f"{name}: {what} ({precision}; {len(wrong)} of {count} differ)")
+        raise MismatchError(f"{name}: {difference_text} ({precision}; {len(wrong)} of {count} differ)")
     return f"largest difference of a {unit} {largest:.2g}, same top-1 for all {count}"
 
 

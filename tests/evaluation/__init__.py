@@ -1,4 +1,4 @@
-"""How tests of evaluations make one."""
+"""Helpers of the tests of evaluations."""
 
 import dataclasses
 

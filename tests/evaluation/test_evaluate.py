@@ -1,4 +1,4 @@
-"""evaluate.py and predict.py: every video once, the same numbers whoever computes them."""
+"""evaluate.py and predict.py: every video once, and the same numbers however they are computed."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ IN_PROCESS = ("device=cpu", "data.workers=0")
 
 @pytest.fixture
 def weights_file(config_file, tmp_path):
-    """Weights that say something different of every video."""
+    """Weights whose predictions differ from video to video."""
     config = load_config(str(config_file))
     torch.manual_seed(3)
     network = build_network(config.model, preprocessing(config.data), 3)
@@ -73,7 +73,7 @@ class Evaluated:
 
 
 @pytest.mark.parametrize("protocol", [Protocol(1, 1), Protocol(3, 3), Protocol(2, 3, "score")], ids=lambda p: p.name)
-def test_every_protocol_is_what_a_slow_computation_says(weights_file, small_data, protocol):
+def test_every_protocol_matches_a_plain_computation(weights_file, small_data, protocol):
     weights = load_weights(weights_file)
     config = load_config(
         None, ["data.stride=1", "data.target_fps=25"], defaults={"model": weights.model, "data": weights.preprocessing}
@@ -140,7 +140,7 @@ def partly_bad(small_data, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_every_video_once_for_any_number_of_processes_and_any_batch_size(weights_file, partly_bad, tmp_path, processes):
+def test_results_match_for_any_number_of_processes_and_batch_size(weights_file, partly_bad, tmp_path, processes):
     with start_process("cpu") as process:
         found = evaluations(weights_file, partly_bad, process)
     expected = found[0]
@@ -312,7 +312,7 @@ class Overflowing:
 
 
 @pytest.mark.parametrize("average", ["prob", "score"])
-def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, average):
+def test_an_output_that_is_not_finite_counts_as_unreadable(weights_file, small_data, average):
     weights = load_weights(weights_file)
     config = load_config(None, ["data.workers=0"], defaults=weights.config())
     bad, manifest = [2, 5, 8, 11], Manifest.read(small_data / "train.csv")
@@ -330,7 +330,7 @@ def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, average)
     assert right.any() and result.members.tolist() == [[right.sum().item(), 9]]
 
 
-def test_weights_take_more_frames_and_no_other_crops(weights_file, small_data, tmp_path, in_process):
+def test_weights_adapt_to_more_frames_but_not_to_other_crops(weights_file, small_data, tmp_path, in_process):
     settings = ["-w", weights_file, "--out", tmp_path / "out", "-o", f"data.test={small_data}/val.csv", *IN_PROCESS]
     status, said, errors = in_process(command.main, *settings, "data.num_frames=16")
     assert status == 0 and "time_embed" in said and "resized" in said, said + errors
@@ -368,7 +368,7 @@ def test_windows_are_other_frames_of_the_video(weights_file, tmp_path):
         assert all((one - two).abs().max() > 1e-4 for one, two in itertools.pairwise(views[:4]))
 
 
-def test_a_packed_manifest_is_evaluated_as_its_videos_are(weights_file, small_data, tmp_path, in_process):
+def test_a_packed_manifest_gives_the_results_of_its_videos(weights_file, small_data, tmp_path, in_process):
     packed, left_out = pack(
         small_data / "train.csv", tmp_path / "shards", shard_bytes=50_000, crew=WorkerPool(workers=1)
     )
@@ -388,7 +388,7 @@ def test_a_packed_manifest_is_evaluated_as_its_videos_are(weights_file, small_da
     assert page.read_bytes() == first
 
 
-def test_videos_below_a_url_are_evaluated_as_files_are(weights_file, small_data, tmp_path, in_process):
+def test_videos_below_a_url_give_the_results_of_files(weights_file, small_data, tmp_path, in_process):
     manifest = Manifest.read(small_data / "train.csv")
     memory = fsspec.filesystem("memory")
     for row in range(len(manifest)):

@@ -1,4 +1,4 @@
-"""report.html: the numbers of an evaluation, the right pictures, nothing fetched, and a page that works."""
+"""report.html: the numbers of an evaluation, the right frames, nothing fetched, and a page that works."""
 
 import base64
 import csv
@@ -169,7 +169,7 @@ def test_calibration_error_by_hand(evaluation):
 
 
 def pictures_of(page):
-    """Row -> its pictures, uint8 [N, S, S, 3]."""
+    """Row -> its frames, uint8 [N, S, S, 3]."""
     found, row = {}, None
     for tag, attributes, _ in page.elements:
         if tag == "article":
@@ -192,8 +192,8 @@ def test_the_most_confident_mistakes_are_shown(evaluation, most):
         assert (card["data-label"], len(each)) == (str(row % 3), 4)
 
 
-def test_pictures_are_what_the_network_saw(tmp_path):
-    """Also of videos that are shown turned, and of a long one whose frames are far apart."""
+def test_frames_are_those_that_the_network_saw(tmp_path):
+    """Including rotated videos, and a long one whose frames are far apart."""
     videos = []
     for number, (rotation, count) in enumerate([(0, 9), (90, 7), (180, 7), (270, 60)]):
         path = tmp_path / f"{number}.mp4"
@@ -235,7 +235,7 @@ NASTY = (
 
 @pytest.fixture
 def nasty(tmp_path):
-    """Names and paths that a page could trip over; no manifest by now."""
+    """Names and paths that could break a page; the manifest is gone."""
     paths = [
         "<img src=x onerror=alert(1)>.mp4",
         "a,\"b\"\n'c'.mp4",
@@ -263,7 +263,7 @@ def test_names_are_escaped(nasty):
     assert "\\u202ee.mp4" in [text for _, text in page.all("td", **{"class": "path"})]
 
 
-def test_a_manifest_or_video_that_is_gone_costs_its_pictures_only(evaluation, small_data, tmp_path):
+def test_a_missing_manifest_or_video_costs_only_its_frames(evaluation, small_data, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(small_data, moved)
     results = json.loads((evaluation / "results.json").read_text())
@@ -326,7 +326,7 @@ def replace(name, old, new):
         (replace("predictions.csv", "\n1,", "\n"), "predictions.csv:3: 12 columns, but the header names 13"),
     ],
 )
-def test_files_that_are_missing_or_of_another_kind(evaluation, change, message):
+def test_missing_and_wrong_files_are_errors(evaluation, change, message):
     change(evaluation)
     with pytest.raises(InputError, match=message):
         write_report(evaluation)
@@ -349,7 +349,7 @@ canvas.setPointerCapture = () => {};  // there is no such pointer
 
 
 def opened(path, tmp_path, fragment="", *, script="", width=1280):
-    """The page as headless Chromium has it after `script` ran, and its root's attributes."""
+    """The page in headless Chromium after `script` ran, and the attributes of its root."""
     page = tmp_path / "opened.html"
     wide = "root.fits = document.documentElement.scrollWidth <= innerWidth;"
     page.write_text(f"{path.read_text(encoding='utf-8')}<script>{HOOKS}{script}{wide}</script>", encoding="utf-8")
@@ -421,7 +421,7 @@ def test_nasty_names_in_the_browser(nasty, tmp_path):
 
 
 def test_400_classes_and_20000_videos(tmp_path):
-    """As large as Kinetics-400's validation; what it took is printed with -s."""
+    """As large as Kinetics-400's validation; -s prints size and time."""
     random = np.random.default_rng(0)
     labels = np.arange(20_000) % 399  # one class has no video
     videos = [

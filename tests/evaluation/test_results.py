@@ -1,4 +1,4 @@
-"""Files of an evaluation, intervals, and the comparison of two."""
+"""Files of an evaluation, intervals, and the comparison of two evaluations."""
 
 import dataclasses
 import errno
@@ -25,7 +25,7 @@ def results_of(labels=(0, 1, 1, 0), paths=("a, b.mp4", "b.mp4", "c.mp4", "d.mp4"
     )
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_results_are_read_back(tmp_path):
     results = results_of()
     summary = results.summary
     assert (summary["top1"], summary["top5"], summary["mean_class_accuracy"]) == (0.5, 0.75, 0.5)
@@ -84,6 +84,6 @@ def test_comparing_needs_the_same_classes_and_videos():
 
 
 @pytest.mark.parametrize("settings", [(0, 3), (1, 2), (2, 1), (1, 3, "sum")])
-def test_protocols_that_there_are_not(settings):
+def test_protocols_that_do_not_exist(settings):
     with pytest.raises(InputError, match="--"):
         Protocol(*settings)

@@ -1,4 +1,4 @@
-"""predict.py: whatever videos are named, in their order, as they come; windows, features, explanations."""
+"""predict.py: predictions in the order of the arguments, as they arrive; windows, features, explanations."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ CLASSES = ("ash", "birch", "cedar, Lebanese")
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory):
-    """Weights that say something different of every video, of windows of 6.7 frames (the videos have 6 to 18)."""
+    """Weights whose predictions differ from video to video; windows of 6.7 frames (the videos have 6 to 18)."""
     settings = ["data.num_frames=4", "data.crop_size=32", "data.stride=2", "data.mean=[0.4,0.5,0.6]"]
     small = ["model.embed_dim=24", "model.depth=2", "model.num_heads=3"]
     config = load_config(None, [*settings, *small])
@@ -54,7 +54,7 @@ def weights_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed(small_data, tmp_path_factory):
-    """A manifest with turned videos and unreadable ones among others: bad.csv, in a folder of its own."""
+    """A manifest in its own folder, with rotated and unreadable videos among others."""
     folder = tmp_path_factory.mktemp("mixed")
     manifest = Manifest.read(small_data / "val.csv")
     turned = [
@@ -77,7 +77,7 @@ def predictions(weights_file, videos, *, overrides=(), **settings):
 # -- the same as evaluation --
 
 
-def test_a_manifest_is_predicted_as_it_is_evaluated_by_its_own_rows(weights_file, mixed, monkeypatch):
+def test_predicting_a_manifest_matches_its_evaluation_without_probing(weights_file, mixed, monkeypatch):
     weights, config, _ = open_model(str(weights_file), None, ["data.workers=0", "device=cpu"])
     with start_process("cpu") as process:
         result = evaluate(config, [weights], Manifest.read(mixed), process)
@@ -93,7 +93,7 @@ def test_a_manifest_is_predicted_as_it_is_evaluated_by_its_own_rows(weights_file
     assert len({each.probabilities.argmax().item() for each in found if not each.reason}) > 1
 
 
-def test_chunks_change_nothing_and_the_first_answer_waits_for_one_only(weights_file, small_data, monkeypatch):
+def test_chunks_do_not_change_predictions_and_the_first_waits_for_one_chunk(weights_file, small_data, monkeypatch):
     files = sorted(small_data.glob("val_*"))
     whole = list(predictions(weights_file, files))
     probed = []
@@ -108,7 +108,7 @@ def test_chunks_change_nothing_and_the_first_answer_waits_for_one_only(weights_f
         torch.testing.assert_close(a.probabilities, b.probabilities, atol=1e-6, rtol=0)
 
 
-def test_a_bad_disk_and_a_file_that_takes_for_ever_cost_no_other_its_answer(weights_file, small_data, tmp_path):
+def test_a_bad_disk_and_a_slow_file_do_not_affect_other_videos(weights_file, small_data, tmp_path):
     names = ("a.webm", "b.mp4", "c.avi", "d.webm")
     for name in ("a.webm", "d.webm"):
         (tmp_path / name).symlink_to(small_data / "val_1.webm")
@@ -170,7 +170,7 @@ def test_a_glob_follows_links_but_no_loops(tmp_path):
         (["-", "a.mp4", "-"], "named 2 times"),
     ],
 )
-def test_what_stands_for_nothing_is_an_error(tmp_path, monkeypatch, arguments, message):
+def test_arguments_without_match_are_errors(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     Manifest(()).write(tmp_path / "empty.csv")
@@ -178,7 +178,7 @@ def test_what_stands_for_nothing_is_an_error(tmp_path, monkeypatch, arguments, m
         inputs.find_videos(arguments)
 
 
-def test_a_producer_that_waits_for_its_answer_gets_it(weights_file, small_data):
+def test_a_producer_that_waits_for_its_prediction_gets_it(weights_file, small_data):
     command = [sys.executable, PROJECT / "predict.py", "-w", weights_file, "-", "--json", "--device", "cpu"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for name in ("val_0.mp4", "gone.mp4", "val_1.webm"):
@@ -233,7 +233,7 @@ def test_stdin_in_pieces_and_encodings(monkeypatch, content, expected, pieces):
     assert [path for chunk in inputs.chunks([inputs.STDIN]) for path in chunk.videos] == expected
 
 
-def test_folders_with_links_and_what_is_passed_over(weights_file, small_data, tmp_path):
+def test_folders_with_links_and_other_files(weights_file, small_data, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "n.txt").touch()
     (tmp_path / "more").mkdir()
@@ -244,7 +244,7 @@ def test_folders_with_links_and_what_is_passed_over(weights_file, small_data, tm
     assert done.stderr == "videos: 1 file passed over: 1 .txt\n"
 
 
-def test_answers_as_json_and_csv_keep_the_order_also_of_bad_videos(weights_file, mixed, small_data, tmp_path):
+def test_json_and_csv_keep_the_order_even_of_bad_videos(weights_file, mixed, small_data, tmp_path):
     named = [small_data / "val_6.mp4", mixed.parent / "gone.mp4", f"{small_data}/val_[01].*", mixed]
     files = [named[0], named[1], small_data / "val_0.mp4", small_data / "val_1.webm"]
     rows = Manifest.read(mixed)
@@ -272,7 +272,7 @@ def test_answers_as_json_and_csv_keep_the_order_also_of_bad_videos(weights_file,
 
 
 @pytest.mark.parametrize("most_bytes", [1 << 30, 3 * 40 * 64 * 4 * 2], ids=["at once", "in parts"])
-def test_windows_are_the_means_of_their_crops_and_the_video_that_of_all(weights_file, mixed, monkeypatch, most_bytes):
+def test_windows_average_their_crops_and_the_video_averages_all(weights_file, mixed, monkeypatch, most_bytes):
     monkeypatch.setattr(prediction, "_MOST_BYTES", most_bytes)
     weights = load_weights(weights_file)
     config, network = load_config(None, defaults=weights.config()), weights.build()
@@ -336,7 +336,7 @@ def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
 # -- features, explanations --
 
 
-def test_features_are_the_mean_of_what_the_head_sees(weights_file, mixed, tmp_path):
+def test_features_are_the_mean_input_of_the_head(weights_file, mixed, tmp_path):
     weights = load_weights(weights_file)
     config, network = load_config(None, defaults=weights.config()), weights.build()
     features = Features(tmp_path / "f.npz")
@@ -386,7 +386,7 @@ def test_explanations_are_the_rollout_of_the_middle_crop(weights_file, small_dat
 
 @pytest.fixture(scope="module")
 def exported_files(weights_file):
-    """By suffix; in the .onnx file the mean over three views is inside."""
+    """By suffix; the .onnx file averages over three views itself."""
     weights = load_weights(weights_file)
     clips = Clips(synthetic_views(weights), [f"clip {number}" for number in range(4)], "compared on four")
     export_onnx(weights_file.with_name("w.onnx"), weights, clips, views=3)
@@ -395,7 +395,7 @@ def exported_files(weights_file):
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_an_exported_network_is_used_as_its_weights_are(weights_file, mixed, exported_files, suffix, in_process):
+def test_an_exported_network_predicts_as_its_weights_do(weights_file, mixed, exported_files, suffix, in_process):
     for windows in (1, 3):
         expected = list(predictions(weights_file, [mixed], num_windows=windows))
         found = list(predictions(exported_files[suffix], [mixed], num_windows=windows))
@@ -413,7 +413,7 @@ def test_an_exported_network_is_used_as_its_weights_are(weights_file, mixed, exp
         assert ours == pytest.approx(theirs, abs=1.1e-5)
 
 
-def test_what_an_exported_network_cannot_do_is_said(mixed, exported_files):
+def test_features_of_an_exported_network_are_errors(mixed, exported_files):
     for wish in ("features", "explain"):
         with pytest.raises(InputError, match="gives probabilities only"):
             next(predictions(exported_files["onnx"], [mixed], **{wish: True}))
@@ -425,7 +425,7 @@ def test_what_an_exported_network_cannot_do_is_said(mixed, exported_files):
             next(predictions(exported_files["pt2"], [mixed], overrides=[override]))
 
 
-def test_weights_take_another_number_of_frames_and_no_other_preprocessing(weights_file, small_data):
+def test_weights_adapt_to_more_frames_but_not_to_other_preprocessing(weights_file, small_data):
     [found] = islice(predictions(weights_file, [small_data / "val_6.mp4"], overrides=["data.num_frames=8"]), 1)
     assert found.views.shape == (3, 3, 8, 32, 32)
     with pytest.raises(InputError, match="data.mean is"):
