@@ -84,7 +84,7 @@ class TimeSformer(nn.Module):
             nn.init.normal_(embedding, std=embed_init_std)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Clips [B, 3, T, S, S] -> logits [B, K]. Under autocast, the head still computes in float32."""
+        """Clips [B, 3, T, S, S] -> logits [B, K]. Autocast does not apply to the head."""
         features = self.forward_features(clips)
         logits: Tensor
         if autocast_dtype(clips.device) is None:

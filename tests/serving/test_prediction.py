@@ -21,8 +21,7 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, probe
 from evaluation.evaluate import evaluate
 from model import attention_rollout
-from serving import prediction
-from serving import video_arguments as inputs
+from serving import prediction, video_arguments
 from serving.features import Features
 from serving.formats import as_json, clock, csv_columns, csv_rows
 from serving.onnx_format import export_onnx
@@ -97,7 +96,7 @@ def test_chunks_do_not_change_predictions_and_the_first_waits_for_one_chunk(weig
     files = sorted(small_data.glob("val_*"))
     whole = list(predictions(weights_file, files))
     probed = []
-    monkeypatch.setattr(inputs, "_CHUNK", 2)
+    monkeypatch.setattr(video_arguments, "_CHUNK", 2)
     monkeypatch.setattr(prediction, "in_child", lambda *task, **more: probed.append(task) or in_child(*task, **more))
     some = predictions(weights_file, files)
     first = next(some)
@@ -133,9 +132,9 @@ def test_files_folders_globs_and_manifests_in_the_order_they_are_named(tmp_path,
         (tmp_path / name).touch()
 
     def names(*arguments):
-        found = inputs.find_videos([str(tmp_path / argument) for argument in arguments])
-        listed = [video for chunk in inputs.chunks(found) for video in chunk.videos]
-        assert inputs.count(found) == len(listed)
+        found = video_arguments.find_videos([str(tmp_path / argument) for argument in arguments])
+        listed = [video for chunk in video_arguments.chunks(found) for video in chunk.videos]
+        assert video_arguments.count(found) == len(listed)
         return [video.removeprefix(f"{tmp_path}/") for video in listed]
 
     assert names("b.mp4", "b.mp4", "gone.mp4") == ["b.mp4", "b.mp4", "gone.mp4"]
@@ -143,7 +142,7 @@ def test_files_folders_globs_and_manifests_in_the_order_they_are_named(tmp_path,
     assert names("deep", "*.mp4", "deep/[x].avi") == ["deep/[x].avi", "deep/er/c.webm", "b.mp4", "deep/[x].avi"]
     assert names("**/*.webm") == ["deep/er/c.webm"]
     assert names("d*") == ["deep/[x].avi", "deep/er/c.webm"]
-    chunks = list(inputs.chunks(inputs.find_videos(["a.mp4", str(small_data / "val.csv"), "b.mp4"])))
+    chunks = list(video_arguments.chunks(video_arguments.find_videos(["a.mp4", str(small_data / "val.csv"), "b.mp4"])))
     assert [len(chunk.videos) for chunk in chunks] == [1, 7, 1] and chunks[1].root == small_data
     assert chunks[1].videos[3] == Manifest.read(small_data / "val.csv")[3]
 
@@ -156,7 +155,7 @@ def test_a_glob_follows_links_but_no_loops(tmp_path):
     (tmp_path / "videos" / "deep" / "loop").symlink_to(tmp_path / "videos")
     (tmp_path / "videos" / "more").symlink_to(tmp_path / "more")
     for pattern in ("**/*.m*", "**", "*"):
-        (found,) = inputs.find_videos([f"{tmp_path}/videos/{pattern}"], warn=lambda _: None)
+        (found,) = video_arguments.find_videos([f"{tmp_path}/videos/{pattern}"], warn=lambda _: None)
         assert found == [f"{tmp_path}/videos/deep/a.mp4", f"{tmp_path}/videos/more/b.mts"]
 
 
@@ -175,7 +174,7 @@ def test_arguments_without_match_are_errors(tmp_path, monkeypatch, arguments, me
     (tmp_path / "empty").mkdir()
     Manifest(()).write(tmp_path / "empty.csv")
     with pytest.raises(InputError, match=message):
-        inputs.find_videos(arguments)
+        video_arguments.find_videos(arguments)
 
 
 def test_a_producer_that_waits_for_its_prediction_gets_it(weights_file, small_data):
@@ -230,7 +229,7 @@ def test_lists_on_stdin_as_other_programs_write_them(weights_file, small_data, t
 def test_stdin_in_pieces_and_encodings(monkeypatch, content, expected, pieces):
     waiting = [content[start : start + pieces] for start in range(0, len(content), pieces)] + [b""]
     monkeypatch.setattr(os, "read", lambda *_: waiting.pop(0))
-    assert [path for chunk in inputs.chunks([inputs.STDIN]) for path in chunk.videos] == expected
+    assert [path for chunk in video_arguments.chunks([video_arguments.STDIN]) for path in chunk.videos] == expected
 
 
 def test_folders_with_links_and_other_files(weights_file, small_data, tmp_path):
