@@ -21,7 +21,7 @@ from dali_pipelines.engines import DECODES
 from dali_pipelines.errors import InputError
 from dali_pipelines.host_decoder import MAX_PIXELS
 from dali_pipelines.sampling import PAST_END
-from model.timesformer import Attention
+from model.attention_types import ATTENTION_TYPES
 
 T = TypeVar("T")
 
@@ -323,7 +323,7 @@ _VALUES = {
     "model.embed_dim": _up_to(65_536),
     "model.depth": _up_to(1000),
     "model.num_heads": _up_to(1024),
-    "model.attention": _one_of(*get_args(Attention)),
+    "model.attention": _one_of(*ATTENTION_TYPES),
     "model.drop_path": _SHARE,
     "model.embed_init_std": _NOT_NEGATIVE,
     "data.num_frames": _up_to(4096),

@@ -19,7 +19,7 @@ from common.labels import read_labels
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import unfinished
 from model import LoadReport, TimeSformer, WeightsError, load_pretrained
-from model.pretrained import SUFFIXES, read_safetensors
+from model.pretrained_files import SUFFIXES, read_safetensors
 
 _FORMAT = "dali-timesformer 1"
 
