@@ -192,8 +192,8 @@ def _predict_readable(
     *,
     is_alone: bool,
 ) -> Generator[Prediction | Unreadable, None, None]:
-    """Yields the prediction, without label, for each video of the manifest in its order. A small video that `is_alone` in
-    the whole input is decoded in this process, which is faster."""
+    """Yields the prediction, without label, for each video of the manifest in its order. A small video that `is_alone`
+    in the whole input is decoded in this process, which is faster."""
     if not len(manifest):
         return
     settings = clip_settings(config.data, "test")
