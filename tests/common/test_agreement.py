@@ -30,8 +30,8 @@ LOCKED = "import sys; from common.locking import FolderLock; from pathlib import
 
 def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(config_file, tmp_path):
     output = tmp_path / "output"
-    slow = "step = Trainer._train_step\n"
-    slow += "Trainer._train_step = lambda self, b: (time.sleep(60 * (self.step == 2)), step(self, b))[1]"
+    slow = "step = Trainer.train_step\n"
+    slow += "Trainer.train_step = lambda self, b: (time.sleep(60 * (self.step == 2)), step(self, b))[1]"
     arguments = [patched(tmp_path, slow), "-c", config_file, "--resume", "-o", "train.checkpoint_every_steps=1"]
     with started(*arguments, "data.workers=1", stdout=subprocess.DEVNULL) as first:
         wait_for(lambda: len(list_checkpoints(output / "checkpoints")) == 2)
