@@ -7,7 +7,7 @@ from training.run_state import RunState
 from training.saving import Saver
 
 _PATIENCE_S = 5  # for an update of the weights to end
-_NOT_SAVED = "nothing newer is saved than the last checkpoint"
+_NOT_SAVED = "nothing could be saved within an update; the last checkpoint is kept"
 
 
 class EmergencySaver:

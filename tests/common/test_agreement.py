@@ -231,7 +231,7 @@ def test_a_port_in_use_and_variables_that_are_wrong_are_one_line(monkeypatch):
     with pytest.raises(InputError, match=r"\(MASTER_PORT is not set\)"), start_process("cpu", timeout_s=5):
         pass
     monkeypatch.setenv("RANK", "first")
-    with pytest.raises(InputError, match="one of RANK, WORLD_SIZE.* is no number .*first"), start_process("cpu"):
+    with pytest.raises(InputError, match="one of RANK, WORLD_SIZE.* is not a number .*first"), start_process("cpu"):
         pass
 
 

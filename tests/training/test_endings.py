@@ -183,7 +183,7 @@ Trainer._commit_step = commit_step
         _, said = process.communicate(timeout=20)
     assert process.returncode == REQUEUE
     first, second, *_ = said.splitlines()
-    assert first == "train.py: SIGTERM: training is ended within a step, a validation or a save"
+    assert first == "train.py: SIGTERM: training ends within a step, a validation or a save"
     assert second == "train.py: saved step 5; resume with --resume"
     assert run("train.py", "-c", config_file, "--resume", "-o", *settings).returncode == 0
     assert_same_run(output, unbroken)
