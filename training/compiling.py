@@ -13,9 +13,9 @@ from model import TimeSformer
 Mode = Literal["eager", "compiled", "CUDA graphs"]
 
 WORTH_IT = 1000
-"""Compiling pays from so many forward passes in training on, by a rule of thumb: with 8 clips per GPU a compiled step
-of ViT-B took about 35 ms less than an eager one (docs/benchmarks.md), and compiling takes half a minute. Both grow with
-the number of blocks."""
+"""Number of forward passes in training from which compiling pays, by a rule of thumb: with 8 clips per GPU a compiled
+step of ViT-B took about 35 ms less than an eager one (docs/benchmarks.md), and compiling takes half a minute. Both grow
+with the number of blocks."""
 
 _VARIANTS = 32  # graphs of a block: first, middle and last, in training and in evaluation, of a student and a teacher
 

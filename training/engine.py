@@ -106,7 +106,10 @@ class Trainer(StepTrainer):
                 self._log_resumed_interval()
                 while self.is_epoch_over or self.step < self.last_step:
                     try:
-                        self.finish_epoch() if self.is_epoch_over else self.train_epoch()
+                        if self.is_epoch_over:
+                            self.finish_epoch()
+                        else:
+                            self.train_epoch()
                     except NonFiniteError as error:
                         self._recover(error)
             self._collect_writes(is_last=True)
@@ -221,7 +224,7 @@ class Trainer(StepTrainer):
         return LogPosition(self.faults.size(), self.monitor.size, unlogged)
 
     def _open_logs(self) -> None:
-        """Open the logs where the state has them: entries of later steps are removed."""
+        """Open the logs at the position of the state: entries after its step are removed."""
         if self.process.is_main:
             self.faults.cut(self.state.logs.fault_bytes)
         self.monitor.open(self.config, step=self.step, size=self.state.logs.log_bytes)

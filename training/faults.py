@@ -22,7 +22,7 @@ class FaultLog:
     """faults.csv of a run, in which every failed read of a video is a row: epoch (from 1), mode (train or validate),
     sample_id (row of that manifest, from 0), path, reason.
 
-    The main process writes it, for all processes. There is no file without a fault.
+    The main process writes it, for all processes. Without faults the file does not exist.
     """
 
     def __init__(self, path: Path, process: DistributedContext):
@@ -50,7 +50,7 @@ class FaultLog:
         return faults
 
     def write(self, faults: Sequence[Fault], *, epoch: int, mode: str) -> None:
-        """Append rows. If the disk is full, they are lost, and a message says so; the run goes on."""
+        """Append rows. If the disk is full, they are lost and a message says so, but the run continues."""
         if not faults:
             return
         size = self.size()
