@@ -39,7 +39,8 @@ from benchmarks.loader import (
     training_view,
 )
 from benchmarks.work import Clip, Work, repeated
-from common.system_metrics import nvml_gauges
+from common.metrics import Metric
+from common.system_metrics import nvml_metrics
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
 from dali_pipelines.manifest import Video
@@ -229,7 +230,7 @@ def _watch_nvdec(device: str) -> Iterator[list[float]]:
 
     def look() -> None:
         while not ended.wait(_LOOK_S):
-            if (share := nvml_gauges(uuid).get("gpu/decoder_share")) is not None:
+            if (share := nvml_metrics(uuid).get(Metric.GPU_DECODER_SHARE)) is not None:
                 shares.append(share)
 
     thread = threading.Thread(target=look)

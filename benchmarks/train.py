@@ -104,7 +104,7 @@ def benchmark_train(
             "batch_size": trainer.batch_size,
             "micro_steps": trainer.micro_steps,
             "precision": trainer.precision,
-            "compiled": trainer.mode != "eager",
+            "compiled": trainer.state.mode != "eager",
             "split_cores": split_cores,
             "steps": steps,
             "rounds": rounds,
@@ -198,13 +198,13 @@ class Contest:
 
     def _endless(self) -> Iterator[Batch]:
         while True:
-            yield from self._trainer._batches()
+            yield from self._trainer.batches()
 
     def _step(self, name: str) -> None:
         count = self._trainer.micro_steps
         mine = itertools.repeat(self._synthetic, count) if name == NETWORK else itertools.islice(self._batches, count)
         if name != LOADER:
-            self._trainer._train_step(mine)
+            self._trainer.train_step(mine)
             return
         for _ in mine:
             self._wait()
@@ -283,7 +283,7 @@ def hints(trainer: Trainer) -> dict[str, list[str]]:
         },
         "network": {
             "train.precision=bf16": trainer.precision == "float32",
-            "train.compile=true": trainer.mode == "eager",
+            "train.compile=true": trainer.state.mode == "eager",
             "train.activation_checkpointing=false": train.activation_checkpointing,
             f"data.batch_size over {trainer.batch_size}": trainer.micro_steps > 1,
             "more processes": True,

@@ -23,6 +23,10 @@ class AttentionType:
         """The class tokens of the blocks -> [B, 1, 1, D]."""
         return cls
 
+    def most_attended(self, num_frames: int, num_patches: int) -> int:
+        """The largest number of patches that attend to each other."""
+        return max(num_frames if self.over_time else 1, num_patches)
+
     def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
         """Undoes `arrange` for the shares of attention rollout, class tokens [b] and patches [b, t, n] -> [B] and
         [B, T, N]."""
@@ -40,6 +44,9 @@ class JointSpaceTime(AttentionType):
 
     def arrange(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return cls, x.flatten(1, 2).unsqueeze(2)  # [B, N*T, 1, D]
+
+    def most_attended(self, num_frames: int, num_patches: int) -> int:
+        return num_frames * num_patches
 
     def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
         return cls, patches.view(len(cls), -1, num_frames).transpose(1, 2)  # from [B, 1, N*T]

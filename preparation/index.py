@@ -179,7 +179,7 @@ def index(
 
     def look_at(paths: Sequence[str]) -> list[Any]:
         tasks = [(join(place, path), decode, None, max_pixels) for path in paths]
-        return run(probe_file, tasks, journal=journal, crew=crew)
+        return run(probe_file, tasks, journal=journal, pool=crew)
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:

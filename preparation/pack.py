@@ -85,7 +85,7 @@ def pack(
         write,
         tasks,
         journal=journal,
-        crew=crew,
+        pool=crew,
         timeout_s=crew.timeout_s * max(map(len, shards), default=1),
         is_good=lambda result: not isinstance(result, Failed) and _length(result["file"]) == result["bytes"],
     )
@@ -248,7 +248,7 @@ def _all_sizes(source: list[str], count: int, journal: Path, crew: WorkerPool) -
         sizes,
         [[*source, first, min(first + _ROWS, count)] for first in range(0, count, _ROWS)],
         journal=crew.journal(journal, "sizes-"),
-        crew=replace(crew, shard=(0, 1), progress=None),
+        pool=replace(crew, shard=(0, 1), progress=None),
         timeout_s=crew.timeout_s * _ROWS,
         is_good=lambda result: not isinstance(result, Failed),
     )

@@ -284,13 +284,13 @@ class Job:
         """(ms of CPU time to decode a clip of 8 frames of the originals, of the copies, videos that were tried)."""
         tasks = [task for task in self._tasks if task.target.exists()]
         tasks = [tasks[number] for number in np.linspace(0, len(tasks) - 1, min(_COMPARED, len(tasks))).astype(int)]
-        times = run(time_decoding, tasks, journal=self._journal, crew=self._crew)
+        times = run(time_decoding, tasks, journal=self._journal, pool=self._crew)
         times = [each for each in times if not isinstance(each, Failed)]
         before, after = np.mean(times, axis=0).tolist() if times else (0.0, 0.0)
         return before, after, len(times)
 
     def _run(self, tasks: Sequence[Task], journal: Path, crew: WorkerPool) -> list[Copy | Failed]:
-        found = run(transcode, tasks, journal=journal, crew=crew)
+        found = run(transcode, tasks, journal=journal, pool=crew)
         return [each if isinstance(each, Failed) else Copy(Video(*each[0]), *each[1:]) for each in found]
 
     def _remove_unfinished(self) -> None:

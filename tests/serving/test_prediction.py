@@ -25,7 +25,7 @@ from serving import prediction, video_arguments
 from serving.features import Features
 from serving.formats import as_json, clock, csv_columns, csv_rows
 from serving.onnx_format import export_onnx
-from serving.prediction import open_model, predict
+from serving.prediction import Unreadable, open_model, predict
 from serving.torch_format import export_torch
 from serving.verification import Clips, synthetic_views
 from tests.commands import PROJECT, run
