@@ -108,7 +108,7 @@ def test_files_show_the_drawn_pictures(rendered):
     out, listed = rendered
     for index, (path, label) in enumerate(listed["train"][:24]):
         rng = demo._generator(seed=SEED, split="train", index=index)
-        drawn = np.stack(list(demo._pictures(rng, demo._draw_scene(rng, label=label))))
+        drawn = np.stack(list(demo._render_frames(rng, demo._draw_scene(rng, label=label))))
         difference = np.abs(drawn.astype(int) - _decode(out / path)).mean(axis=(1, 2, 3))
         assert difference.max() < 10, path
 
@@ -147,8 +147,8 @@ def test_a_failed_render_leaves_no_file_under_a_final_name(tmp_path, monkeypatch
                 raise KeyboardInterrupt
             yield picture
 
-    drawn = demo._pictures
-    monkeypatch.setattr(demo, "_pictures", stop_after_two)
+    drawn = demo._render_frames
+    monkeypatch.setattr(demo, "_render_frames", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         _render(tmp_path)
     assert all(name.endswith(".part") for name in _bytes(tmp_path))

@@ -303,14 +303,14 @@ def test_a_journal_that_is_out_of_date_is_not_believed(folder):
     for gop in (4, 8, 4):
         settings = Settings(short_side=32, gop=gop)
         copies, rejected, _ = Job(
-            manifest, folder / "out", settings, journal=journal, crew=WorkerPool(workers=1)
+            manifest, folder / "out", settings, journal=journal, pool=WorkerPool(workers=1)
         ).transcode()
         assert not rejected and all(copies[row].gop == probe(copies.file(row)).gop == gop for row in range(5))
 
 
 def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
     manifest = Manifest.read(folder / "all.csv")
-    job = Job(manifest, folder / "out", Settings(short_side=32), journal=folder / "j", crew=WorkerPool(workers=1))
+    job = Job(manifest, folder / "out", Settings(short_side=32), journal=folder / "j", pool=WorkerPool(workers=1))
     usage = namedtuple("usage", "total used free")
     estimate = job.estimate()
     assert estimate.sampled == 2 and 1000 < estimate.needed_bytes < 100_000 and estimate.seconds > 0
@@ -319,7 +319,10 @@ def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
         job.check_disk(estimate)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 2 * estimate.needed_bytes))
     assert job.check_disk(estimate) == 2 * estimate.needed_bytes
-    full = {"key": json.dumps(["preparation.transcode:transcode", job._tasks[0]]), "failed": transcode._DISK_FULL}
+    full = {
+        "key": json.dumps(["preparation.transcode:transcode", job._tasks[0].to_json()]),
+        "failed": transcode._DISK_FULL,
+    }
     (folder / "j").write_text(json.dumps(full) + "\n")
     with pytest.raises(InputError, match="no space is left on the disk; make room and run the command again"):
         job.transcode()
@@ -377,8 +380,8 @@ def test_a_video_listed_twice_and_by_other_spellings_is_one_copy(folder):
     videos.append(videos[0]._replace(path="a/../c.mp4", label=2))
     videos.append(videos[0]._replace(path=str(folder / "c.mp4")))
     manifest = Manifest(videos, root=folder)
-    crew = WorkerPool(workers=1)
-    made, _, copies = Job(manifest, folder / "out", Settings(), journal=folder / "j", crew=crew).transcode()
+    pool = WorkerPool(workers=1)
+    made, _, copies = Job(manifest, folder / "out", Settings(), journal=folder / "j", pool=pool).transcode()
     assert [made[row].path for row in range(4)] == ["c.mp4"] * 4 and made.labels.tolist() == [0, 1, 2, 0]
     assert len(files(folder / "out")) == 1 and len(copies) == 4
 
@@ -435,5 +438,5 @@ def test_workers_elsewhere_find_originals_and_copies(tmp_path, monkeypatch):
     """Those of dask have another working folder."""
     monkeypatch.chdir(tmp_path)
     manifest = Manifest([probe(write_video("a.mp4", textured(3, height=32, width=32)))._replace(path="a.mp4")])
-    (task,) = Job(manifest, Path("out"), Settings(), journal=Path("j"), crew=WorkerPool(workers=1))._tasks
+    (task,) = Job(manifest, Path("out"), Settings(), journal=Path("j"), pool=WorkerPool(workers=1))._tasks
     assert task.source.path == str(tmp_path / "a.mp4") and task.out == str(tmp_path / "out")
