@@ -31,8 +31,8 @@ from tests.videos import textured, write_video
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     for number in range(2):
-        pictures = textured(30, height=64, width=80, seed=number)
-        write_video(folder / f"{number}.mp4", pictures, options={"x264-params": "keyint=12:scenecut=0"})
+        frames = textured(30, height=64, width=80, seed=number)
+        write_video(folder / f"{number}.mp4", frames, options={"x264-params": "keyint=12:scenecut=0"})
     return folder
 
 

@@ -58,11 +58,11 @@ AS_TRANSCODED = "keyint=16:min-keyint=16:scenecut=0:bframes=3:b-adapt=0:b-pyrami
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Manifest:
-    """24 pictures in groups of 8; and 20 of a kind whose headers settle nothing, which NVDEC does not take either."""
+    """24 frames in groups of 8; and 20 whose headers do not allow a selection, and which NVDEC does not take."""
     folder = tmp_path_factory.mktemp("budget")
-    pictures = textured(24, height=144, width=160)
-    write_video(folder / "groups.mp4", pictures, options={"x264-params": GROUPS_OF_8})
-    write_video(folder / "444.mp4", pictures[:20], pix_fmt="yuv444p")
+    frames = textured(24, height=144, width=160)
+    write_video(folder / "groups.mp4", frames, options={"x264-params": GROUPS_OF_8})
+    write_video(folder / "444.mp4", frames[:20], pix_fmt="yuv444p")
     rows = [probe(folder / name)._replace(path=name) for name in ("groups.mp4", "444.mp4")]
     Manifest(rows, root=folder).write(folder / "both.csv")
     Manifest(rows[:1], root=folder).write(folder / "one.csv")
@@ -118,7 +118,7 @@ def test_counted_is_what_the_workers_feed(videos, config):
 def test_a_decoder_that_seeks():
     # 3: packets 0 to 3 (4). 5: on to 5 (2). 12: from the keyframe 10 (3). 14: on (2).
     assert seeking_frames([0, 10], [5, 3, 14, 12]) == 4 + 2 + 3 + 2
-    # 12 needs what is before its keyframe: from where it stands, 6 to 12 (7).
+    # 12 needs the group before its keyframe: from its position, 6 to 12 (7).
     assert seeking_frames([0, 10], [3, 5, 12, 14], frozenset({12})) == 4 + 2 + 7 + 2
 
 
@@ -180,7 +180,7 @@ def test_clips_of_the_decoders():
     assert engine_seconds(decode._replace(transcoded_on_gpu=False), TRANSCODED, GPU) == 0
     assert engine_seconds(by_workers, SELECTED, GPU) == 0
     assert engine_seconds(by_workers, TRANSCODED, GPU) == pytest.approx(0.026576, rel=1e-12)
-    # A worker: 10 ms for headers, 90 for 10 pictures. All 30: 10 + 270; 4 of a quarter of the size: 10 + 9.
+    # A worker: 10 ms for headers, 90 for 10 frames. All 30: 10 + 270; 4 of a quarter of the size: 10 + 9.
     timings = Timings(decode=0.1, headers=0.01, feed=0.004)
     seconds = [core_seconds([decode], way, timings, host_share=1) for way in (SELECTED, START, TRANSCODED)]
     assert seconds == pytest.approx([0.1, 0.28, 0.019])
@@ -294,7 +294,7 @@ def test_the_report_says_who_bounds_and_what_would_help(videos, config, monkeypa
     assert report["bound_by"] == "NVDEC" and report["times"] == pytest.approx(2000 * 7 / (10 * RATE))
     assert "NVDEC (10 engines) can supply 453 clips/s, and the network could take 2,000, 4.4 times" in report["verdict"]
     assert "wait 77% of the time" in report["verdict"] and "too close" not in report["verdict"]
-    # Transcoding does not help 24 pictures in groups of 8; two clips of the same three frames take one decode.
+    # Transcoding does not help 24 frames in groups of 8; two clips of the same three frames take one decode.
     assert report["remedies"][0].endswith("--gop 16`: nothing to gain")
     assert "side by side in a batch): 3.5 frames a clip instead of 7; NVDEC would supply 906" in report["remedies"][1]
     assert "not enough" in report["remedies"][1]

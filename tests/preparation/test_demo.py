@@ -103,7 +103,7 @@ def test_h264_has_b_frames_and_one_keyframe(rendered):
         assert sum(frame.key_frame for frame in frames) == (1 if len(frames) <= 250 else 2)
 
 
-def test_files_show_the_drawn_pictures(rendered):
+def test_files_show_the_drawn_frames(rendered):
     """Every codec: the encoder got the right colours, and no frame is lost, doubled or moved."""
     out, listed = rendered
     for index, (path, label) in enumerate(listed["train"][:24]):
@@ -142,10 +142,10 @@ def test_progress_counts_every_video(tmp_path):
 
 def test_a_failed_render_leaves_no_file_under_a_final_name(tmp_path, monkeypatch):
     def stop_after_two(rng, scene):
-        for number, picture in enumerate(drawn(rng, scene)):
+        for number, frame in enumerate(drawn(rng, scene)):
             if number == 2:
                 raise KeyboardInterrupt
-            yield picture
+            yield frame
 
     drawn = demo._render_frames
     monkeypatch.setattr(demo, "_render_frames", stop_after_two)

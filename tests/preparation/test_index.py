@@ -15,11 +15,11 @@ from tests.videos import numbered, write_video
 def folder(tmp_path_factory):
     """Three classes, one in a subfolder, with names that need care and two files that are no videos."""
     root = tmp_path_factory.mktemp("folder")
-    pictures = numbered(6, height=32, width=48)
+    frames = numbered(6, height=32, width=48)
     for name in ("run fast/a.mp4", "run fast/b 1.mp4", "jump/c.avi", "jump/deep/d.webm", "swim/e.mp4", "swim/f.MP4"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         codec = {"avi": "mpeg4", "webm": "vp9"}.get(name.rpartition(".")[2], "h264")
-        write_video(root / name, pictures, codec=codec)
+        write_video(root / name, frames, codec=codec)
     (root / "jump" / "notes.txt").write_text("not listed")
     (root / "jump" / "broken.mp4").write_text("no video " * 50)
     (root / "jump" / "._c.avi").write_text("of macOS")

@@ -96,7 +96,7 @@ def test_webdataset_reads_them(source, tmp_path):
         assert (facts["frames"], facts["codec"], facts["gop"]) == (video.frames, "h264", 12)
     assert not rows
     labels = [int(sample["cls"]) for sample in samples]
-    assert sum(a != b for a, b in pairwise(labels)) > 20  # 3 where the order is that of the manifest
+    assert sum(a != b for a, b in pairwise(labels)) > 20  # 3 in the order of the manifest
 
 
 def test_a_second_run_writes_nothing_even_without_the_videos(source, tmp_path):
