@@ -28,6 +28,8 @@ _FLOOR_TASKS = 64  # distinct clips of the floor
 
 
 class Contestant(NamedTuple):
+    """A loader and how to start it."""
+
     what: str
     """Description for the report."""
     batches: Callable[[Work], Iterator[torch.Tensor | None]]

@@ -1,4 +1,4 @@
-"""The loaders that are timed on a GPU: engines of ours, peers with a CUDA decoder, and NVDEC alone."""
+"""The loaders that are timed on a GPU: ours with each engine, peers with a CUDA decoder, and NVDEC alone."""
 
 import itertools
 from collections import deque
@@ -29,6 +29,8 @@ Batches = Iterator[torch.Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class GpuWork(Work):
+    """`Work` for loaders on a GPU."""
+
     threads: int
     """Decoding threads of the contestants that have threads."""
     device: str = "cuda"
@@ -36,6 +38,8 @@ class GpuWork(Work):
 
 
 class Contestant(NamedTuple):
+    """A loader and how to start it."""
+
     what: str
     """Description for the report."""
     batches: Callable[[GpuWork], tuple[Batches, LoaderStats | None]]

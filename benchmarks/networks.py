@@ -76,7 +76,7 @@ class NetworkContestant(Protocol):
         """Runs a forward and a backward pass."""
 
 
-class TorchContestant(Generic[M]):
+class TorchContestant(NetworkContestant, Generic[M]):
     """A module of PyTorch that maps `clips` to logits."""
 
     precisions = tuple(PRECISIONS)
@@ -142,7 +142,7 @@ def _fused_attention(module: Any, hidden_states: Tensor, output_attentions: bool
     return (scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2),)
 
 
-class PaddleContestant:
+class PaddleContestant(NetworkContestant):
     """PaddleVideo's formulation (vit_tweaks.py) in Paddle: tokens [B, 1+N*T, D], which copies reorder for each
     attention; softmax attention as two products."""
 

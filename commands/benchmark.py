@@ -19,6 +19,7 @@ from dali_pipelines.errors import InputError
 
 
 def main() -> None:
+    """Parses the command line and runs a benchmark."""
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
     commands = parser.add_subparsers(dest="command", required=True)
     loader = commands.add_parser("loader", help="clips per second of the loader, its peers and the floor")

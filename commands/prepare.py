@@ -59,6 +59,7 @@ _SHOWN = 10  # rejected videos that are printed; the file lists all
 
 
 def main() -> None:
+    """Parses the command line and runs a verb."""
     parser = argparse.ArgumentParser(description="Make the manifests that training reads.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     workers = argparse.ArgumentParser(add_help=False)

@@ -59,6 +59,7 @@ class FoundSplit:
 
     @property
     def expected(self) -> int:
+        """Number of videos in the annotations."""
         return len(self.listed) + len(self.missing)
 
 

@@ -132,6 +132,7 @@ class Task(NamedTuple):
 
     @property
     def target(self) -> Path:
+        """Path of the copy."""
         return Path(self.out, self.name)
 
     @property
