@@ -186,6 +186,9 @@ class Manifest:
             codec=video.codec.decode(), pixel_format=video.pixel_format.decode(), shard=self._shards[video.shard]
         )
 
+    def __iter__(self) -> Iterator[Video]:
+        return map(self.__getitem__, range(len(self)))
+
     @property
     def labels(self) -> np.ndarray:
         return self._rows["label"]

@@ -169,8 +169,8 @@ def test_dask_does_the_same(scheduler, tmp_path):
         (tmp_path / "videos" / name).mkdir(parents=True)
         write_video(tmp_path / "videos" / name / f"{name}.mp4", pictures)
     (tmp_path / "videos" / "a" / "bad.mp4").write_text("no video")
-    crew = ["--executor", "dask", "--scheduler", scheduler]
-    for out, more in (("here.csv", []), ("there.csv", crew)):
+    dask = ["--executor", "dask", "--scheduler", scheduler]
+    for out, more in (("here.csv", []), ("there.csv", dask)):
         done = command("prepare.py", "folder", "videos", "--out", out, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "6 of 7 videos, 6 classes" in done.stdout and "a/bad.mp4: not a video" in done.stdout

@@ -370,7 +370,7 @@ def test_windows_are_other_frames_of_the_video(weights_file, tmp_path):
 
 def test_a_packed_manifest_gives_the_results_of_its_videos(weights_file, small_data, tmp_path, in_process):
     packed, left_out = pack(
-        small_data / "train.csv", tmp_path / "shards", shard_bytes=50_000, crew=WorkerPool(workers=1)
+        small_data / "train.csv", tmp_path / "shards", shard_bytes=50_000, pool=WorkerPool(workers=1)
     )
     packed.write(tmp_path / "shards" / "train.csv")
     assert len(packed.shards) > 1 and not left_out
