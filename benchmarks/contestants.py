@@ -1,7 +1,7 @@
-"""The loaders that are timed: each an endless iterator of the same batches, float32 [B, 3, T, S, S] in 0..1.
+"""The loaders that are timed on a CPU: endless iterators of the same batches, float32 [B, 3, T, S, S] in 0..1.
 
-The peers are written as their documentation advises for throughput: one decoding thread a worker, pixels cut out
-before they are resized, uint8 until the batch is in the main process.
+The peers follow their documentation's advice for throughput: one decoding thread per worker, frames cropped before they
+are resized, uint8 until the batch is in the main process.
 """
 
 import importlib.util
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
+from benchmarks.attempt import CannotReadError
 from benchmarks.floor import decode_floor
 from benchmarks.work import Clip, Work, needed_packets
 from dali_pipelines import ClipLoader
@@ -21,22 +22,25 @@ from dali_pipelines.files import open_video
 from dali_pipelines.nvdec import load_torchcodec
 
 Decode = Callable[[Clip], torch.Tensor]
-"""The pictures of a clip: uint8 [T, H, W, 3] RGB."""
+"""Decodes the frames of a clip: uint8 [T, H, W, 3] RGB."""
 
-_FLOOR_TASKS = 64  # clips that the floor goes round
+_FLOOR_TASKS = 64  # distinct clips of the floor
 
 
 class Contestant(NamedTuple):
+    """A loader and how to start it."""
+
     what: str
-    """For the table."""
+    """Description for the report."""
     batches: Callable[[Work], Iterator[torch.Tensor | None]]
-    """None in place of a batch: nothing but decoding is timed."""
+    """Starts the loader. It yields None instead of a batch if it only decodes."""
     package: str = "av"
-    """What must be installed."""
+    """Must be installed."""
     is_peer: bool = False
 
 
 def make_loader(work: Work, **settings: Any) -> ClipLoader:
+    """Our loader of the clips of `work`."""
     view = work.view
     return ClipLoader(
         work.manifest,
@@ -56,6 +60,7 @@ def make_loader(work: Work, **settings: Any) -> ClipLoader:
 
 
 def endless_clips(loader: ClipLoader) -> Iterator[torch.Tensor]:
+    """Yields the clips of one epoch after the other. Raises `CannotReadError`."""
     while True:
         for batch in loader:
             if not batch.valid.all():
@@ -78,7 +83,7 @@ def _spdl_pipeline(work: Work) -> Iterator[torch.Tensor]:
     from spdl.pipeline import PipelineBuilder
 
     clips = _Clips(work, _spdl)
-    clips[0]  # what it raises in the pipeline is hard to read
+    clips[0]  # errors within the pipeline are hard to read
     pipeline = (
         PipelineBuilder()
         .add_source(itertools.count())
@@ -97,12 +102,8 @@ def _floor(work: Work) -> Iterator[None]:
     return decode_floor(tasks, workers=work.workers, batch_size=work.batch_size)
 
 
-class CannotReadError(Exception):
-    """A contestant cannot read a file that we can; the message says which and why."""
-
-
 class _Clips(torch.utils.data.Dataset):
-    """Clips without end, decoded by `decode` and cut out: uint8 [T, S, S, 3]."""
+    """An endless list of clips, decoded by `decode`, cropped and resized: uint8 [T, S, S, 3]."""
 
     def __init__(self, work: Work, decode: Decode):
         self._work = work
@@ -122,29 +123,29 @@ class _Clips(torch.utils.data.Dataset):
 
 
 def cut(frames: torch.Tensor, rectangle: np.ndarray, size: int) -> torch.Tensor:
-    """Crop (to whole pixels, as torch's transforms do), resize and flip: uint8 [T, H, W, 3] -> [T, S, S, 3]."""
+    """Crops (to whole pixels, as torch's transforms do), resizes and flips: uint8 [T, H, W, 3] -> [T, S, S, 3]."""
     y0, x0, y1, x1 = rectangle.round().astype(int).tolist()
     frames = frames[:, y0:y1, min(x0, x1) : max(x0, x1)]
     if x0 > x1:
         frames = frames.flip(2)
-    resized = interpolate(frames.permute(0, 3, 1, 2), size=(size, size), mode="bilinear")  # uint8: its fastest way
+    resized = interpolate(frames.permute(0, 3, 1, 2), size=(size, size), mode="bilinear")  # fastest for uint8
     return resized.permute(0, 2, 3, 1)
 
 
 def cut_exactly(frames: torch.Tensor, rectangle: np.ndarray, size: int) -> torch.Tensor:
-    """The same without rounding the rectangle: slow, for comparisons."""
+    """As `cut`, but does not round the rectangle; slow, for comparison only."""
     steps = (torch.arange(size) + 0.5) / size
     y, x = (
         (low + steps * (high - low)) / side * 2 - 1
         for low, high, side in zip(rectangle[:2].tolist(), rectangle[2:].tolist(), frames.shape[1:3])
     )
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).expand(len(frames), -1, -1, -1)
-    pictures = frames.permute(0, 3, 1, 2).to(torch.float32)
-    return grid_sample(pictures, grid, padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
+    channels_first = frames.permute(0, 3, 1, 2).to(torch.float32)
+    return grid_sample(channels_first, grid, padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
 
 
 def to_float(batch: torch.Tensor) -> torch.Tensor:
-    """[B, T, S, S, 3] of 0..255 -> float32 [B, 3, T, S, S] of 0..1."""
+    """[B, T, S, S, 3] in 0..255 -> float32 [B, 3, T, S, S] in 0..1."""
     return batch.permute(0, 4, 1, 2, 3).contiguous().to(torch.float32).div_(255)
 
 
@@ -166,9 +167,9 @@ def _spdl(clip: Clip) -> torch.Tensor:
 
     distinct, repeats = np.unique(clip.positions, return_inverse=True)
     packets = spdl.io.demux_video(clip.source.path)
-    frames = spdl.io.sample_decode_video(packets, distinct.tolist())
-    pictures = spdl.io.to_torch(spdl.io.convert_frames(frames))
-    return pictures if len(repeats) == len(distinct) else pictures[repeats]
+    decoded = spdl.io.sample_decode_video(packets, distinct.tolist())
+    frames = spdl.io.to_torch(spdl.io.convert_frames(decoded))
+    return frames if len(repeats) == len(distinct) else frames[repeats]
 
 
 def _pyav_every_frame(clip: Clip) -> torch.Tensor:
@@ -199,4 +200,5 @@ CONTESTANTS = {
 
 
 def is_installed(contestant: Contestant) -> bool:
+    """Whether the package of a contestant is installed."""
     return importlib.util.find_spec(contestant.package) is not None

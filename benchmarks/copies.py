@@ -1,4 +1,4 @@
-"""Copies of videos for a benchmark: short groups of pictures, and as many frame sizes as are asked for."""
+"""Copies of videos for a benchmark, with short groups of frames and any number of frame sizes."""
 
 import concurrent.futures
 import itertools
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 
@@ -15,32 +16,34 @@ from dali_pipelines.manifest import Manifest, Video, key_of, source_of
 from dali_pipelines.packets import video_stream
 from dali_pipelines.probe import probe_packets
 from dali_pipelines.processes import end_with_parent
+from preparation.encoding import add_video_stream
 from preparation.transcode import CODECS, Settings, copy_size
 
 _WIDTHS, _HEIGHTS = range(272, 449, 16), range(208, 273, 16)
-"""Pixels, around the 340x256 and 426x240 of Kinetics; each is another number of whole blocks, so that all are different
-to a decoder. Every second copy is 12 pixels narrower, as most videos are no multiple of 16."""
+"""Pixels, around the 340x256 and 426x240 of Kinetics. Each size has another number of whole blocks, so that a decoder
+sees them all as different. Every second copy is 12 pixels narrower, as most videos are no multiple of 16 wide."""
 _NARROWER = 12
 
 
 def copy_videos(videos: Manifest, folder: Path, *, gop: int, sizes: int | None = None) -> Manifest:
-    """H.264 in closed groups of `gop` frames, encoded as `prepare.py transcode` does, in all cores at once.
+    """Copies videos to H.264 in closed groups of `gop` frames, encoded as `prepare.py transcode` does, on all cores.
+    Returns their manifest, with the entries of a packet index. Raises `InputError`.
 
-    sizes: how many frame sizes, each of one copy of one of the videos in turn; None: one copy of each video, its short
-    side at most 256 pixels. With the entries of a packet index. Raises `InputError`.
+    sizes: number of frame sizes, each with a copy of the next video; None: one copy of each video, with a short side of
+    at most 256 pixels.
     """
     if sizes is None:
-        tasks = [(video, copy_size(video, Settings.short_side)) for video in videos]
+        sized = [(video, copy_size(video, Settings.short_side)) for video in videos]
     else:
         known = sorted(itertools.product(_HEIGHTS, _WIDTHS), key=lambda size: abs(size[0] * size[1] - 340 * 256))
         if sizes > len(known):
             raise InputError(f"--sizes is {sizes}; expected at most {len(known)}")
-        tasks = [
+        sized = [
             (videos[number % len(videos)], (height, width - _NARROWER * (number % 2)))
             for number, (height, width) in enumerate(known[:sizes])
         ]
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(video, size, str(folder / f"{number}.mp4"), gop) for number, (video, size) in enumerate(tasks)]
+    tasks = [_Task(video, size, str(folder / f"{number}.mp4"), gop) for number, (video, size) in enumerate(sized)]
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(cores, context, initializer=end_with_parent) as pool:
@@ -50,13 +53,21 @@ def copy_videos(videos: Manifest, folder: Path, *, gop: int, sizes: int | None =
     return made
 
 
-def _copy(task: tuple[Video, tuple[int, int], str, int]) -> tuple[Video, bytes]:
+class _Task(NamedTuple):
+    video: Video
+    size: tuple[int, int]
+    """(height, width)."""
+    path: str
+    gop: int
+
+
+def _copy(task: _Task) -> tuple[Video, bytes]:
+    """The copy as probed, and its entry of a packet index."""
     video, (height, width), path, gop = task
     codec, fps = CODECS["h264"], Fraction(video.fps).limit_denominator(1 << 16)
     with open_video(source_of(video, ".")) as original, av.open(path, "w") as container:
-        stream = container.add_stream(codec.encoder, rate=fps, options=codec.options(gop, codec.crf))
+        stream = add_video_stream(container, codec.encoder, rate=fps, options=codec.options(gop, codec.crf))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.codec_context.thread_count = 1
         for number, frame in enumerate(original.decode(video_stream(original))):
             frame = frame.reformat(width=width, height=height, format="yuv420p")
             frame.pts, frame.time_base, frame.pict_type = number, 1 / fps, av.video.frame.PictureType.NONE

@@ -1,14 +1,11 @@
-"""`benchmark.py model --fit`: how many clips a GPU's memory takes in training, with and without checkpointing.
+"""`benchmark.py model --fit`: how many clips fit into a GPU's memory in training, with and without checkpointing.
 
-On a GPU: the peak of an optimizer step at two batch sizes, compiled, in bf16 with SGD, gives what a run takes once and
-what a clip takes (small batches would not: at their peak, gradients and momentum weigh more than activations). Then 16
-frames, 8 clips and checkpointing are tried in 24 GiB. On the CPU the same is computed: the tensors that a step of the
-GPU's kernels keeps for its backward pass, and weights, gradients and momentum, but not what a kernel needs while it
-runs.
+On a GPU, the peak memory of a compiled optimizer step (bf16, SGD) at two batch sizes gives the memory per run and per
+clip. (Small batches would not: at their peak, gradients and momentum are larger than activations.) Then 16 frames and 8
+clips with checkpointing are tried in 24 GiB. On the CPU the same is computed: weights, gradients, momentum, and the
+tensors that a step of the GPU's kernels keeps for the backward pass, but not the workspace of a kernel.
 """
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.loader import machine
-from benchmarks.model import Work
+from benchmarks.machine import machine
+from benchmarks.networks import PATCH_SIZE, NetworkWork
+from benchmarks.reporting import Report, command, listed, progress, write_and_print
 from dali_pipelines.errors import InputError
 from model import TimeSformer, timesformer
 from model.kernels import GpuKernels
@@ -25,10 +23,9 @@ from training.compiling import compile_network
 
 GIB = 2**30
 CARDS = (24, 40, 80)
-_KEPT_BACK = 2.0  # GiB: CUDA's context, DALI's pools and NVDEC's frames
+_RESERVED = 2.0  # GiB: CUDA's context, DALI's pools and NVDEC's frames
 _FRAMES = (8, 16)
-_PATCH_SIZE = 16
-_FEW = 8  # clips of 8 frames that the smaller batch has on a GPU
+_FEW = 8  # clips of 8 frames in the smaller batch on a GPU
 _TRIED = (24, 16, 8)  # GiB, frames, clips
 
 
@@ -37,8 +34,8 @@ def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None
     rows = []
     for num_frames in _FRAMES:
         for checkpointing in (False, True):
-            work = Work(size, 1, num_frames, image_size, device)
-            print(f"{num_frames} frames, checkpointing {checkpointing}", file=sys.stderr, flush=True)
+            work = NetworkWork(size, 1, num_frames, image_size, device)
+            progress(f"{num_frames} frames, checkpointing {checkpointing}")
             few = 1 if device == "cpu" else _FEW * (4 if checkpointing else 1) * _FRAMES[0] // num_frames
             try:
                 one, two = (step_bytes(work._replace(batch_size=count), checkpointing) for count in (few, 2 * few))
@@ -58,38 +55,36 @@ def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None
                     "clips": {card: min(clips(card, once, a_clip), most_clips(work)) for card in CARDS},
                 }
             )
-    report = {
-        "command": " ".join(sys.argv),
+    report: Report = {
+        "command": command(),
         "machine": machine(),
         "settings": {"size": size, "image_size": image_size, "device": device},
         "rows": rows,
         "tried": _try(size, image_size) if device == "cuda" else None,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "fit.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
-    print(f"\n{out / 'fit.json'}")
+    write_and_print(report, out / "fit.json", table(report))
 
 
 def clips(card_gib: float, once: float, a_clip: float) -> int:
-    """How many clips fit into a GPU of `card_gib` GiB; `once` and `a_clip` are bytes."""
-    return max(int(((card_gib - _KEPT_BACK) * GIB - once) // a_clip), 0)
+    """Number of clips that fit into a GPU of `card_gib` GiB; `once` and `a_clip` are bytes."""
+    return max(int(((card_gib - _RESERVED) * GIB - once) // a_clip), 0)
 
 
-def most_clips(work: Work) -> int:
-    """The largest batch that CUDA's attention kernels take over time: 65,535 sequences."""
-    return 65_535 // (work.image_size // _PATCH_SIZE) ** 2
+def most_clips(work: NetworkWork) -> int:
+    """The largest batch that CUDA's kernels accept for attention over time: 65,535 sequences."""
+    return 65_535 // (work.image_size // PATCH_SIZE) ** 2
 
 
-def step_bytes(work: Work, checkpointing: bool) -> int:
-    """Peak memory of a training step: weights, gradients, momentum, and the tensors kept for the backward pass."""
+def step_bytes(work: NetworkWork, checkpointing: bool) -> int:
+    """Peak memory of a training step in bytes: weights, gradients, momentum, and the tensors kept for backward."""
     if work.device == "cuda":
         return _peak_bytes(work, checkpointing)
     network = _network(work, False)
     state = 3 * sum(value.nbytes for value in network.parameters())
     with mock.patch.object(timesformer, "kernels_for", _for_a_gpu):
         kept = _kept_bytes(network, work)
-        if checkpointing:  # what goes into each block, and at one time all of one block
+        if checkpointing:  # the input of each block, and all tensors of one block at a time
             kept = kept // len(network.blocks) + _kept_bytes(_network(work, True), work)
     return state + kept
 
@@ -98,13 +93,13 @@ def _for_a_gpu(x: torch.Tensor) -> type[GpuKernels]:
     return GpuKernels
 
 
-def _network(work: Work, checkpointing: bool) -> TimeSformer:
+def _network(work: NetworkWork, checkpointing: bool) -> TimeSformer:
     network = work.network()
     network.activation_checkpointing = checkpointing
     return network.to(work.device)
 
 
-def _peak_bytes(work: Work, checkpointing: bool) -> int:
+def _peak_bytes(work: NetworkWork, checkpointing: bool) -> int:
     torch.cuda.empty_cache()
     torch.compiler.reset()
     network = _network(work, checkpointing)
@@ -122,8 +117,8 @@ def _peak_bytes(work: Work, checkpointing: bool) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _kept_bytes(network: TimeSformer, work: Work) -> int:
-    """What a compiled step keeps for its backward pass. Blocks are compiled as training has them, but to operators, not
+def _kept_bytes(network: TimeSformer, work: NetworkWork) -> int:
+    """Bytes that a compiled step keeps for its backward pass. Blocks are compiled as in training, but to operators, not
     to code."""
     torch.compiler.reset()
     for block in network.blocks:
@@ -147,30 +142,31 @@ def _kept_bytes(network: TimeSformer, work: Work) -> int:
 
 
 def _try(size: str, image_size: int) -> dict[str, Any]:
-    """Tries a step of 16 frames and 8 clips with checkpointing in 24 GiB, less what is kept back."""
+    """Tries a step of 16 frames and 8 clips with checkpointing in 24 GiB, less the reserved memory."""
     card, num_frames, count = _TRIED
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min((card - _KEPT_BACK) * GIB / total, 1.0))
+    torch.cuda.set_per_process_memory_fraction(min((card - _RESERVED) * GIB / total, 1.0))
+    peak: float | None = None
     try:
-        peak = step_bytes(Work(size, count, num_frames, image_size, "cuda"), True) / GIB
+        peak = step_bytes(NetworkWork(size, count, num_frames, image_size, "cuda"), True) / GIB
     except torch.OutOfMemoryError:
-        peak = None
+        pass
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     return {"card_gib": card, "num_frames": num_frames, "clips": count, "peak_gib": peak}
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report as text."""
     return "\n".join(_lines(report))
 
 
-def _lines(report: dict[str, Any]) -> Iterator[str]:
+def _lines(report: Report) -> Iterator[str]:
     is_measured = report["settings"]["device"] == "cuda"
     yield f"{report['machine']['gpu']}: measured" if is_measured else "computed on a CPU, not measured on a GPU"
-    yield ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    yield f"bf16, SGD, compiled; clips a GPU, with {_KEPT_BACK:g} GiB kept back for CUDA, DALI and NVDEC"
+    yield listed(report["settings"])
+    yield f"bf16, SGD, compiled; clips a GPU, with {_RESERVED:g} GiB reserved for CUDA, DALI and NVDEC"
     yield f"{'frames':>6}  checkpointing  once GiB  a clip GiB" + "".join(f"{card:>5} GiB" for card in CARDS)
     for row in report["rows"]:
         fits = "".join(f"{row['clips'][card]:>9}" for card in CARDS)

@@ -1,13 +1,15 @@
-"""The floor: what a loader that decodes with FFmpeg cannot do without, in as many processes as it has workers.
+"""The floor: the least that a loader has to do that decodes with FFmpeg, in as many processes as it has workers.
 
-Open, demux, decode the packets kept and convert the wanted pictures to RGB; which packets these are is known
-beforehand. No torch here: the processes are as small as our loader's own.
+It opens files, demuxes, decodes the selected packets and converts the wanted frames to RGB; the selection is made
+beforehand. Nothing here imports torch, so that the processes are as small as our loader's own.
 """
 
 import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Lock
+from typing import Any
 
 import av
 
@@ -18,7 +20,7 @@ from dali_pipelines.processes import end_with_parent
 
 
 def decode_floor(tasks: Sequence[Packets], *, workers: int, batch_size: int) -> Iterator[None]:
-    """Goes round `tasks` for ever; one item for every `batch_size` clips done."""
+    """Repeats `tasks` for ever, and yields once for every `batch_size` decoded clips."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     places, lock = context.Value("q", 0), context.Lock()
@@ -35,7 +37,7 @@ def decode_floor(tasks: Sequence[Packets], *, workers: int, batch_size: int) -> 
             process.kill()
 
 
-def _work(tasks: Sequence[Packets], places, lock, done: Connection) -> None:
+def _work(tasks: Sequence[Packets], places: Any, lock: Lock, done: Connection) -> None:
     end_with_parent()
     while True:
         with places.get_lock():

@@ -1,76 +1,41 @@
 """`benchmark.py loader` on a GPU: clips per second of this loader's engines, of its peers, and of NVDEC alone.
 
-Everybody decodes the same list of clips, as on the CPU (`benchmarks.loader`), on three sets of videos: the files as
-they are, copies with short groups of pictures, and copies of many frame sizes, since a decoder that keeps hardware
-decoders for reuse looks good on two. Every run is a new process. It consumes what was decoded ahead, then counts the
-clips of some seconds. Every frame of its first clips is compared with that frame of the file and with its neighbours.
-NVDEC's use and the memory of the GPU are NVML's and CUDA's figures, over the same seconds.
+All contestants decode the same list of clips, as on the CPU (`benchmarks.loader`), on three sets of videos: the files
+as they are, copies with short groups of frames, and copies of many frame sizes, since a decoder that keeps hardware
+decoders for reuse looks good on two sizes. Every run is a new process. It consumes the batches decoded ahead, then
+counts clips for some seconds. Every frame of its first clips is compared with that frame of the file and with its
+neighbours. NVDEC's utilisation and the GPU's memory are measured by NVML and CUDA over the same seconds.
 """
 
 import contextlib
 import importlib.util
-import itertools
-import json
 import statistics
-import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.contestants import cut, endless_clips, make_loader, to_float
+from benchmarks.attempt import attempt
 from benchmarks.copies import copy_videos
-from benchmarks.loader import (
-    attempt,
-    compare,
-    count_packets,
-    cpu_seconds,
-    find_videos,
-    machine,
-    training_view,
-)
-from benchmarks.work import Clip, Work, repeated
-from common.system_metrics import nvml_gauges
-from dali_pipelines.bitstream.parser import UncertainError
+from benchmarks.gpu_contestants import AUTO, CONTESTANTS, FLOOR, HOST, NVDEC, PEER, GpuWork
+from benchmarks.machine import cpu_seconds, gpu_machine, wait_for_gpu
+from benchmarks.reporting import Report, at_least, columns, command, listed, progress, write, write_and_print
+from benchmarks.videos import compare, count_packets, find_videos, training_view
+from benchmarks.work import repeated
+from common.metrics import Metric
+from common.system_metrics import nvml_metrics
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import open_video
-from dali_pipelines.manifest import Video
-from dali_pipelines.nvdec import decode_file, load_torchcodec, nvdec_backend
-from dali_pipelines.packets import remux
+from dali_pipelines.manifest import Manifest
 
-_FLOOR_CLIPS = 96  # that the floor goes round
 _CHECKED = 16  # clips
-_DRAINED = 12  # batches, more than anybody decodes ahead
-_LOOK_S = 0.2  # between two looks at NVDEC
+_DRAINED = 12  # batches, more than any contestant decodes ahead
+_SAMPLE_S = 0.2  # between two samples of NVDEC's utilisation
 
 UNTOUCHED = "as they are"
-AUTO, NVDEC, HOST, DALI, FLOOR = "auto", "nvdec", "host", "dali", "nvdec floor"
-PEER = "torchcodec"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuWork(Work):
-    threads: int
-    """That decode, of those contestants that have threads."""
-    device: str = "cuda"
-    """The tests run all of it on "cpu"."""
-
-
-class Contestant(NamedTuple):
-    what: str
-    batches: Callable[[GpuWork], tuple[Iterator[torch.Tensor | None], Any]]
-    """(batches, `LoaderStats` or None); None for a batch: only decoding is timed."""
-    package: str = "torchcodec"
-    only_untouched: bool = False
 
 
 def benchmark_gpu_loader(
@@ -91,8 +56,9 @@ def benchmark_gpu_loader(
 ) -> dict[str, Any]:
     """Measures, prints the tables and writes loader_gpu.json into `out`. Raises `InputError`.
 
-    workers, threads: of this loader; peers use as many threads. seconds: that a run counts clips for.
-    gop: frames of a group in the copies; sizes: different ones in the third set. 0 leaves that set out.
+    workers, threads: of this loader; peers use as many threads.
+    seconds: time for which a run counts clips.
+    gop: frames per group of the copies; sizes: number of frame sizes in the third set. 0 leaves that set out.
     """
     names = list(CONTESTANTS) if contestants is None else list(dict.fromkeys(contestants))
     for name in names:
@@ -102,7 +68,7 @@ def benchmark_gpu_loader(
     out.mkdir(parents=True, exist_ok=True)
     settings = {"workers": workers, "threads": threads, "rounds": rounds, "seconds": seconds}
     settings |= {"num_frames": num_frames, "crop_size": crop_size, "batch_size": batch_size}
-    report = {"command": " ".join(sys.argv), "machine": gpu_machine(), "settings": settings, "sets": {}}
+    report: Report = {"command": command(), "machine": gpu_machine(), "settings": settings, "sets": {}}
     with tempfile.TemporaryDirectory() as folder:
         sets = {UNTOUCHED: found}
         if gop:
@@ -111,9 +77,9 @@ def benchmark_gpu_loader(
             sets[f"gop {gop or 16}, {sizes} sizes"] = copy_videos(
                 found, Path(folder, "sizes"), gop=gop or 16, sizes=sizes
             )
-        for title, listed in sets.items():
+        for title, videos_of_set in sets.items():
             work = GpuWork(
-                manifest=repeated(listed, batch_size, Path(folder, "videos.packets")),
+                manifest=repeated(videos_of_set, batch_size, Path(folder, "videos.packets")),
                 view=training_view(num_frames, crop_size),
                 seed=0,
                 batch_size=batch_size,
@@ -122,28 +88,15 @@ def benchmark_gpu_loader(
                 device=device,
             )
             chosen = [name for name in names if title == UNTOUCHED or not CONTESTANTS[name].only_untouched]
-            report["sets"][title] = _measure(title, listed, work, chosen, rounds=rounds, seconds=seconds)
-            (out / "loader_gpu.json").write_text(json.dumps(report, indent=2) + "\n")
+            report["sets"][title] = _measure(title, videos_of_set, work, chosen, rounds=rounds, seconds=seconds)
+            write(report, out / "loader_gpu.json")
     report["targets"] = targets(report["sets"])
-    (out / "loader_gpu.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
-    print(f"\n{out / 'loader_gpu.json'}")
+    write_and_print(report, out / "loader_gpu.json", table(report))
     return report
 
 
-def gpu_machine() -> dict[str, Any]:
-    """As `machine`, with the GPU's driver and the CUDA of torch."""
-    found = machine() | {"cuda": torch.version.cuda, "driver": None}
-    if torch.cuda.is_available():
-        import pynvml
-
-        pynvml.nvmlInit()
-        found["driver"] = pynvml.nvmlSystemGetDriverVersion()
-    return found
-
-
 def _measure(
-    title: str, videos: Sequence[Video], work: GpuWork, names: Sequence[str], *, rounds: int, seconds: float
+    title: str, videos: Manifest, work: GpuWork, names: Sequence[str], *, rounds: int, seconds: float
 ) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     clips: dict[str, torch.Tensor] = {}
@@ -155,7 +108,7 @@ def _measure(
         for name in names:
             if results[name]["failure"] is not None:
                 continue
-            print(f"{title}, turn {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            progress(f"{title}, turn {turn + 1} of {rounds}: {name}")
             if (answer := attempt(results[name], time_run, name, work, seconds)) is not None:
                 run, first = answer
                 results[name]["runs"].append(run)
@@ -176,11 +129,11 @@ def _measure(
 
 
 def time_run(name: str, work: GpuWork, seconds: float) -> tuple[dict[str, Any], Any]:
-    """(figures, the first clips as float32 [N, 3, T, S, S] or None)."""
+    """(measurements, the first clips as float32 [N, 3, T, S, S], or None if the contestant only decodes)."""
     is_cuda = work.device != "cpu"
     if is_cuda:
-        torch.zeros(1, device=work.device)  # CUDA's own start is nobody's
-        free = torch.cuda.mem_get_info()[0]
+        torch.zeros(1, device=work.device)  # starting CUDA is not the contestant's time
+        free, _ = torch.cuda.mem_get_info()
     began = time.perf_counter()
     batches, stats = CONTESTANTS[name].batches(work)
     first = [next(batches)]
@@ -190,18 +143,17 @@ def time_run(name: str, work: GpuWork, seconds: float) -> tuple[dict[str, Any], 
             first.append(next(batches))
         else:
             next(batches)
-        if time.perf_counter() - began > 3 * seconds:  # who is that slow has little decoded ahead
+        if time.perf_counter() - began > 3 * seconds:  # one that is this slow has decoded little ahead
             break
     engines = dict(stats.engines) if stats else {}
-    count, cpu, began = 0, cpu_seconds(), time.perf_counter()
+    count, cpu_before, began = 0, cpu_seconds(), time.perf_counter()
     with _watch_nvdec(work.device) as shares:
         while time.perf_counter() - began < seconds:
             next(batches)
             count += work.batch_size
-        if is_cuda:
-            torch.cuda.synchronize()
+        wait_for_gpu(work.device)
         spent = time.perf_counter() - began
-    cpu = cpu_seconds() - cpu
+    cpu = cpu_seconds() - cpu_before
     run = {
         "clips_per_second": count / spent,
         "cpu_ms_per_clip": 1000 * cpu / count,
@@ -213,26 +165,25 @@ def time_run(name: str, work: GpuWork, seconds: float) -> tuple[dict[str, Any], 
         else {},
         "fallbacks": dict(stats.fallbacks) if stats else {},
     }
-    if first[0] is None:
-        return run, None
-    return run, torch.cat([batch.float().cpu() for batch in first])[:_CHECKED].numpy()
+    clips = [batch.float().cpu() for batch in first if batch is not None]
+    return run, torch.cat(clips)[:_CHECKED].numpy() if clips else None
 
 
 @contextlib.contextmanager
 def _watch_nvdec(device: str) -> Iterator[list[float]]:
-    """The shares of time, 0 to 1, that NVDEC was busy for, a look every `_LOOK_S`; none on the CPU."""
+    """Collects NVDEC's utilisation, 0 to 1, every `_SAMPLE_S` seconds; nothing on the CPU."""
     shares: list[float] = []
     if device == "cpu":
         yield shares
         return
     uuid, ended = str(torch.cuda.get_device_properties(device).uuid), threading.Event()
 
-    def look() -> None:
-        while not ended.wait(_LOOK_S):
-            if (share := nvml_gauges(uuid).get("gpu/decoder_share")) is not None:
+    def sample() -> None:
+        while not ended.wait(_SAMPLE_S):
+            if (share := nvml_metrics(uuid).get(Metric.GPU_DECODER_SHARE)) is not None:
                 shares.append(share)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=sample)
     thread.start()
     try:
         yield shares
@@ -241,120 +192,17 @@ def _watch_nvdec(device: str) -> Iterator[list[float]]:
         thread.join()
 
 
-# -- contestants --
-
-
-def _ours(work: GpuWork, *, decode: str):
-    loader = make_loader(work, device=work.device, decode=decode, decode_threads=work.threads)
-    return endless_clips(loader), loader.stats
-
-
-def _in_threads(work: GpuWork, function: Callable[[int], Any]) -> Iterator[Any]:
-    """`function(0)`, `function(1)`, ... in order, by `threads` threads that each have a stream of their own and are as
-    far ahead as ours."""
-
-    def start() -> None:
-        if work.device != "cpu":
-            torch.cuda.set_stream(torch.cuda.Stream(work.device))
-
-    places, ahead = itertools.count(), deque()
-    with ThreadPoolExecutor(work.threads, initializer=start) as pool:
-        while True:
-            while len(ahead) < 2 * work.threads + work.batch_size:
-                ahead.append(pool.submit(function, next(places)))
-            yield ahead.popleft().result()
-
-
-def _peer(work: GpuWork, *, decode: Callable[[Clip, str], torch.Tensor]):
-    """Frames by `decode`, cut out and resized as torch's transforms do."""
-
-    def clip(place: int) -> torch.Tensor:
-        found = work.clip(place)
-        cut_out = cut(decode(found, work.device), found.rectangle, work.view.crop_size)
-        if work.device != "cpu":
-            torch.cuda.current_stream().synchronize()
-        return cut_out
-
-    def batches() -> Iterator[torch.Tensor]:
-        clips = _in_threads(work, clip)
-        while True:
-            yield to_float(torch.stack(list(itertools.islice(clips, work.batch_size))))
-
-    return batches(), None
-
-
-def _torchcodec(clip: Clip, device: str) -> torch.Tensor:
-    decoders = load_torchcodec().decoders
-    with decoders.set_cuda_backend(nvdec_backend()):
-        decoder = decoders.VideoDecoder(
-            clip.source.path, dimension_order="NHWC", num_ffmpeg_threads=1, device=device, seek_mode="approximate"
-        )
-    frames = decoder.get_frames_at(clip.positions.tolist()).data
-    if device != "cpu":
-        torch.cuda.current_stream().synchronize()  # before another thread has its hardware decoder
-    return frames
-
-
-def _pynvvideocodec(clip: Clip, device: str) -> torch.Tensor:
-    import PyNvVideoCodec
-
-    decoder = PyNvVideoCodec.SimpleDecoder(
-        clip.source.path, use_device_memory=True, output_color_type=PyNvVideoCodec.OutputColorType.RGB
-    )
-    frames = decoder.get_batch_frames_by_index(clip.positions.tolist())
-    return torch.stack([torch.from_dlpack(frame) for frame in frames])
-
-
-def _floor(work: GpuWork):
-    """The streams that our workers make, by as many sessions as there are threads, and nothing else: what comes out is
-    dropped."""
-    files = []
-    for place in range(_FLOOR_CLIPS):
-        clip = work.clip(place)
-        with open_video(clip.source) as container:
-            try:
-                files.append(remux(container, np.unique(clip.positions), uncropped=True))
-            except UncertainError:
-                continue
-    device = torch.device(work.device)
-
-    def decode(place: int) -> None:
-        file = files[place % len(files)]
-        decode_file(file.encoded, file.positions, file.size, device)
-
-    def batches() -> Iterator[None]:
-        done = _in_threads(work, decode)
-        while True:
-            for _ in range(work.batch_size):
-                next(done)
-            yield None
-
-    return batches(), None
-
-
-CONTESTANTS = {
-    AUTO: Contestant("this loader: NVDEC and the cores", partial(_ours, decode=AUTO)),
-    NVDEC: Contestant("this loader: NVDEC", partial(_ours, decode=NVDEC)),
-    HOST: Contestant("this loader: the cores", partial(_ours, decode=HOST), "av"),
-    FLOOR: Contestant("NVDEC alone: the same packets, nothing else", _floor),
-    PEER: Contestant("torchcodec's CUDA decoder, whole files, threads", partial(_peer, decode=_torchcodec)),
-    "pynvvideocodec": Contestant(
-        "PyNvVideoCodec, whole files, threads", partial(_peer, decode=_pynvvideocodec), "PyNvVideoCodec"
-    ),
-    DALI: Contestant("this loader: NVDEC by DALI", partial(_ours, decode=DALI), "av", only_untouched=True),
-}
-
-
 # -- the report --
 
 
 def median(result: dict[str, Any], key: str = "clips_per_second") -> float | None:
+    """Median of the runs; None if it was not measured."""
     values = [run[key] for run in result["runs"] if run[key] is not None]
     return statistics.median(values) if values else None
 
 
-def targets(sets: dict[str, Any]) -> list[dict[str, Any]]:
-    """What this project wants of its loader on a GPU, as far as it was measured."""
+def targets(sets: Report) -> list[dict[str, Any]]:
+    """The targets for this loader on a GPU, as far as they were measured."""
     rates = {
         title: {name: median(result) for name, result in each["contestants"].items()} for title, each in sets.items()
     }
@@ -373,20 +221,16 @@ def targets(sets: dict[str, Any]) -> list[dict[str, Any]]:
         wanted.append(("nvdec / nvdec floor, short groups", copies[0].get(NVDEC), copies[0].get(FLOOR), 0.9))
     if len(copies) > 1:
         wanted.append(("nvdec, many sizes / few", copies[1].get(NVDEC), copies[0].get(NVDEC), 0.8))
-    return [
-        {"what": what, "value": value / of, "at_least": least, "met": value / of >= least}
-        for what, value, of, least in wanted
-        if value and of
-    ]
+    return [at_least(what, value / of, bound) for what, value, of, bound in wanted if value and of]
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report as text."""
     found = report["machine"]
     lines = [
         f"{found['gpu']}, driver {found['driver']}, CUDA {found['cuda']}; {found['cpu']}, {found['cores']} cores",
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        ", ".join(f"{name} {value}" for name, value in report["settings"].items()),
+        listed(found["versions"]),
+        listed(report["settings"]),
     ]
     header = ["clips/s", "CPU ms/clip", "NVDEC", "GPU MiB", "first batch s", "diff/255", "wrong frames", "decoded by"]
     for title, each in report["sets"].items():
@@ -414,13 +258,10 @@ def table(report: dict[str, Any]) -> str:
                     f"{median(result, 'first_batch_s'):.1f}",
                     "" if difference is None else f"{difference:.2f}",
                     str(result.get("wrong_frames", "")),
-                    ", ".join(f"{engine} {count}" for engine, count in engines.items()),
+                    listed(engines),
                 ]
             )
-        widths = [max(len(row[column]) for row in rows if len(row) > 2) for column in range(len(rows[0]))]
-        lines += [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows
-        ]
+        lines += columns(rows)
         for name, result in each["contestants"].items():
             for reason, count in (result["runs"][-1]["fallbacks"] if result["runs"] else {}).items():
                 lines.append(f"{name}: {count} of its clips {reason}")

@@ -2,40 +2,40 @@
 
 Why it is fair:
 
-- Everybody has the same weights, clips and autocast (bf16); a step is forward and backward, without an optimizer. In
-  float32, before it is compiled, a network's logits must agree with ours to 1e-3; in bf16, as it is timed, to 5 %.
-- Ours has deterministic algorithms, as in training; Hugging Face's network has PyTorch's default, which may be faster.
-- Everybody has a process of its own. All prepare side by side (compiling takes a core, not the GPU); then they take
-  turns on a GPU that nobody else uses, the next one first in each round. Ratios are of medians.
-- Hugging Face's network is also measured with PyTorch's fused attention, which it does not have itself, and compiled.
-- TFLOP/s count the multiply-adds that our network does for a clip, three forward passes a step, for everybody.
-- Memory: torch.cuda.max_memory_allocated of a step, with weights and gradients; of CUDA graphs, what they reserve.
+- All contestants have the same weights, clips and autocast (bf16); a step is forward and backward, without optimizer.
+  In float32, before it is compiled, a network's logits must agree with ours to 1e-3; in bf16, as it is timed, to 5 %.
+- Ours uses deterministic algorithms, as in training; Hugging Face's network has PyTorch's default, which may be faster.
+- Each contestant has a process of its own. All prepare side by side (compiling takes a core, not the GPU); then they
+  take turns on a GPU that nothing else uses, and each round starts with the next one. Ratios are of medians.
+- Hugging Face's network is also measured with PyTorch's fused attention, which it does not use itself, and compiled.
+- TFLOP/s count the multiply-adds of our network for a clip, three forward passes a step, for all contestants.
+- Memory: torch.cuda.max_memory_allocated of a step, with weights and gradients; with CUDA graphs, what they reserve.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.loader import machine
-from benchmarks.model import Work, hugging_face, ours, peer_versions
+from benchmarks.machine import gpu_matmul_tflops, machine, wait_for_gpu
+from benchmarks.networks import PATCH_SIZE, SIZES, M, NetworkWork, TorchContestant, hugging_face, ours, peer_versions
+from benchmarks.reporting import Report, at_least, at_most, command, listed, progress, target_lines, write_and_print
 from common.precision import make_deterministic
 from dali_pipelines.errors import InputError
 from dali_pipelines.processes import end_with_parent
+from model.kernels import _attend_by_products
 from model.timesformer import multiply_adds
 from training.compiling import compile_network, cuda_graphs_skipped
 
@@ -43,50 +43,55 @@ BATCH_SIZES = (8, 32)  # the published recipe's, and one that fills the GPU
 OURS, COMPILED, GRAPHS = "ours", "ours compiled", "ours, CUDA graphs"
 PEERS = ("huggingface eager", "huggingface sdpa", "huggingface compiled")
 _LARGEST_DIFFERENCE = 1e-3
-_LARGEST_SHARE = 0.05  # in bf16: norm of the difference, of the norm
-_MATMUL_SIZE = 8192
+_LARGEST_SHARE = 0.05  # in bf16: norm of the difference, relative to the norm
 _PREPARE_S = 100  # to import, build, compile and warm up
-_ATTEMPTS = 10  # to get memory that the others have just now
+_ATTEMPTS = 10  # to allocate memory while the other contestants hold theirs
 _COMPILE_THREADS = "3"  # of each contestant
 
 
 class Contestant:
-    """Training steps in bf16; `logits` of one clip in float32, to compare."""
+    """Training steps in bf16; `logits` of one clip in float32, for comparison."""
 
     def __init__(
-        self, work: Work, make: Callable[[Work], Any], prepare: Callable[[Any], None], *, graphs: bool = False
+        self,
+        work: NetworkWork,
+        make: Callable[[NetworkWork], TorchContestant[M]],
+        prepare: Callable[[M], None],
+        *,
+        graphs: bool = False,
     ):
         self.work, self.graphs = work, graphs
         if make is ours and work.device == "cuda":
             make_deterministic(torch.device("cuda"))
         made = make(work._replace(batch_size=1))
         self.logits = made.logits()
-        self.module = made.module
+        self.module: nn.Module = made.module
+        self.clips = made.clips
         self._transposed = made.clips.shape[1] != 3  # Hugging Face's are [B, T, 3, S, S]
-        prepare(self.module)
-        self.clips: Tensor | None = None
-        self.timed_logits: Tensor | None = None
+        prepare(made.module)
 
     def load(self, batch_size: int) -> None:
+        """Replaces the clips by a batch of another size."""
         clips = self.work._replace(batch_size=batch_size).clips()
         self.clips = (clips.transpose(1, 2).contiguous() if self._transposed else clips).to(self.work.device)
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
+        """Runs a forward and a backward pass, and returns the logits."""
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self.module.zero_grad(set_to_none=True)
         with torch.autocast(self.work.device, torch.bfloat16):
             result = self.module(self.clips)
         logits = getattr(result, "logits", result)
-        self.timed_logits = logits.detach()
         logits.float().square().sum().backward()
+        return logits.detach()
 
 
-def _compile(module: torch.nn.Module) -> None:
+def _compile(module: nn.Module) -> None:
     module.compile(dynamic=False)
 
 
-CONTESTANTS: dict[str, Callable[[Work], Contestant]] = {
+CONTESTANTS: dict[str, Callable[[NetworkWork], Contestant]] = {
     OURS: partial(Contestant, make=ours, prepare=lambda module: None),
     COMPILED: partial(Contestant, make=ours, prepare=compile_network),
     GRAPHS: partial(Contestant, make=ours, prepare=partial(compile_network, cuda_graphs=True), graphs=True),
@@ -96,130 +101,168 @@ CONTESTANTS: dict[str, Callable[[Work], Contestant]] = {
 }
 
 
-def serve(name: str, work: Work, pipe: Connection) -> None:
-    """In a process of its own: ("load", batch size) -> {"prepare_s", "gib", "logits", "timed_logits"}; ("run", seconds)
-    -> clips/s; and ("stop", None). What goes wrong comes back as a text."""
+# -- a contestant's process --
+
+
+class Load(NamedTuple):
+    """Asks a process to prepare for a batch size; the answer is `Prepared`."""
+
+    batch_size: int
+
+
+class Time(NamedTuple):
+    """Asks a process to time steps for some seconds; the answer is clips/s."""
+
+    seconds: float
+
+
+class Prepared(NamedTuple):
+    """What a contestant has been prepared to do."""
+
+    prepare_s: float
+    gib: float | None
+    """Peak memory of a step in GiB; None on a CPU."""
+    logits: Tensor
+    """float32 [1, classes] of one clip, computed in float32."""
+    timed_logits: Tensor
+    """float32 [classes] of the first clip, computed as it is timed."""
+
+
+class Failure(str):
+    """Why a contestant could not do what it was asked."""
+
+
+def serve(name: str, work: NetworkWork, pipe: Connection) -> None:
+    """Runs in a process of its own: answers every `Load` and `Time`, with a `Failure` if it fails, until None."""
     end_with_parent()
     torch.set_num_threads(1 if work.device == "cuda" else torch.get_num_threads())
-    began, contestant = time.perf_counter(), None
-    while True:
-        what, value = pipe.recv()
-        if what == "stop":
-            return
+    began = time.perf_counter()
+    contestant: Contestant | None = None
+    while (message := pipe.recv()) is not None:
         try:
-            if what == "load":
+            if isinstance(message, Load):
                 contestant = contestant or CONTESTANTS[name](work)
-                contestant.load(value)
-                _warm_up(contestant)
-                found = {"prepare_s": time.perf_counter() - began, "gib": _peak_gib(contestant)}
-                logits = {"logits": contestant.logits, "timed_logits": contestant.timed_logits[0].float().cpu()}
-                pipe.send(found | logits)
+                contestant.load(message.batch_size)
+                timed_logits = _warm_up(contestant)
+                prepare_s = time.perf_counter() - began
+                pipe.send(Prepared(prepare_s, _peak_gib(contestant), contestant.logits, timed_logits))
             else:
-                pipe.send(_clips_per_second(contestant, seconds=value))
+                assert contestant is not None
+                pipe.send(_clips_per_second(contestant, seconds=message.seconds))
         except Exception as error:  # out of memory, not installed, a compiler that fails: the others are measured
-            pipe.send((str(error).strip() or type(error).__name__).splitlines()[0])
+            pipe.send(Failure((str(error).strip() or type(error).__name__).splitlines()[0]))
         began = time.perf_counter()
 
 
-def _warm_up(contestant: Contestant) -> None:
-    """Runs three steps; the first one compiles. All contestants do this at once, so one may have to wait for memory."""
+def _warm_up(contestant: Contestant) -> Tensor:
+    """Runs three steps, of which the first one compiles. Returns the logits of the first clip.
+
+    All contestants do this at once, so one may have to wait for memory."""
     for attempt in range(_ATTEMPTS):
         try:
-            for _ in range(3):
-                contestant.step()
-            _wait(contestant.work.device)
-            if contestant.graphs and cuda_graphs_skipped():
-                raise RuntimeError("the compiler has left the CUDA graphs out")
-            return
+            return _three_steps(contestant)
         except torch.OutOfMemoryError:
             if attempt == _ATTEMPTS - 1:
                 raise
         # Not within the handler: the traceback there holds the memory of the step.
-        contestant.timed_logits = None
         contestant.module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         time.sleep(random.uniform(1, 4))
+    raise AssertionError
+
+
+def _three_steps(contestant: Contestant) -> Tensor:
+    for _ in range(3):
+        logits = contestant.step()
+    wait_for_gpu(contestant.work.device)
+    if contestant.graphs and cuda_graphs_skipped():
+        raise RuntimeError("the compiler has left the CUDA graphs out")
+    return logits[0].float().cpu()
 
 
 def _clips_per_second(contestant: Contestant, *, seconds: float) -> float:
     for _ in range(2):
         contestant.step()
-    _wait(contestant.work.device)
+    wait_for_gpu(contestant.work.device)
     steps, start = 0, time.perf_counter()
     while True:
         for _ in range(4):
             contestant.step()
         steps += 4
-        _wait(contestant.work.device)
+        wait_for_gpu(contestant.work.device)
         took = time.perf_counter() - start
         if took > seconds:
             break
     if contestant.work.device == "cuda":
-        torch.cuda.empty_cache()  # for the next one
+        torch.cuda.empty_cache()  # for the next contestant
     return steps * len(contestant.clips) / took
 
 
 def _peak_gib(contestant: Contestant) -> float | None:
-    """Of a step. The memory that is not in use afterwards is given back, for the others."""
+    """Peak memory of a step in GiB. Unused memory is then given back for the others."""
     if contestant.work.device != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
     contestant.step()
-    _wait("cuda")
+    wait_for_gpu("cuda")
     torch.cuda.empty_cache()
     peak = torch.cuda.max_memory_allocated()
-    if contestant.graphs:  # their replay allocates nothing
+    if contestant.graphs:  # replaying them allocates nothing
         peak = max(peak, torch.cuda.memory_reserved())
     return peak / 2**30
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 @dataclass
 class Runner:
-    """A contestant's process."""
+    """Starts a contestant's process and talks to it."""
 
     name: str
-    work: Work
+    work: NetworkWork
     failure: str = ""
-    prepared: dict[str, Any] = field(default_factory=dict)
+    prepared: Prepared | None = None
     turns: list[float] = field(default_factory=list)
+    """Clips/s."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(self.name, self.work, theirs))
         self._process.start()
         theirs.close()
 
-    def send(self, what: str, value: Any = None) -> None:
-        with contextlib.suppress(OSError):  # it has ended; `receive` says so
-            self.pipe.send((what, value))
+    def send(self, message: Load | Time | None) -> None:
+        """Sends a message; None ends the process."""
+        with contextlib.suppress(OSError):  # the process has ended, which `receive` reports
+            self.pipe.send(message)
 
     def receive(self, deadline: float) -> Any:
-        """None if there is no answer; `failure` says why."""
-        answer = f"no answer within {_PREPARE_S} s"
+        """The answer. If there is none, returns None, sets `failure` and ends the process."""
+        answer: Any = Failure(f"no answer within {_PREPARE_S} s")
         try:
             if self.pipe.poll(max(deadline - time.monotonic(), 0)):
                 answer = self.pipe.recv()
         except (EOFError, OSError):
             self._process.join(timeout=5)
-            answer = f"its process ended with exit code {self._process.exitcode}"
-        if not isinstance(answer, str):
+            answer = Failure(f"its process ended with exit code {self._process.exitcode}")
+        if not isinstance(answer, Failure):
             return answer
         self.failure = answer
         self.stop()
         return None
 
     def stop(self) -> None:
-        self.send("stop")
+        """Ends the process."""
+        self.send(None)
         self._process.join(timeout=5)
         self._process.kill()
         self._process.join()
         self.pipe.close()
+
+    def result(self) -> dict[str, Any]:
+        """For the report."""
+        if self.prepared is None or self.failure:
+            return {"failure": self.failure}
+        return {"clips_per_second": self.turns, "gib": self.prepared.gib, "prepare_s": self.prepared.prepare_s}
 
 
 def benchmark_gpu_model(
@@ -236,7 +279,7 @@ def benchmark_gpu_model(
 ) -> None:
     """Measures, prints the table and writes model.json into `out`. Raises `InputError`."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", _COMPILE_THREADS)
-    work = Work(size, 1, num_frames, image_size, device)
+    work = NetworkWork(size, 1, num_frames, image_size, device)
     try:
         gmac = multiply_adds(work.network) / 1e9
     except ValueError as error:
@@ -248,91 +291,69 @@ def benchmark_gpu_model(
     finally:
         for runner in runners:
             runner.stop()
-    report = {
-        "command": " ".join(sys.argv),
+    report: Report = {
+        "command": command(),
         "machine": machine() | {"peers": peer_versions()},
         "settings": {"size": size, "num_frames": num_frames, "image_size": image_size, "rounds": rounds},
         "forward_gmac_per_clip": gmac,
-        "matmul_tflops": matmul_tflops(device),
+        "matmul_tflops": gpu_matmul_tflops(device),
         "batches": measured,
         "attention_over_time_ms": {
             batch_size: attention_over_time(work, batch_size, device) for batch_size in batch_sizes
         },
     }
     report["targets"] = targets(report)
-    (out / "model.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
-    print(f"\n{out / 'model.json'}")
+    write_and_print(report, out / "model.json", table(report))
 
 
-def _measure(runners: list[Runner], batch_size: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Results by name; {"failure": reason} for a contestant that failed."""
-    print(f"batch {batch_size}: preparing {len(runners)} networks", file=sys.stderr, flush=True)
+def _measure(runners: list[Runner], batch_size: int, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """`Runner.result` by name."""
+    progress(f"batch {batch_size}: preparing {len(runners)} networks")
     alive = [runner for runner in runners if not runner.failure]
     deadline = time.monotonic() + _PREPARE_S
     for runner in alive:
         runner.turns = []
-        runner.send("load", batch_size)
+        runner.send(Load(batch_size))
     for runner in alive:
         runner.prepared = runner.receive(deadline)
     alive = [runner for runner in alive if not runner.failure]
     for runner in alive:
-        _compare(runner, alive[0])
+        _check_logits(runner, alive[0])
     for number in range(rounds):
-        print(f"batch {batch_size}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        progress(f"batch {batch_size}: round {number + 1} of {rounds}")
         first = number % max(len(alive), 1)
         for runner in (*alive[first:], *alive[:first]):
             if runner.failure:
                 continue
-            runner.send("run", seconds)
-            speed = runner.receive(time.monotonic() + _PREPARE_S)
-            runner.turns += [speed] if speed else []
-    return {
-        runner.name: {"failure": runner.failure}
-        if runner.failure
-        else {
-            "clips_per_second": runner.turns,
-            "gib": runner.prepared["gib"],
-            "prepare_s": runner.prepared["prepare_s"],
-        }
-        for runner in runners
-    }
+            runner.send(Time(seconds))
+            if speed := runner.receive(time.monotonic() + _PREPARE_S):
+                runner.turns.append(speed)
+    return {runner.name: runner.result() for runner in runners}
 
 
-def _compare(runner: Runner, with_one: Runner) -> None:
-    """Raises `InputError` if two networks compute something else."""
-    mine, others = runner.prepared, with_one.prepared
-    difference = (mine["logits"] - others["logits"]).abs().max().item()
-    share = ((mine["timed_logits"] - others["timed_logits"]).norm() / others["timed_logits"].norm()).item()
+def _check_logits(runner: Runner, reference: Runner) -> None:
+    """Raises `InputError` if two networks compute different logits."""
+    found, expected = runner.prepared, reference.prepared
+    assert found and expected
+    difference = (found.logits - expected.logits).abs().max().item()
+    share = ((found.timed_logits - expected.timed_logits).norm() / expected.timed_logits.norm()).item()
     if not (difference <= _LARGEST_DIFFERENCE and share <= _LARGEST_SHARE):
         raise InputError(
-            f"{runner.name} computes something else than {with_one.name}: its logits are {difference:.1e} away, and "
-            f"{share:.1%} in bf16, as it is timed"
+            f"{runner.name} does not compute the same as {reference.name}: its logits differ by {difference:.1e}, and "
+            f"by {share:.1%} in bf16, as it is timed"
         )
-
-
-def matmul_tflops(device: str) -> float:
-    """In bf16: the best of several products of large square matrices."""
-    size = _MATMUL_SIZE if device == "cuda" else 512
-    a, b = torch.randn(2, size, size, device=device).bfloat16()
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
 
 
 # -- attention over time, three ways --
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3) @ v
+    """The CPU's attention: two products and a softmax."""
+    return _attend_by_products(*(each.flatten(0, 1) for each in (q, k, v))).unflatten(0, q.shape[:2])
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As many sequences in a row as make 64 tokens, which do not see each other's."""
+    """Attention over sequences joined to 64 tokens, with a mask between them."""
     batch, heads, length, dim = q.shape
     together = max(64 // length, 1)
     of = torch.arange(together * length, device=q.device) // length
@@ -345,28 +366,27 @@ def _packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return found.transpose(1, 2).reshape(batch, length, heads, dim).transpose(1, 2)
 
 
-def attention_over_time(work: Work, batch_size: int, device: str) -> dict[str, float]:
+def attention_over_time(work: NetworkWork, batch_size: int, device: str) -> dict[str, float]:
     """Milliseconds, forward and backward, of one block's attention over time in bf16: as the network does it ("sdpa"),
     as two products and a softmax, and packed."""
-    with torch.device("meta"):
-        network = work.network()
-    heads, dim = network.blocks[0].attn.num_heads, network.norm.normalized_shape[0]
-    patches = batch_size * (work.image_size // network.patch_embed.patch_size) ** 2 // 8 * 8
+    dim, _, heads = SIZES[work.size]
+    patches = batch_size * (work.image_size // PATCH_SIZE) ** 2 // 8 * 8
     shape = (patches, work.num_frames, 3, heads, dim // heads)
     qkv = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "sdpa": scaled_dot_product_attention,
+        "products": _by_products,
+        "packed": _packed,
+    }
     found = {}
-    for name, attend in (("sdpa", scaled_dot_product_attention), ("products", _by_products), ("packed", _packed)):
-
-        def step(attend=attend) -> None:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-            torch.autograd.grad(attend(q, k, v).transpose(1, 2).flatten(2).sum(), qkv)
-
+    for name, attend in ways.items():
         times = []
         for _ in range(20 if device == "cuda" else 2):
-            _wait(device)
+            wait_for_gpu(device)
             start = time.perf_counter()
-            step()
-            _wait(device)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+            torch.autograd.grad(attend(q, k, v).transpose(1, 2).flatten(2).sum(), qkv)
+            wait_for_gpu(device)
             times.append(1000 * (time.perf_counter() - start))
         found[name] = statistics.median(times)
     return found
@@ -375,17 +395,17 @@ def attention_over_time(work: Work, batch_size: int, device: str) -> dict[str, f
 # -- the report --
 
 
-def _speed(batches: dict[int, Any], batch_size: int, name: str) -> float | None:
+def _speed(batches: Mapping[int, Any], batch_size: int, name: str) -> float | None:
     turns = batches.get(batch_size, {}).get(name, {}).get("clips_per_second")
     return statistics.median(turns) if turns else None
 
 
-def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What this project wants of a step on an H100 or H200, as far as it was measured."""
+def targets(report: Report) -> list[dict[str, Any]]:
+    """The targets for a step on an H100 or H200, as far as they were measured."""
     speed = partial(_speed, report["batches"])
     memory = report["batches"].get(32, {}).get(COMPILED, {}).get("gib")
     found = []
-    for what, value, least in [
+    for what, value, bound in [
         ("clips/s at batch 8, compiled", speed(8, COMPILED), 220),
         ("clips/s at batch 32, compiled", speed(32, COMPILED), 280),
         *(
@@ -395,18 +415,18 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
         ),
     ]:
         if value:
-            found.append({"what": what, "value": value, "at_least": least, "met": value >= least})
+            found.append(at_least(what, value, bound))
     if memory:
-        found.append({"what": "GiB at batch 32, compiled", "value": memory, "at_most": 20, "met": memory <= 20})
+        found.append(at_most("GiB at batch 32, compiled", memory, 20))
     return found
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report as text."""
     found, peak = report["machine"], report["matmul_tflops"]
     versions = {"torch": found["versions"]["torch"]} | found["peers"]
     lines = [f"{found['gpu']}; {found['cpu']}, {found['cores']} cores"]
-    lines += [", ".join(f"{name} {value}" for name, value in each.items()) for each in (versions, report["settings"])]
+    lines += [listed(versions), listed(report["settings"])]
     lines.append(
         f"{report['forward_gmac_per_clip']:.4g} GMAC a clip; a large matrix product in bf16: {peak:.0f} TFLOP/s"
     )
@@ -428,7 +448,4 @@ def table(report: dict[str, Any]) -> str:
         each = ", ".join(f"{name} {ms:.3g}" for name, ms in report["attention_over_time_ms"][batch_size].items())
         lines.append(f"attention over time of one block, forward and backward, ms: {each}")
     lines.append("")
-    for target in report["targets"]:
-        bound = f"at least {target['at_least']}" if "at_least" in target else f"at most {target['at_most']}"
-        lines.append(f"{target['what']}: {target['value']:.4g}, target {bound}: {'met' if target['met'] else 'missed'}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *target_lines(report["targets"], ".4g")])

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What only a GPU can show: bash benchmarks/on_a_gpu.sh VIDEOS OUT [STEP...]
-# Steps, with their limits in minutes: tests 3, loader 4, soak 1, model 4, fit 3, train 3, resume 4 (default: all). A log
-# for each in OUT. A step that fails leaves the others; the exit status is the number of those that failed.
-# PYTHON names another interpreter than .venv's; DEVICE=cpu tries train and resume without a GPU.
+# All checks that need a GPU: bash benchmarks/on_a_gpu.sh VIDEOS OUT [STEP...]
+# Steps, with their limits in minutes: tests 3, loader 4, soak 1, model 4, fit 3, train 3, resume 4 (default: all). Each
+# has a log in OUT. After a step that fails the others run; the exit status is the number of failed steps.
+# PYTHON: another interpreter than .venv's; DEVICE=cpu tries train and resume without a GPU.
 set -u
 [ $# -ge 2 ] || { echo "usage: bash $0 VIDEOS OUT [STEP...]" >&2; exit 64; }
 videos=$(realpath "$1") out=$2
@@ -23,7 +23,7 @@ step() { # NAME SECONDS COMMAND...
     tail -n 25 "$out/$name.log"
 }
 
-train() { # The network on copies with groups of 16 frames, as `benchmark.py train` has them.
+train() { # `benchmark.py train` on copies with groups of 16 frames.
     set -e
     "$python" prepare.py index --list <(cd "$videos" && ls | sed 's/$/ 0/') --root "$videos" --out "$out/videos.csv"
     "$python" prepare.py transcode -m "$out/videos.csv" --out "$out/gop16"
@@ -33,7 +33,7 @@ train() { # The network on copies with groups of 16 frames, as `benchmark.py tra
         optim.global_batch_size=32 train.compile=true $train_settings --steps 20 --rounds 2 --out "$out"
 }
 
-resume() { # A compiled run that is killed with -9 in its middle and resumed has the weights of an unbroken one.
+resume() { # A compiled run that is killed with -9 and resumed must give the weights of an unbroken run.
     set -e
     rm -rf "$out/whole" "$out/parts"
     "$python" prepare.py demo --out "$out/demo"
@@ -54,7 +54,7 @@ sys.exit(f"different: {', '.join(different)}" if different else print("bit-equal
 END
 }
 
-# 197 tokens: several blocks of keys, which attention must add up in the same order.
+# 197 tokens are several blocks of keys, which attention must add up in the same order.
 train_settings='' resume_settings='data.crop_size=224 model.drop_path=0.1'
 if [ "$device" = cpu ]; then
     train_settings='model.embed_dim=48 model.depth=2 model.num_heads=3 data.crop_size=64'

@@ -1,4 +1,4 @@
-"""`benchmark.py soak`: many clips through one loader, and what it holds on to meanwhile."""
+"""`benchmark.py soak`: loads many clips with one loader and checks that memory and open files do not grow."""
 
 import os
 import shutil
@@ -9,22 +9,22 @@ from pathlib import Path
 import torch
 
 from benchmarks.copies import copy_videos
-from benchmarks.loader import find_videos
+from benchmarks.videos import find_videos
 from benchmarks.work import repeated
 from common.system_metrics import processes, proportional_mib
 from dali_pipelines import ClipLoader, InputError, Manifest
 
-_LOOKS = 10
-_GROWTH = 1.05  # of the last looks over those in the middle
+_SAMPLES = 10
+_GROWTH = 1.05  # allowed, of the last samples over those in the middle
 
 
 def soak(
     videos: Sequence[str], *, clips: int, workers: int, batch_size: int, crop_size: int, sizes: int | None
 ) -> None:
-    """Prints memory (MiB, each shared page in parts), shared memory, open files of the loader's processes and memory of
-    the GPU after every tenth of `clips`. Raises `InputError` where one of them grows.
+    """Prints memory (MiB, shared pages counted in parts), shared memory and open files of the loader's processes, and
+    the GPU's memory, after every tenth of `clips`. Raises `InputError` if one of them grows.
 
-    sizes: use copies of as many frame sizes.
+    sizes: load copies of the videos with this number of frame sizes.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = find_videos(videos)
@@ -44,20 +44,20 @@ def _soak(manifest: Manifest, clips: int, workers: int, batch_size: int, crop_si
         workers=workers,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    looks: list[dict[str, float]] = []
+    samples: list[dict[str, float]] = []
     header = f"{'clips':>8} {'clips/s':>8} {'main MiB':>9} {'workers MiB':>12} {'/dev/shm MiB':>13} {'open files':>11}"
     print(f"{header} {'GPU MiB':>9}")
-    while len(looks) < _LOOKS:
+    while len(samples) < _SAMPLES:
         for _ in loader:
-            if loader.stats.clips >= clips * (len(looks) + 1) / _LOOKS and len(looks) < _LOOKS:
-                looks.append(_look())
-                main, others, shared, files, gpu = looks[-1].values()
+            if loader.stats.clips >= clips * (len(samples) + 1) / _SAMPLES and len(samples) < _SAMPLES:
+                samples.append(_sample())
+                main, others, shared, files, gpu = samples[-1].values()
                 speed = loader.stats.clips_per_second
                 row = f"{loader.stats.clips:>8} {speed:>8.1f} {main:>9.0f} {others:>12.0f} {shared:>13.0f} {files:>11}"
                 print(f"{row} {gpu:>9.0f}")
     loader.close()
-    for name in looks[0]:
-        middle, last = (max(look[name] for look in part) for part in (looks[3:6], looks[7:]))
+    for name in samples[0]:
+        middle, last = (max(sample[name] for sample in part) for part in (samples[3:6], samples[7:]))
         if last > middle * _GROWTH + 4:
             raise InputError(f"{name} grew from {middle:.0f} in the middle of the run to {last:.0f} at its end")
     stats = loader.stats
@@ -65,14 +65,14 @@ def _soak(manifest: Manifest, clips: int, workers: int, batch_size: int, crop_si
 
 
 def _gpu_mib() -> float:
-    """In use, by whomever; 0 without a GPU."""
+    """Memory of the GPU in use, by any process; 0 without a GPU."""
     if not torch.cuda.is_available():
         return 0.0
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**20
 
 
-def _look() -> dict[str, float]:
+def _sample() -> dict[str, float]:
     main, *others = processes()
     return {
         "memory of the main process": proportional_mib(main),

@@ -1,7 +1,7 @@
-"""Where the processor time of a clip goes in our loader on the CPU, stage by stage, in one process."""
+"""CPU time per clip of each stage of our loader on the CPU, in one process."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +20,15 @@ _CLIPS, _TURNS = 32, 3
 
 
 def stages(name: str, work: Work) -> dict[str, float]:
-    """CPU ms a clip of the stages but the last, which is what remains: handing over. The first turn warms up; of the
-    others the fastest counts. {} where no clip is in the packet index. `name` is not used."""
+    """CPU ms per clip of each stage but the last, handing over, which is the remainder. The first turn is a warm-up; of
+    the others the fastest counts. {} if no clip is in the packet index. `name`: for `attempt`, not used."""
     torch.set_num_threads(1)
     turns = [_turn(work) for _ in range(1 + _TURNS)][1:]
     return min(turns, key=lambda turn: sum(turn.values()))
 
 
 def _turn(work: Work) -> dict[str, float]:
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
 
     def timed(stage: str, function: Callable, *arguments: Any, **keywords: Any) -> Any:
         started = time.process_time()
@@ -60,7 +60,7 @@ def _turn(work: Work) -> dict[str, float]:
         count += 1
     if not count:
         return {}
-    # Decoding again, with everything around it: what that takes longer is the conversion.
+    # "all but cut" decodes again and does the rest as well; the difference is the conversion.
     whole = spent.pop("all but cut")
     spent["convert to RGB and crop"] = whole - spent["decode"] - spent["select and read"]
     return {stage: 1000 * seconds / count for stage, seconds in spent.items()}
@@ -72,7 +72,7 @@ def _open(work: Work, row: int) -> IndexedVideo:
 
 
 def _decode(video: IndexedVideo, runs: list[list[int]]) -> int:
-    """Frames that come out of the packets."""
+    """Decodes packets and returns the number of frames."""
     context = video.stream.context()
     set_up(context)
     count = 0

@@ -1,21 +1,20 @@
-"""`benchmark.py train`: a run's loader alone, its network alone, and both together, as training has them.
+"""`benchmark.py train`: a run's loader alone, its network alone, and both together, as in training.
 
 Why it is fair:
 
-- All three are the run's own: its ClipLoader, its `Trainer` and that one's step (forward, backward, optimizer,
-  micro-steps, precision, mixing, DDP). Nothing is validated, logged or saved.
-- Network alone trains on random clips that lie on the device, shaped like the loader's, whose workers are stopped then.
-- They take turns in one process, another one first in each round, each with a warm-up of its own: more batches than the
-  loader works ahead, so that what waited for the consumer is used up, or the queue is as full as it will be, before the
-  clock starts. Within a round, loader alone and both together are timed on the same clips. Ratios are taken within a
-  round, then their median.
-- Where loader and network need the same cores, nobody can reach the speed of the slower one alone. Two bounds tell: the
-  free cores over the processor time that a clip costs both, and 1 / (1 / a + 1 / b), as if they took turns.
+- All three use the run's own ClipLoader, `Trainer` and training step (forward, backward, optimizer, micro-steps,
+  precision, mixing, DDP). Nothing is validated, logged or saved.
+- The network alone trains on random clips on the device, of the loader's shape; the loader's workers are stopped then.
+- They take turns in one process, and each round starts with the next one. Each turn has a warm-up of more batches than
+  the loader works ahead, so that before the clock starts, queued batches are consumed, or the queue is as full as it
+  gets. Within a round, the loader alone and both together are timed on the same clips. Ratios are taken within a round,
+  then their median.
+- If loader and network need the same cores, they cannot reach the speed of the slower one alone. Two bounds are given:
+  the free cores over the CPU time that a clip costs both, and 1 / (1 / a + 1 / b), as if they took turns.
 """
 
 import contextlib
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -28,8 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_model import matmul_tflops
-from benchmarks.loader import cpu_seconds, machine
+from benchmarks.machine import cpu_seconds, gpu_matmul_tflops, machine
+from benchmarks.reporting import Report, command, listed, progress, spread, write_and_print
 from common.config import load_config, preprocessing
 from common.distributed import DistributedContext, start_process
 from common.weights import build_network
@@ -41,9 +40,9 @@ from training.monitor import NullMonitor
 
 LOADER, NETWORK, TOGETHER = CONTESTANTS = ("loader alone", "network alone", "together")
 TARGET = 0.95
-_AHEAD = 6  # batches; more than the loader prepares before they are asked for
-_TICKS = os.sysconf("SC_CLK_TCK")  # a second, of the clocks in /proc
-_QUIET = 0.9  # of the cores; where fewer are free, others are at work
+_AHEAD = 6  # batches; more than the loader prepares ahead
+_TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the clocks in /proc
+_QUIET = 0.9  # of the cores; if fewer are free, other programs are running
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Turn:
     clips_per_second: float
     step_ms: float
     wait_ms: float
-    """A step, until the loader gives its batches: of the process that waits longest."""
+    """Time per step until the loader gives its batches, in the process that waits longest."""
     cpu_ms_per_clip: float
-    """Processor time of all processes and their workers."""
+    """CPU time of all processes and their workers."""
     free_cores: float
-    """Those at work for it, and those that were idle; others on the machine had the rest."""
+    """Cores that worked for it or were idle; other programs used the rest."""
 
 
 def benchmark_train(
@@ -65,13 +64,13 @@ def benchmark_train(
 ) -> None:
     """Measures; the main process prints the table and writes train.json into `out`. Raises `InputError`.
 
-    split_cores: half of the CPU cores are the loader's and half the network's, so that they do not compete.
+    split_cores: give half of the CPU cores to the loader and half to the network, so that they do not compete.
     """
-    settings = load_config(config, override)
+    settings = load_config(config, list(override))
     settings.data.val = settings.data.train  # nothing is validated
-    settings.train.pretrained = None  # other weights are no faster
+    settings.train.pretrained = None  # it would not change the speed
     with start_process(settings.device) as process, tempfile.TemporaryDirectory() as settings.output:
-        settings.output = process.gather(settings.output)[0]  # the main process writes, and all have to name the same
+        settings.output = process.gather(settings.output)[0]  # all processes use the folder of the main process
         everything = os.sched_getaffinity(0)
         cores = sum(process.gather(len(everything) / process.local_world_size))
         of_loader, of_network = halves(process) if split_cores else (everything, everything)
@@ -93,8 +92,8 @@ def benchmark_train(
     if not process.is_main:
         return
     verdict = judge(turns, cores, tips)
-    report = {
-        "command": " ".join(sys.argv),
+    report: Report = {
+        "command": command(),
         "machine": machine() | {"cores": cores, "threads": torch.get_num_threads()},
         "settings": {
             "config": config,
@@ -104,36 +103,34 @@ def benchmark_train(
             "batch_size": trainer.batch_size,
             "micro_steps": trainer.micro_steps,
             "precision": trainer.precision,
-            "compiled": trainer.mode != "eager",
+            "compiled": trainer.state.mode != "eager",
             "split_cores": split_cores,
             "steps": steps,
             "rounds": rounds,
         },
         "unreadable_clips": unreadable,
         "turns": {name: [asdict(turn) for turn in each] for name, each in turns.items()},
-        "gpu": None if gib is None else of_the_gpu(trainer, verdict["medians"], gib),
+        "gpu": None if gib is None else gpu_figures(trainer, verdict["medians"], gib),
         **verdict,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "train.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
-    print(f"\n{out / 'train.json'}")
+    write_and_print(report, out / "train.json", table(report))
 
 
-def of_the_gpu(trainer: Trainer, medians: dict[str, dict[str, float]], gib: float) -> dict[str, float]:
-    """How much of one GPU the network takes: `gib` of memory, operations a second (three forward passes a step), and
-    what a large matrix product reaches there."""
+def gpu_figures(trainer: Trainer, medians: dict[str, dict[str, float]], gib: float) -> dict[str, float]:
+    """Utilisation of one GPU: `gib` of memory, and operations/s (three forward passes a step) beside those of a large
+    matrix product."""
     config, classes = trainer.config, len(trainer.classes)
     a_clip = multiply_adds(lambda: build_network(config.model, preprocessing(config.data), classes))
     flops = 6 * a_clip / trainer.process.world_size
-    peak = matmul_tflops("cuda")
+    peak = gpu_matmul_tflops("cuda")
     found = {f"{name}, TFLOP/s": flops * medians[name]["clips_per_second"] / 1e12 for name in (NETWORK, TOGETHER)}
     shares = {f"{name}, % of a matrix product": 100 * found[f"{name}, TFLOP/s"] / peak for name in (NETWORK, TOGETHER)}
     return found | {"matrix product, TFLOP/s": peak} | shares | {"GiB": gib}
 
 
 def halves(process: DistributedContext) -> tuple[set[int], set[int]]:
-    """Of the cores of this process."""
+    """Splits the cores of this process: (of the loader, of the network). Raises `InputError`."""
     mine = sorted(os.sched_getaffinity(0))[process.local_rank :: process.local_world_size]
     if process.device.type != "cpu" or len(mine) < 2:
         raise InputError(
@@ -144,7 +141,7 @@ def halves(process: DistributedContext) -> tuple[set[int], set[int]]:
 
 
 class Contest:
-    """A trainer whose loader and network can be run apart."""
+    """Runs the loader and the network of a trainer, separately or together."""
 
     def __init__(self, trainer: Trainer, steps: int, cores: float, of_loader: set[int], of_network: set[int]):
         trainer.monitor.close()
@@ -158,12 +155,13 @@ class Contest:
         trainer.train_loader.close()
 
     def turns(self, rounds: int) -> dict[str, list[Turn]]:
-        found = {name: [] for name in CONTESTANTS}
+        """A turn of each contestant for each round."""
+        found: dict[str, list[Turn]] = {name: [] for name in CONTESTANTS}
         for number in range(rounds):
             first = number % len(CONTESTANTS)
             for name in (*CONTESTANTS[first:], *CONTESTANTS[:first]):
                 if self._trainer.process.is_main:
-                    print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+                    progress(f"round {number + 1} of {rounds}: {name}")
                 found[name].append(self._turn(name, epoch=number))
         return found
 
@@ -173,7 +171,7 @@ class Contest:
             loader.close()
         else:
             loader.set_epoch(epoch)
-            os.sched_setaffinity(0, self._of_loader)  # this thread; workers and threads that start now stay there
+            os.sched_setaffinity(0, self._of_loader)  # of this thread; workers and threads that start now inherit them
             self._step(LOADER)
             os.sched_setaffinity(0, self._of_network)
         for _ in range(self._warm_up):
@@ -186,7 +184,7 @@ class Contest:
         self._wait()
         mine = [end - start for start, end in zip(before, self._clocks())]
         seconds, waited, cpu_seconds, idle_seconds = zip(*process.gather(mine))
-        cpu = max(sum(cpu_seconds), 1 / _TICKS)  # a turn can be shorter than what its clock shows
+        cpu = max(sum(cpu_seconds), 1 / _TICKS)  # a turn can be shorter than a tick of the clock
         clips = self._steps * self._trainer.config.optim.global_batch_size
         return Turn(
             clips_per_second=clips / max(seconds),
@@ -198,47 +196,48 @@ class Contest:
 
     def _endless(self) -> Iterator[Batch]:
         while True:
-            yield from self._trainer._batches()
+            yield from self._trainer.batches()
 
     def _step(self, name: str) -> None:
         count = self._trainer.micro_steps
         mine = itertools.repeat(self._synthetic, count) if name == NETWORK else itertools.islice(self._batches, count)
         if name != LOADER:
-            self._trainer._train_step(mine)
+            self._trainer.train_step(mine)
             return
         for _ in mine:
             self._wait()
 
     def _wait(self) -> None:
-        """Until this stream's work is done; what DALI does ahead goes on in others."""
+        """Waits for this CUDA stream; DALI continues to work ahead in others."""
         if self._trainer.process.device.type == "cuda":
             torch.cuda.current_stream(self._trainer.process.device).synchronize()
 
     def _clocks(self) -> tuple[float, ...]:
-        """Seconds: on the wall, waiting for the loader, of processors, and idle, which one process a machine counts."""
+        """Seconds: wall clock, waiting for the loader, CPU time, and idle, which one process per machine counts."""
         idle = sum(map(int, Path("/proc/stat").read_text().split()[4:6])) / _TICKS
         is_first = self._trainer.process.local_rank == 0
         return time.perf_counter(), self._trainer.train_loader.stats.wait_seconds, cpu_seconds(), idle * is_first
 
 
-# -- what is reported --
+# -- the report --
 
 
 def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]]) -> dict[str, Any]:
-    """Medians, bounds, how near to these both come together, and in words who bounds and what to do.
+    """Medians, bounds, how close both together come to the bounds, and the bottleneck and remedies in words.
 
+    cores: CPU cores of all machines.
     hints: what would make "data" and "network" faster.
     """
     medians = {name: _median(each) for name, each in turns.items()}
     limits = bounds(medians[LOADER], medians[NETWORK])
     rounds = list(zip(turns[TOGETHER], map(bounds, turns[LOADER], turns[NETWORK])))
-    ratios = {name: _spread([both.clips_per_second / each[name] for both, each in rounds]) for name in limits}
+    ratios = {name: spread([both.clips_per_second / each[name] for both, each in rounds]) for name in limits}
     a, b = (medians[name].clips_per_second for name in (LOADER, NETWORK))
     if limits["cores"] < TARGET * limits["slower"]:
         bound_by, tips = "cores", ["more cores", *hints["data"], *hints["network"]]
         said = (
             f"loader and network compete for the cores, which allow {limits['cores']:.1f} clips/s together, and "
-            f"{limits['turns']:.1f} where the two take turns; the target is for cores that are enough for both"
+            f"{limits['turns']:.1f} if the two take turns; the target assumes enough cores for both"
         )
     elif a < b:
         bound_by, tips = "data", hints["data"]
@@ -247,7 +246,9 @@ def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]
         bound_by, tips = "network", hints["network"]
         said = f"bound by the network: it takes {b:.1f} clips/s, and the loader could supply {a:.1f}"
     free = min(turn.free_cores for turn in medians.values())
-    busy = f"\nothers were at work here: {free:.1f} of {cores:g} cores were free" if free < _QUIET * cores else ""
+    busy = (
+        f"\nother programs were running: only {free:.1f} of {cores:g} cores were free" if free < _QUIET * cores else ""
+    )
     value = ratios["slower"]["median"]
     return {
         "medians": {name: asdict(turn) for name, turn in medians.items()},
@@ -261,7 +262,8 @@ def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]
 
 
 def bounds(loader: Turn, network: Turn) -> dict[str, float]:
-    """Clips/s of both together: of the slower one alone; where both share the cores that it had; taking turns."""
+    """Upper bounds of both together in clips/s: the slower one alone ("slower"), both on the cores that it had
+    ("cores"), and both in turns ("turns")."""
     slower = min(loader, network, key=lambda turn: turn.clips_per_second)
     return {
         "slower": slower.clips_per_second,
@@ -271,7 +273,7 @@ def bounds(loader: Turn, network: Turn) -> dict[str, float]:
 
 
 def hints(trainer: Trainer) -> dict[str, list[str]]:
-    """Settings that would make "data" and "network" faster, and that are not set so."""
+    """Changes of the settings that would make "data" and "network" faster."""
     data, train, process = trainer.config.data, trainer.config.train, trainer.process
     few_workers = data.workers is not None and data.workers < process.cores
     found = {
@@ -283,7 +285,7 @@ def hints(trainer: Trainer) -> dict[str, list[str]]:
         },
         "network": {
             "train.precision=bf16": trainer.precision == "float32",
-            "train.compile=true": trainer.mode == "eager",
+            "train.compile=true": trainer.state.mode == "eager",
             "train.activation_checkpointing=false": train.activation_checkpointing,
             f"data.batch_size over {trainer.batch_size}": trainer.micro_steps > 1,
             "more processes": True,
@@ -292,12 +294,11 @@ def hints(trainer: Trainer) -> dict[str, list[str]]:
     return {name: [hint for hint, is_open in each.items() if is_open] for name, each in found.items()}
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report as text."""
     machine = report["machine"]
     lines = [f"{machine['cpu']}, {machine['cores']:g} cores, {machine['threads']} threads; GPU: {machine['gpu']}"]
-    for each in (machine["versions"], report["settings"]):
-        lines.append(", ".join(f"{name} {value}" for name, value in each.items()))
+    lines += [listed(machine["versions"]), listed(report["settings"])]
     if report["unreadable_clips"]:
         lines.append(f"{report['unreadable_clips']} clips could not be read; they are counted")
     if report["gpu"]:
@@ -326,7 +327,3 @@ def table(report: dict[str, Any]) -> str:
 
 def _median(turns: list[Turn]) -> Turn:
     return Turn(*(statistics.median(values) for values in zip(*(asdict(turn).values() for turn in turns))))
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}

@@ -1,4 +1,4 @@
-"""What every contestant is given: the same clips, decided beforehand."""
+"""The clips that all contestants decode, chosen beforehand."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,23 +20,24 @@ class Clip(NamedTuple):
 
     source: Source
     positions: np.ndarray
-    """int64 [T], ascending: the k-th picture that the decoder puts out."""
+    """int64 [T], ascending: numbers of the frames that a decoder puts out, from 0."""
     rectangle: np.ndarray
-    """float64 [4]: y0, x0, y1, x1 in pixels; x0 > x1 flips."""
+    """float64 [4]: y0, x0, y1, x1 in pixels; flipped if x0 > x1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """An endless list of clips, those of a training `ClipLoader`, and how they are to be had."""
+    """The endless list of clips of a training `ClipLoader`, and how to load them."""
 
     manifest: Manifest
     view: View
     seed: int
     batch_size: int
     workers: int
-    """Processes, or threads, that decode."""
+    """Processes or threads that decode."""
 
     def row(self, place: int) -> int:
+        """Row of the manifest of the clip at `place`."""
         return self._sample(place)[1]
 
     def _sample(self, place: int) -> tuple[int, int]:
@@ -52,13 +53,14 @@ class Work:
         return sampler.sample(place)
 
     def clip(self, place: int) -> Clip:
+        """The clip at `place`, from 0."""
         epoch, row = self._sample(place)
         plan = plan_sample(self.manifest[row], self.view, seed=self.seed, epoch=epoch, sample_id=row)
         return Clip(self.manifest.source(row), plan.positions[plan.picks[0]], plan.rectangles[0])
 
 
 def repeated(found: Manifest, count: int, index: Path) -> Manifest:
-    """The videos as often as makes `count` rows or more, with their packet index in the file `index`."""
+    """The manifest of `found`, repeated until it has at least `count` rows. Writes its packet index to `index`."""
     manifest = Manifest(list(found) * -(-count // len(found)))
     write_index(index, found.entries)
     manifest.index = index
@@ -66,19 +68,19 @@ def repeated(found: Manifest, count: int, index: Path) -> Manifest:
 
 
 class Packets(NamedTuple):
-    """Which packets of a file give the pictures of a clip; numbers count those with data, as they lie in it."""
+    """The packets of a file that give the frames of a clip. Numbers count the packets with data, in file order."""
 
     source: Source
     runs: list[list[int]]
-    """Those to feed; the decoder starts afresh at each run."""
+    """Packets to feed; the decoder is flushed before each run but the first."""
     wanted: set[int]
-    """Of these, the ones that hold the pictures."""
+    """The packets of the wanted frames."""
     in_window: int
-    """Packets from the start of the file to the last wanted picture: what is fed without a selection."""
+    """Number of packets from the start of the file to the last wanted frame, which are fed without a selection."""
 
 
 def needed_packets(clip: Clip) -> Packets:
-    """What our loader feeds: a selection where the headers allow one, all up to the last wanted otherwise."""
+    """The packets that our loader feeds: a selection if the headers allow one, otherwise all up to the last wanted."""
     shown, fed_until = _decode_all(clip.source)
     in_window = fed_until[int(clip.positions[-1])]
     try:
@@ -92,8 +94,9 @@ def needed_packets(clip: Clip) -> Packets:
 
 @lru_cache
 def _decode_all(source: Source) -> tuple[list[int], list[int]]:
-    """For every picture that comes out: the number of its packet, and how many had been fed by then."""
-    shown, fed_until = [], []
+    """For every frame that comes out: the number of its packet, and how many packets had been fed by then."""
+    shown: list[int] = []
+    fed_until: list[int] = []
     fed = 0
     with open_video(source) as container:
         stream = video_stream(container)
@@ -103,6 +106,7 @@ def _decode_all(source: Source) -> tuple[list[int], list[int]]:
                 packet.opaque = fed
                 fed += 1
             for frame in stream.decode(packet):
+                assert isinstance(frame.opaque, int)
                 shown.append(frame.opaque)
                 fed_until.append(fed)
     return shown, fed_until

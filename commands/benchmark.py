@@ -1,4 +1,4 @@
-"""Measures how fast things are, against others that do the same.
+"""Measures the speed of the loader, the network and training, beside peers that do the same.
 
 python benchmark.py loader my_videos
 python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out output/benchmark
@@ -19,55 +19,66 @@ from dali_pipelines.errors import InputError
 
 
 def main() -> None:
+    """Parses the command line and runs a benchmark."""
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
     commands = parser.add_subparsers(dest="command", required=True)
     loader = commands.add_parser("loader", help="clips per second of the loader, its peers and the floor")
     loader.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
-    loader.add_argument("--contestants", nargs="+", metavar="NAME", help="which to time (default: all)")
-    loader.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
-    loader.add_argument("--workers", type=int, help="processes that decode (default: 2; on a GPU one a core)")
-    loader.add_argument("--clips", type=int, default=96, help="CPU: clips to time in a run, rounded up (default 96)")
-    loader.add_argument("--rounds", type=int, help="runs of each (default 5; on a GPU 3)")
-    loader.add_argument("--num-frames", type=int, default=8, help="frames a clip (default 8)")
-    loader.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
-    loader.add_argument("--batch-size", type=int, help="clips a batch (default 8; on a GPU 32)")
-    loader.add_argument(
-        "--gop", type=int, help="CPU: measure copies with groups of N frames, which it makes", metavar="N"
-    )
+    loader.add_argument("--contestants", nargs="+", metavar="NAME", help="contestants to time (default: all)")
+    loader.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is a GPU")
+    loader.add_argument("--workers", type=int, help="processes that decode (default: 2; on a GPU one per core)")
+    loader.add_argument("--clips", type=int, default=96, help="CPU: clips to time per run, rounded up (default 96)")
+    loader.add_argument("--rounds", type=int, help="runs of each contestant (default 5; on a GPU 3)")
+    loader.add_argument("--num-frames", type=int, default=8, help="frames per clip (default 8)")
+    loader.add_argument("--crop-size", type=int, default=224, help="side of a clip in pixels (default 224)")
+    loader.add_argument("--batch-size", type=int, help="clips per batch (default 8; on a GPU 32)")
+    loader.add_argument("--gop", type=int, help="CPU: make and measure copies with groups of N frames", metavar="N")
     loader.add_argument("--threads", type=int, default=16, help="GPU: threads that feed NVDEC (default 16)")
-    loader.add_argument("--sizes", type=int, default=24, help="GPU: frame sizes in the third set (default 24)")
-    loader.add_argument("--seconds", type=float, default=10, help="GPU: that a run counts clips for (default 10)")
-    loader.add_argument("--quick", action="store_true", help="GPU: one run of 3 seconds each, about three minutes")
-    loader.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON and PNG")
-    soak = commands.add_parser("soak", help="many clips: memory, open files and shared memory must stay flat")
+    loader.add_argument(
+        "--sizes", type=int, default=24, help="GPU: number of frame sizes in the third set (default 24)"
+    )
+    loader.add_argument("--seconds", type=float, default=10, help="GPU: seconds of a run (default 10)")
+    loader.add_argument("--quick", action="store_true", help="GPU: a single run of 3 seconds each, about three minutes")
+    loader.add_argument(
+        "--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON and PNG"
+    )
+    soak = commands.add_parser(
+        "soak", help="load many clips and check that memory, open files and shared memory do not grow"
+    )
     soak.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
-    soak.add_argument("--clips", type=int, default=10_000, help="how many (default 10000)")
+    soak.add_argument("--clips", type=int, default=10_000, help="clips to load (default 10000)")
     soak.add_argument("--workers", type=int, default=2, help="processes that decode (default 2)")
-    soak.add_argument("--batch-size", type=int, default=8, help="clips a batch (default 8)")
-    soak.add_argument("--crop-size", type=int, default=224, help="pixels a side (default 224)")
-    soak.add_argument("--sizes", type=int, metavar="N", help="use copies of N frame sizes, which it makes")
-    model = commands.add_parser("model", help="seconds and memory of the network and its peers")
+    soak.add_argument("--batch-size", type=int, default=8, help="clips per batch (default 8)")
+    soak.add_argument("--crop-size", type=int, default=224, help="side of a clip in pixels (default 224)")
+    soak.add_argument("--sizes", type=int, metavar="N", help="make and load copies of N frame sizes")
+    model = commands.add_parser("model", help="time and memory of the network and its peers")
     model.add_argument("--size", default="base", help="base (default), small or tiny")
-    model.add_argument("--batch-size", type=int, help="clips a batch (default 2; on a GPU 8 and 32)")
-    model.add_argument("--num-frames", type=int, default=8, help="frames a clip (default 8)")
-    model.add_argument("--image-size", type=int, default=224, help="pixels a side (default 224)")
-    model.add_argument("--rounds", type=int, help="turns of each (default 5)")
+    model.add_argument("--batch-size", type=int, help="clips per batch (default 2; on a GPU 8 and 32)")
+    model.add_argument("--num-frames", type=int, default=8, help="frames per clip (default 8)")
+    model.add_argument("--image-size", type=int, default=224, help="side of a clip in pixels (default 224)")
+    model.add_argument("--rounds", type=int, help="turns of each contestant (default 5)")
     model.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
     model.add_argument(
         "--compile", action="store_true", help="CPU: also time our network under torch.compile (takes minutes)"
     )
     model.add_argument("--quick", action="store_true", help="GPU: two turns of two seconds each, about four minutes")
-    model.add_argument("--fit", action="store_true", help="instead: how many clips fit into a GPU's memory")
-    model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON")
-    train = commands.add_parser("train", help="clips per second of a run's loader, network and both together")
+    model.add_argument("--fit", action="store_true", help="instead, determine how many clips fit into a GPU's memory")
+    model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON")
+    train = commands.add_parser("train", help="clips per second of a run's loader, its network, and both together")
     train.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
     train.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the file's values"
+        "-o",
+        "--override",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values of the file",
     )
-    train.add_argument("--steps", type=int, default=30, help="optimizer steps to time in a turn (default 30)")
-    train.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    train.add_argument("--steps", type=int, default=30, help="optimizer steps to time per turn (default 30)")
+    train.add_argument("--rounds", type=int, default=5, help="turns of each contestant (default 5)")
     train.add_argument("--split-cores", action="store_true", help="CPU: half for the loader, half for the network")
-    train.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON")
+    train.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON")
     arguments = vars(parser.parse_args())
     for name, value in arguments.items():
         if type(value) is int and value < 1:
@@ -91,7 +102,7 @@ def main() -> None:
 def _benchmark_model(*, device, batch_size, rounds, compile, quick, fit, size, out, **shape) -> None:
     import torch
 
-    from benchmarks.model import SIZES
+    from benchmarks.networks import SIZES
 
     if size not in SIZES:
         raise InputError(f"--size {size}: expected one of {', '.join(SIZES)}")

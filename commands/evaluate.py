@@ -6,8 +6,8 @@ python evaluate.py -w best.safetensors -w swa.safetensors -o data.test=my_videos
 python evaluate.py --compare output/a/evaluation output/b/evaluation
 torchrun --nproc-per-node 8 evaluate.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml
 
-results.json, predictions.csv, per_class.csv and report.html go to the folder --out: docs/evaluation.md.
-Exits with 1 where a video could not be read, unless --allow-missing is given; it counts as wrong either way.
+Writes results.json, predictions.csv, per_class.csv and report.html into the folder --out: docs/evaluation.md.
+Exits with 1 if a video cannot be read, unless --allow-missing is given; the video counts as wrong either way.
 """
 
 import argparse
@@ -18,37 +18,42 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Evaluate weights on the videos of a manifest.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
         "-w",
         "--weights",
         action="append",
-        help="a run's best.safetensors; with -c also those of others; several -w: an ensemble",
+        help="best.safetensors of a run, or with -c third-party weights; several -w: an ensemble",
     )
-    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, or their results.json")
-    what.add_argument("--report", type=Path, metavar="DIR", help="only write report.html anew, in a folder of results")
-    parser.add_argument("-c", "--config", help="YAML file; default: what the weights file says")
+    mode.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, or their results.json")
+    mode.add_argument("--report", type=Path, metavar="DIR", help="only rewrite report.html in a folder of results")
+    parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
     parser.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
+        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
     )
     parser.add_argument(
-        "--allow-missing", action="store_true", help="exit with 0 although videos cannot be read, unless none can"
+        "--allow-missing", action="store_true", help="exit with 0 even if videos cannot be read, unless none can"
     )
-    parser.add_argument("--windows", type=int, default=1, metavar="N", help="temporal windows a video (default 1)")
-    parser.add_argument("--crops", type=int, default=3, metavar="1|3", help="crops a window (default 3); 1: the centre")
-    parser.add_argument("--average", default="prob", metavar="prob|score", help="what is averaged (default prob)")
+    parser.add_argument("--windows", type=int, default=1, metavar="N", help="temporal windows per video (default 1)")
+    parser.add_argument(
+        "--crops", type=int, default=3, metavar="1|3", help="crops per window (default 3); 1: the centre crop"
+    )
+    parser.add_argument(
+        "--average", default="prob", metavar="prob|score", help="average probabilities or logits (default prob)"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the results (default: `evaluation` beside the first weights)"
     )
     arguments = parser.parse_args()
 
-    from evaluation import comparison
+    from evaluation.comparison import compare, comparison_text
     from evaluation.report import REPORT, write_report
-    from evaluation.results import FILES, Protocol, make_folder, read_results, write_results
+    from evaluation.result_files import FILES, prepare_folder, read_results, results_folder, write_results
+    from evaluation.results import Protocol
 
     if arguments.compare:
         names = arguments.compare
-        print(comparison.report(comparison.compare(*map(read_results, names), names=names), names=names))
+        print(comparison_text(compare(*map(read_results, names), names=names), names=names))
         return 0
     if arguments.report:
         print(write_report(arguments.report))
@@ -60,44 +65,42 @@ def main() -> int:
     from common.distributed import start_process
     from common.locking import FolderLock
     from common.weights import open_weights
-    from evaluation.evaluate import build_results, check_members, evaluate, manifest_for, report
+    from evaluation.evaluate import build_results, check_members, evaluate, manifest_for, results_text
 
     started, names = time.monotonic(), arguments.weights
     opened = [open_weights(name, arguments.config, arguments.override) for name in names]
     members, config = [weights for weights, _, _ in opened], opened[0][1]
     check_members(members, names)
     manifest = manifest_for(config, members[0])
-    # A name on the Hub has no folder: the results go to the one where the command runs.
-    beside = Path(names[0]).resolve().parent if Path(names[0]).exists() else Path()
-    out = arguments.out or beside / "evaluation"
+    out = arguments.out or results_folder(names[0])
     with start_process(config.device) as process:
         if process.is_main:
-            make_folder(out)  # before hours of work
+            prepare_folder(out)  # before hours of work
             lock = FolderLock(out, remedy="wait until it has ended, or name another folder with --out")
             for _, _, adapted in opened:
                 if adapted:
                     print(adapted, flush=True)
         torch.set_num_threads(process.cores)
         progress = process.is_main and sys.stderr.isatty()
-        result = evaluate(config, members, manifest, process, protocol=protocol, progress=progress)
-        failed = not (result.valid.any() if arguments.allow_missing else result.valid.all())
+        predictions = evaluate(config, members, manifest, process, protocol=protocol, progress=progress)
+        failed = not (predictions.valid.any() if arguments.allow_missing else predictions.valid.all())
         if process.is_main:
             results = build_results(
-                result, config, members, names, manifest, process, protocol=protocol, started=started
+                predictions, config, members, names, manifest, process, protocol=protocol, started=started
             )
             try:
                 write_results(results, out)
                 write_report(out)
                 lock.release()
                 print(f"{out}: {', '.join((*FILES, REPORT))}")
-            finally:  # a full disk does not cost the numbers
-                print(report(results), flush=True)
+            finally:  # a full disk must not cost the numbers
+                print(results_text(results), flush=True)
             if failed:
-                remedy = "makes it 0" if result.valid.any() else "does not help where none can"
+                remedy = "makes it 0" if predictions.valid.any() else "does not help if none can"
                 print(
-                    f"evaluate.py: exit status 1: {len(result.faults)} of {len(manifest)} videos cannot be read and "
-                    f"count as wrong; --allow-missing {remedy}",
+                    f"evaluate.py: exit status 1: {len(predictions.faults)} of {len(manifest)} videos cannot be read "
+                    f"and count as wrong; --allow-missing {remedy}",
                     file=sys.stderr,
                 )
-        process.barrier()  # torchrun ends the others with the first that fails: not before all is said
+        process.barrier()  # torchrun ends all processes once one fails: not before everything is printed
     return int(failed)

@@ -1,4 +1,4 @@
-"""Says what is in videos: the likeliest classes by weights alone, no config needed.
+"""Predicts the most likely classes of videos; needs only weights, no config.
 
 python predict.py -w output/demo/best.safetensors video.mp4
 python predict.py -w best.safetensors folder 'more/*.mp4' val.csv --json
@@ -8,27 +8,32 @@ python predict.py -w best.safetensors video.mp4 --explain where.png
 python predict.py -w best.safetensors val.csv --features val.npz
 python predict.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml video.mp4
 
-Answers come in the order of the videos. Those that cannot be read are named on stderr and make the exit status 1.
+Predictions come in the order of the videos. Videos that cannot be read are named on stderr; the exit status is then 1.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import csv_writer, for_data
 
-_PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+if TYPE_CHECKING:
+    from serving.prediction import Prediction, TopClass
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Predict the classes of videos.")
     parser.add_argument(
-        "-w", "--weights", required=True, help="a run's best.safetensors, .onnx or .pt2; with -c also those of others"
+        "-w", "--weights", required=True, help="best.safetensors of a run or an export, or with -c third-party weights"
     )
-    parser.add_argument("-c", "--config", help="YAML file; default: what the weights file says")
+    parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
     parser.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
+        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
     )
     parser.add_argument(
         "videos",
@@ -38,40 +43,45 @@ def main() -> int:
     )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to print (default 5)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line for each video")
-    form.add_argument("--csv", action="store_true", help="one row for each video, and for each window of --windows")
+    form.add_argument("--json", action="store_true", help="print a JSON object per video, one a line")
+    form.add_argument("--csv", action="store_true", help="print a row per video, and per window with --windows")
     parser.add_argument(
-        "--windows", type=int, default=1, metavar="N", help="N windows over each video, with a timeline"
+        "--windows", type=int, default=1, metavar="N", help="predict N windows of each video, as a timeline"
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw what the network saw and said, or the timeline (one video)"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="plot the crops and the prediction, or with --windows the timeline (one video)",
     )
     parser.add_argument(
         "--explain",
         type=Path,
         metavar="PATH",
-        help="draw where the network looks: a picture of one video, or a folder for one of each",
+        help="plot the attention: an image file for one video, or a folder with one for each",
     )
-    parser.add_argument("--features", type=Path, metavar="FILE.npz", help="write what the head sees of each video")
+    parser.add_argument(
+        "--features", type=Path, metavar="FILE.npz", help="write the features of each video: the inputs of the head"
+    )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the config's, auto)")
     arguments = parser.parse_args()
-    _check(arguments)
+    _check_arguments(arguments)
 
     from common.distributed import start_process
     from serving.features import Features
     from serving.formats import as_json, as_text, csv_columns, csv_rows
-    from serving.prediction import open_model, predict
+    from serving.prediction import Prediction, Unreadable, open_model, predict
 
     weights, config, adapted = open_model(arguments.weights, arguments.config, arguments.override)
     if adapted:
         print(adapted, file=sys.stderr)
-    shown = (arguments.top_k, weights.classes)
+    k, classes = arguments.top_k, weights.classes
     windows = arguments.windows > 1
     features = Features(arguments.features) if arguments.features else None
-    draw = _Pictures(arguments, weights)
+    draw = _Plots(arguments, weights.classes, weights.preprocessing)
     if arguments.csv:
         table = csv_writer(for_data(sys.stdout))
-        table.writerow(csv_columns(*shown, windows=windows))
+        table.writerow(csv_columns(k, classes, windows=windows))
     count = failed = 0
     with start_process(arguments.device or config.device) as process:
         for prediction in predict(
@@ -84,19 +94,19 @@ def main() -> int:
             explain=arguments.explain is not None,
         ):
             count += 1
-            if prediction.reason is not None:
+            if isinstance(prediction, Unreadable):
                 failed += 1
                 print(f"{prediction.video}: {prediction.reason}", file=sys.stderr)
             if arguments.csv:
-                table.writerows(csv_rows(prediction, *shown, windows=windows))
+                table.writerows(csv_rows(prediction, k, classes, windows=windows))
             elif arguments.json:
-                print(as_json(prediction, *shown, windows=windows))
-            elif prediction.reason is None:
-                print(as_text(prediction, *shown, windows=windows))
+                print(as_json(prediction, k, classes, windows=windows))
+            elif isinstance(prediction, Prediction):
+                print(as_text(prediction, k, classes, windows=windows))
             sys.stdout.flush()
             if features:
                 features.add(prediction)
-            if prediction.reason is None:
+            if isinstance(prediction, Prediction):
                 draw(prediction)
     if features:
         features.save(weights)
@@ -105,23 +115,23 @@ def main() -> int:
     return int(failed > 0)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """What can be said before anything is opened."""
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises `InputError` for everything that is wrong before weights are loaded."""
     from serving.video_arguments import count, find_videos
 
     for name, value in (("--top-k", arguments.top_k), ("--windows", arguments.windows)):
         if value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
     for name, path in (("--picture", arguments.picture), ("--explain", arguments.explain)):
-        if path is None or (name == "--explain" and path.suffix.lower() not in _PICTURE_SUFFIXES):
+        if path is None or (name == "--explain" and path.suffix.lower() not in _IMAGE_SUFFIXES):
             continue
         found = count(find_videos(arguments.videos, warn=lambda _: None))
         if found != 1:
             raise InputError(f"{name} draws one video, but {'a list is' if found is None else f'{found} are'} named")
         if not path.parent.is_dir():
             raise InputError(f"{name} {path}: no such folder; make it first")
-        if path.suffix.lower() not in _PICTURE_SUFFIXES:
-            raise InputError(f"{name} {path}: expected a name that ends in {', '.join(_PICTURE_SUFFIXES)}")
+        if path.suffix.lower() not in _IMAGE_SUFFIXES:
+            raise InputError(f"{name} {path}: expected a name that ends in {', '.join(_IMAGE_SUFFIXES)}")
     if arguments.explain and arguments.windows > 1:
         raise InputError("--explain draws the first window; leave out --windows")
     if arguments.features and arguments.features.suffix != ".npz":
@@ -130,54 +140,58 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--features {arguments.features}: no such folder; make it first")
 
 
-class _Pictures:
-    """Draws what was asked for of a prediction."""
+class _Plots:
+    """Draws the plots that --picture and --explain ask for."""
 
-    def __init__(self, arguments: argparse.Namespace, weights):
-        self._picture, self._explain, self._windows = arguments.picture, arguments.explain, arguments.windows > 1
-        self._weights = weights
-        self._look = {key: weights.preprocessing[key] for key in ("mean", "std")}
-        self._names: dict[str, int] = {}  # how many pictures in the folder have this name
-        if self._explain and self._explain.suffix.lower() not in _PICTURE_SUFFIXES:
+    def __init__(self, arguments: argparse.Namespace, classes: Sequence[str], preprocessing: Mapping[str, Any]):
+        self._picture: Path | None = arguments.picture
+        self._explain: Path | None = arguments.explain
+        self._classes = classes
+        self._normalisation = {key: preprocessing[key] for key in ("mean", "std")}
+        self._names: dict[str, int] = {}  # name -> number of plots in the folder with it
+        if self._explain and self._explain.suffix.lower() not in _IMAGE_SUFFIXES:
             self._explain.mkdir(exist_ok=True)
 
-    def __call__(self, prediction) -> None:
-        if not (self._picture or self._explain):
-            return
-        from serving.pictures import save_explanation, save_prediction_picture, save_timeline
-        from serving.prediction import top
-
-        classes, probabilities = self._weights.classes, prediction.probabilities
-        best = top(probabilities, 1, classes)[0]
-        title = f"{Path(prediction.video).name}: {best['class']}"
+    def __call__(self, prediction: "Prediction") -> None:
         if self._picture:
-            if self._windows:
-                said = prediction.window_probabilities.numpy()
-                title = f"{Path(prediction.video).name}: {len(said)} windows"
-                save_timeline(
-                    self._picture,
-                    prediction.window_frames,
-                    prediction.seconds,
-                    said,
-                    classes,
-                    title=title,
-                    **self._look,
-                )
-            else:
-                views = prediction.views
-                save_prediction_picture(
-                    self._picture, views, probabilities.tolist(), classes, title=title, **self._look
-                )
+            self._draw_prediction(self._picture, prediction)
             print(f"picture in {self._picture}", file=sys.stderr)
         if self._explain:
-            path = self._path_of(prediction.video)
-            title = f"{title} {best['probability']:.2f}"
-            save_explanation(path, prediction.views[1], prediction.attention, title=title, **self._look)
+            path = self._path_in(self._explain, prediction.video)
+            self._draw_explanation(path, prediction)
             print(f"picture in {path}", file=sys.stderr)
 
-    def _path_of(self, video: str) -> Path:
-        if self._explain.suffix.lower() in _PICTURE_SUFFIXES:
-            return self._explain
+    def _draw_prediction(self, path: Path, prediction: "Prediction") -> None:
+        from serving.pictures import save_prediction_picture, save_timeline
+
+        name = Path(prediction.video).name
+        if prediction.window_frames is not None:
+            windows = prediction.window_probabilities.numpy()
+            title = f"{name}: {len(windows)} windows"
+            frames, seconds = prediction.window_frames, prediction.seconds
+            save_timeline(path, frames, seconds, windows, self._classes, title=title, **self._normalisation)
+        else:
+            title = f"{name}: {self._best(prediction)['class']}"
+            views, probabilities = prediction.views, prediction.probabilities.tolist()
+            save_prediction_picture(path, views, probabilities, self._classes, title=title, **self._normalisation)
+
+    def _draw_explanation(self, path: Path, prediction: "Prediction") -> None:
+        from serving.pictures import save_explanation
+
+        assert prediction.attention is not None  # --explain asks for it
+        best = self._best(prediction)
+        title = f"{Path(prediction.video).name}: {best['class']} {best['probability']:.2f}"
+        save_explanation(path, prediction.views[1], prediction.attention, title=title, **self._normalisation)
+
+    def _best(self, prediction: "Prediction") -> "TopClass":
+        from serving.prediction import top_classes
+
+        return top_classes(prediction.probabilities, 1, self._classes)[0]
+
+    def _path_in(self, explain: Path, video: str) -> Path:
+        """`explain` itself if it names an image file, otherwise a new name in that folder."""
+        if explain.suffix.lower() in _IMAGE_SUFFIXES:
+            return explain
         name = Path(video).stem
         self._names[name] = self._names.get(name, 0) + 1
-        return self._explain / (f"{name}.png" if self._names[name] == 1 else f"{name}_{self._names[name]}.png")
+        return explain / (f"{name}.png" if self._names[name] == 1 else f"{name}_{self._names[name]}.png")

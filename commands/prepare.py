@@ -1,4 +1,4 @@
-"""Makes the manifests that training reads, and says whether decoding will keep up with it.
+"""Makes the manifests that training reads, and estimates whether decoding will keep up with training.
 
 python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
@@ -31,9 +31,9 @@ from dali_pipelines.host_decoder import MAX_PIXELS
 from dali_pipelines.manifest import Manifest
 from preparation.datasets import (
     Expected,
-    Found,
+    FoundSplit,
     Store,
-    check_order,
+    check_class_order,
     kinetics_classes,
     read_annotations,
     ucf101_annotations,
@@ -42,12 +42,12 @@ from preparation.demo import CLASSES, render_demo
 from preparation.index import (
     Listed,
     Rejected,
-    check_is_ours,
-    describe,
+    check_overwritable,
     index,
     read_folder,
     read_list,
-    split,
+    split_train_val,
+    summary,
     write_rejected,
     write_table,
 )
@@ -55,66 +55,75 @@ from preparation.pack import pack
 from preparation.transcode import CODECS as ENCODERS
 from preparation.transcode import Job, Settings, size_text
 
-_SHOWN = 10  # rejected videos that are printed; all are in the file
+_SHOWN = 10  # rejected videos that are printed; the file lists all
 
 
 def main() -> None:
+    """Parses the command line and runs a verb."""
     parser = argparse.ArgumentParser(description="Make the manifests that training reads.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     workers = argparse.ArgumentParser(add_help=False)
-    workers.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a CPU core)")
-    crew = argparse.ArgumentParser(add_help=False, parents=[workers])
-    crew.add_argument(
-        "--timeout", type=_seconds, default=60, metavar="S", help="give a file up (default %(default)g s)"
+    workers.add_argument("--workers", type=_count, metavar="N", help="processes (default: one per CPU core)")
+    pool = argparse.ArgumentParser(add_help=False, parents=[workers])
+    pool.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=60,
+        metavar="S",
+        help="reject a file that takes longer (default %(default)g s)",
     )
-    crew.add_argument("--executor", choices=["processes", "dask"], default="processes", help="who does the work")
-    crew.add_argument("--scheduler", metavar="ADDRESS", help="of dask, such as tcp://node1:8786")
-    crew.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="only part i (from 0) of n")
-    looking = argparse.ArgumentParser(add_help=False, parents=[crew])
-    looking.add_argument(
+    pool.add_argument("--executor", choices=["processes", "dask"], default="processes", help="what runs the work")
+    pool.add_argument("--scheduler", metavar="ADDRESS", help="of the dask scheduler, such as tcp://node1:8786")
+    pool.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="only part i (from 0) of n")
+    probing = argparse.ArgumentParser(add_help=False, parents=[pool])
+    probing.add_argument(
         "--max-pixels",
         type=_count,
         default=MAX_PIXELS,
         metavar="N",
-        help="larger frames are rejected (default: twice those of 8K)",
+        help="reject videos with larger frames (default: twice 8K)",
     )
-    looking.add_argument("--verify", choices=["decode"], help="decode all of every file; default: headers and packets")
+    probing.add_argument(
+        "--verify", choices=["decode"], help="decode every file completely; default: headers and packets"
+    )
 
     demo = verbs.add_parser("demo", parents=[workers], help="render a small data set of eight motions")
     demo.add_argument("--out", type=Path, required=True, metavar="DIR")
     demo.add_argument("--train-videos", type=_count, default=2400, metavar="N")
     demo.add_argument("--val-videos", type=_count, default=400, metavar="N")
     demo.add_argument("--seed", type=int, default=0)
-    demo.set_defaults(run=_demo, **vars(looking.parse_args([])) | {"workers": None})
+    demo.set_defaults(run=_demo, **vars(probing.parse_args([])) | {"workers": None})
 
-    listed = verbs.add_parser("index", parents=[looking], help="a manifest from a list of `path label` lines")
+    listed = verbs.add_parser("index", parents=[probing], help="a manifest from a list of `path label` lines")
     listed.add_argument("--list", type=Path, required=True, help="lines `path label`, as for PaddleVideo")
-    listed.add_argument("--root", default=".", metavar="DIR", help="folder, or URL, the paths are relative to")
+    listed.add_argument("--root", default=".", metavar="DIR", help="folder or URL that paths are relative to")
     listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     listed.add_argument(
         "--classes",
         "--labels",
         metavar="FROM",
-        help="class names: a file with one a line, or a manifest of these classes",
+        help="class names: a file with one per line, or a manifest with these classes",
     )
     listed.set_defaults(run=_index)
 
-    folder = verbs.add_parser("folder", parents=[looking], help="manifests from a folder of videos for each class")
+    folder = verbs.add_parser(
+        "folder", parents=[probing], help="manifests from a folder that holds one folder of videos per class"
+    )
     folder.add_argument("folder", type=Path, metavar="DIR")
     folder.add_argument(
-        "--out", type=Path, help="folder for train.csv and val.csv (default: DIR), or one file NAME.csv"
+        "--out", type=Path, help="folder for train.csv and val.csv (default: DIR), or a single manifest NAME.csv"
     )
     folder.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="share for val.csv (default 0.1)")
     folder.add_argument(
         "--classes",
         metavar="FROM",
-        help="a manifest, or a file of class names, whose labels to use, for further splits (default: the folders')",
+        help="for further splits: a manifest, or a file of class names, that defines the labels (default: the folders)",
     )
     folder.set_defaults(run=_folder)
 
     for count, name in ((400, "k400"), (600, "k600"), (700, "k700")):
         kinetics = verbs.add_parser(
-            f"kinetics{count}", parents=[looking], help=f"manifests of Kinetics-{count} from its annotations"
+            f"kinetics{count}", parents=[probing], help=f"manifests of Kinetics-{count} from its annotations"
         )
         kinetics.add_argument(
             "--annotations",
@@ -124,16 +133,16 @@ def main() -> None:
             metavar="FILE",
             help="official CSV files, or lists of `path label`",
         )
-        kinetics.add_argument("--videos", required=True, metavar="DIR", help="folder, or URL, that holds all videos")
+        kinetics.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
         kinetics.add_argument(
             "--out", type=Path, default=Path("data", name), metavar="DIR", help=f"default: data/{name}"
         )
-        kinetics.add_argument("--labels", metavar="FILE", help="class names, one a line")
+        kinetics.add_argument("--labels", metavar="FILE", help="class names, one per line")
         kinetics.set_defaults(run=_kinetics, classes=count)
 
-    ucf101 = verbs.add_parser("ucf101", parents=[looking], help="manifests of UCF101 from its splits")
+    ucf101 = verbs.add_parser("ucf101", parents=[probing], help="manifests of UCF101 from its splits")
     ucf101.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder ucfTrainTestlist")
-    ucf101.add_argument("--videos", required=True, metavar="DIR", help="folder, or URL, that holds all videos")
+    ucf101.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
     ucf101.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="which of the three (default 1)")
     ucf101.add_argument(
         "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
@@ -141,34 +150,50 @@ def main() -> None:
     ucf101.set_defaults(run=_ucf101)
 
     budget = verbs.add_parser("budget", help="will decoding starve the training, and what would help")
-    budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="of the training videos")
+    budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="manifest of the training videos")
     budget.add_argument("-c", "--config", metavar="FILE", help="YAML of the experiment (default: ViT-B, 8 frames)")
-    budget.add_argument("-o", "--override", nargs="+", default=[], metavar="KEY=VALUE", help="over the config's values")
-    budget.add_argument("--gpu", metavar="NAME", help="that trains: a100, h100, h200, ... (default: measure here)")
+    budget.add_argument(
+        "-o", "--override", nargs="+", default=[], metavar="KEY=VALUE", help="override values of the config"
+    )
+    budget.add_argument("--gpu", metavar="NAME", help="GPU that trains: a100, h100, h200, ... (default: measure here)")
     budget.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many of them (default 1)")
-    budget.add_argument("--cores", type=_count, metavar="N", help="CPU cores of that machine (default: those here)")
+    budget.add_argument(
+        "--cores", type=_count, metavar="N", help="CPU cores of the training machine (default: those here)"
+    )
     budget.add_argument("--network-clips", type=_positive, metavar="N", help="clips/s that one GPU trains, if measured")
-    budget.add_argument("--samples", type=_count, default=200, metavar="N", help="videos to look at (default 200)")
+    budget.add_argument("--samples", type=_count, default=200, metavar="N", help="videos to sample (default 200)")
     budget.add_argument("--json", action="store_true", help="print the numbers as JSON")
     budget.set_defaults(run=_budget)
 
-    patient = copy.deepcopy(crew)
+    patient = copy.deepcopy(pool)
     patient.set_defaults(timeout=600)
     transcode = verbs.add_parser("transcode", parents=[patient], help="copies of a manifest's videos that decode fast")
     transcode.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
-    transcode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for them and their manifest")
-    transcode.add_argument("--short-side", type=_count, default=256, metavar="PIXELS", help="at most (default 256)")
-    transcode.add_argument("--gop", type=_count, default=16, metavar="N", help="pictures a group (default 16)")
+    transcode.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the copies and their manifest"
+    )
+    transcode.add_argument(
+        "--short-side",
+        type=_count,
+        default=256,
+        metavar="PIXELS",
+        help="short side of the copies at most (default 256)",
+    )
+    transcode.add_argument("--gop", type=_count, default=16, metavar="N", help="frames per group (default 16)")
     transcode.add_argument("--codec", choices=list(ENCODERS), default="h264")
     crfs = ", ".join(f"{name} {codec.crf}" for name, codec in ENCODERS.items())
     transcode.add_argument("--crf", type=int, metavar="N", help=f"lower is better and larger (default: {crfs})")
     transcode.set_defaults(run=_transcode)
 
-    packing = verbs.add_parser("pack", parents=[crew], help="a manifest's videos in few large files, for shared disks")
+    packing = verbs.add_parser(
+        "pack", parents=[pool], help="a manifest's videos in a few large files, for shared disks"
+    )
     packing.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
-    packing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards, and a manifest")
-    packing.add_argument("--shard-size", type=_gigabytes, default=3e9, metavar="GB", help="of a shard (default 3)")
-    packing.add_argument("--root", metavar="DIR", help="folder, or URL, where the shards will lie (default: --out)")
+    packing.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the shards and their manifest"
+    )
+    packing.add_argument("--shard-size", type=_gigabytes, default=3e9, metavar="GB", help="size of a shard (default 3)")
+    packing.add_argument("--root", metavar="DIR", help="folder or URL where the shards will be (default: --out)")
     packing.set_defaults(run=_pack)
 
     arguments = parser.parse_args()
@@ -189,12 +214,12 @@ def _demo(arguments: argparse.Namespace) -> None:
             progress=lambda done, _: bar.update(done - bar.n),
         )
     for name, entries in listed.items():
-        _write(entries, arguments.out / f"{name}.csv", arguments.out, CLASSES, arguments)
+        _write_manifest(entries, arguments.out / f"{name}.csv", arguments.out, CLASSES, arguments)
 
 
 def _index(arguments: argparse.Namespace) -> None:
     classes = read_labels(arguments.classes) if arguments.classes else ()
-    _write(read_list(arguments.list, arguments.root), arguments.out, arguments.root, classes, arguments)
+    _write_manifest(read_list(arguments.list, arguments.root), arguments.out, arguments.root, classes, arguments)
 
 
 def _folder(arguments: argparse.Namespace) -> None:
@@ -207,11 +232,11 @@ def _folder(arguments: argparse.Namespace) -> None:
     if note:
         print(f"{arguments.folder}: {note}")
     if out.suffix == ".csv":
-        _write(listed, out, arguments.folder, classes, arguments)
+        _write_manifest(listed, out, arguments.folder, classes, arguments)
         return
-    for name, entries in zip(("train", "val"), split(listed, arguments.val_fraction), strict=True):
+    for name, entries in zip(("train", "val"), split_train_val(listed, arguments.val_fraction), strict=True):
         if entries:
-            _write(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
+            _write_manifest(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
         else:
             print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
 
@@ -219,7 +244,7 @@ def _folder(arguments: argparse.Namespace) -> None:
 def _kinetics(arguments: argparse.Namespace) -> None:
     classes = kinetics_classes(arguments.classes, arguments.annotations, arguments.labels)
     expected = [each for path in arguments.annotations for each in read_annotations(path, classes)]
-    _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # all of Kinetics' have 10
+    _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # clips of Kinetics have 10
 
 
 def _ucf101(arguments: argparse.Namespace) -> None:
@@ -235,18 +260,18 @@ def _write_splits(
     arguments: argparse.Namespace,
     longest_s: float = math.inf,
 ) -> None:
-    """Finds the expected videos and writes a manifest a split, with lists of what is missing and what there is more
-    than once. Raises `InputError` where a split has no videos at all."""
+    """Finds the expected videos and writes a manifest per split, with lists of missing and of duplicated videos. Raises
+    `InputError` if a split has no videos at all."""
     store = Store(arguments.videos)
     if store.passed_over:
         print(f"{store.root}: {store.passed_over}")
     splits = store.find(list(dict.fromkeys(expected)))
     for name in splits:
-        check_is_ours(out / f"{name}.csv")
+        check_overwritable(out / f"{name}.csv")
     used = {path for found in splits.values() for path, _ in found.listed}
     used.update(copy for found in splits.values() for copies in found.copies.values() for copy in copies)
     for name, found in splits.items():
-        check_order(found, classes, name)
+        check_class_order(found, classes, name)
         manifest, missing, more = (out / f"{name}{suffix}.csv" for suffix in ("", ".missing", ".duplicated"))
         print(
             f"{name}: {found.expected} expected, {len(found.listed)} found ({len(found.copies)} more than once), "
@@ -255,11 +280,12 @@ def _write_splits(
         out.mkdir(parents=True, exist_ok=True)
         write_table(missing, ("name", "class"), [(each.name, classes[each.label]) for each in found.missing])
         write_table(more, ("path", "copy"), [(path, copy) for path, all in found.copies.items() for copy in all])
-        for file, rows in ((missing, found.missing), (more, found.copies)):
-            if rows:
-                print(f"  listed in {file}")
+        if found.missing:
+            print(f"  listed in {missing}")
+        if found.copies:
+            print(f"  listed in {more}")
         if found.listed:
-            _write(found.listed, manifest, store.root, classes, arguments, found, longest_s)
+            _write_manifest(found.listed, manifest, store.root, classes, arguments, found, longest_s)
     if others := len(store.paths - used):
         print(f"{others} other videos below {store.root} are not in these annotations")
     empty = [name for name, found in splits.items() if not found.listed]
@@ -271,10 +297,11 @@ def _write_splits(
 
 def _budget(arguments: argparse.Namespace) -> None:
     gpu = find_gpu(arguments.gpu)
-    from benchmarks import budget  # torch and DALI: seconds that no other verb needs
+    from benchmarks.budget.report import budget  # imports torch and DALI, which takes seconds
+    from benchmarks.budget.text import table
     from common.config import load_config
 
-    report = budget.budget(
+    report = budget(
         arguments.manifest,
         load_config(arguments.config, arguments.override),
         samples=arguments.samples,
@@ -283,7 +310,7 @@ def _budget(arguments: argparse.Namespace) -> None:
         cores=arguments.cores,
         network_clips=arguments.network_clips,
     )
-    print(json.dumps(report, indent=2) if arguments.json else budget.table(report))
+    print(json.dumps(report, indent=2) if arguments.json else table(report))
 
 
 def _transcode(arguments: argparse.Namespace) -> None:
@@ -292,44 +319,46 @@ def _transcode(arguments: argparse.Namespace) -> None:
     settings = Settings(arguments.short_side, arguments.gop, arguments.codec, crf)
     manifest = Manifest.read(arguments.manifest)
     if out.exists() and out.samefile(arguments.manifest):
-        raise InputError(f"--out {arguments.out}: {out} would be overwritten, the manifest itself; name another folder")
-    check_is_ours(out)
+        raise InputError(f"--out {arguments.out}: would overwrite {out}, the manifest itself; name another folder")
+    check_overwritable(out)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    journal, crew = out.with_name(f"{out.name}.journal"), _crew(arguments, out.name)
-    job = Job(manifest, arguments.out, settings, journal=journal, crew=crew)
+    journal, pool = out.with_name(f"{out.name}.journal"), _worker_pool(arguments, out.name)
+    job = Job(manifest, arguments.out, settings, journal=journal, pool=pool)
     estimate = job.estimate()
     if estimate and estimate.sampled:
         free = job.check_disk(estimate)
         duration = datetime.timedelta(seconds=round(estimate.seconds))
         print(
             f"{arguments.out}: about {size_text(estimate.needed_bytes)} and {duration} h more with {estimate.workers} "
-            f"processes, says a sample of {estimate.sampled} videos; {size_text(free)} are free",
+            f"processes, estimated from {estimate.sampled} videos; {size_text(free)} are free",
             flush=True,
         )
     copies, rejected, made = job.transcode()
-    if not crew.is_whole:
-        _say_part(out, crew)
+    if not pool.is_whole:
+        _print_part_done(out, pool)
         return
     _save(copies, rejected, out, journal, nothing=f"none of the {len(manifest)} videos can be transcoded")
-    before, after = (sum(sizes) for sizes in zip(*{each.video.path: each[1:3] for each in made}.values()))
+    distinct = {each.video.path: each for each in made}.values()
+    before = sum(each.source_bytes for each in distinct)
+    after = sum(each.copy_bytes for each in distinct)
     print(f"{out}: {len(copies)} of {len(manifest)} videos")
     print(f"size: {size_text(before)} before, {size_text(after)} now, {after / before:.2f} times as much")
-    before, after, compared = job.compare()
+    before_ms, after_ms, compared = job.compare()
     if compared:
         print(
-            f"decoding 8 frames: {before:.1f} ms before, {after:.1f} ms now, {before / after:.1f} times as fast "
-            f"(CPU time, mean of {compared} videos)"
+            f"decoding 8 frames: {before_ms:.1f} ms before, {after_ms:.1f} ms now, {before_ms / after_ms:.1f} times "
+            f"as fast (CPU time, mean of {compared} videos)"
         )
-    remove_journals(journal)  # the comparison's
+    remove_journals(journal)  # of the comparison
 
 
 def _pack(arguments: argparse.Namespace) -> None:
     out = arguments.out / f"{arguments.manifest.stem}.csv"
-    check_is_ours(out)
-    crew = _crew(arguments, out.stem, unit="shard")
-    manifest, rejected = pack(arguments.manifest, arguments.out, shard_bytes=arguments.shard_size, crew=crew)
+    check_overwritable(out)
+    pool = _worker_pool(arguments, out.stem, unit="shard")
+    manifest, rejected = pack(arguments.manifest, arguments.out, shard_bytes=arguments.shard_size, pool=pool)
     if manifest is None:
-        _say_part(out, crew)
+        _print_part_done(out, pool)
         return
     if arguments.root:
         manifest.root = arguments.root if is_url(arguments.root) else Path(arguments.root)
@@ -337,7 +366,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     print(f"{out}: {len(manifest)} of {manifest.listed} videos in {len(manifest.shards)} shards")
 
 
-def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> WorkerPool:
+def _worker_pool(arguments: argparse.Namespace, name: str, unit: str = "video") -> WorkerPool:
     if arguments.scheduler and arguments.executor != "dask":
         raise InputError("--scheduler is for --executor dask")
     if arguments.executor == "dask" and not arguments.scheduler:
@@ -351,53 +380,55 @@ def _crew(arguments: argparse.Namespace, name: str, unit: str = "video") -> Work
     )
 
 
-def _write(
+def _write_manifest(
     listed: Sequence[Listed],
     out: Path,
-    root: Path,
+    root: str | os.PathLike,
     classes: Sequence[str],
     arguments: argparse.Namespace,
-    found: Found | None = None,
+    found: FoundSplit | None = None,
     longest_s: float = math.inf,
 ) -> None:
-    """Looks at the videos, writes the manifest and, beside it, what was rejected; says what was found.
+    """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
 
-    `found`: what else is known of the listed ones; those that are missing count as left out. `longest_s`: seconds that
-    none should be longer than."""
-    found = found or Found()
-    check_is_ours(out)
+    found: the split that the listed videos are from; its missing videos count as rejected.
+    longest_s: videos that are longer, in seconds, are reported.
+    """
+    found = found or FoundSplit()
+    check_overwritable(out)
     journal = out.with_name(f"{out.name}.journal")
-    crew = _crew(arguments, out.name)
+    pool = _worker_pool(arguments, out.name)
     manifest, rejected = index(
         listed,
         root=root,
         journal=journal,
-        crew=crew,
+        pool=pool,
         classes=classes,
         copies=found.copies,
         decode=arguments.verify == "decode",
         max_pixels=arguments.max_pixels,
     )
-    if not crew.is_whole:
-        _say_part(out, crew)
+    if not pool.is_whole:
+        _print_part_done(out, pool)
         return
     manifest.rejected += len(found.missing)
     nothing = f"none of the {len(listed)} listed videos can be read below {manifest.root}"
     _save(manifest, rejected, out, journal, nothing=nothing)
     print(f"{out}: {len(manifest)} of {manifest.listed} videos, {len(set(manifest.labels.tolist()))} classes")
-    print(f"  {describe(manifest)}")
+    print(f"  {summary(manifest)}")
     longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
     if longer:
         print(f"  {longer} are longer than {longest_s:g} s: not cut to their clip?")
 
 
-def _say_part(out: Path, crew: WorkerPool) -> None:
-    part, parts = crew.shard
-    print(f"{out}: part {part} of {parts} is done; when all are, the same command without --shard writes it")
+def _print_part_done(out: Path, pool: WorkerPool) -> None:
+    part, parts = pool.shard
+    print(f"{out}: part {part} of {parts} is done; once all are, run the same command without --shard to write it")
 
 
 def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: Path | None, *, nothing: str) -> None:
-    """Writes a manifest and what was rejected, and ends the journal; `InputError` with `nothing` where none is left."""
+    """Writes a manifest and the list of rejected videos, and removes the journal. Raises `InputError` with the message
+    `nothing` if the manifest is empty."""
     rejected_file = out.with_name(f"{out.stem}.rejected.csv")
     for entry in rejected[:_SHOWN]:
         print(f"{entry.path}: {entry.reason}")
@@ -405,7 +436,7 @@ def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: 
         print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
     if not len(manifest):
         if journal:
-            remove_journals(journal)  # they are looked at again once it is known why
+            remove_journals(journal)  # so that the videos are tried again
         raise InputError(f"{nothing}; nothing written")
     manifest.made_by = _command()
     manifest.write(out)
@@ -440,7 +471,7 @@ def _positive(text: str) -> float:
 
 
 def _gigabytes(text: str) -> float:
-    """Bytes."""
+    """Parses gigabytes into bytes."""
     return 1e9 * _positive(text)
 
 

@@ -1,10 +1,10 @@
-"""Trains a TimeSformer.
+"""Train a TimeSformer.
 
 python train.py -c configs/demo.yaml
 python train.py -c configs/pptimesformer_k400.yaml -o data.train=train.csv data.val=val.csv output=runs/one
 torchrun --nproc-per-node 8 train.py -c configs/pptimesformer_k400.yaml --amp
 
-Exits with 75 where SIGTERM or SIGUSR1 (Slurm) asked it to end: all is saved, and --resume goes on.
+The exit status is 75 if SIGTERM or SIGUSR1 (Slurm) has asked it to end: everything is saved, and --resume continues.
 """
 
 import argparse
@@ -16,9 +16,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a TimeSformer.")
     parser.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
     parser.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the file's values"
+        "-o",
+        "--override",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values of the file",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in the output folder"
+    )
     parser.add_argument("--amp", action="store_true", help="mixed precision: bf16, or fp16 on a GPU without it")
     parser.add_argument("--profile", action="store_true", help="write a torch.profiler trace of some steps")
     arguments = parser.parse_args()
@@ -38,5 +46,5 @@ def train(arguments: argparse.Namespace, preemption: Preemption) -> None:
         config.train.precision = "amp"
     with start_process(config.device, timeout_s=2 * config.train.hang_timeout_s) as process:
         torch.set_num_threads(process.cores)
-        options = {"resume": arguments.resume, "profile": arguments.profile}
-        Trainer(config, process, preemption=preemption, **options).train()
+        trainer = Trainer(config, process, resume=arguments.resume, preemption=preemption, profile=arguments.profile)
+        trainer.train()

@@ -1,4 +1,4 @@
-"""Makes weights files out of weights files.
+"""Averages or converts weights files.
 
 python weights.py average output/k400/epoch_18.safetensors output/k400/epoch_19.safetensors --out swa.safetensors
 python weights.py convert ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml --out k400.safetensors
@@ -11,15 +11,17 @@ from dali_pipelines.errors import InputError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make weights files out of weights files.")
+    parser = argparse.ArgumentParser(description="Average or convert weights files.")
     commands = parser.add_subparsers(dest="command", required=True)
-    average = commands.add_parser("average", help="the mean of the weights of one network (SWA)")
-    average.add_argument("weights", nargs="+", metavar="FILE", help="weights files of ours, one network's")
-    convert = commands.add_parser("convert", help="weights of others, and what a config says of them, in one file")
-    convert.add_argument("weights", metavar="FILE", help="what train.pretrained takes, head included")
+    average = commands.add_parser("average", help="average the weights of one network (SWA)")
+    average.add_argument("weights", nargs="+", metavar="FILE", help="weights files of train.py, all of one network")
+    convert = commands.add_parser(
+        "convert", help="save third-party weights in one file with what a config says about them"
+    )
+    convert.add_argument("weights", metavar="FILE", help="weights as for train.pretrained, with their head")
     convert.add_argument("-c", "--config", required=True, help="YAML file; needs data.labels")
     convert.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the config's values"
+        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
     )
     for command in (average, convert):
         command.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new .safetensors file")
@@ -27,15 +29,15 @@ def main() -> None:
     if arguments.out.suffix != ".safetensors":
         raise InputError(f"--out {arguments.out}: expected a name that ends in .safetensors")
     if arguments.out.exists():
-        raise InputError(f"--out {arguments.out}: is there already; name a new file")
+        raise InputError(f"--out {arguments.out}: already exists; name a new file")
 
     from common.weights import average_weights, open_weights, save_weights
 
     if arguments.command == "average":
         weights = average_weights(arguments.weights)
-        said = f"mean of {len(arguments.weights)} files"
+        origin = f"mean of {len(arguments.weights)} files"
     else:
-        weights, _, said = open_weights(arguments.weights, arguments.config, arguments.override)
+        weights, _, origin = open_weights(arguments.weights, arguments.config, arguments.override)
     save_weights(arguments.out, weights)
-    print(said or "one of ours already")
+    print(origin or "already a weights file of train.py")
     print(f"saved to {arguments.out}: {len(weights.classes)} classes")

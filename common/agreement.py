@@ -1,4 +1,4 @@
-"""Whether all processes of a job are at the same work: equal code, settings, data and weights."""
+"""Checking that all processes of a job use the same code, settings, data and weights."""
 
 import dataclasses
 import functools
@@ -28,15 +28,14 @@ _OWN = (
     "train.pretrained",
     "distill.teacher",
 )
-"""Keys that may differ between processes: where a machine has what is compared itself, or what it has more of."""
-
+"""Keys that may differ between processes: paths to what is compared itself, and resources of a machine."""
 
 _PACKAGES = ("common", "dali_pipelines", "model", "training")
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What decides which numbers come out: a checksum of our sources, and the libraries that compute."""
+    """What decides the numbers that a run computes: a checksum of this program, and the versions of its libraries."""
     root = Path(__file__).parents[1]
     code = hashlib.sha256()
     for path in sorted(path for name in _PACKAGES for path in (root / name).rglob("*.py")):
@@ -46,24 +45,25 @@ def versions() -> dict[str, str]:
 
 
 def shared_facts(config: Config) -> dict[str, Any]:
-    """The versions and settings that all processes must have in common."""
+    """The versions and settings that must be equal on all processes, by name."""
     settings = {key: value for key, value in flat(dataclasses.asdict(config)).items() if key not in _OWN}
     return {f"version of {name}": version for name, version in versions().items()} | settings
 
 
 def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the tensors, by their names."""
+    """SHA-256 of the tensors and their names, in hexadecimal."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
+        if value.numel():
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def check_agreement(process: DistributedContext, facts: Mapping[str, Any]) -> None:
-    """Raises `InputError` on all processes, with the first that differs from rank 0 and what it has instead, unless
-    `facts` are equal everywhere. Every process must call it."""
+    """Raises `InputError` on all processes unless `facts` are equal on all of them; its message names the first rank
+    that differs from rank 0, and the values. Every process must call it."""
     everywhere = process.gather(dict(facts))
     for rank, theirs in enumerate(everywhere):
         if different := _different(everywhere[0], theirs):

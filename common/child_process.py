@@ -1,8 +1,8 @@
-"""Runs functions in a process of its own: a video can make FFmpeg hang, or take the process down with it.
+"""Calls functions in a child process: a video can make FFmpeg hang or crash.
 
-A thread that calls `in_child` keeps one process for all its calls, and starts another where that one had to be ended.
-Functions are passed by name, so they must be at the top level of a module; arguments and results travel as JSON. The
-threads of a dask worker can call it as well.
+A thread that calls `in_child` keeps one process for all its calls, and replaces it if it had to be ended. Functions are
+passed by name, so they must be at the top level of a module; arguments and results are passed as JSON. The threads of a
+dask worker can call it as well.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.processes import end_with_parent
 
 _COMMAND = ["-m", "common.child_process"]
-_here = threading.local()
+_thread = threading.local()
 _children: weakref.WeakSet["_Child"] = weakref.WeakSet()
 
 
 def name_of(function: Callable) -> str:
-    """ "module:function", by which another process finds it."""
+    """The function as "module:function", by which another process finds it."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
@@ -40,29 +40,35 @@ def find_function(name: str) -> Callable:
 
 
 def in_child(function: Callable, arguments: Sequence, timeout_s: float, *, setting: str = "--timeout") -> Any:
-    """Calls `function(*arguments)` in a child process. The result is what JSON makes of it: tuples become lists.
-    `setting` is the name by which people set `timeout_s`.
+    """Call `function(*arguments)` in a child process. The result has gone through JSON: tuples become lists.
 
-    Raises `InputError` where it does, where it takes longer than `timeout_s`, and where its process ends, twice.
+    setting: the name by which users set `timeout_s`. Raises `InputError` if the function does, if it takes longer than
+    `timeout_s`, or if its process crashes twice.
     """
-    for is_last in (False, True):
-        child = getattr(_here, "child", None)
-        if child is None or child.has_ended:
-            child = _here.child = _Child()
-            _children.add(child)
-        try:
-            return child.call(name_of(function), arguments, timeout_s)
-        except TimeoutError:
-            child.end()
-            raise InputError(f"given up after {timeout_s:g} s ({setting})") from None
-        except _EndedError as error:
-            if is_last:
-                raise InputError(f"the process that reads it ends with {error}, twice") from None
-    raise AssertionError
+    try:
+        return _call(function, arguments, timeout_s, setting)
+    except _EndedError:
+        pass
+    try:
+        return _call(function, arguments, timeout_s, setting)
+    except _EndedError as error:
+        raise InputError(f"the process that reads it ends with {error}, twice") from None
+
+
+def _call(function: Callable, arguments: Sequence, timeout_s: float, setting: str) -> Any:
+    child = getattr(_thread, "child", None)
+    if child is None or child.has_ended:
+        child = _thread.child = _Child()
+        _children.add(child)
+    try:
+        return child.call(name_of(function), arguments, timeout_s)
+    except TimeoutError:
+        child.end()
+        raise InputError(f"given up after {timeout_s:g} s ({setting})") from None
 
 
 def end_children() -> None:
-    """Ends the processes of all threads; calls under way fail. For an end before the work is done."""
+    """End the child processes of all threads; calls in progress fail."""
     for child in list(_children):
         child.end()
 
@@ -72,22 +78,24 @@ class _EndedError(Exception):
 
 
 class _Child:
-    def __init__(self):
+    def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
         self._process = subprocess.Popen(
             [sys.executable, *_COMMAND, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            process_group=0,  # Ctrl-C is for the process around it
+            process_group=0,  # Ctrl-C is for the parent
         )
-        self._answer = b""
+        assert self._process.stdin and self._process.stdout  # both are pipes
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._buffer = b""
         self.has_ended = False
 
     def call(self, function: str, arguments: Sequence, timeout_s: float) -> Any:
         try:
-            self._process.stdin.write(json.dumps([function, arguments]).encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps([function, arguments]).encode() + b"\n")
+            self._stdin.flush()
             answer = json.loads(self._read_line(timeout_s))
         except (BrokenPipeError, EOFError):
             status = self.end(patience_s=1)
@@ -97,19 +105,19 @@ class _Child:
         return answer["result"]
 
     def _read_line(self, timeout_s: float) -> bytes:
-        pipe, until = self._process.stdout.fileno(), time.monotonic() + timeout_s
-        while b"\n" not in self._answer:
+        pipe, until = self._stdout.fileno(), time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
             if not select.select([pipe], [], [], max(until - time.monotonic(), 0))[0]:
                 raise TimeoutError
-            some = os.read(pipe, 1 << 16)
-            if not some:
+            data = os.read(pipe, 1 << 16)
+            if not data:
                 raise EOFError
-            self._answer += some
-        line, _, self._answer = self._answer.partition(b"\n")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
     def end(self, patience_s: float = 0) -> int:
-        """Its exit status; one that ends by itself within `patience_s` keeps its own."""
+        """End the process, unless it ends by itself within `patience_s`; returns its exit status."""
         self.has_ended = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(patience_s)
@@ -118,17 +126,17 @@ class _Child:
 
     def __del__(self):
         self.end()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._stdin, self._stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
 
 def _main() -> None:
-    """Answers every line of stdin with one on stdout; ends with the process around it, whose end closes stdin."""
+    """Answer every line of stdin with a line on stdout, until the parent ends, which closes stdin."""
     end_with_parent(int(sys.argv[-1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
     for line in sys.stdin.buffer:
         function, arguments = json.loads(line)
         try:

@@ -1,4 +1,4 @@
-"""Normalised clips back to pixels."""
+"""Turning normalised clips back into pixels."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def to_pixels(clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def clip_grid(clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Clips [B, 3, T, S, S] -> one picture uint8 [B*S, T*S, 3]: a row a clip, a column a frame."""
+    """Clips [B, 3, T, S, S] -> one image uint8 [B*S, T*S, 3]: a row per clip, a column per frame."""
     pixels = to_pixels(clips, mean=mean, std=std)
     num_clips, num_frames, size = pixels.shape[:3]
     return pixels.transpose(0, 2, 1, 3, 4).reshape(num_clips * size, num_frames * size, 3)

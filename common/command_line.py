@@ -1,5 +1,6 @@
-"""How every command starts, ends and shows its errors."""
+"""How every command starts, ends and reports errors."""
 
+import io
 import os
 import sys
 import threading
@@ -10,15 +11,16 @@ from dali_pipelines.text import ForPeople
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's `main` and exits: 0 or what it returned, 2 for bad input, 130 for Ctrl-C.
+    """Run a command's `main` and exit: with 0 or what it returned, 2 for bad input, 130 for Ctrl-C.
 
-    An `InputError` or an operating-system error (no such file, disk full) is one line on stderr. Anything else is
-    our own bug and keeps its traceback.
+    An `InputError` or an operating-system error (no such file, disk full) is one line on stderr. Anything else is a bug
+    of this program and keeps its traceback.
     """
-    # Threads of torch that wait for each other yield the core to the loader's processes: docs/demo.md has the gain.
+    # Waiting threads of torch yield their core to the loader's processes: docs/demo.md has the gain.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     if not isinstance(sys.stdout, ForPeople):
         sys.stdout, sys.stderr = ForPeople(sys.stdout), ForPeople(sys.stderr)
     rank = os.environ.get("RANK")
@@ -44,12 +46,12 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def _silence_threads() -> None:
-    """What others say from now on is of this end: the thread of DALI that watches its workers may see them go."""
+    """Silence errors of other threads, which this end causes: DALI's thread sees the workers go that it watches."""
     threading.excepthook = lambda _: None
 
 
 def _is_ctrl_c(error: BaseException | None) -> bool:
-    """Whether Ctrl-C came first: DALI's own clean-up fails where it comes while a graph is being defined."""
+    """Whether Ctrl-C caused `error`: DALI's own clean-up fails if it comes while a graph is being defined."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

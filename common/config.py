@@ -1,29 +1,26 @@
-"""An experiment's settings: a YAML file over these dataclasses, and `-o KEY=VALUE` over that.
+"""The settings of a run: a YAML file over these dataclasses, and `-o KEY=VALUE` over that.
 
-Precedence: `-o` > file > the file it names as its `base` > defaults here. An unknown key is an error. Every value
-stands once: the network's num_frames, image_size and num_classes follow from `data`.
+Precedence: `-o` > file > the file that it names as its `base` > defaults here. An unknown key is an error. Every value
+is set in one place: the network's num_frames, image_size and num_classes follow from `data`.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dali_pipelines.engines import DECODES
+from common.config_rules import check_value
 from dali_pipelines.errors import InputError
 from dali_pipelines.host_decoder import MAX_PIXELS
-from dali_pipelines.sampling import STRATEGIES
-from model.timesformer import Attention
-
-T = TypeVar("T")
+from model.attention_types import ATTENTION_TYPES
 
 
 @dataclass
@@ -42,7 +39,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Which videos, and how a clip is cut out of one; see `dali_pipelines.ClipLoader`."""
+    """The videos, and how clips are cut out of them; see `dali_pipelines.ClipLoader`."""
 
     train: str | None = None
     """Manifest, made by prepare.py."""
@@ -50,42 +47,42 @@ class DataConfig:
     test: str | None = None
     """Manifest for evaluate.py; default: that of `val`."""
     labels: str | None = None
-    """File with a class name a line; default: the names in the training manifest."""
+    """File with one class name per line; default: the names in the training manifest."""
     num_frames: int = 8
     crop_size: int = 224
-    """Pixels a side."""
+    """Side of the square crop in pixels."""
     short_side: list[int] | None = None
-    """Pixels [low, high] that training draws the short side from; validation uses the low one, the test the crop size.
-    Default: 8/7 and 10/7 of the crop size."""
+    """Range [low, high] in pixels from which training draws the short side; validation uses the low end, the test the
+    crop size. Default: 8/7 and 10/7 of the crop size."""
     stride: float | None = 32
-    """Window of a clip: stride * num_frames / target_fps seconds; null: the whole video."""
+    """A clip spans stride * num_frames / target_fps seconds; null: the whole video."""
     target_fps: float = 30
     past_end: str = "fit"
-    """A window longer than the video: "fit" shrinks it, "hold" repeats the last frame."""
+    """What happens to a clip longer than the video: "fit" shrinks it, "hold" repeats the last frame."""
     flip: bool = True
-    """Mirror every second training clip."""
+    """Mirror half of the training clips."""
     mean: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     batch_size: int | None = None
-    """Clips a process takes at once; default: its share of the global batch."""
+    """Clips per micro-batch of a process; default: its share of the global batch."""
     workers: int | None = None
-    """Processes that read and decode, for each training process; default: its share of the CPU cores."""
+    """Processes that read and decode, per training process; default: its share of the CPU cores."""
     decode: str = "auto"
-    """auto: on a GPU, NVDEC and the workers (PyAV) side by side; on the CPU, the workers. nvdec: NVDEC alone, for what
-    it takes. dali: DALI's own decoder, slow on a GPU. host: the workers."""
+    """auto: on a GPU, NVDEC and the workers (PyAV) side by side; on the CPU, the workers. nvdec: NVDEC alone, for the
+    videos that it supports. dali: DALI's own decoder, slow on a GPU. host: the workers."""
     host_share: float | None = None
-    """Share of the videos that NVDEC takes, 0 to 1, which the workers decode; default: what keeps both busy."""
+    """Share (0 to 1) of the videos that NVDEC supports which the workers decode; default: what keeps both busy."""
     decode_threads: int | None = None
-    """Threads that feed NVDEC, for each training process; default: one a worker, 4 to 16."""
+    """Threads that feed NVDEC, per training process; default: one per worker, 4 to 16."""
     views_per_decode: int = 1
-    """Training clips cut out of one decode of a video, each with a window, crop and flip of its own."""
+    """Training clips cut out of each decoded video, each with its own window, crop and flip."""
     timeout_s: float = 60
-    """Seconds that a worker may take for one video, which is unreadable then."""
+    """Seconds that a worker may take for one video; one that takes longer is unreadable."""
     cache: str | None = None
-    """Folder on a local disk that keeps what is read from URLs, for the next epochs; null: it is read anew."""
+    """Folder on a local disk that keeps files read from URLs for the next epochs; null: they are read again."""
     max_pixels: int = MAX_PIXELS
-    """Pixels that a frame may have, by default twice those of 8K; a video with more is unreadable. See --max-pixels of
-    prepare.py."""
+    """Largest number of pixels of a frame, by default twice that of 8K; a video with more is unreadable. See
+    --max-pixels of prepare.py."""
     max_fault_fraction: float = 0.05
     """Training stops when more than this share of an epoch's videos, 0 to 1, cannot be read."""
 
@@ -95,24 +92,24 @@ class OptimConfig:
     name: str = "sgd"
     """sgd (Nesterov), adamw or lamb."""
     implementation: str = "auto"
-    """auto: torch's fused kernels; for LAMB Apex's where they run, on a GPU, else torch's multi-tensor (foreach) ones.
-    apex, fused, foreach: that or an error."""
+    """auto: torch's fused kernels; for LAMB, Apex's kernels on a GPU where they run, else torch's multi-tensor
+    (foreach) functions. apex, fused, foreach: that one, or an error."""
     lr: float = 0.0025
-    """At the end of the warm-up, for the global batch."""
+    """Learning rate at the end of the warm-up, for the global batch."""
     warmup_start_lr: float = 0.00025
     warmup_epochs: float = 2
     final_lr: float = 0.0
-    """At the end of the cosine."""
+    """Learning rate at the end of the cosine."""
     decay_epochs: list[float] = field(default_factory=list)
-    """Where given: no cosine, but a rate that stays, and falls to a tenth after each of these epochs."""
+    """If given, the rate does not follow a cosine, but falls to a tenth after each of these epochs."""
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 7e-5
-    """None on the class token, the position and time embeddings and the head's bias."""
+    """Not applied to the class token, the position and time embeddings and the head's bias."""
     clip_norm: float | None = 40.0
-    """Largest norm of all gradients together."""
+    """Largest norm of all gradients together; null: no clipping."""
     global_batch_size: int = 64
-    """Clips an optimizer step over all processes."""
+    """Clips per optimizer step, over all processes."""
 
 
 @dataclass
@@ -120,53 +117,54 @@ class MixConfig:
     """VideoMix: see `training.mixing`."""
 
     cutmix_prob: float = 0.0
-    """Share of micro-batches that CutMix is done to, 0 to 1; Mixup is done to the others."""
+    """Share of micro-batches, 0 to 1, with CutMix; the others have Mixup."""
     cutmix_alpha: float = 1.0
-    """The clip's own share is drawn from Beta(alpha, alpha)."""
+    """The share of a clip that is kept is drawn from Beta(alpha, alpha)."""
     mixup_alpha: float = 0.0
-    """The same for Mixup; 0: none."""
+    """The same for Mixup; 0: no Mixup."""
     cutmix_box: str = "space"
-    """space: rows and columns of all frames, as the paper says; reference: what PaddleVideo's code does."""
+    """space: rows and columns of all frames, as in the paper; reference: what PaddleVideo's code does."""
 
 
 @dataclass
 class DistillConfig:
-    """Learning from a teacher besides the labels: see `training.losses.summed_distillation`."""
+    """Learning from a teacher in addition to the labels: see `training.losses.summed_distillation`."""
 
     teacher: str | None = None
-    """Weights file of ours with the same classes, crop size, mean and std, and as many frames or a multiple of them."""
+    """Weights file of train.py with the same classes, crop size, mean and std, and the same number of frames or a
+    multiple of it."""
     temperature: float = 3.0
     weight: float = 0.5
-    """Of the teacher, 0 to 1; the labels have the rest."""
+    """Weight of the teacher, 0 to 1; the labels have the rest."""
 
 
 @dataclass
 class TrainConfig:
     epochs: int = 20
     max_steps: int | None = None
-    """Stop after so many steps; the schedule still spans `epochs`."""
+    """Stop after this number of steps; the schedule still spans `epochs`."""
     precision: str = "auto"
     """float32, bf16, fp16 (with dynamic loss scaling); auto: bf16 on a GPU that has it, float32 elsewhere; amp (as
     --amp): bf16, fp16 on a GPU without it."""
     label_smoothing: float = 0.1
     pretrained: str | None = None
-    """Weights to begin with: a file, folder or name on the Hugging Face Hub, see `model.load_pretrained`."""
+    """Initial weights: a file, folder or name on the Hugging Face Hub, see `model.load_pretrained`."""
     swa_epochs: int = 0
-    """The weights after each of so many last epochs are averaged, into swa.safetensors."""
+    """Number of last epochs whose weights are averaged, into swa.safetensors; 0: none."""
     activation_checkpointing: bool = False
-    """Less memory for a third more computing: activations of a block are computed again when they are needed."""
+    """Compute the activations of a block again when they are needed: less memory for a third more computing."""
     compile: bool | str = "auto"
-    """torch.compile the network. auto: on a GPU, for a run of 1,000 forward passes or more, where a compiler works."""
+    """Use torch.compile. auto: on a GPU with a working compiler, for a run of 1,000 forward passes or more."""
     cuda_graphs: bool = False
     """Launch the compiled network as one CUDA graph."""
     checkpoint_every_steps: int | None = None
-    """Besides one at the end of every epoch."""
+    """Steps between checkpoints, in addition to the one at the end of every epoch; null: none."""
     log_every_steps: int = 10
     on_nan: str = "stop"
-    """A loss or gradient that is not finite: stop, or rollback (to the last checkpoint; the step's clips are left out
-    when it comes to them again). In fp16 such steps are skipped, as long as the loss scale can still fall."""
+    """What follows a loss or gradient that is not finite: stop, or rollback (to the last checkpoint; the clips of that
+    step are then left out). In fp16 such steps are skipped, as long as the loss scale can still fall."""
     hang_timeout_s: float = 600
-    """Seconds without progress after which a run of several processes ends, naming the one that hangs."""
+    """Seconds without progress after which a run of several processes ends, and names the one that hangs."""
 
 
 @dataclass
@@ -174,7 +172,7 @@ class Config:
     name: str = "timesformer"
     seed: int = 0
     output: str = "output/${name}"
-    """Folder for everything that a run writes."""
+    """Folder for all files that a run writes."""
     device: str = "auto"
     """auto: the GPU if there is one."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -185,33 +183,37 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def load_config(path: str | None, overrides: list[str] = (), *, defaults: dict[str, Any] | None = None) -> Config:
-    """The settings of file `path` (None: none) with `KEY=VALUE` overrides; `defaults` stand below the file.
+def load_config(path: str | None, overrides: Sequence[str] = (), *, defaults: dict[str, Any] | None = None) -> Config:
+    """The settings in file `path` (None: no file) with `KEY=VALUE` overrides, over `defaults`.
 
     Raises `InputError` that names the key and, for an unknown one, the nearest that exists.
     """
-    merged = OmegaConf.structured(Config)
     layers = [("defaults", OmegaConf.create(defaults or {}))]
     if path is not None:
         layers.extend(_read_layers(path))
     for override in overrides:
         if "=" not in override:
             raise InputError(f"-o {override}: expected KEY=VALUE, such as -o optim.lr=0.001")
-        layers.append(
-            (f"-o {override}", _parse(f"-o {override}", lambda text=override: OmegaConf.from_dotlist([text])))
-        )
-    for where, layer in layers:
-        _check_keys(where, OmegaConf.to_container(layer), OmegaConf.to_container(OmegaConf.structured(Config)))
-        merged = _parse(where, lambda below=merged, layer=layer: OmegaConf.merge(below, layer))
-    config = _parse("the config", lambda: OmegaConf.to_object(merged))
+        with _reporting_errors(f"-o {override}"):
+            layers.append((f"-o {override}", OmegaConf.from_dotlist([override])))
+    merged = OmegaConf.structured(Config)
+    for source, layer in layers:
+        _check_keys(source, _to_dict(layer), _to_dict(OmegaConf.structured(Config)))
+        with _reporting_errors(source):
+            merged = OmegaConf.merge(merged, layer)
+    with _reporting_errors("the config"):
+        config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)  # what `merged` is structured like
     _check_values(config)
     return config
 
 
 def read_run_config(path: Path) -> Config:
-    """The config.yaml of a run that is found beside weights. Anybody may have written it, so it may hold only what
-    train.py writes: `InputError` for the name of another file (`base`) and for what would be filled in
-    (`${oc.env:HOME}`)."""
+    """The config.yaml of a run, found beside its weights.
+
+    Anybody may have written it, so it may hold only what train.py writes. Raises `InputError` if it names another file
+    (`base`) or has values to fill in (`${oc.env:HOME}`).
+    """
     if "base" in (content := _read_yaml(str(path))):
         raise InputError(f"{path}: names another file, which train.py never does; it is not read")
     if "${" in OmegaConf.to_yaml(content):
@@ -224,7 +226,7 @@ def to_yaml(config: Config) -> str:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Keys with their section, such as optim.lr."""
+    """The values of a nested config by their keys with the section, such as optim.lr."""
     keys = {}
     for name, value in config.items():
         keys.update(
@@ -233,19 +235,26 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return keys
 
 
+def _to_dict(config: DictConfig) -> dict[Any, Any]:
+    content = OmegaConf.to_container(config)
+    assert isinstance(content, dict)  # as every DictConfig
+    return content
+
+
 def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
-    """The file and, before it, the one that its key `base` names, from its own folder; and so on."""
-    layers = []
-    while path is not None:
+    """The file, preceded by the file that its key `base` names (relative to its own folder), and so on."""
+    layers: list[tuple[str, DictConfig]] = []
+    while True:
         if path in [name for name, _ in layers]:
             raise InputError(f"{path}: its `base` leads back to itself")
-        content = OmegaConf.to_container(_read_yaml(path))
+        content = _to_dict(_read_yaml(path))
         base = content.pop("base", None)
         layers.insert(0, (path, OmegaConf.create(content)))
-        if base is not None and (not isinstance(base, str) or not base.endswith((".yaml", ".yml"))):
+        if base is None:
+            return layers
+        if not isinstance(base, str) or not base.endswith((".yaml", ".yml")):
             raise InputError(f"{path}: base is {base!r}; expected the name of a YAML file, from this one's folder")
-        path = None if base is None else os.path.normpath(Path(path).parent / base)
-    return layers
+        path = os.path.normpath(Path(path).parent / base)
 
 
 def _read_yaml(path: str) -> DictConfig:
@@ -253,147 +262,55 @@ def _read_yaml(path: str) -> DictConfig:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file; expected YAML") from None
-    content = _parse(path, lambda: OmegaConf.create(text or "{}"))  # its YAML loader is a safe one
+    with _reporting_errors(path):
+        content = OmegaConf.create(text or "{}")  # its YAML loader is a safe one
     if not isinstance(content, DictConfig):
         raise InputError(f"{path}: expected `key: value` lines")
     return content
 
 
-def _parse(where: str, parse: Callable[[], T]) -> T:
+@contextlib.contextmanager
+def _reporting_errors(source: str) -> Iterator[None]:
+    """Turn errors of YAML and OmegaConf into an `InputError` that names the source and the key."""
     try:
-        return parse()
+        yield
     except yaml.YAMLError as error:
-        raise InputError(f"{where}: not YAML: {error}") from None
+        raise InputError(f"{source}: not YAML: {error}") from None
     except UnicodeEncodeError:
-        raise InputError(f"{where}: not UTF-8; a path that is not needs a link with another name") from None
+        raise InputError(f"{source}: not UTF-8; a path that is not needs a link with another name") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise InputError(f"{where}: {key}{str(error).splitlines()[0]}") from None
+        raise InputError(f"{source}: {key}{str(error).splitlines()[0]}") from None
 
 
-def _check_keys(where: str, given: Any, known: dict, prefix: str = "") -> None:
+def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = "") -> None:
     if not isinstance(given, dict):
         return
     for key, value in given.items():
-        if key in known:
-            if isinstance(known[key], dict):
-                if not isinstance(value, dict):
-                    raise InputError(
-                        f"{where}: {prefix}{key} is a section; set a key in it, such as {prefix}{key}."
-                        f"{next(iter(known[key]))}"
-                    )
-                _check_keys(where, value, known[key], f"{prefix}{key}.")
+        if key not in known:
+            raise InputError(f"{source}: unknown key {prefix}{key}{_hint(prefix, str(key), list(known))}")
+        section = known[key]
+        if not isinstance(section, dict):
             continue
-        everything = _dotted_keys()
-        near = difflib.get_close_matches(f"{prefix}{key}", everything, n=1, cutoff=0.5) or [
-            name for name in everything if name.split(".")[-1] == str(key)
-        ]
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-        if prefix == "model." and key in ("num_frames", "image_size", "num_classes"):
-            hint = "; it follows from data.num_frames, data.crop_size and the class names"
-        raise InputError(f"{where}: unknown key {prefix}{key}{hint}")
+        if not isinstance(value, dict):
+            first = f"{prefix}{key}.{next(iter(section))}"
+            raise InputError(f"{source}: {prefix}{key} is a section; set a key in it, such as {first}")
+        _check_keys(source, value, section, f"{prefix}{key}.")
 
 
-def _dotted_keys() -> list[str]:
-    return list(flat(OmegaConf.to_container(OmegaConf.structured(Config))))
-
-
-def _one_of(*allowed: str):
-    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
-
-
-def _optional(rule):
-    is_good, expected = rule
-    return lambda value: value is None or is_good(value), f"{expected}, or null"
-
-
-def _up_to(most: int):
-    return lambda value: 1 <= value <= most, f"1 or more, at most {most}"
-
-
-_COUNT = (lambda value: value >= 1, "1 or more")
-_POSITIVE = (lambda value: 0 < value < math.inf, "more than 0")
-_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more")
-_SHARE = (lambda value: 0 <= value < 1, "0 or more, less than 1")
-_FRACTION = (lambda value: 0 <= value <= 1, "0 to 1")
-
-_VALUES = {
-    "seed": (lambda value: 0 <= value < 2**64, "0 or more, less than 2**64"),
-    "model.patch_size": _up_to(1024),
-    "model.embed_dim": _up_to(65_536),
-    "model.depth": _up_to(1000),
-    "model.num_heads": _up_to(1024),
-    "model.attention": _one_of(*get_args(Attention)),
-    "model.drop_path": _SHARE,
-    "model.embed_init_std": _NOT_NEGATIVE,
-    "data.num_frames": _up_to(4096),
-    "data.crop_size": _up_to(8192),
-    "data.short_side": (
-        lambda value: value is None or (len(value) == 2 and all(1 <= side <= 65_536 for side in value)),
-        "[low, high], or null",
-    ),
-    "data.stride": _optional((lambda value: 0 < value <= 1e6, "more than 0, at most 1e6")),
-    "data.target_fps": (lambda value: 1e-3 <= value <= 1e6, "0.001 to 1e6"),
-    "data.past_end": _one_of(*STRATEGIES),
-    "data.mean": (lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
-    "data.std": (lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
-    "data.batch_size": _optional(_COUNT),
-    "data.workers": _optional(_NOT_NEGATIVE),
-    "data.decode": _one_of(*DECODES),
-    "data.host_share": _optional(_FRACTION),
-    "data.decode_threads": _optional(_COUNT),
-    "data.views_per_decode": _COUNT,
-    "data.timeout_s": _POSITIVE,
-    "data.max_pixels": _COUNT,
-    "data.max_fault_fraction": _FRACTION,
-    "optim.name": _one_of("sgd", "adamw", "lamb"),
-    "optim.implementation": _one_of("auto", "apex", "fused", "foreach"),
-    "optim.lr": _POSITIVE,
-    "optim.warmup_start_lr": _NOT_NEGATIVE,
-    "optim.warmup_epochs": _NOT_NEGATIVE,
-    "optim.final_lr": _NOT_NEGATIVE,
-    "optim.decay_epochs": (lambda value: value == sorted(value) and min(value, default=1) > 0, "rising, above 0"),
-    "optim.momentum": _SHARE,
-    "optim.betas": (
-        lambda value: len(value) == 2 and all(0 <= v < 1 for v in value),
-        "two numbers, 0 or more, below 1",
-    ),
-    "optim.weight_decay": _NOT_NEGATIVE,
-    "optim.clip_norm": _optional(_POSITIVE),
-    "optim.global_batch_size": _COUNT,
-    "mix.cutmix_prob": _FRACTION,
-    "mix.cutmix_alpha": _POSITIVE,
-    "mix.mixup_alpha": _NOT_NEGATIVE,
-    "mix.cutmix_box": _one_of("space", "reference"),
-    "distill.temperature": _POSITIVE,
-    "distill.weight": _FRACTION,
-    "train.epochs": _COUNT,
-    "train.max_steps": _optional(_COUNT),
-    "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
-    "train.label_smoothing": _SHARE,
-    "train.swa_epochs": _NOT_NEGATIVE,
-    "train.compile": (lambda value: str(value).lower() in ("auto", "true", "false"), "auto, true or false"),
-    "train.checkpoint_every_steps": _optional(_COUNT),
-    "train.log_every_steps": _COUNT,
-    "train.on_nan": _one_of("stop", "rollback"),
-    "train.hang_timeout_s": _POSITIVE,
-}
-"""Which values are good, and how to say it."""
-
-
-def _check_value(key: str, value: Any) -> None:
-    is_good, expected = _VALUES[key]
-    if not is_good(value):
-        raise InputError(f"{key} is {value}; expected {expected}")
+def _hint(prefix: str, key: str, known: list[str]) -> str:
+    if prefix == "model." and key in ("num_frames", "image_size", "num_classes"):
+        return "; it follows from data.num_frames, data.crop_size and the class names"
+    all_keys = list(flat(_to_dict(OmegaConf.structured(Config))))
+    near = difflib.get_close_matches(f"{prefix}{key}", all_keys, n=1, cutoff=0.5)
+    near = near or [name for name in all_keys if name.split(".")[-1] == key]
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
 
 
 def _check_values(config: Config) -> None:
-    """What a type cannot say."""
-    for key in _VALUES:
-        value = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        _check_value(key, value)
+    """Raises `InputError` for values of the right type that cannot work."""
+    for key, value in flat(dataclasses.asdict(config)).items():
+        check_value(key, value)
     data, model = config.data, config.model
     for holds, message in [
         (data.crop_size % model.patch_size == 0,
@@ -411,7 +328,7 @@ def _check_values(config: Config) -> None:
 
 
 def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
-    """The arguments of `ClipLoader` that follow from `data`, for a mode of it."""
+    """The arguments of `ClipLoader` that follow from `data`, for its mode "train", "validate" or "test"."""
     short_side = None
     if data.short_side is not None:
         short_side = {"train": tuple(data.short_side), "validate": data.short_side[0], "test": None}[mode]
@@ -437,47 +354,50 @@ def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
 
 
 PREPROCESSING = ("num_frames", "crop_size", "short_side", "stride", "target_fps", "past_end", "mean", "std")
-"""Keys of `data` that weights depend on; they travel inside the weights file."""
+"""Keys of `data` that weights depend on; a weights file holds their values."""
 
 
 def preprocessing(data: DataConfig) -> dict[str, Any]:
+    """The settings `PREPROCESSING` of `data`."""
     return {key: value for key, value in dataclasses.asdict(data).items() if key in PREPROCESSING}
 
 
-_MOST_PIXELS = 1 << 25  # of a clip whose size a file tells: 400 MB in float32
-_MOST_VALUES = 1 << 25  # of the patches of such a clip in the network; TimeSformer-L has 19 million
-_MOST_ATTENDED = 1 << 15  # patches that attend to each other; time grows with the square
+# For a clip and network whose sizes come from a file.
+_MAX_CLIP_PIXELS = 1 << 25  # 400 MB in float32
+_MAX_PATCH_VALUES = 1 << 25  # of all patches of a clip; TimeSformer-L has 19 million
+_MAX_ATTENDED = 1 << 15  # patches that attend to each other; time grows with the square
 
 
 def check_header(model: Any, preprocessing: Any) -> None:
-    """Raises `InputError` unless these, from the header of a weights file, are plain values of the keys that weights
-    depend on, within bounds. Anybody may have written the file: it sets nothing else, and nothing in it is expanded."""
+    """Raises `InputError` unless these sections of a weights file's header hold only keys that weights depend on, with
+    plain values within bounds. Anybody may have written the file: it can set nothing else, and nothing is expanded."""
     for section, values, kind, known in (
         ("model", model, ModelConfig, [each.name for each in dataclasses.fields(ModelConfig)]),
         ("data", preprocessing, DataConfig, PREPROCESSING),
     ):
         if not isinstance(values, dict):
-            raise InputError(f"{section} is no object with keys")
+            raise InputError(f"{section} is not an object with keys")
         types = {each.name: each.type for each in dataclasses.fields(kind)}
         for key, value in values.items():
             if key not in known:
-                raise InputError(f"{section}.{key[:80]} is no setting of weights")
+                raise InputError(f"{section}.{key[:80]} is not a setting of weights")
             if not _is_of_type(value, types[key]):
                 raise InputError(f"{section}.{key} is {str(value)[:80]!r}")
-            if f"{section}.{key}" in _VALUES:
-                _check_value(f"{section}.{key}", value)
+            check_value(f"{section}.{key}", value)
     if missing := [key for key in ("num_frames", "crop_size", "mean", "std") if key not in preprocessing]:
         raise InputError(f"data.{missing[0]} is missing")
     frames, side = preprocessing["num_frames"], preprocessing["crop_size"]
-    if frames * side**2 > _MOST_PIXELS:
-        raise InputError(f"a clip has {frames} x {side} x {side} pixels; expected at most {_MOST_PIXELS}")
+    if frames * side**2 > _MAX_CLIP_PIXELS:
+        raise InputError(f"a clip has {frames} x {side} x {side} pixels; expected at most {_MAX_CLIP_PIXELS}")
     network = ModelConfig(**model)
     patches, width = (side // network.patch_size) ** 2, network.embed_dim
-    if frames * patches * width > _MOST_VALUES:
-        raise InputError(f"a clip has {frames} x {patches} patches of {width} values; expected at most {_MOST_VALUES}")
-    attended = frames * patches if network.attention == "joint_space_time" else max(frames, patches)
-    if attended > _MOST_ATTENDED:
-        raise InputError(f"{attended} patches attend to each other; expected at most {_MOST_ATTENDED}")
+    if frames * patches * width > _MAX_PATCH_VALUES:
+        raise InputError(
+            f"a clip has {frames} x {patches} patches of {width} values; expected at most {_MAX_PATCH_VALUES}"
+        )
+    attended = ATTENTION_TYPES[network.attention].most_attended(frames, patches)
+    if attended > _MAX_ATTENDED:
+        raise InputError(f"{attended} patches attend to each other; expected at most {_MAX_ATTENDED}")
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Manifests that a config names, the names of classes, and whether the two fit."""
+"""Class names, the manifests of a config, and whether the two fit."""
 
 import json
 import re
@@ -10,12 +10,12 @@ from dali_pipelines.folders import is_video_name
 from dali_pipelines.manifest import Manifest
 from dali_pipelines.text import decode, split_lines
 
-_MOST_UNNAMED = 10_000  # classes without names: beyond that, a label is a mistake
+_MAX_UNNAMED = 10_000  # classes without names: a larger label is a mistake
 _EXPECTED = "expected a class name a line, label 0 first; or lines `0 name`, JSON, or a manifest"
 _NUMBERED = (
     re.compile(r"(?P<label>\d+)[ \t]*[,;:.)\t ][ \t]*(?P<name>.*[^ \t])"),  # 0 archery; 0,archery
     re.compile(r"(?P<name>.*[^ \t,;:])[ \t]*[,;\t][ \t]*(?P<label>\d+)"),  # archery,0
-    re.compile(r"(?P<name>.*[^ \t,;:]) (?P<label>\d+)"),  # archery 0: maybe; a class may be called "level 0"
+    re.compile(r"(?P<name>.*[^ \t,;:]) (?P<label>\d+)"),  # archery 0; but a class may be called "level 0"
 )
 _COLUMNS = """
     id idx index label labels class classes name names category action text description label_id class_id category_id
@@ -25,7 +25,7 @@ _COLUMNS = """
 
 
 def read_manifest(path: str | None, *, key: str) -> Manifest:
-    """The manifest that a config names under `key`; refuses none, and one without videos."""
+    """The manifest at `path`, the value of `key` in a config. Raises `InputError` for None, and if it has no videos."""
     if path is None:
         raise InputError(f"{key} is not set: name a manifest with -o {key}=FILE; prepare.py makes one")
     manifest = Manifest.read(path)
@@ -35,10 +35,10 @@ def read_manifest(path: str | None, *, key: str) -> Manifest:
 
 
 def read_labels(path: str) -> tuple[str, ...]:
-    """Class names from a text file, one a line; line 1 is label 0.
+    """Class names from a text file, one per line; line 1 is label 0.
 
-    Also from a manifest, a JSON list, a JSON object of names and labels, and lines with a name and its label. Raises
-    `InputError`, which says what was found, for other files, and where labels are not 0, 1, 2, ...
+    A manifest, a JSON list, a JSON object of names and labels, and lines with a name and its label are read too. Raises
+    `InputError`, which says what was found, for other files, and if labels are not 0, 1, 2, ...
     """
     text = decode(Path(path).read_bytes())
     if "\0" in text:
@@ -56,8 +56,8 @@ def read_labels(path: str) -> tuple[str, ...]:
         if not names:
             raise InputError(f"{path}: a manifest without class names; {_EXPECTED}")
         return names
-    if lines[0][0:1] in ("[", "{") and (names := _from_json(path, text)):
-        return names
+    if lines[0][0:1] in ("[", "{") and (json_names := _from_json(path, text)):
+        return json_names
     if re.match(r"<(!doctype|html|\?xml)", lines[0], re.IGNORECASE):
         raise InputError(f"{path}: a web page or XML; {_EXPECTED}")
     if is_video_name(re.sub(r"[ \t,;]+\d+$", "", lines[0])):
@@ -71,12 +71,12 @@ def read_labels(path: str) -> tuple[str, ...]:
 
 
 def _from_json(path: str, text: str) -> tuple[str, ...] | None:
-    """None if it is no JSON after all, but names in brackets."""
+    """Class names in a JSON text; None if it is not JSON, but names in brackets."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         if re.match(r"\s*(\[\s*[\n'\"\d{]|\{\s*[\n'\"])", text):
-            raise InputError(f"{path}: begins as JSON does, but is not ({error}); {_EXPECTED}") from None
+            raise InputError(f"{path}: begins like JSON, but is not ({error}); {_EXPECTED}") from None
         return None
     if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
         return tuple(content)
@@ -88,21 +88,20 @@ def _from_json(path: str, text: str) -> tuple[str, ...] | None:
 
 
 def _from_numbered(path: str, lines: Sequence[str]) -> tuple[str, ...] | None:
-    """Names of lines that tell their labels; None for lines of names alone."""
+    """Class names from lines with labels; None if the lines hold only names."""
     cells = re.split(r"[,;\t]", lines[0].lower())
     is_table = len(cells) > 1
     columns = [cell.strip(' "') for cell in (cells if is_table else lines[0].lower().split())]
     has_header = len(columns) > 1 and len(lines) > 1 and set(columns) <= set(_COLUMNS.split())
     rows = lines[has_header:] if len(columns) == 2 else lines
     for pattern in _NUMBERED:
-        found = [pattern.fullmatch(line) for line in rows]
-        if not all(found):
+        found = [match for line in rows if (match := pattern.fullmatch(line))]
+        if len(found) < len(rows):
             continue
-        pairs = [(int(each["label"]), each["name"]) for each in found]
-        labels, names = ({pair[place] for pair in pairs} for place in (0, 1))
-        is_plain = len(names) < len(pairs) or len(labels) < len(
-            pairs
-        )  # "class 0", "class 1"; "100 m run", "100 m walk"
+        pairs = [(int(match["label"]), match["name"]) for match in found]
+        labels, names = {label for label, _ in pairs}, {name for _, name in pairs}
+        # "class 0", "class 1"; "100 m run", "100 m walk"
+        is_plain = len(names) < len(pairs) or len(labels) < len(pairs)
         if pattern is _NUMBERED[-1]:
             is_plain = is_plain or labels != set(range(len(pairs))) or len(pairs) == 1
         if not is_plain:
@@ -126,22 +125,23 @@ def _in_order(path: str, pairs: Iterable[tuple[int, str]]) -> tuple[str, ...]:
 
 
 def class_names(labels: str | None, manifest: Manifest) -> tuple[str, ...]:
-    """From the file `labels`, else from the manifest's header, else numbers up to the largest label."""
+    """Class names from the file `labels`, else from the manifest's header, else numbers up to the largest label."""
     if labels is not None:
         return read_labels(labels)
     largest = int(manifest.labels.max())
-    if not manifest.classes and largest >= _MOST_UNNAMED:
+    if not manifest.classes and largest >= _MAX_UNNAMED:
         raise InputError(
-            f"label {largest} stands in a manifest without class names; name them in a file: -o data.labels=FILE"
+            f"a manifest without class names has label {largest}; name the classes in a file: -o data.labels=FILE"
         )
     return manifest.classes or tuple(map(str, range(largest + 1)))
 
 
 def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: str, renamed: bool = False) -> None:
-    """`InputError` if the manifest called `name` has other classes than `classes`, which are those `of` something.
+    """Raises `InputError` if the manifest `name` has other classes than `classes`, or a label beyond them.
 
-    Where names were `renamed` (data.labels), those of the manifest may be fewer and spelled in another way, but not be
-    names of other labels. They are not compared with `classes` that are mere numbers.
+    of: the source of `classes`, for the message. renamed: whether they come from `data.labels`. The names in the
+    manifest may then be fewer and spelled differently, but not be names of other labels. They are not compared with
+    `classes` that are only numbers.
     """
     theirs, classes = manifest.classes, tuple(classes)
     unnamed = classes == tuple(map(str, range(len(classes))))
@@ -154,8 +154,8 @@ def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: s
             different = f"class {first} is {theirs[first]!r} there, {classes[first]!r} here"
     if different:
         raise InputError(
-            f"{name}: its classes are not those of {of}: {different}. Its labels count its own classes, so editing its "
-            "line `# classes:` would give videos the labels of others: index it again, with prepare.py folder|index "
+            f"{name}: its classes are not those of {of}: {different}. Its labels refer to its own classes, so editing "
+            "its line `# classes:` would give videos wrong labels: index it again, with prepare.py folder|index "
             "--classes FROM (the training manifest, or a file of its class names)"
         )
     worst = int(manifest.labels.argmax())

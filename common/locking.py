@@ -1,4 +1,4 @@
-"""One writer for a folder: a run's output, or an evaluation's results."""
+"""A lock for a folder that only one process may write to: a run's output, or an evaluation's results."""
 
 import contextlib
 import errno
@@ -15,18 +15,18 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FolderLock:
-    """Keeps other processes that lock `folder` out of it until `release`, or until this process ends, however it does:
-    its children do not hold the lock. The file of one that was killed stays, and locks nothing. Raises `InputError` if
-    another process has the lock, or its file is a symbolic link.
+    """Keeps other processes that lock `folder` out of it until `release`, or until this process ends in any way.
 
-    A POSIX lock, which NFS servers know too. Two locks within one process do not see each other.
+    Child processes do not hold the lock. A killed process leaves the file, which then locks nothing. Raises
+    `InputError` if another process has the lock, or its file is a symbolic link. It is a POSIX lock, which NFS servers
+    support too; two locks within one process do not exclude each other.
     """
 
     def __init__(self, folder: Path, *, remedy: str):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / LOCK
         self.note = ""
-        """Why nothing keeps other processes out; "" if the lock is held."""
+        """Why other processes are not kept out; "" if the lock is held."""
         self._file: IO[str] | None = None
         while self._file is None:
             try:
@@ -40,14 +40,14 @@ class FolderLock:
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     file.seek(0)
-                    holder = file.read(200).strip() or "it has not said which"
+                    holder = file.read(200).strip() or "unknown"
                     raise InputError(f"{folder}: another process writes there ({holder}): {remedy}") from None
                 if error.errno not in _UNSUPPORTED:
                     raise
                 self.note = (
                     f"note: {folder}: its file system has no locks ({error.strerror}): start no second run there"
                 )
-            # Who held it may have removed the file between the two lines: then the lock is one of nothing.
+            # The last holder may have removed the file in between: then the lock is on a file without a name.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
                     self._file = file

@@ -1,17 +1,62 @@
-"""Counting what the network gets right."""
+"""The names of the metrics that a run logs, and counting correct predictions."""
 
 import torch
 from torch import Tensor
 
 
-def top_k_counts(scores: Tensor, labels: Tensor, *, ks: tuple[int, ...] = (1, 5)) -> Tensor:
-    """How many of scores [B, K] have their label [B] among the k best, for each k; float64 [len(ks)].
+class Metric:
+    """Names of the scalars in TensorBoard and in metrics.jsonl, and of the one image. A share is 0 to 1."""
 
-    Rows without a label (-1) count for nothing.
+    LOSS = "train/loss"
+    """Mean over the readable clips of the steps since the last line; steps that fp16 skipped are left out."""
+    TOP1 = "train/top1"
+    """Share of the training clips, as mixed and augmented, whose label has the highest score."""
+    TOP5 = "train/top5"
+    GRAD_NORM = "train/grad_norm"
+    """Of the last step, before clipping."""
+    LEARNING_RATE = "train/lr"
+    LOSS_SCALE = "train/loss_scale"
+    SKIPPED_STEPS = "train/skipped_steps"
+    EPOCH = "train/epoch"
+    """Epochs done, with a fraction."""
+    FAULTS = "train/faults"
+    """Unreadable training clips of this epoch so far."""
+    CLIPS = "train/clips"
+    """An image: some clips of each epoch's first batch, as the network sees them."""
+
+    CLIPS_PER_SECOND = "speed/clips_per_second"
+    STEP_MS = "speed/step_ms"
+    DATA_WAIT_MS = "speed/data_wait_ms"
+    """Time per step that the main process waits for clips."""
+    DATA_WAIT_SHARE = "speed/data_wait_share"
+
+    PACKETS_READ = "data/packets_read"
+    PACKETS_KEPT = "data/packets_kept"
+    """Packets that were decoded, of those read."""
+
+    HOST_MEMORY_GIB = "host/memory_gib"
+    """Memory (PSS) of the main process and its workers."""
+    GPU_TORCH_MEMORY_GIB = "gpu/torch_memory_gib"
+    """The peak that torch has allocated since the last line."""
+    GPU_MEMORY_GIB = "gpu/memory_gib"
+    """Memory in use on the GPU, DALI's included."""
+    GPU_DECODER_SHARE = "gpu/decoder_share"
+    """How busy NVDEC is."""
+    GPU_COMPUTE_SHARE = "gpu/compute_share"
+
+    VALIDATION = ("val/top1", "val/top5", "val/loss")
+    AVERAGED_VALIDATION = ("swa/top1", "swa/top5", "swa/loss")
+    """The same for the averaged weights."""
+
+
+def top_k_counts(scores: Tensor, labels: Tensor, *, ks: tuple[int, ...] = (1, 5)) -> Tensor:
+    """For each k, count the rows of scores [B, K] whose label [B] is among the k highest; float64 [len(ks)].
+
+    Rows without a label (-1) and rows whose score for the label is NaN are not counted.
     """
     index = labels.clamp(min=0)[:, None]
     target = scores.gather(1, index)
-    # Equal scores go by their place, as they do in argmax.
+    # Of equal scores the lower class comes first, as in argmax.
     before = (scores > target) | ((scores == target) & (torch.arange(scores.shape[1], device=scores.device) < index))
     rank = before.sum(1)
     counts = (labels >= 0) & ~target.isnan()[:, 0]

@@ -1,5 +1,4 @@
-"""Mixed precision: in which type to compute, the loss scale of fp16, and the norm and scaling of all gradients; and in
-which order gradients are added up."""
+"""Mixed precision: data types, the loss scale of fp16, norm and scaling of gradients; and reproducible gradients."""
 
 import math
 import os
@@ -13,7 +12,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """float32, bf16 or fp16 for a `train.precision`."""
+    """The precision for `train.precision` on `device`: float32, bf16 or fp16."""
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "float32"
@@ -27,21 +26,25 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """On a GPU, for the whole process: gradients are added up in the same order each time, so that runs can be repeated
-    exactly. By default, fused attention adds up the contributions of blocks of keys in any order. It is not enough to
-    do this around the backward pass: the forward pass chooses the kernels, and a compiled backward pass refuses another
-    setting than its forward pass had."""
+    """On a GPU, let this process add up gradients in the same order each time, so that runs can be repeated exactly.
+
+    By default, fused attention adds up the contributions of blocks of keys in any order. Setting this around the
+    backward pass only is not enough: the forward pass chooses the kernels, and a compiled backward pass refuses another
+    setting than its forward pass had.
+    """
     if device.type == "cuda":
-        torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is written once more
+        # Otherwise every new tensor is written once more.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stub
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
 
 
 class LossScale:
-    """What the loss is multiplied by before its backward pass, so that small gradients do not vanish in fp16: as
-    `torch.amp.GradScaler` changes it (halved at an overflow, doubled after 2,000 steps without), as a number of the
-    host. The step's one synchronisation brings the gradient norm anyway, and that tells of an overflow. Always 1 where
-    it is not enabled."""
+    """The factor on the loss in its backward pass that keeps small gradients from vanishing in fp16; 1 if not enabled.
+
+    It changes as in `torch.amp.GradScaler`: halved at an overflow, doubled after 2,000 steps without one. It is a
+    number on the host, since the step's only synchronisation brings the gradient norm anyway, which shows an overflow.
+    """
 
     _GROWTH_INTERVAL = 2000
 
@@ -69,12 +72,12 @@ class LossScale:
 
 
 class TorchMultiTensor:
-    """Norm and scaling of many tensors in a few launches: torch's foreach functions."""
+    """Norm and scaling of many tensors in a few kernel launches, by torch's foreach functions."""
 
     name = "torch foreach"
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Euclidean norm of all of them together, float32 scalar on their device; not finite where any value is not.
+        """The Euclidean norm of all tensors together, a float32 scalar on their device; not finite if any value is not.
         Does not wait for the device."""
         return torch.nn.utils.get_total_norm(tensors, foreach=True).float()
 
@@ -84,8 +87,8 @@ class TorchMultiTensor:
 
 
 class ApexMultiTensor:
-    """The same by Apex's kernels (csrc/multi_tensor_l2norm_kernel.cu, multi_tensor_scale_kernel.cu), for float32 or
-    fp16 tensors. The tests hold this against a double of them in torch; docs/running.md says what a GPU showed."""
+    """The same with Apex's kernels (csrc/multi_tensor_l2norm_kernel.cu, multi_tensor_scale_kernel.cu), for float32 or
+    fp16 tensors. The tests compare it with a double of them in torch; docs/running.md has the results on a GPU."""
 
     name = "Apex multi_tensor_applier"
 
@@ -95,12 +98,12 @@ class ApexMultiTensor:
 
         self._apply, self._kernels = multi_tensor_applier, amp_C
         self._flag = torch.zeros(1, dtype=torch.int, device=device)
-        self.norm([torch.ones(1, device=device)])  # raises RuntimeError where the kernels do not run here
+        self.norm([torch.ones(1, device=device)])  # raises RuntimeError if the kernels do not run here
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        if not tensors:  # Apex reads the first list before it looks at how many there are
+        if not tensors:  # Apex reads the first tensor before it checks how many there are
             return torch.zeros((), device=self._flag.device)
-        self._flag.zero_()  # the kernels set it where a value is not finite, and may do nothing while it is set
+        self._flag.zero_()  # the kernels set it if a value is not finite, and may do nothing while it is set
         return self._apply(self._kernels.multi_tensor_l2norm, self._flag, [list(tensors)], False)[0].squeeze(0)
 
     def scale_(self, tensors: Sequence[Tensor], factor: float) -> None:
@@ -111,9 +114,10 @@ class ApexMultiTensor:
 
 
 def gradient_factor(norm: float, *, clip_norm: float | None, mean: float) -> tuple[float, float]:
-    """(norm of the gradients once multiplied by `mean`, what to multiply them by so that it is `clip_norm` at most).
+    """(norm of the gradients times `mean`, factor for the gradients that gives them that norm, or `clip_norm` if it is
+    smaller); not finite if `norm` is not.
 
-    The 1e-6 is that of `torch.nn.utils.clip_grads_with_norm_`. Not finite where `norm` is not.
+    The 1e-6 is that of `torch.nn.utils.clip_grads_with_norm_`.
     """
     norm *= mean
     clip = 1.0 if clip_norm is None or not math.isfinite(norm) else min(clip_norm / (norm + 1e-6), 1.0)

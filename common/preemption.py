@@ -1,6 +1,6 @@
-"""SIGTERM and SIGUSR1 (Slurm) ask a run to save and to end, so that it can be started again.
+"""SIGTERM and SIGUSR1 (Slurm) ask a run to save and end, so that it can be resumed later.
 
-Imports nothing that takes long: it stands guard from a command's first lines.
+This module imports nothing that takes long, because a command sets it up in its first lines.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 REQUEUE = 75
-"""Exit status of a run that was asked to end and can go on: EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run that was asked to end and can be resumed: EX_TEMPFAIL of sysexits.h."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE_S = 5
@@ -21,19 +21,21 @@ _SAVING_S = 60
 
 
 class Preemption:
-    """Within `with`, notes either signal in `signal`, for the loop that ends in an orderly way, and ends the process
-    itself with `REQUEUE` where that takes longer than 5 s: training may be in the middle of a long step, of a
-    validation, or waiting for a process that is gone. Without `save`, it ends at once."""
+    """Within `with`, stores either signal in `signal`, for the training loop to end in an orderly way.
 
-    def __init__(self):
+    If the loop does not `handle` it within 5 s, it ends the process itself, with status `REQUEUE`: training may be in a
+    long step, in a validation, or waiting for a process that has ended. Without `save`, it ends the process at once.
+    """
+
+    def __init__(self) -> None:
         self.signal: str | None = None
         """SIGTERM or SIGUSR1, once it has come."""
         self.save: Callable[[], str] | None = None
-        """Saves what there is to save, from a thread, and returns what to say of it."""
+        """Saves what is not saved yet, from a thread, and returns a message."""
         self._handled = threading.Event()
 
     def __enter__(self) -> "Preemption":
-        # The wake-up descriptor tells a thread of a signal also while this one waits within C.
+        # Through the wake-up descriptor a thread learns of a signal even while this one waits in C code.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -42,7 +44,7 @@ class Preemption:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._handled.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -52,7 +54,7 @@ class Preemption:
         self._reader.close()
 
     def handle(self) -> None:
-        """The loop has seen the signal and ends by itself: the thread leaves it alone."""
+        """Tell the thread that the loop has seen the signal, and ends the process itself."""
         self._handled.set()
 
     def _watch(self) -> None:
@@ -64,28 +66,31 @@ class Preemption:
         if self.save is None:
             end(f"{self.signal}: ended before training began", REQUEUE)
         if not self._handled.wait(_PATIENCE_S):
-            end(f"{self.signal}: training is ended within a step, a validation or a save", REQUEUE, save=self.save)
+            end(f"{self.signal}: training ends within a step, a validation or a save", REQUEUE, save=self.save)
 
 
 def end(message: str, status: int, *, stacks: bool = False, save: Callable[[], str] | None = None) -> None:
-    """Ends this process, from any of its threads, with a line on stderr and, where asked for, the stacks of its
-    threads; first `save` may take a minute to save what there is, and its answer is a line too."""
-    _say(message)
+    """End this process, from any of its threads, with a `message` on stderr.
+
+    stacks: print the stacks of all threads too. save: called before the end; it may take a minute, and its result is
+    printed.
+    """
+    _print(message)
     if stacks:
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.stderr)
     if save is not None:
-        answers: list[str] = []
-        thread = threading.Thread(target=lambda: answers.append(save()), daemon=True)
+        results: list[str] = []
+        thread = threading.Thread(target=lambda: results.append(save()), daemon=True)
         thread.start()
         thread.join(_SAVING_S)  # a file system, or a GPU, may hang as well
-        _say(answers[0] if answers else f"nothing could be saved within {_SAVING_S} s; the newest checkpoint stands")
+        _print(results[0] if results else f"nothing could be saved within {_SAVING_S} s; the last checkpoint is kept")
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(status)
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     rank = os.environ.get("RANK")
     command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     with contextlib.suppress(OSError, ValueError):

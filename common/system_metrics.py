@@ -1,4 +1,4 @@
-"""Readings of the machine that a run shows: memory, and how busy the GPU's decoders are."""
+"""Memory of a run's processes, and memory and load of its GPU."""
 
 import contextlib
 import functools
@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from common.metrics import Metric
+
 
 def processes() -> list[int]:
-    """This process and all that it has started, directly or not."""
+    """Process ids of this process and all of its descendants."""
     found = [os.getpid()]
     for process in found:
         with contextlib.suppress(OSError):  # it may end meanwhile
@@ -21,35 +23,39 @@ def processes() -> list[int]:
 
 
 def proportional_mib(process: int) -> float:
-    """Its memory, where what it shares with others counts in parts (PSS)."""
-    return int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)[1]) / 1024
+    """Memory of a process in MiB; shared pages count in proportion (PSS). Raises `OSError` once it has ended."""
+    usage = Path(f"/proc/{process}/smaps_rollup").read_text()
+    kilobytes = re.search(r"^Pss: +(\d+) kB", usage, re.M)
+    if kilobytes is None:
+        raise ProcessLookupError(f"process {process} has no memory any more")
+    return int(kilobytes[1]) / 1024
 
 
 def host_memory_gib() -> float:
-    """Of this process and its workers."""
+    """Memory of this process and its workers in GiB (PSS)."""
     total = 0.0
     for process in processes():
-        with contextlib.suppress(OSError, TypeError):  # it may have ended meanwhile
+        with contextlib.suppress(OSError):  # it may have ended meanwhile
             total += proportional_mib(process)
     return total / 1024
 
 
-def gpu_gauges(device: torch.device) -> dict[str, float]:
-    """Memory in GiB: the most that torch has held since the last call, and all that is in use, DALI's too; and which
-    share of the last moments, 0 to 1, NVDEC and the rest of the GPU have worked (NVML). Empty without a GPU."""
+def gpu_metrics(device: torch.device) -> dict[str, float]:
+    """The `Metric.GPU_...` values of `device`, by name; empty without a GPU. Resets torch's peak memory."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
-    gauges = {
-        "gpu/torch_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
-        "gpu/memory_gib": (total - free) / 2**30,
+    values = {
+        Metric.GPU_TORCH_MEMORY_GIB: torch.cuda.max_memory_allocated(device) / 2**30,
+        Metric.GPU_MEMORY_GIB: (total - free) / 2**30,
     }
     torch.cuda.reset_peak_memory_stats(device)
-    return gauges | nvml_gauges(str(torch.cuda.get_device_properties(device).uuid))
+    return values | nvml_metrics(str(torch.cuda.get_device_properties(device).uuid))
 
 
-def nvml_gauges(uuid: str) -> dict[str, float]:
-    """Nothing where NVML does not know the GPU, as in some containers and MIG slices."""
+def nvml_metrics(uuid: str) -> dict[str, float]:
+    """How busy NVDEC and the rest of the GPU are, 0 to 1; empty if NVML does not know the GPU, as in some containers
+    and MIG slices."""
     nvml = _nvml()
     if nvml is None:
         return {}
@@ -57,8 +63,8 @@ def nvml_gauges(uuid: str) -> dict[str, float]:
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         decoder, _ = nvml.nvmlDeviceGetDecoderUtilization(handle)  # and the sampling period in microseconds
         return {
-            "gpu/decoder_share": decoder / 100,
-            "gpu/compute_share": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            Metric.GPU_DECODER_SHARE: decoder / 100,
+            Metric.GPU_COMPUTE_SHARE: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
         }
     except nvml.NVMLError:
         return {}
@@ -66,7 +72,7 @@ def nvml_gauges(uuid: str) -> dict[str, float]:
 
 @functools.cache
 def _nvml() -> Any:
-    """NVIDIA's pynvml (nvidia-ml-py), ready to use, or None."""
+    """NVIDIA's pynvml (nvidia-ml-py), initialised, or None."""
     try:
         import pynvml
     except ImportError:

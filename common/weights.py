@@ -1,4 +1,4 @@
-"""Weights files, which tell all that is needed to use them, and the ways in for weights of others."""
+"""Weights files, which hold all that is needed to use them, and loading pretrained weights in other formats."""
 
 import contextlib
 import dataclasses
@@ -19,28 +19,28 @@ from common.labels import read_labels
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import unfinished
 from model import LoadReport, TimeSformer, WeightsError, load_pretrained
-from model.pretrained import SUFFIXES, read_safetensors
+from model.pretrained_files import SUFFIXES, read_safetensors
 
 _FORMAT = "dali-timesformer 1"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a weights file holds: enough to predict without a config."""
+    """The content of a weights file: enough to predict without a config."""
 
     model: dict[str, Any]
     """Arguments of `TimeSformer`, as in the section `model` of a config."""
     preprocessing: dict[str, Any]
-    """How clips were cut: keys of the section `data`."""
+    """How clips were cut: keys of the section `data` of a config."""
     classes: tuple[str, ...]
     state: dict[str, torch.Tensor]
 
     def config(self) -> dict[str, Any]:
-        """What the weights say of a config, for `load_config(defaults=...)`."""
+        """The settings that follow from the weights, for `load_config(defaults=...)`."""
         return {"model": self.model, "data": self.preprocessing}
 
     def build(self, device: torch.device | str = "cpu") -> TimeSformer:
-        """The network with these weights, ready to predict."""
+        """The network with these weights, in evaluation mode."""
         network = build_network(self.model, self.preprocessing, len(self.classes))
         network.load_state_dict(self.state)
         return network.to(device).eval()
@@ -57,7 +57,7 @@ def build_network(model: dict[str, Any] | ModelConfig, preprocessing: dict[str, 
 
 
 def save_weights(path: str | os.PathLike, weights: Weights) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically. Raises `InputError` if it cannot be written."""
     metadata = to_metadata(weights, _FORMAT)
     state = {name: value.detach().cpu().contiguous() for name, value in weights.state.items()}
     with atomic_write(Path(path)) as file:
@@ -65,7 +65,7 @@ def save_weights(path: str | os.PathLike, weights: Weights) -> None:
 
 
 def to_metadata(weights: Weights, format: str) -> dict[str, str]:
-    """What a file in `format` says of the weights in it, as texts: the metadata of safetensors, of ONNX and of .pt2."""
+    """The metadata of a file in `format` (safetensors, ONNX or .pt2): everything but the tensors, as texts."""
     return {
         "format": format,
         "model": json.dumps(weights.model),
@@ -75,18 +75,19 @@ def to_metadata(weights: Weights, format: str) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """(model, preprocessing, classes) of what `to_metadata` made, checked; KeyError, TypeError, ValueError or
-    RecursionError for anything else."""
+    """(model, preprocessing, classes) from what `to_metadata` made, checked. Raises KeyError, TypeError, ValueError,
+    RecursionError or `InputError` for anything else."""
     model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
     check_header(model, preprocessing)
     if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
-        raise InputError("classes is no list of names")
+        raise InputError("classes is not a list of names")
     return model, preprocessing, tuple(classes)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` once it is complete and on disk, and not at all otherwise."""
+    """A file to write to, which appears at `path` once it is complete and on disk, and not at all otherwise. Raises
+    `InputError` if it cannot be written."""
     part = unfinished(path)
     try:
         with open(part, "wb") as file:
@@ -101,7 +102,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_rename(file: Path, path: Path) -> None:
-    """Renames `file`, in the same folder, and sees that the new name is on disk too."""
+    """Rename `file` within its folder, and wait until the new name is on disk."""
     file.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -110,8 +111,8 @@ def atomic_rename(file: Path, path: Path) -> None:
         os.close(folder)
 
 
-def is_ours(path: str | os.PathLike) -> bool:
-    """Whether a file is one that `save_weights` wrote, by its header."""
+def has_weights_header(path: str | os.PathLike) -> bool:
+    """Whether the header of a file says that `save_weights` wrote it."""
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
             return (file.metadata() or {}).get("format") == _FORMAT
@@ -120,7 +121,7 @@ def is_ours(path: str | os.PathLike) -> bool:
 
 
 def load_weights(path: str | os.PathLike) -> Weights:
-    """Reads what `save_weights` wrote; `InputError` says what is wrong with another file."""
+    """Read a file that `save_weights` wrote. Raises `InputError` for any other file."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weights file; train.py writes best.safetensors and last.safetensors")
     try:
@@ -128,7 +129,7 @@ def load_weights(path: str | os.PathLike) -> Weights:
     except WeightsError as error:
         raise InputError(str(error)) from None
     if metadata.get("format") != _FORMAT:
-        raise InputError(f"{path}: not the weights that train.py writes; for those of others, name a config with -c")
+        raise InputError(f"{path}: not the weights that train.py writes; for other weights, name a config with -c")
     try:
         model, preprocessing, classes = from_metadata(metadata)
         with torch.device("meta"):
@@ -138,19 +139,19 @@ def load_weights(path: str | os.PathLike) -> Weights:
     wrong = expected.keys() ^ state.keys() or [name for name in state if state[name].shape != expected[name].shape]
     wrong = wrong or [name for name in state if not state[name].isfinite().all()]
     if wrong:
-        raise InputError(f"{path}: damaged: {min(wrong)} is not what its header speaks of, or not finite")
+        raise InputError(f"{path}: damaged: {min(wrong)} is not what its header says, or not finite")
     return Weights(model, preprocessing, classes, state)
 
 
 def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = ()) -> tuple[Weights, Config, str]:
-    """Weights to evaluate or predict with, the config for that, and what had to be done to them, in words.
+    """Weights to evaluate or predict with, the config for that, and a report of how they were adapted ("" if not).
 
-    Files of ours tell everything. A config may not contradict them, but for `data.num_frames`, to which the time
-    embedding is resized. What `model.load_pretrained` reads besides needs a config that tells the rest, `data.labels`
-    included.
+    A file that train.py wrote needs no config. A given one may not contradict it, except for `data.num_frames`, to
+    which the time embedding is resized. Other formats that `model.load_pretrained` reads need a config, with
+    `data.labels`. Raises `InputError` if the weights cannot be used.
     """
     is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
-    if is_ours(path):
+    if has_weights_header(path):
         weights = load_weights(path)
         config = agreeing_config(weights, config_path, overrides)
         if config.data.num_frames == weights.preprocessing["num_frames"]:
@@ -158,7 +159,7 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
         model, classes = weights.model, weights.classes
     elif config_path is None or is_other_file:
         if path.endswith(".safetensors") or is_other_file:
-            load_weights(path)  # says what is wrong with it
+            load_weights(path)  # raises an error that says what is wrong with it
         raise InputError(f"{path}: does not say how clips are cut and which classes there are; name a config with -c")
     else:
         config = load_config(config_path, overrides)
@@ -176,20 +177,20 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
 
 
 def agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]) -> Config:
-    """The config at `path`, or what the weights say, with overrides; refuses another preprocessing than theirs."""
+    """The config at `path` over the settings of the weights, with overrides. Raises `InputError` if they disagree."""
     config = load_config(path, overrides, defaults=weights.config())
     theirs = load_config(None, defaults=weights.config())
     keys = [("data", key) for key in PREPROCESSING] + [("model", key) for key in weights.model]
     for section, key in keys:
         given, expected = (getattr(getattr(each, section), key) for each in (config, theirs))
-        # Drop path and the initial spread matter in training only.
+        # Drop path and the initial spread only matter in training.
         if given != expected and key not in ("num_frames", "drop_path", "embed_init_std"):
             raise InputError(f"{section}.{key} is {given}, but these weights were trained with {expected}")
     return config
 
 
 def load_into(network: TimeSformer, source: str, *, classes: Sequence[str]) -> LoadReport:
-    """`model.load_pretrained`, with an `InputError` for what it cannot load."""
+    """Call `model.load_pretrained`. Raises `InputError` if it cannot load `source`."""
     try:
         return load_pretrained(network, source, classes=classes)
     except WeightsError as error:
@@ -197,9 +198,12 @@ def load_into(network: TimeSformer, source: str, *, classes: Sequence[str]) -> L
 
 
 def average_weights(paths: Sequence[str]) -> Weights:
-    """The mean of weights files of one network, such as those of the last epochs (SWA, Izmailov et al. 2018)."""
+    """The mean of weights files of the same network, such as those of the last epochs (SWA, Izmailov et al. 2018).
+
+    Raises `InputError` for fewer than two files, or files of different networks.
+    """
     if len(paths) < 2:
-        raise InputError(f"{paths[0]}: one file has no mean; name several")
+        raise InputError(f"{paths[0]}: one file cannot be averaged; name several")
     first = load_weights(paths[0])
     average = AveragedModel(first.build())
     for path in paths:

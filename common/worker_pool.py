@@ -1,60 +1,66 @@
-"""Shares work on many files out, and remembers what is done: a run that was killed goes on where it was."""
+"""Work on many files, by several workers, with a journal of the results: a run that was killed resumes from it."""
 
 import glob
 import json
 import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from common.child_process import end_children, find_function, in_child, name_of
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import read_lines
 
-_UNDER_WAY = 1024  # tasks that an executor is given ahead
+_MAX_SUBMITTED = 1024  # unfinished tasks that an executor has at a time
 
 
 class Failed(str):
-    """Why a task has no result, for people."""
+    """A message that says why a task has no result."""
 
     is_done = True
 
 
 class NotDone(Failed):
-    """It belongs to another part (`WorkerPool.shard`)."""
+    """The task belongs to another part of the work (`WorkerPool.shard`)."""
 
     is_done = False
 
 
+class ProgressBar(Protocol):
+    def update(self) -> Any: ...
+
+    def close(self) -> Any: ...
+
+
 @dataclass(frozen=True)
 class WorkerPool:
-    """Who works, and how.
+    """Who does the work, and how.
 
-    workers: threads, each with a process that it gives its tasks (`in_child`); None: one a CPU core.
-    scheduler: address of a dask scheduler, whose workers do it instead.
+    workers: threads, each of which gives its tasks to a process of its own (`in_child`); None: one per CPU core.
+    scheduler: address of a dask scheduler, whose workers do the work instead.
     timeout_s: seconds for one task.
-    shard: (i, n), i from 0: only every n-th task, starting at the i-th; what comes out stays in the journal.
-    progress: makes the bar: called with `total` and `initial` counts, gives an object with `update()` and `close()`.
+    shard: (i, n), i from 0: do only every n-th task, starting at the i-th; their results stay in the journal.
+    progress: makes a progress bar for the counts `total` and `initial`.
     """
 
     workers: int | None = None
     scheduler: str | None = None
     timeout_s: float = 60
     shard: tuple[int, int] = (0, 1)
-    progress: Callable[..., Any] | None = None
+    progress: Callable[..., ProgressBar] | None = None
 
     @property
     def is_whole(self) -> bool:
-        """Not only a part of the tasks."""
+        """Whether it does all tasks, not only a part of them."""
         return self.shard[1] == 1
 
     def journal(self, whole: Path, kind: str = "") -> Path:
-        """The one of this part of the tasks, beside the journal of all, where `run` finds it; `whole` itself where
-        this is all. `kind` keeps one for other tasks apart."""
+        """The journal of this part of the tasks, beside the journal `whole` of all tasks, where `run` finds it; `whole`
+        itself if there is only one part. kind: tells journals of different tasks apart."""
         part, parts = self.shard
         return whole if self.is_whole else whole.with_name(f"{whole.name}.{kind}{part}-of-{parts}")
 
@@ -79,32 +85,32 @@ def run(
     tasks: Sequence[Sequence],
     *,
     journal: Path,
-    crew: WorkerPool,
+    pool: WorkerPool,
     timeout_s: float | None = None,
     is_good: Callable[[Any], bool] = lambda result: True,
 ) -> list[Any]:
-    """Calls `function(*task)` for every task in child processes. Returns the results in the order of the tasks, each
-    as JSON gives it back, or a `Failed`.
+    """Call `function(*task)` for every task, in child processes. Returns the results in the order of the tasks: each as
+    JSON gives it back, or a `Failed`.
 
-    Every result is a line of the file `journal` as soon as it is there, and is not computed again by a later run of
-    the same tasks; equal tasks are done once. Journals of the parts of a `pool.shard` lie beside it, and count as well;
-    a whole run removes them all with `remove_journals`. With a part only, the others are `NotDone`. `is_good` says
-    whether a result of an earlier run still holds.
+    Every result becomes a line of the file `journal` at once, and later runs do not compute it again; equal tasks are
+    done once. The journals of the parts of a `pool.shard` are beside it, and are read as well; when all is done, the
+    caller removes them all with `remove_journals`. Tasks of other parts that are not done yet are `NotDone`.
+    is_good: whether the result of an earlier run still holds.
     """
     keys = [_key(function, task) for task in tasks]
     wanted = dict.fromkeys(keys)
     done = {key: result for key, result in _read_journals(journal) if key in wanted and is_good(result)}
-    part, parts = crew.shard
+    part, parts = pool.shard
     own = list(wanted)[part::parts]
     missing = [key for key in own if key not in done]
-    timeout_s = timeout_s or crew.timeout_s
+    timeout_s = timeout_s or pool.timeout_s
     if missing:
-        path = crew.journal(journal)
+        path = pool.journal(journal)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with crew.executor() as executor, open(path, "a", encoding="utf-8") as file:
+        with pool.executor() as executor, open(path, "a", encoding="utf-8") as file:
             if file.tell():
                 file.write("\n")  # after a line that a kill has cut
-            bar = crew.progress and crew.progress(total=len(own), initial=len(own) - len(missing))
+            bar = pool.progress(total=len(own), initial=len(own) - len(missing)) if pool.progress else None
             try:
                 for key, result in _results(executor, missing, timeout_s):
                     done[key] = result
@@ -120,28 +126,29 @@ def run(
 
 
 def remove_journals(journal: Path) -> None:
-    """Removes what a run and its parts have left to go on from; its results are written elsewhere."""
+    """Remove the journals of a run and its parts, once its results are written elsewhere."""
     for path in _journals(journal):
         path.unlink(missing_ok=True)
 
 
 def _results(executor: Executor, keys: Iterable[str], timeout_s: float) -> Iterator[tuple[str, Any]]:
-    """As they come; only some are with the executor at a time."""
-    ready: queue.SimpleQueue = queue.SimpleQueue()
-    keys, under_way = iter(keys), {}
+    """Keys and results in the order in which they are done; only some tasks are with the executor at a time."""
+    ready: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    waiting = iter(keys)
+    submitted: dict[Future, str] = {}
 
     def submit() -> None:
-        key = next(keys, None)
+        key = next(waiting, None)
         if key is not None:
             future = executor.submit(_do, key, timeout_s)
-            under_way[future] = key
+            submitted[future] = key
             future.add_done_callback(ready.put)
 
-    for _ in range(_UNDER_WAY):
+    for _ in range(_MAX_SUBMITTED):
         submit()
-    while under_way:
+    while submitted:
         future = ready.get()
-        key = under_way.pop(future)
+        key = submitted.pop(future)
         submit()
         kind, result = future.result()
         yield key, Failed(result) if kind == "failed" else result
@@ -202,4 +209,5 @@ def _dask_executor(address: str) -> Iterator[Executor]:
         except Exception as error:
             if not type(error).__module__.startswith("distributed"):
                 raise
-            raise InputError(f"--scheduler {address}: {type(error).__name__}: {error}; run it again to go on") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"--scheduler {address}: {reason}; run it again to continue") from None

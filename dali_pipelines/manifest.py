@@ -23,7 +23,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +175,9 @@ class Manifest:
         values[_SHARD] = self._shards[values[_SHARD]]
         return Video(path, *values)
 
+    def __iter__(self) -> Iterator[Video]:
+        return map(self.__getitem__, range(len(self)))
+
     @property
     def labels(self) -> np.ndarray:
         return self._rows["label"]
@@ -290,8 +293,7 @@ class Manifest:
             return found
         with contextlib.suppress(StaleIndexError):
             index = PacketIndex(self.index)
-            for row in range(len(self)) if len(index) else ():
-                key = key_of(self[row])
+            for key in map(key_of, self) if len(index) else ():
                 with contextlib.suppress(StaleIndexError):
                     found[key] = index.entry(key)
         return found

@@ -1,1 +1,1 @@
-"""Judging weights: predictions for a manifest, metrics, the files of results, comparison and report."""
+"""Judges weights: predicts a manifest, computes metrics, writes and reads results, compares them and draws a report."""

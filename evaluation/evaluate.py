@@ -1,4 +1,5 @@
-"""The test of PaddleVideo and the TimeSformer paper, three crops a video, and its relatives: see `results.Protocol`."""
+"""Predicts every video of a manifest: three crops a video, as PaddleVideo and the TimeSformer paper do, or another
+`results.Protocol`."""
 
 import dataclasses
 import datetime
@@ -6,7 +7,7 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,11 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.batches import Fault
 from dali_pipelines.files import absolute, join
 from evaluation.results import Protocol, Results, make_results
-from model import TimeSformer
 
 
 @dataclass(frozen=True)
-class Result:
-    """Rows in the order of the manifest."""
+class Predictions:
+    """The predictions of `evaluate` for N videos and K classes; rows are in the order of the manifest."""
 
     probabilities: Tensor
     """float32 [N, K]; zeros for a video that could not be evaluated."""
@@ -43,27 +43,37 @@ class Result:
     """bool [N]: False for a video that could not be evaluated, which counts as wrong."""
     faults: list[Fault]
     members: Tensor
-    """float64 [M, 2]: how many videos each of the M weights has right by itself, first and among its first five."""
+    """float64 [M, 2]: for each of the M weights alone, the number of videos whose label is its most likely class, and
+    is among its first five."""
 
 
 def check_members(members: Sequence[Weights], names: Sequence[str]) -> None:
-    """`InputError` where weights that are to be evaluated together have other classes, or other clips."""
+    """Raises `InputError` if the weights of an ensemble differ in their classes or in how their clips are cut."""
     for weights, name in zip(members[1:], names[1:], strict=True):
         if weights.classes != members[0].classes:
             raise InputError(
-                f"{name}: its classes are not those of {names[0]}; an ensemble needs the same, in one order"
+                f"{name}: its classes are not those of {names[0]}; the members of an ensemble need the same classes in "
+                "the same order"
             )
         for key, value in members[0].preprocessing.items():
             if weights.preprocessing[key] != value:
                 raise InputError(
                     f"{name}: trained with data.{key}={weights.preprocessing[key]}, {names[0]} with {value}; the "
-                    "members of an ensemble see the same clips"
+                    "members of an ensemble need the same clips"
                 )
 
 
-def manifest_for(config: Config, weights: Weights) -> Manifest:
-    """The manifest to evaluate: `data.test`, else `data.val`."""
+def manifest_path(config: Config) -> str:
+    """The manifest to evaluate: `data.test`, else `data.val`. Raises `InputError` if neither is set."""
     path = config.data.test or config.data.val
+    if path is None:
+        raise InputError("data.test is not set: name a manifest with -o data.test=FILE; prepare.py makes one")
+    return path
+
+
+def manifest_for(config: Config, weights: Weights) -> Manifest:
+    """Reads the manifest to evaluate. Raises `InputError` if its classes are not those of the weights."""
+    path = manifest_path(config)
     manifest = read_manifest(path, key="data.test")
     check_labels(manifest, weights.classes, name=path, of="the weights")
     return manifest
@@ -77,9 +87,9 @@ def evaluate(
     *,
     protocol: Protocol | None = None,
     progress: bool = False,
-) -> Result:
-    """Every video of the manifest once, shared among the processes; the whole result on each of them. Several weights
-    are an ensemble: one decode for all, and the mean over them."""
+) -> Predictions:
+    """Predicts every video of the manifest once, split among the processes; each of them gets all predictions. Several
+    weights form an ensemble: each clip is decoded once for all of them, and their predictions are averaged."""
     protocol = protocol or Protocol()
     if process.world_size > 1:
         facts = shared_facts(config) | {"protocol": protocol.name, "the manifest": manifest.summary()}
@@ -104,17 +114,17 @@ def evaluate(
     ids, rows, counts = [], [], torch.zeros(len(members), 2, dtype=torch.float64)
     for batch in tqdm(loader, unit="batch", dynamic_ncols=True, disable=not progress):
         views = batch.clips if protocol.crops == 3 else batch.clips[:, None]
-        answers = torch.stack(
+        predicted = torch.stack(
             [predict_views(network, views, precision, average=protocol.average).cpu() for network in networks]
-        )
-        mean = answers.mean(0)
-        if protocol.average == "score":  # an infinite logit is no answer: its probability is NaN
-            answers, mean = answers.softmax(2), mean.softmax(1)
+        )  # [M, B, K]
+        mean = predicted.mean(0)
+        if protocol.average == "score":  # an infinite logit is no prediction: its probability is NaN
+            predicted, mean = predicted.softmax(2), mean.softmax(1)
         ids.append(batch.sample_ids[batch.valid])
         rows.append(mean[batch.valid])
         labels = torch.where(batch.valid, batch.labels, -1)
-        counts += torch.stack([top_k_counts(answer, labels) for answer in answers])
-    result = Result(
+        counts += torch.stack([top_k_counts(each, labels) for each in predicted])
+    predictions = Predictions(
         probabilities=torch.zeros(len(manifest), len(members[0].classes)),
         labels=torch.from_numpy(manifest.labels.copy()),
         valid=torch.zeros(len(manifest), dtype=torch.bool),
@@ -123,33 +133,35 @@ def evaluate(
     )
     gathered = process.gather((torch.cat(ids), torch.cat(rows), counts, loader.stats.faults))
     for their_ids, their_rows, their_counts, their_faults in gathered:
-        result.probabilities[their_ids] = their_rows
-        result.valid[their_ids] = True
-        result.members.add_(their_counts)
-        result.faults.extend(their_faults)
-    reason = f"the network's answer is not finite in {precision}; try -o train.precision=float32"
-    for row in (~result.probabilities.isfinite().all(1)).nonzero()[:, 0].tolist():
-        result.faults.append(Fault(0, row, manifest.file(row), reason))
-        result.valid[row], result.probabilities[row] = False, 0
-    result.faults.sort(key=lambda fault: fault.sample_id)
-    return result
+        predictions.probabilities[their_ids] = their_rows
+        predictions.valid[their_ids] = True
+        predictions.members.add_(their_counts)
+        predictions.faults.extend(their_faults)
+    reason = f"the network's output is not finite in {precision}; try -o train.precision=float32"
+    for row in (~predictions.probabilities.isfinite().all(1)).nonzero()[:, 0].tolist():
+        predictions.faults.append(Fault(0, row, manifest.file(row), reason))
+        predictions.valid[row], predictions.probabilities[row] = False, 0
+    predictions.faults.sort(key=lambda fault: fault.sample_id)
+    return predictions
 
 
 @torch.inference_mode()
-def predict_views(network: TimeSformer, clips: Tensor, precision: str, *, average: str = "prob") -> Tensor:
-    """Views [B, V, 3, T, S, S] -> the mean of their probabilities (average "prob") or of their logits ("score"),
-    float32 [B, K]. Three views at a time: many windows take no more memory than one."""
-    answers = []
+def predict_views(
+    network: Callable[[Tensor], Tensor], clips: Tensor, precision: str, *, average: str = "prob"
+) -> Tensor:
+    """Averages the predictions for views [B, V, 3, T, S, S]: their probabilities (average "prob") or their logits
+    ("score"), float32 [B, K]. Three views at a time: many windows take no more memory than one."""
+    parts = []
     for views in clips.split(3, dim=1):
         with autocast(clips.device, precision):
             logits = network(views.flatten(0, 1))
-        answers.append(logits.float().unflatten(0, views.shape[:2]))
-    answers = torch.cat(answers, 1)
-    return (answers.softmax(2) if average == "prob" else answers).mean(1)
+        parts.append(logits.float().unflatten(0, views.shape[:2]))
+    all_logits = torch.cat(parts, 1)
+    return (all_logits.softmax(2) if average == "prob" else all_logits).mean(1)
 
 
 def build_results(
-    result: Result,
+    predictions: Predictions,
     config: Config,
     members: Sequence[Weights],
     names: Sequence[str],
@@ -159,8 +171,8 @@ def build_results(
     protocol: Protocol,
     started: float,
 ) -> Results:
-    """`result` with all that results.json says besides; `started` by `time.monotonic()`."""
-    path = config.data.test or config.data.val
+    """The predictions with the facts of results.json; `started` is the `time.monotonic()` when the command began."""
+    path = manifest_path(config)
     settings = dataclasses.asdict(config)
     settings["device"] = str(process.device)
     settings["train"]["precision"] = resolve_precision(config.train.precision, process.device)
@@ -169,8 +181,8 @@ def build_results(
         "protocol": protocol.name,
         **dataclasses.asdict(protocol),
         "weights": [
-            {"path": name, "sha256": _checksum(name, weights), "top1": right / count, "top5": right5 / count}
-            for name, weights, (right, right5) in zip(names, members, result.members.tolist(), strict=True)
+            {"path": name, "sha256": weights_sha256(name, weights), "top1": right / count, "top5": right5 / count}
+            for name, weights, (right, right5) in zip(names, members, predictions.members.tolist(), strict=True)
         ],
         "config": settings,
         "manifest": {
@@ -195,23 +207,23 @@ def build_results(
     return make_results(
         facts,
         paths=[manifest[row].path for row in range(count)],
-        labels=result.labels.numpy(),
-        probabilities=result.probabilities.numpy(),
-        valid=result.valid.numpy(),
-        reasons={fault.sample_id: fault.reason for fault in result.faults},
+        labels=predictions.labels.numpy(),
+        probabilities=predictions.probabilities.numpy(),
+        valid=predictions.valid.numpy(),
+        reasons={fault.sample_id: fault.reason for fault in predictions.faults},
     )
 
 
-def _checksum(name: str, weights: Weights) -> str:
-    """SHA-256 of the file; of the tensors, where the weights are a folder or a name on the Hub."""
+def weights_sha256(name: str, weights: Weights) -> str:
+    """SHA-256 of the file called `name`; of the tensors, if that is a folder or a name on the Hugging Face Hub."""
     if Path(name).is_file():
         with open(name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     return weights_checksum(weights.state)
 
 
-def report(results: Results) -> str:
-    """The results in a few lines for a terminal."""
+def results_text(results: Results) -> str:
+    """A few lines about the results for a terminal."""
     summary, classes = results.summary, results.classes
     root = summary["manifest"]["root"]
     lines = [f"{join(root, fault['path'])}: {fault['reason']}; counted as wrong" for fault in summary["faults"]]

@@ -1,4 +1,4 @@
-// What report.html does when it is touched. What is chosen stands behind the # of the address, so that it can be kept
+// The behaviour of report.html. The selection is kept behind the # of the address, so that it can be bookmarked
 // and sent: #sort=accuracy&order=ascending&filter=ball&true=3&predicted=5 (numbers of classes).
 "use strict";
 (() => {
@@ -27,7 +27,7 @@
       ? (a, b) => sign * collator.compare(classes[label(a)], classes[label(b)])
       : (a, b) => {
           const [one, other] = [a.dataset[state.sort], b.dataset[state.sort]];
-          if (one === "" || other === "") return (one === "") - (other === ""); // no videos: last either way
+          if (one === "" || other === "") return (one === "") - (other === ""); // classes without videos: last in either order
           return sign * (one - other);
         };
     rows.sort((a, b) => compare(a, b) || label(a) - label(b));
@@ -78,13 +78,13 @@
     totals[label] += videos;
     found.set(label * count + predicted, videos);
   }
-  cells.sort((a, b) => a[2] / totals[a[0]] - b[2] / totals[b[0]]); // the darker ones above: cells may be wider than their place
+  cells.sort((a, b) => a[2] / totals[a[0]] - b[2] / totals[b[0]]); // dark cells on top: cells may be drawn wider than their place
   const font = (size, weight = 400) => `${weight} ${size}px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif`;
   const context = canvas.getContext("2d");
   const colours = {};
-  let left, top, plot; // CSS pixels: where the plot begins, and its side
-  let turned; // names of columns from below to above
-  let view = { x: 0, y: 0, size: 0 }; // cell at the plot's corner, CSS pixels a cell
+  let left, top, plot; // CSS pixels: the plot's corner and side
+  let turned; // column names are written upwards
+  let view = { x: 0, y: 0, size: 0 }; // the cell at the plot's corner; CSS pixels per cell
   let pointed = null; // [true, predicted]
   let waiting = false;
 
@@ -102,12 +102,12 @@
     byId("ramp").style.background = `linear-gradient(to right, ${colours.ramp.join(",")})`;
   }
 
-  // The square root: a class that a twentieth of the videos are taken for is a fifth of the way from pale to dark.
+  // The square root: a share of 4 % is a fifth of the way from pale to dark.
   const place = (videos, label) => Math.round(100 * Math.sqrt(videos / totals[label]));
 
   function fitted(name, room) {
     if (context.measureText(name).width <= room) return name;
-    let low = 0, high = name.length; // longest beginning that fits
+    let low = 0, high = name.length; // the longest beginning that fits
     while (low < high) {
       const middle = (low + high + 1) >> 1;
       if (context.measureText(name.slice(0, middle) + "…").width <= room) low = middle;
@@ -138,7 +138,7 @@
     const most = Math.max(count - plot / view.size, 0);
     view.x = Math.min(Math.max(view.x, 0), most);
     view.y = Math.min(Math.max(view.y, 0), most);
-    canvas.style.touchAction = isWhole() ? "pan-y" : "none"; // the page scrolls until there is something to move
+    canvas.style.touchAction = isWhole() ? "pan-y" : "none"; // the page scrolls until the matrix is zoomed
   }
 
   const isWhole = () => view.size <= plot / count * 1.001;
@@ -194,7 +194,7 @@
     names(x, last(x), size, true);
   }
 
-  // Names of the visible rows or columns, every n-th where there is no room for all; the one pointed at always.
+  // Names of the visible rows or columns: every n-th if there is no room for all, and always the one pointed at.
   function names(from, to, size, isColumn) {
     const every = isColumn && !turned ? 1 : Math.max(Math.ceil(17 / size), 1);
     const chosen = pointed ? pointed[isColumn ? 1 : 0] : null;
@@ -263,7 +263,7 @@
     return isInside && label < count && predicted < count ? [label, predicted] : null;
   }
 
-  const fingers = new Map(); // of each finger, or the mouse's button: where it is
+  const fingers = new Map(); // position of each finger, or of the mouse while its button is down
   let moved = 0;
   canvas.addEventListener("pointerdown", (event) => {
     if (!fingers.size) moved = 0;
@@ -297,7 +297,7 @@
   }
   canvas.addEventListener("pointerleave", () => { if (!fingers.size) point(chosenCell()); });
   canvas.addEventListener("wheel", (event) => {
-    if (document.activeElement !== canvas && !event.ctrlKey) return; // else the page could not be scrolled past it
+    if (document.activeElement !== canvas && !event.ctrlKey) return; // otherwise the page could not be scrolled past it
     event.preventDefault();
     const box = canvas.getBoundingClientRect();
     zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.002)), event.clientX - box.left, event.clientY - box.top);
@@ -368,7 +368,7 @@
   }
 
   function readAddress() {
-    if (!location.hash.includes("=")) return; // a place on the page
+    if (!location.hash.includes("=")) return; // an anchor on the page
     const wanted = new URLSearchParams(location.hash.slice(1));
     if (buttons.some((button) => button.dataset.sort === wanted.get("sort"))) {
       state.sort = wanted.get("sort");
@@ -390,7 +390,7 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   for (const kind of ["beforeprint", "afterprint"]) {
     window.addEventListener(kind, () => {
-      document.documentElement.toggleAttribute("data-print", kind === "beforeprint"); // paper is light
+      document.documentElement.toggleAttribute("data-print", kind === "beforeprint"); // paper is always light
       readColours();
       drawNow();
     });

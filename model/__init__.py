@@ -1,6 +1,7 @@
-"""The network: it knows nothing of training or of where clips come from."""
+"""The network. Imports nothing from training or the data pipeline."""
 
-from model.pretrained import LoadReport, WeightsError, load_pretrained
+from model.pretrained import LoadReport, load_pretrained
+from model.pretrained_files import WeightsError
 from model.rollout import Rollout, attention_rollout
 from model.timesformer import TimeSformer
 

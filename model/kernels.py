@@ -1,31 +1,35 @@
-"""Attention and the MLP of a block, arranged for the device that computes them.
+"""The attention and the MLP of a block, arranged for the device that computes them.
 
-On a CPU memory bandwidth is scarce: `CpuKernels` copies nothing and keeps little. On a GPU, launching kernels takes
-longer than running them if the batch is small, and casting already makes a copy: `GpuKernels` does few, large products.
-Both compute the same from the same weights. Measurements are in docs/benchmarks.md.
+On a CPU, memory bandwidth is scarce: `CpuKernels` copies nothing and keeps little. On a GPU, launching kernels takes
+longer than running them if the batch is small, and casting makes a copy anyway: `GpuKernels` computes few, large
+products. Both compute the same from the same weights. Measurements are in docs/benchmarks.md.
 
 Shapes: B clips, L tokens that attend to each other, T sequences of them, D channels, H heads.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+T = TypeVar("T")
+
 
 class CpuKernels:
+    """Saves memory traffic."""
+
     @staticmethod
     def attention(
         x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
     ) -> Tensor:
-        """Multi-head self-attention over dimension 1 of [B, L, T, D], each of the T sequences by itself; then
-        `project`. `queries`: use only the first so many tokens as queries; returns [B, queries, T, D].
+        """Multi-head self-attention over dimension 1 of [B, L, T, D], within each of the T sequences; then `project`.
+        `queries`: the number of tokens, from the first, that attend, default all; returns [B, queries, T, D].
 
         Queries, keys and values are separate products, so that sequence and head are adjacent dimensions: sequences
-        become heads as a view, and no copy brings the tokens of a sequence together.
+        become heads as a view, without a copy that gathers the tokens of a sequence.
         """
         x = _cast(x)
         query_tokens = x if queries is None else x[:, :queries]
@@ -39,9 +43,9 @@ class CpuKernels:
 
     @staticmethod
     def mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """fc2(gelu(fc1(norm(each)))) for tokens [B, L, T, D].
+        """fc2(gelu(fc1(norm(each)))) for each of the tokens [B, L, T, D].
 
-        GELU's result, a sixth of a block's memory, is not kept: the backward pass computes it again.
+        The output of GELU, a sixth of a block's memory, is not kept: the backward pass computes it again.
         """
 
         def contract(*hidden: Tensor) -> tuple[Tensor, ...]:
@@ -51,14 +55,16 @@ class CpuKernels:
 
 
 class GpuKernels:
+    """Saves kernel launches."""
+
     @staticmethod
     def attention(
         x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
     ) -> Tensor:
-        """As `CpuKernels.attention`. One product makes queries, keys and values; the tokens of a sequence are brought
-        together by the copy that casts them, which a compiler joins with the norm before it.
+        """As `CpuKernels.attention`. One product computes queries, keys and values; the copy that casts the tokens also
+        gathers those of a sequence, and a compiler fuses it with the norm before it.
 
-        CUDA's kernels take at most 65,535 sequences; over time that is clips times patches, 334 clips of 196 patches.
+        CUDA's kernels take at most 65,535 sequences; over time these are clips times patches, 334 clips of 196 patches.
         """
         sequences = _cast(x.transpose(1, 2)).flatten(0, 1)  # [B*T, L, D]
         heads = (num_heads, -1)
@@ -72,15 +78,16 @@ class GpuKernels:
             kv = linear(sequences, kv_weight, kv_bias)
             k, v = kv.unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
         attended = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return project(attended).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return torch.unflatten(project(attended), 0, (x.shape[0], -1)).transpose(1, 2)
 
     @staticmethod
     def mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """As `CpuKernels.mlp`, with all tokens in one product. GELU's result is kept, except in a compiled network: it
-        is computed again in the kernel that reads its input anyway."""
+        """As `CpuKernels.mlp`, with all tokens in one product. The output of GELU is kept, except in a compiled
+        network, where the kernel that reads its input anyway computes it again."""
 
         def contract(hidden: Tensor) -> Tensor:
-            return fc2(gelu(hidden))
+            contracted: Tensor = fc2(gelu(hidden))
+            return contracted
 
         shapes = [each.shape[1:3] for each in tokens]
         parts = [each.flatten(1, 2) for each in tokens]
@@ -91,18 +98,19 @@ class GpuKernels:
 
 
 def kernels_for(x: Tensor) -> type[CpuKernels] | type[GpuKernels]:
+    """The kernels for the device of `x`."""
     return GpuKernels if x.is_cuda else CpuKernels
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """None without autocast, which the meta device does not have."""
+    """The dtype of autocast on a device; None if it is off. The meta device has none."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def _cast(x: Tensor) -> Tensor:
-    """In the type of autocast; contiguous if that is another. Once, not by autocast for every product."""
+    """Casts to the dtype of autocast; contiguous if that is a copy. Done once, not by autocast for every product."""
     return x.to(autocast_dtype(x.device) or x.dtype, memory_format=torch.contiguous_format)
 
 
@@ -110,11 +118,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over dimension 2 of [B, H, L, D/H] on a CPU."""
     if not (q.dtype == torch.bfloat16 and torch.is_grad_enabled()):
         return scaled_dot_product_attention(q, k, v)
-    # The CPU's fused kernel takes 1.9 times as long in bf16 training: 65 ms against 34, two clips, one block.
+    # The CPU's fused kernel takes 1.9 times as long in bf16 training: 65 ms instead of 34 (two clips, one block).
     together = [each.flatten(0, 1) for each in (q, k, v)]  # [B*H, L, D/H]
-    is_short = q.shape[2] <= q.shape[3]  # then the weights are no larger than what they come from, and are kept
+    is_short = q.shape[2] <= q.shape[3]  # then the weights are no larger than q and k, and are kept
     out = _attend_by_products(*together) if is_short else _recomputed(_attend_by_products, *together)
-    return out.unflatten(0, q.shape[:2])
+    return torch.unflatten(out, 0, q.shape[:2])
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,8 +130,9 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(2) @ v
 
 
-def _recomputed(function: Callable, *inputs: Tensor) -> Any:
-    """function(*inputs), which keeps only its inputs, and in backward is run again up to its last product."""
+def _recomputed(function: Callable[..., T], *inputs: Tensor) -> T:
+    """function(*inputs), of which autograd keeps only the inputs: backward runs it again up to its last product."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    result: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result

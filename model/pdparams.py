@@ -1,16 +1,17 @@
-"""Reads .pdparams, the pickles of `paddle.save`, without believing anything in them but numbers.
+"""Reads .pdparams, the pickles of `paddle.save`, and trusts nothing in them but numbers.
 
-A pickle is a program. This one may use the operations that Paddle's files consist of, put together dictionaries, lists
-and tuples, and name a handful of makers of arrays, none of which is the real one. numpy, which trusts the type and
-flags that a pickle gives an array, comes in last, and sees bytes whose number has been checked.
+A pickle is a program. This one may use only the operations in Paddle's files: build dictionaries, lists and tuples, and
+call a few constructors of arrays, all of which are replaced by stand-ins. numpy trusts the dtype and flags in a pickle;
+here it gets only bytes whose number has been checked.
 """
 
 import collections
+import functools
 import io
 import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,30 +21,32 @@ from torch import Tensor
 _MOST_DIMENSIONS = 8
 
 
-def read_pdparams(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A state dict as tensors under Paddle's names, the weights of linear layers turned to [out, in] from [in, out].
+def read_pdparams(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Reads a state dict: tensors under Paddle's names; the weights of linear layers are transposed from [in, out] to
+    [out, in].
 
-    Raises `ValueError` for everything else, a pickle that asks for more than arrays included.
+    Raises `ValueError` for everything else, such as a pickle with more than arrays.
     """
     try:
         with open(path, "rb") as file:
             content = _Unpickler(io.BytesIO(file.read()), encoding="latin1").load()
         tensors = _state_dict(content)
-    except Exception as error:  # a damaged pickle raises any kind; what it says may be of any length
+    except Exception as error:  # a damaged pickle raises any kind of error, with a message of any length
         reason = str(error)[:200] or type(error).__name__
         raise ValueError(f"{path}: not weights of PaddlePaddle, or damaged: {reason}") from None
     return {name: value.T if value.ndim == 2 and name.endswith(".weight") else value for name, value in tensors.items()}
 
 
-def _state_dict(content: object) -> dict[str, Tensor]:
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of the model in a checkpoint."""
     if not isinstance(content, dict):
-        raise ValueError("it is no dictionary")
+        raise ValueError("it is not a dictionary")
     if isinstance(content.get("model"), dict):  # a checkpoint
         if any(isinstance(_unnamed(value), _Array) for value in content.values()):
-            raise ValueError("there are arrays beside its model")
+            raise ValueError("it has arrays beside its model")
         content = content["model"]
     tensors = dict(_tensors(content))
-    # Before protocol 4, tensors of more than 1 GiB come in slices.
+    # Before pickle protocol 4, tensors of more than 1 GiB are in slices.
     for name, how in content.get("UnpackBigParamInfor@@", {}).items():
         tensors[name] = torch.cat([tensors.pop(part).flatten() for part in how["slices"]]).reshape(how["OriginShape"])
     return tensors
@@ -53,47 +56,44 @@ def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in content.items():
         value = _unnamed(value)
         if isinstance(value, _Array):
-            yield name, value.tensor()
+            yield name, value.tensor
         elif not isinstance(value, int | float | str | None) and not name.endswith("@@"):
-            raise ValueError(f"{name} is no array")
+            raise ValueError(f"{name} is not an array")
 
 
 def _unnamed(value: object) -> object:
-    """Some versions put the name that a tensor has inside Paddle before it."""
+    """Some versions save a pair: the tensor's name inside Paddle, and the tensor."""
     return value[1] if isinstance(value, tuple) and len(value) == 2 else value
 
 
 class _Dtype:
-    """What a pickle says of a type of numbers."""
+    """Stands in for a numpy dtype."""
 
     def __init__(self, name: str):
         self.name = name
 
-    def set(self, state: tuple) -> None:
+    def set_state(self, state: tuple[Any, ...]) -> None:
         if not isinstance(state[1], str) or state[1] not in ("<", "|", "="):
-            raise ValueError("an array of another byte order")
+            raise ValueError("an array has another byte order")
 
 
 class _Array:
-    """What a pickle says of an array."""
+    """Stands in for a numpy array."""
 
-    def __init__(self):
-        self._state, self._tensor = None, None
+    def __init__(self) -> None:
+        self._state: tuple[Any, ...] = ()
 
-    def set(self, state: tuple) -> None:
+    def set_state(self, state: tuple[Any, ...]) -> None:
         self._state = state
 
+    @functools.cached_property
     def tensor(self) -> Tensor:
-        if self._tensor is None:
-            self._tensor = self._made()
-        return self._tensor
-
-    def _made(self) -> Tensor:
+        """The numbers; raises `ValueError` if the state is not that of an array of numbers."""
         _, shape, dtype, is_fortran, data = self._state
         if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError("an array without a proper shape")
+            raise ValueError("an array has no valid shape")
         if not isinstance(dtype, _Dtype) or dtype.name not in _TYPES:
-            raise ValueError("an array of something else than numbers")
+            raise ValueError("an array does not hold numbers")
         dtype = np.dtype(_TYPES[dtype.name])
         data = data.encode("latin1") if isinstance(data, str) else data
         count = math.prod(shape)
@@ -107,8 +107,8 @@ class _Array:
 _TYPES = {"u2": "<u2", "f2": "<f2", "f4": "<f4", "f8": "<f8"}
 
 
-class _Maker(NamedTuple):
-    """A name that a pickle may call."""
+class _Constructor(NamedTuple):
+    """A constructor that a pickle may call."""
 
     name: str
 
@@ -130,9 +130,14 @@ _OPERATIONS = (
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one in Python: its operations are a dictionary, and its memory is no larger than what was put there."""
+    """Built on the implementation in Python: its operations are in a dictionary, which can be restricted, and its memo
+    never holds more than was put there."""
 
-    dispatch: ClassVar[dict] = {
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, n) for n in _OPERATIONS.split())
     }
 
@@ -140,24 +145,24 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(*arguments, **keywords)
         self._encoded: dict[int, tuple[str, bytes]] = {}
 
-    def find_class(self, module: str, name: str) -> _Maker:
+    def find_class(self, module: str, name: str) -> _Constructor:
         if module not in _MODULES.get(name, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and weights need no such thing")
-        return _Maker(name)
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
+        return _Constructor(name)
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
-        maker = self.stack.pop()
-        if not isinstance(maker, _Maker) or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError("it calls something else than a maker of arrays")
-        self.append(self._make(maker.name, arguments))
+        constructor = self.stack.pop()
+        if not isinstance(constructor, _Constructor) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("it calls something other than the constructors of arrays")
+        self.append(self._construct(constructor.name, arguments))
 
-    def _make(self, name: str, arguments: tuple) -> object:
+    def _construct(self, name: str, arguments: tuple[Any, ...]) -> object:
         if name == "_reconstruct":
             return _Array()
         if name == "dtype" and isinstance(arguments[0], str):
             return _Dtype(arguments[0])
-        if name == "encode" and isinstance(arguments[0], str):  # how protocol 2 writes bytes; once for each text
+        if name == "encode" and isinstance(arguments[0], str):  # how protocol 2 writes bytes; each string once
             return self._encoded.setdefault(id(arguments[0]), (arguments[0], arguments[0].encode("latin1")))[1]
         if name == "tuple" and isinstance(arguments[0], tuple):
             return arguments[0]
@@ -168,20 +173,19 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], _Array | _Dtype):
-            raise pickle.UnpicklingError("it changes something else than an array")
-        self.stack[-1].set(state)
+            raise pickle.UnpicklingError("it changes something other than an array")
+        self.stack[-1].set_state(state)
 
     def load_setitems(self) -> None:
-        items = self.pop_mark()
-        self._set(items)
+        self._set_items(self.pop_mark())
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._set([key, value])
+        self._set_items([key, value])
 
-    def _set(self, items: list) -> None:
+    def _set_items(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str) for key in items[::2]):
-            raise pickle.UnpicklingError("its names are no text")
+            raise pickle.UnpicklingError("its names are not strings")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     dispatch[pickle.REDUCE[0]] = load_reduce

@@ -1,51 +1,53 @@
-"""Where the network looks: attention rollout over space and time.
+"""Attention rollout over space and time: which patches a prediction is based on.
 
-Abnar and Zuidema: Quantifying Attention Flow in Transformers (2020), with the attention that a TimeSformer has. What a
-token holds after a layer is taken to be half itself and half what attention, averaged over the heads, brings to it;
-layers follow each other as their matrices are multiplied, and the class token's row of the product says from which
-patches it has what it holds in the end. Norms, values and MLPs are left out: it is a way of looking, not a proof.
+Abnar and Zuidema: Quantifying Attention Flow in Transformers (2020), applied to the attention of a TimeSformer. A token
+after a layer counts as half itself and half what it attends to, averaged over the heads. The product of these matrices
+over the layers has a row for the class token, which says how much of it comes from each patch. Norms, values and MLPs
+are ignored: rollout is a visualisation, not a proof.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from model.timesformer import SelfAttention, TimeSformer
+from model.timesformer import Block, SelfAttention, TimeSformer
 
 
 class Rollout(NamedTuple):
     """`patches` and `cls` of a clip sum to 1."""
 
     patches: Tensor
-    """float32 [B, T, rows, columns]: what the class token has from each patch."""
+    """float32 [B, T, rows, columns]: the share of the class token that comes from each patch."""
     cls: Tensor
-    """float32 [B]: what it has from itself."""
+    """float32 [B]: the share that comes from itself."""
     logits: Tensor
-    """[B, K]: what the network says of the clips, the same as without this."""
+    """[B, K]: the logits of the clips, the same as without rollout."""
 
 
 @torch.no_grad()
 def attention_rollout(network: TimeSformer, clips: Tensor) -> Rollout:
-    """The rollout of clips [B, 3, T, S, S]; `ValueError` for a network in training mode, where drop path leaves out
-    branches.
+    """The rollout of clips [B, 3, T, S, S]. Raises `ValueError` for a network in training mode, in which drop path
+    skips branches.
 
-    The forward pass is the usual one; the weights, which fused attention does not give, are computed once more from
-    what goes into it. Only the class token's row is taken through the layers, from the last to the first, so that no
-    matrix over all T * N + 1 tokens is made unless the network has one.
+    The forward pass is the usual one; fused attention does not return its weights, so they are computed again from its
+    input. Only the class token's row is propagated, from the last layer to the first, so that no matrix over all
+    T * N + 1 tokens is computed unless the network has one.
     """
     if network.training:
         raise ValueError("the network is in training mode; call eval() first")
     with _attention_weights(network) as layers:
         logits = network(clips)
-    batch, frames, tokens, _ = layers[-1].shape  # of the last attention over space
-    cls = layers[-1].new_ones(batch)  # [B]
-    patches = layers[-1].new_zeros(batch, frames, tokens - 1)  # [B, T, N]
-    for number, weights in reversed(list(enumerate(layers))):
-        if network.attention == "divided_space_time" and number % 2 == 0:  # [B, N, T, T], without the class token
+    last = layers[-1].weights  # attention over space, [B, T, 1 + N, 1 + N]
+    batch, frames, tokens, _ = last.shape
+    cls = last.new_ones(batch)  # [B]
+    patches = last.new_zeros(batch, frames, tokens - 1)  # [B, T, N]
+    for over_time, weights in reversed(layers):
+        if over_time:  # [B, N, T, T], without the class token
             attended_cls, attended = cls, torch.einsum("btn,bnts->bsn", patches, weights)
         else:  # [B, T, 1 + N, 1 + N]: a copy of the class token in every frame, averaged afterwards
             row = torch.cat([cls.view(-1, 1, 1).expand(-1, frames, 1) / frames, patches], dim=2)  # [B, T, 1 + N]
@@ -54,23 +56,27 @@ def attention_rollout(network: TimeSformer, clips: Tensor) -> Rollout:
         cls, patches = (cls + attended_cls) / 2, (patches + attended) / 2
     _, num_frames, size, _ = network.input_shape
     side = size // network.patch_embed.patch_size
-    if network.attention == "joint_space_time":  # [B, 1, N * T]
-        patches = patches.view(batch, -1, num_frames).transpose(1, 2)
-    elif network.attention == "space_only":  # [B * T, 1, N]: each frame is a clip; their results are averaged
-        patches, cls = patches.view(-1, num_frames, side * side) / num_frames, cls.view(-1, num_frames).mean(1)
+    cls, patches = network.attention_type.restore(cls, patches, num_frames)
     return Rollout(patches.unflatten(2, (side, side)), cls, logits)
 
 
+class _Layer(NamedTuple):
+    over_time: bool
+    weights: Tensor
+    """float32 [B, T, L, L], or over time [B, N, T, T]: how much each token attends to each, mean over the heads."""
+
+
 @contextlib.contextmanager
-def _attention_weights(network: TimeSformer) -> Iterator[list[Tensor]]:
-    """Weights of every attention of the forward passes within, in their order: float32, mean over the heads."""
-    found: list[Tensor] = []
+def _attention_weights(network: TimeSformer) -> Iterator[list[_Layer]]:
+    """Yields a list that collects the attention weights of forward passes in the block, layer by layer."""
+    found: list[_Layer] = []
     hooks = []
     for block in network.blocks:
+        assert isinstance(block, Block)
         if block.temporal_attn is not None:
-            # [B, N, T, D]: patches of one place attend to each other over T.
-            hooks.append(block.temporal_norm1.register_forward_hook(_recorder(found, block.temporal_attn, over=2)))
-        hooks.append(block.norm1.register_forward_hook(_recorder(found, block.attn, over=1)))  # [B, 1 + N, T, D]
+            recorder = _recorder(found, block.temporal_attn, over_time=True)
+            hooks.append(block.temporal_norm1.register_forward_hook(recorder))
+        hooks.append(block.norm1.register_forward_hook(_recorder(found, block.attn, over_time=False)))
     try:
         yield found
     finally:
@@ -78,26 +84,26 @@ def _attention_weights(network: TimeSformer) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _recorder(found: list[Tensor], attention: SelfAttention, *, over: int):
-    """A hook on the norm before `attention`, which attends over dimension `over` (1 or 2) of [B, L, T, D]."""
+def _recorder(found: list[_Layer], attention: SelfAttention, *, over_time: bool) -> Callable[..., None]:
+    """A hook on the norm before `attention`, whose output is [B, L, T, D]: attention is over T or over L."""
 
-    def record(_norm, _inputs, normed: Tensor) -> None:
-        found.append(_mean_weights(attention, normed.float() if over == 2 else normed.float().transpose(1, 2)))
+    def record(_norm: nn.Module, _inputs: Any, normed: Tensor) -> None:
+        tokens = normed.float() if over_time else normed.float().transpose(1, 2)
+        found.append(_Layer(over_time, _mean_weights(attention, tokens)))
 
     return record
 
 
 def _mean_weights(attention: SelfAttention, x: Tensor) -> Tensor:
-    """Tokens [..., L, D] -> how much each attends to each, [..., L, L]; a head at a time, to spare memory."""
+    """Tokens [..., L, D] -> how much each attends to each, [..., L, L]; one head at a time, to save memory."""
     with torch.autocast(x.device.type, enabled=False):
         heads = attention.num_heads
         biases = (None,) * 3 if attention.qkv.bias is None else attention.qkv.bias.float().chunk(3)
         q, k = (
-            linear(x, weight, bias).unflatten(-1, (heads, -1))  # [..., L, H, D / H]
+            torch.unflatten(linear(x, weight, bias), -1, (heads, -1))  # [..., L, H, D / H]
             for weight, bias in zip(attention.qkv.weight.float().chunk(3)[:2], biases)
         )
         scale = q.shape[-1] ** -0.5
-        total = 0
-        for head in range(heads):
-            total = total + (scale * q[..., head, :] @ k[..., head, :].transpose(-1, -2)).softmax(-1)
+        each_head = ((scale * q[..., head, :] @ k[..., head, :].transpose(-1, -2)).softmax(-1) for head in range(heads))
+        total: Tensor = functools.reduce(torch.add, each_head)
         return total / heads

@@ -4,11 +4,12 @@ Bertasius, Wang, Torresani: Is Space-Time Attention All You Need for Video Under
 are theirs. PP-TimeSformer is the same network with other data and other initial weights (PaddleVideo, vit_tweaks.py).
 Parameters carry the names of timm's ViT, as they do in the published weights.
 
-Shapes: B clips, T frames, N patches a frame, D channels. How a device computes attention and MLP is in kernels.py.
+Shapes: B clips, T frames, N patches per frame, D channels. kernels.py computes attention and MLP on each device,
+attention_types.py says which patches see each other.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.attention_types import ATTENTION_TYPES
 from model.kernels import autocast_dtype, kernels_for
-
-Attention = Literal["divided_space_time", "joint_space_time", "space_only"]
 
 LAYER_NORM_EPS = 1e-6  # PaddleVideo pptimesformer_k400_videos.yaml
 
@@ -28,12 +28,14 @@ class TimeSformer(nn.Module):
 
     num_frames, image_size, patch_size: T, S and the side of a patch in pixels; S must be a multiple of it.
     qkv_bias: False in PP-TimeSformer (its ImageNet-21K weights have none), True in the original.
-    attention: "divided_space_time" (section 3.3, the one with published weights), "joint_space_time" (every patch sees
-        every other), or "space_only" (frames are an unordered set; their results are averaged).
-    drop_path: chance to leave out a residual branch, rising linearly from 0 in the first block to this in the last.
-    embed_init_std: spread of the class token, position and time embeddings at initialisation. 0.02 suits fine-tuning of
-        pretrained weights; a small network trained from scratch learns the order of frames only with more.
-    activation_checkpointing: an attribute, for long clips; training keeps what goes into a block, and runs it twice.
+    attention: a key of `ATTENTION_TYPES`.
+    drop_path: probability of skipping a residual branch, rising linearly from 0 in the first block to this in the last.
+    embed_init_std: standard deviation of the class token, position and time embeddings at initialisation. 0.02 suits
+        fine-tuning of pretrained weights; a small network trained from scratch learns the order of frames only with
+        more.
+    activation_checkpointing: an attribute, for long clips; training keeps only the input of a block, and runs it twice.
+
+    Raises `ValueError` for settings that do not fit together.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class TimeSformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         qkv_bias: bool = False,
-        attention: Attention = "divided_space_time",
+        attention: str = "divided_space_time",
         drop_path: float = 0.1,
         embed_init_std: float = 0.02,
     ):
@@ -56,59 +58,62 @@ class TimeSformer(nn.Module):
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-        if attention not in get_args(Attention):
-            raise ValueError(f"attention is {attention!r}; expected one of {', '.join(get_args(Attention))}")
+        if attention not in ATTENTION_TYPES:
+            raise ValueError(f"attention is {attention!r}; expected one of {', '.join(ATTENTION_TYPES)}")
         self.attention = attention
+        self.attention_type = ATTENTION_TYPES[attention]
+        self.num_heads = num_heads
         self.drop_path = drop_path
         self.activation_checkpointing = False
         self.input_shape = (3, num_frames, image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch_size) ** 2, embed_dim))
-        if attention != "space_only":
+        if self.attention_type.has_time_embedding:
             self.time_embed = nn.Parameter(torch.empty(1, num_frames, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, qkv_bias, attention == "divided_space_time", is_last=number == depth)
+            Block(embed_dim, num_heads, qkv_bias, over_time=self.attention_type.over_time, is_last=number == depth)
             for number in range(1, depth + 1)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes)
         # Linear layers keep torch's initialisation, whose spread follows their width: a fixed 0.02 starves a narrow
-        # network. A zero temporal_fc, as PaddleVideo has, belongs to image weights: see pretrained.py, docs/demo.md.
-        for embedding in (self.cls_token, self.pos_embed, *([] if attention == "space_only" else [self.time_embed])):
+        # network. PaddleVideo's zero temporal_fc belongs to image weights: see pretrained.py, docs/demo.md.
+        time_embedding = [self.time_embed] if self.attention_type.has_time_embedding else []
+        for embedding in (self.cls_token, self.pos_embed, *time_embedding):
             nn.init.normal_(embedding, std=embed_init_std)
 
     def forward(self, clips: Tensor) -> Tensor:
+        """Clips [B, 3, T, S, S] -> logits [B, K]. Autocast does not apply to the head."""
         features = self.forward_features(clips)
+        logits: Tensor
         if autocast_dtype(clips.device) is None:
-            return self.head(features)
-        with torch.autocast(clips.device.type, enabled=False):  # logits in bf16 tie for 1 clip in 100
-            return self.head(features.to(self.head.weight.dtype))
+            logits = self.head(features)
+        else:
+            with torch.autocast(clips.device.type, enabled=False):  # logits in bf16 tie for 1 clip in 100
+                logits = self.head(features.to(self.head.weight.dtype))
+        return logits
 
     def forward_features(self, clips: Tensor) -> Tensor:
-        """What the head sees, the class token after the last block and norm: [B, 3, T, S, S] -> [B, D]."""
+        """The input of the head, which is the class token after the last block and norm: [B, 3, T, S, S] -> [B, D].
+        Raises `ValueError` for clips of another shape."""
         if clips.shape[1:] != self.input_shape:
             raise ValueError(f"clips are {tuple(clips.shape)}; expected [B, {', '.join(map(str, self.input_shape))}]")
         x = self.patch_embed(clips) + self.pos_embed[:, 1:, None]  # [B, N, T, D]
         cls = (self.cls_token + self.pos_embed[:, :1])[:, None].expand(x.shape[0], -1, -1, -1)  # [B, 1, 1, D]
-        if self.attention == "space_only":  # every frame is a clip of its own
-            cls = cls.repeat_interleave(x.shape[2], dim=0)
-            x = x.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [B*T, N, 1, D]
-        else:
+        if self.attention_type.has_time_embedding:
             x = x + self.time_embed[:, None]
-        if self.attention == "joint_space_time":  # every clip is one frame of N*T patches
-            x = x.flatten(1, 2).unsqueeze(2)  # [B, N*T, 1, D]
+        cls, x = self.attention_type.arrange(cls, x)
         for block, keep in zip(self.blocks, self._draw_paths(x), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 cls, x = checkpoint(block, cls, x, keep, use_reentrant=False, preserve_rng_state=False)
             else:
                 cls, x = block(cls, x, keep)
-        if self.attention == "space_only":
-            cls = cls.unflatten(0, (clips.shape[0], -1)).mean(1)
-        return self.norm(cls[:, 0, 0])
+        features: Tensor = self.norm(self.attention_type.pool(cls, clips.shape[0])[:, 0, 0])
+        return features
 
     def _draw_paths(self, x: Tensor) -> "list[Paths | None]":
-        """Drop path, for the patches [B, N, T, D] and each block: one draw for all, in float32."""
+        """Draws the drop path of every block, for patches [B, N, T, D], in float32. None: nothing is dropped."""
         batch, num_patches, num_frames, _ = x.shape
         depth = len(self.blocks)
         if not self.training or not self.drop_path or depth == 1:
@@ -121,7 +126,7 @@ class TimeSformer(nn.Module):
 
 
 class Paths(NamedTuple):
-    """What drop path multiplies a block's branches by: 0, or 1 / (1 - rate)."""
+    """The factors of a block's residual branches under drop path: 0, or 1 / (1 - rate)."""
 
     time: Tensor
     """[B, N, 1, 1]"""
@@ -132,12 +137,12 @@ class Paths(NamedTuple):
 
 
 class PatchEmbed(nn.Module):
-    """Clips [B, 3, T, S, S] -> patches [B, N, T, D], rows first."""
+    """Clips [B, 3, T, S, S] -> patches [B, N, T, D], row by row."""
 
     def __init__(self, patch_size: int, embed_dim: int):
         super().__init__()
         self.patch_size = patch_size
-        # A convolution whose stride is its size: one matrix product over the patches, written as that.
+        # A convolution whose stride is its size, which is one matrix product over the patches; forward computes that.
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -148,24 +153,24 @@ class PatchEmbed(nn.Module):
 
 
 def multiply_adds(make: Callable[[], TimeSformer]) -> int:
-    """Of one clip's forward pass of the network that `make` builds, with the products of attention; nothing is
-    computed."""
+    """The number of multiply-adds in the forward pass of one clip, attention included, through the network that `make`
+    builds. Nothing is computed."""
     with torch.device("meta"):
         network = make().eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(torch.empty(1, *network.input_shape))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 class Block(nn.Module):
-    """Attention over time (where `divided`), attention over space, MLP; each a residual branch. After the last block
-    nothing reads the patches, so it computes only what the class token needs."""
+    """Attention over time (if `over_time`), attention over space, MLP; each is a residual branch. Nothing reads the
+    patches after the last block, so that one computes only what the class token needs."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, divided: bool, *, is_last: bool):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, *, over_time: bool, is_last: bool):
         super().__init__()
         self.is_last = is_last
-        self.temporal_attn = None
-        if divided:
+        self.temporal_attn: SelfAttention | None = None
+        if over_time:
             self.temporal_norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
             self.temporal_attn = SelfAttention(dim, num_heads, qkv_bias)
             self.temporal_fc = nn.Linear(dim, dim)
@@ -175,11 +180,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, cls: Tensor, x: Tensor, paths: Paths | None) -> tuple[Tensor, Tensor]:
-        """Class token [B, 1, 1, D] and patches [B, N, T, D] -> the same; patches of the last block are not finished."""
+        """Class token [B, 1, 1, D] and patches [B, N, T, D] -> the same; the last block does not finish its patches."""
         if self.temporal_attn is not None:
-            x = x + self._over_time(x, paths)
-        # Equation 11: every patch sees the patches of its frame and the class token; each frame has a copy of that
-        # token, and the copies are averaged afterwards.
+            x = x + self._over_time(self.temporal_attn, x, paths)
+        # Equation 11: every patch sees the patches of its frame and the class token; each frame has its own copy of
+        # that token, and the copies are averaged afterwards.
         frames = torch.cat([cls.expand(-1, -1, x.shape[2], -1), x], dim=1)  # [B, 1+N, T, D]
         change = self.attn(self.norm1(frames), queries=1 if self.is_last else None)
         if paths is not None:
@@ -188,25 +193,28 @@ class Block(nn.Module):
         tokens = (cls,) if self.is_last else (cls, x + change[:, 1:])
         changes = self.mlp(self.norm2, *tokens)
         if paths is not None:
-            changes = [each * paths.mlp for each in changes]
+            changes = tuple(each * paths.mlp for each in changes)
         cls, *patches = [token + each for token, each in zip(tokens, changes, strict=True)]
         return cls, patches[0] if patches else x
 
-    def _over_time(self, x: Tensor, paths: Paths | None) -> Tensor:
+    def _over_time(self, attention: "SelfAttention", x: Tensor, paths: Paths | None) -> Tensor:
         """Section 3.3, equation 10: every patch sees the patches at its place in the other frames."""
-        inner, outer = self.temporal_attn.proj, self.temporal_fc
+        inner, outer = attention.proj, self.temporal_fc
         sequences = self.temporal_norm1(x).flatten(0, 1).unsqueeze(2)  # [B*N, T, 1, D]
+        change: Tensor
         if not self.training:
-            return self.temporal_attn(sequences, lambda heads: outer(inner(heads))).view(x.shape)
-        # Two products in a row: one with their product saves 4 % of a training step, and what lies between them.
+            change = attention(sequences, lambda heads: outer(inner(heads))).view(x.shape)
+            return change
+        # Two products in a row: one product with their combined weight saves 4 % of a training step, and the memory
+        # of the intermediate result.
         weight = outer.weight @ inner.weight
         bias = linear(inner.bias, outer.weight, outer.bias if paths is None else None)
-        change = self.temporal_attn(sequences, lambda heads: linear(heads, weight, bias)).view(x.shape)
+        change = attention(sequences, lambda heads: linear(heads, weight, bias)).view(x.shape)
         return change if paths is None else change * paths.time + outer.bias
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over dimension 1 of [B, L, T, D]: each of the T frames by itself."""
+    """Multi-head self-attention over dimension 1 of [B, L, T, D], within each of the T frames."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
@@ -217,18 +225,20 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None, *, queries: int | None = None
     ) -> Tensor:
-        """project: used on the heads' result instead of `proj`. queries: use only the first so many of the L tokens as
-        queries; the result has as many."""
+        """project: applied to the output of the heads instead of `proj`. queries: the number of tokens, from the first,
+        that attend; the result has as many. Default: all L."""
         project = self.proj if project is None else project
         return kernels_for(x).attention(x, self.qkv, self.num_heads, project, queries)
 
 
 class Mlp(nn.Module):
+    """Two linear layers, four times as wide in between, with GELU."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, norm: nn.LayerNorm, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """Of norm(tokens), each [B, L, T, D] -> [B, L, T, D]."""
+        """The MLP of norm(tokens), each [B, L, T, D] -> [B, L, T, D]."""
         return kernels_for(tokens[0]).mlp(norm, self.fc1, self.fc2, *tokens)

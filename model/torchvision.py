@@ -1,11 +1,12 @@
-"""torchvision beside a CPU build of torch."""
+"""Makes torchvision importable beside a CPU build of torch."""
 
 import torch
 
 
 def let_torchvision_load() -> None:
-    """transformers and timm import torchvision where it is installed. The package index has its CUDA build only, whose
-    operators do not load beside a CPU build of torch: it stops at the names of two that nobody here calls."""
+    """Call this before importing transformers or timm, which import torchvision if it is installed. PyPI has only its
+    CUDA build, whose operators do not load beside a CPU build of torch: the import fails at the names of two operators
+    that are not used here, so they are defined first."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -15,4 +16,4 @@ def let_torchvision_load() -> None:
             _OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # forgets its operators when it is forgotten
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # its operators live as long as this object

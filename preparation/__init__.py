@@ -1,1 +1,1 @@
-"""From videos as people have them to the manifests that training reads. Nothing here needs torch."""
+"""Turns folders and lists of videos into the manifests that training reads. Nothing here needs torch."""

@@ -1,15 +1,15 @@
-"""Kinetics and UCF101 as people have them: official annotations and the lists of other projects, and the files of these
-videos under whatever names and in whatever folders they were stored."""
+"""Kinetics and UCF101: reads their official annotations, or the lists of other projects, and finds the video files,
+whatever their names and folders are."""
 
 import csv
 import difflib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from common.labels import read_labels
 from dali_pipelines.errors import InputError
@@ -29,41 +29,43 @@ _SPLITS = {
     "testing": "test",
     "holdout": "test",
 }
+T = TypeVar("T")
 _CLIP = re.compile(r"(?P<id>.{11})_(?P<start>\d+)_(?P<end>\d+)")
 """YouTube id, first and last second: `-3B32lodo2M_000059_000069`."""
 
 Clip = tuple[str, int, int]
-"""YouTube id, and the first and last second of the video that was uploaded."""
+"""YouTube id, and first and last second within the uploaded video."""
 
 
 class Expected(NamedTuple):
-    """A video that the annotations name."""
+    """A video of the annotations."""
 
     name: str
-    """A path, or the name of a file without its suffix."""
+    """A path, or a file name without its suffix."""
     label: int
     split: str
     """train, val or test."""
 
 
 @dataclass
-class Found:
-    """What became of the annotations of one split."""
+class FoundSplit:
+    """The videos of one split that were found, and those that are missing."""
 
     listed: list[Listed] = field(default_factory=list)
-    """Paths relative to the folder of the videos; the first choice of those that there are several of."""
+    """Paths relative to the folder of the videos, and labels. If a video has several files, the best one."""
     copies: dict[str, list[str]] = field(default_factory=dict)
-    """For these, the other files of the same video, best first."""
+    """Listed path -> the other files of the same video, best first."""
     missing: list[Expected] = field(default_factory=list)
 
     @property
     def expected(self) -> int:
+        """Number of videos in the annotations."""
         return len(self.listed) + len(self.missing)
 
 
 def kinetics_classes(classes: int, annotations: Sequence[Path], labels: str | None) -> tuple[str, ...]:
-    """The names of the 400, 600 or 700 classes, alphabetically: from the file `labels`, known (400), or those that the
-    annotations name. Raises `InputError` where they are not that many."""
+    """Names of the 400, 600 or 700 classes in alphabetical order: from the file `labels` if given, the known ones for
+    400, otherwise from the annotations. Raises `InputError` if the annotations have another number of classes."""
     if labels is not None:
         return read_labels(labels)
     if classes == 400:
@@ -78,8 +80,8 @@ def kinetics_classes(classes: int, annotations: Sequence[Path], labels: str | No
 
 
 def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
-    """The videos of an annotation file: the official CSV (columns label, youtube_id, time_start, time_end, split), or
-    lines `path label` as PaddleVideo, mmaction2 and SlowFast write them. Raises `InputError` with the line."""
+    """Reads an annotation file: the official CSV (columns label, youtube_id, time_start, time_end, split), or lines
+    `path label` as PaddleVideo, mmaction2 and SlowFast write them. Raises `InputError` that names the line."""
     rows = _read_rows(path)
     if rows is None:
         listed = _read_lines(path)
@@ -98,15 +100,15 @@ def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
             raise InputError(f"{where}: expected label, youtube_id, time_start and time_end in seconds") from None
         if not row["label"]:
             raise InputError(f"{where}: no label; annotations without labels are no use here")
-        label = _known(_plain(row["label"]), labels, where)
-        split = _known(row["split"].strip().lower(), _SPLITS, where) if row.get("split") else _split_of_name(path)
+        label = _look_up(_plain(row["label"]), labels, where)
+        split = _look_up(row["split"].strip().lower(), _SPLITS, where) if row.get("split") else _split_of_name(path)
         expected.append(Expected(_clip_name(clip), label, split))
     if not expected:
         raise InputError(f"{path}: no videos in it")
     return expected
 
 
-def _known(name: str, known: dict, where: str):
+def _look_up(name: str, known: Mapping[str, T], where: str) -> T:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0)
         raise InputError(f"{where}: {name!r} is not known; the nearest that is: {near[0]!r}")
@@ -128,7 +130,7 @@ def _read_rows(path: Path) -> list[dict[str, str]] | None:
 
 
 def _read_lines(path: Path) -> list[Listed]:
-    """`path label`, with the comma that some write between them."""
+    """Lines `path label`, or `path,label` as some projects write them."""
     lines = read_lines(path)
     if lines and re.fullmatch(r".*,[ \t]*\d+[ \t]*", lines[0]):
         rows = [(number, *line.rpartition(",")) for number, line in enumerate(lines, 1) if line.strip()]
@@ -143,12 +145,12 @@ def _split_of_name(path: Path) -> str:
     words = re.split(r"[^a-z]+", path.stem.lower())
     splits = {_SPLITS[word] for word in words if word in _SPLITS}
     if len(splits) != 1:
-        raise InputError(f"{path}: of which split are these? Expected train, val or test in the file's name")
+        raise InputError(f"{path}: of which split are these? Expected train, val or test in the file name")
     return splits.pop()
 
 
 def _plain(name: str) -> str:
-    """A class name without what differs between those who write it: case, quotes, _ for a space."""
+    """A class name without the differences between projects: case, quotes, and _ instead of a space."""
     return " ".join(re.sub(r"[_\"']", " ", name.lower()).split())
 
 
@@ -157,8 +159,8 @@ def _clip_name(clip: Clip) -> str:
 
 
 def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[str, ...]]:
-    """trainlist0N.txt and testlist0N.txt (as val) of ucfTrainTestlist, with classInd.txt; labels from 0. Raises
-    `InputError`."""
+    """Reads trainlist0N.txt and testlist0N.txt (as val) from the folder ucfTrainTestlist, and checks classInd.txt.
+    Returns the videos, with labels from 0, and the class names. Raises `InputError`."""
     classes = read_labels(str(_LABELS / "ucf101.txt"))
     index = [line.split(None, 1) for line in read_lines(folder / "classInd.txt") if line.strip()]
     if sorted(index) != sorted([str(number), name] for number, name in enumerate(classes, start=1)):
@@ -177,9 +179,9 @@ def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[
 
 
 class Store:
-    """The videos anywhere below a folder or a URL, found by path, by name, and by the clip that a name tells.
+    """All videos below a folder or a URL, to be found by path, by file name, or by the clip that the name encodes.
 
-    `passed_over` says what else is there, "" for nothing."""
+    `passed_over` describes the other files, "" if there are none. Raises `InputError` if there are no videos."""
 
     def __init__(self, root: str | os.PathLike):
         self.root = root
@@ -204,16 +206,16 @@ class Store:
                 + (f" ({found.note})" if found.note else "")
             )
 
-    def find(self, expected: Sequence[Expected]) -> dict[str, Found]:
-        """Split -> what there is of it. Where there are several files of one video, those in a folder `replacement...`
-        (CVDF's, for damaged ones) come first, then those in a folder named as the split."""
-        splits: dict[str, Found] = {}
+    def find(self, expected: Sequence[Expected]) -> dict[str, FoundSplit]:
+        """Finds the files of each split. Of several files of one video, those in a folder `replacement...` (CVDF's, for
+        damaged ones) are preferred, then those in a folder named after the split."""
+        splits: dict[str, FoundSplit] = {}
         ids: dict[str, int] = {}
         for each in expected:
             if clip := _CLIP.fullmatch(PurePosixPath(each.name).stem):
                 ids[clip["id"]] = ids.get(clip["id"], 0) + 1
         for each in expected:
-            found = splits.setdefault(each.split, Found())
+            found = splits.setdefault(each.split, FoundSplit())
             paths = self._files(each.name, ids)
             if not paths:
                 found.missing.append(each)
@@ -232,7 +234,7 @@ class Store:
         paths = list(self._by_name.get(stem, ()))
         if clip := _CLIP.fullmatch(stem):
             paths += self._by_clip.get((clip["id"], int(clip["start"]), int(clip["end"])), ())
-            if ids[clip["id"]] == 1:  # stored by id alone; with two clips of it, which one is not known
+            if ids[clip["id"]] == 1:  # stored by id alone: ambiguous if there are two clips of it
                 paths += self._by_id.get(clip["id"], ())
         return paths
 
@@ -244,21 +246,21 @@ def _is_replacement(path: str) -> bool:
 def _rank(path: str, split: str) -> int:
     if _is_replacement(path):
         return 0
-    if len(PurePosixPath(path).stem) == 11:  # the id alone: a clip of it, or all of it
+    if len(PurePosixPath(path).stem) == 11:  # the id alone: the clip, or the whole video
         return 3
     folders = [folder.lower() for folder in PurePosixPath(path).parts[:-1]]
     return 1 if any(split in re.split(r"[^a-z]+", folder) for folder in folders) else 2
 
 
-def check_order(found: Found, classes: Sequence[str], name: str) -> None:
-    """Raises `InputError` where most videos lie in folders of other classes than their labels say: the list counts the
+def check_class_order(found: FoundSplit, classes: Sequence[str], name: str) -> None:
+    """Raises `InputError` if the folders of most videos name other classes than their labels: the list then numbers the
     classes in another order."""
     labels = {_plain(known): label for label, known in enumerate(classes)}
     pairs = [(path, labels.get(_plain(PurePosixPath(path).parent.name)), label) for path, label in found.listed]
-    others = [(path, there, label) for path, there, label in pairs if there not in (None, label)]
-    if 2 * len(others) > sum(there is not None for _, there, _ in pairs):
-        path, there, label = others[0]
+    others = [(path, of_folder, label) for path, of_folder, label in pairs if of_folder not in (None, label)]
+    if 2 * len(others) > sum(of_folder is not None for _, of_folder, _ in pairs):
+        path, of_folder, label = others[0]
         raise InputError(
-            f"{name}: counts the classes in another order: {path} has label {label} ({classes[label]!r}), and its "
-            f"folder is label {there}; {len(others)} of {len(pairs)} differ. Expected alphabetical order, from 0"
+            f"{name}: numbers the classes in another order: {path} has label {label} ({classes[label]!r}), and its "
+            f"folder is label {of_folder}; {len(others)} of {len(pairs)} differ. Expected alphabetical order, from 0"
         )

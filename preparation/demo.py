@@ -1,17 +1,16 @@
-"""The demo data set: small synthetic videos of eight classes that only motion tells apart.
+"""The demo data set: small synthetic videos of eight classes that differ only in their motion.
 
-    videos/train/00000_left.mp4     a textured shape crosses the picture from right to left
-    videos/train/00001_right.mp4    the same in distribution, played backwards
+    videos/train/00000_left.mp4     a textured shape crosses the frame from right to left
+    videos/train/00001_right.mp4    the same distribution, played backwards
     videos/train/00002_up.webm ...  and so on, for every pair of opposites in CLASSES
 
-Everything but the motion (colours, textures, shape, picture size, length, frame rate, codec) is drawn
-independently of the class, and a class is its opposite with time reversed. So no frame, and no set of frames
-without their order, tells "left" from "right": a network that ignores time stays at 0.5, however long it
-trains.
+Everything else (colours, textures, shape, frame size, length, frame rate, codec) is drawn independently of the
+class, and each class is its opposite with time reversed. So neither a frame nor a set of frames without their order
+tells "left" from "right": a network that ignores time stays at 0.5, however long it trains.
 
-The motion spans the whole video: 8 frames spread over 5 frames or over 300 see the same path.
+The motion spans the whole video: 8 frames sampled from 5 frames or from 300 show the same path.
 
-Lengths in a picture are in units of its short side, from its centre, x to the right, y downwards.
+Coordinates are in units of the frame's short side, from its centre, x to the right, y downwards.
 This module imports no torch: its functions run in worker processes.
 """
 
@@ -30,8 +29,9 @@ import av
 import numpy as np
 
 from dali_pipelines.processes import end_with_parent
+from preparation.encoding import add_video_stream
 
-# The order is the label. Each odd class is the one before it, reversed in time.
+# The position is the label. Each odd class is the one before it, reversed in time.
 CLASSES = ("left", "right", "up", "down", "towards", "away", "clockwise", "anticlockwise")
 
 _SPLITS = ("train", "val")
@@ -42,9 +42,10 @@ _FRAME_RATES = tuple(map(Fraction, ("10", "12", "15", "24", "25", "30000/1001", 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """How a share of the videos is written."""
+    """A container and a codec."""
 
     share: float
+    """Fraction of the videos."""
     container: str
     codec: str
     side_multiple: int
@@ -55,7 +56,7 @@ class _Encoding:
 _ENCODINGS = {
     # Like a file of Kinetics: B-frames, and a keyframe every 250 frames.
     # b-adapt=0 places B-frames by position: the adaptive choice may leave a video of 5 frames without any.
-    # mbtree=0: with it, x264's assembly gives other bytes from run to run for pictures as small as these
+    # mbtree=0: with it, x264's assembly gives different bytes from run to run for frames this small
     # (tried: 8 of 11 videos differed within 8 runs; none without mbtree, none without assembly).
     ".mp4": _Encoding(
         share=0.84,
@@ -83,7 +84,7 @@ _ENCODINGS = {
 
 @dataclass(frozen=True)
 class _Scene:
-    """What is drawn at random about one video, all but its noise."""
+    """All random choices for one video, except its noise."""
 
     label: int
     suffix: str
@@ -91,9 +92,9 @@ class _Scene:
     width: int
     height: int
     path: np.ndarray
-    """(frames, 4): x, y, radius, and turn in radians, clockwise, of the shape in every frame."""
+    """(frames, 4): x, y, radius and clockwise turn (radians) of the shape in every frame."""
     corners: int
-    """The shape is a regular polygon with so many corners; 0: a disc."""
+    """Number of corners of the shape, a regular polygon; 0: a disc."""
     stripes: np.ndarray
     """(2,): radians per radius, and phase, of the stripes on the shape."""
     waves: np.ndarray
@@ -101,9 +102,9 @@ class _Scene:
     drift: np.ndarray
     """(2,): x and y by which the background moves over the whole video."""
     colours: np.ndarray
-    """(2, 2, 3) float32: two RGB colours, 0 to 255, for the background, two for the shape."""
+    """(2, 2, 3) float32: two RGB colours, 0 to 255, for the background, and two for the shape."""
     noise: float
-    """The sensor's noise is uniform within plus and minus this, on the scale of 0 to 255."""
+    """Sensor noise is uniform within plus and minus this, on a scale of 0 to 255."""
 
 
 def render_demo(
@@ -113,23 +114,23 @@ def render_demo(
     val_videos: int,
     seed: int,
     workers: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, list[tuple[str, int]]]:
-    """Writes out/videos/train/00000_left.mp4 ...
+    """Writes out/videos/train/00000_left.mp4 and so on.
 
-    Returns {"train": [(path relative to out, label), ...], "val": [...]}. Video i of a split has label i % 8:
-    every prefix is balanced. A video depends on (seed, split, i) only: neither the number of videos nor that
-    of workers changes a byte of it. `progress` gets (videos done, videos in all).
+    Returns {"train": [(path relative to out, label), ...], "val": [...]}. Video i of a split has label i % 8, so
+    every prefix is balanced. A video depends only on (seed, split, i): neither the number of videos nor the number
+    of workers changes a byte of it. `progress` gets (videos done, total).
     """
     tasks = [("train", index) for index in range(train_videos)]
     tasks += [("val", index) for index in range(val_videos)]
     listed: dict[str, list[tuple[str, int]]] = {split: [] for split in _SPLITS}
     for split in _SPLITS:
         (out / "videos" / split).mkdir(parents=True, exist_ok=True)
-        for left in (out / "videos" / split).glob("*.part"):  # by a run that was killed
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
-    paths = _run(partial(_render_video, out, seed), tasks, workers=workers)
+        for unfinished in (out / "videos" / split).glob("*.part"):  # left by a run that was killed
+            if time.time() - unfinished.stat().st_mtime > 3600:
+                unfinished.unlink(missing_ok=True)
+    paths = _render_all(partial(_render_video, out, seed), tasks, workers=workers)
     for done, ((split, index), path) in enumerate(zip(tasks, paths, strict=True), start=1):
         listed[split].append((path, index % len(CLASSES)))
         if progress is not None:
@@ -137,40 +138,42 @@ def render_demo(
     return listed
 
 
-def _run(render: Callable[[tuple[str, int]], str], tasks: list[tuple[str, int]], *, workers: int) -> Iterator[str]:
-    """The results in the order of the tasks, each as soon as it and those before it are there."""
+def _render_all(
+    render: Callable[[tuple[str, int]], str], tasks: list[tuple[str, int]], *, workers: int
+) -> Iterator[str]:
+    """Yields the results in the order of the tasks, as they become available."""
     if workers == 1:
         yield from map(render, tasks)
         return
-    # Read by numpy when a worker imports it: the workers fill the cores, and threads of theirs would wait for each
-    # other (tried: 1.4 times slower, and far worse beside other programs).
+    # numpy reads it when a worker imports it. The workers fill the cores, so their threads would wait for each other
+    # (tried: 1.4 times slower, and far worse beside other programs).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Not "fork": the caller may hold threads (torch, CUDA) that do not survive it.
+    # Not "fork": the caller may have threads (torch, CUDA) that do not survive it.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         yield from pool.map(render, tasks, chunksize=8)
 
 
 def _render_video(out: Path, seed: int, task: tuple[str, int]) -> str:
-    """Renders one video, returns its path relative to `out`."""
+    """Renders one video and returns its path relative to `out`."""
     split, index = task
     rng = _generator(seed=seed, split=split, index=index)
     scene = _draw_scene(rng, label=index % len(CLASSES))
     path = f"videos/{split}/{index:05d}_{CLASSES[scene.label]}{scene.suffix}"
-    # A run that is killed leaves this name behind, never half a video under the final one; another has other names.
-    part = out / f"{path}.{os.getpid()}.part"
-    _encode(part, scene, _pictures(rng, scene))
-    os.replace(part, out / path)
+    # A killed run leaves a file of this name, never half a video under the final name. Each process has its own names.
+    unfinished = out / f"{path}.{os.getpid()}.part"
+    _encode(unfinished, scene, _render_frames(rng, scene))
+    os.replace(unfinished, out / path)
     return path
 
 
 def _generator(*, seed: int, split: str, index: int) -> np.random.Generator:
-    """A stream of its own for every video: seed and split are the key, the index the counter's top word."""
+    """An independent stream for every video: seed and split are the key, the index is the counter's top word."""
     key = np.array([seed, _SPLITS.index(split)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
 
 
 def _draw_scene(rng: np.random.Generator, *, label: int) -> _Scene:
-    """The label chooses the motion, and touches no other draw."""
+    """Draws a scene. The label chooses the motion and affects no other draw."""
     suffix = str(rng.choice(list(_ENCODINGS), p=[encoding.share for encoding in _ENCODINGS.values()]))
     frames = int(np.clip(_MEDIAN_FRAMES * rng.lognormal(sigma=0.8), _MIN_FRAMES, _MAX_FRAMES))
     width, height = _draw_sides(rng, multiple=_ENCODINGS[suffix].side_multiple)
@@ -192,7 +195,7 @@ def _draw_scene(rng: np.random.Generator, *, label: int) -> _Scene:
 
 
 def _draw_sides(rng: np.random.Generator, *, multiple: int) -> tuple[int, int]:
-    """Width and height in pixels: most of them small, some square, a few larger."""
+    """Draws width and height in pixels: mostly small, some square, a few larger."""
     sides = rng.uniform(_MIN_SIDE, _MAX_SIDE, size=2)
     sides[1] = sides[rng.choice([0, 1], p=[0.15, 0.85])]
     sides *= rng.choice([1.0, 1.5], p=[0.95, 0.05])
@@ -201,14 +204,14 @@ def _draw_sides(rng: np.random.Generator, *, multiple: int) -> tuple[int, int]:
 
 
 def _draw_waves(rng: np.random.Generator) -> np.ndarray:
-    """(4, 5), see `_Scene.waves`: long waves are strong and fine ones faint, as in a natural picture."""
+    """Draws `_Scene.waves`, (4, 5): long waves are strong and short ones faint, as in natural images."""
     wavelengths = np.exp(rng.uniform(np.log(0.15), np.log(1.5), size=5))
     frequencies = _polar(2 * np.pi / wavelengths, rng.uniform(0, 2 * np.pi, size=5))
     return np.stack([*frequencies, rng.uniform(0, 2 * np.pi, size=5), 0.3 * np.sqrt(wavelengths)])
 
 
 def _draw_colours(rng: np.random.Generator) -> np.ndarray:
-    """See `_Scene.colours`: a bright shape on a dark background of another hue."""
+    """Draws `_Scene.colours`: a bright shape on a dark background of another hue."""
     hues = rng.random() + np.array([0, rng.uniform(-0.15, 0.15), *rng.uniform(0.25, 0.75, size=2)])
     saturations = rng.uniform((0.4, 0.4, 0.2, 0.2), (0.9, 0.9, 0.7, 0.7))
     values = rng.uniform((0.1, 0.2, 0.85, 0.75), (0.3, 0.4, 1.0, 1.0))
@@ -217,7 +220,7 @@ def _draw_colours(rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_path(rng: np.random.Generator, *, label: int, frames: int, room: np.ndarray) -> np.ndarray:
-    """(frames, 4), see `_Scene.path`. `room`: what the width and the height have beyond the short side."""
+    """Draws `_Scene.path`, (frames, 4). `room`: how much longer width and height are than the short side."""
     time = np.linspace(-0.5, 0.5, frames)
     time = time + rng.uniform(-0.08, 0.08) * np.sin(2 * np.pi * time)
     x, y = rng.uniform(-0.08, 0.08, size=2) + rng.uniform(-0.25, 0.25, size=2) * room
@@ -227,19 +230,19 @@ def _draw_path(rng: np.random.Generator, *, label: int, frames: int, room: np.nd
     across = rng.uniform(-0.12, 0.12)
     still = np.zeros(frames)
     if label < 2:
-        path = [x - travel * time, y + across * time, still + radius, still + turn]
+        columns = [x - travel * time, y + across * time, still + radius, still + turn]
     elif label < 4:
-        path = [x + across * time, y - travel * time, still + radius, still + turn]
+        columns = [x + across * time, y - travel * time, still + radius, still + turn]
     elif label < 6:
         growth = np.exp(2 * travel * time)
-        path = [x + across * time, y + still, 0.9 * radius * growth, still + turn]
+        columns = [x + across * time, y + still, 0.9 * radius * growth, still + turn]
     else:
-        # Half a turn at most, over the top of the circle: in a full turn the two directions look so alike
-        # that a small network stays at chance for this pair, which an accuracy of 0.875 hides.
+        # Half a turn at most, over the top of the circle. The two directions of a full turn look so alike that a
+        # small network stays at chance for this pair, which an accuracy of 0.875 hides.
         angle = 1.25 * np.pi * travel * time + 2 * across
         orbit = 0.5 * travel
-        path = [x + orbit * np.sin(angle), y + orbit * (0.5 - np.cos(angle)), still + radius, turn + angle]
-    path = np.stack(path, axis=1)
+        columns = [x + orbit * np.sin(angle), y + orbit * (0.5 - np.cos(angle)), still + radius, turn + angle]
+    path = np.stack(columns, axis=1)
     return path[::-1] if label % 2 else path
 
 
@@ -247,43 +250,43 @@ def _polar(length: np.ndarray | float, angle: np.ndarray | float) -> np.ndarray:
     return np.stack([length * np.cos(angle), length * np.sin(angle)])
 
 
-def _pictures(rng: np.random.Generator, scene: _Scene) -> Iterator[np.ndarray]:
-    """Every frame of a video, (height, width, 3) uint8 RGB."""
+def _render_frames(rng: np.random.Generator, scene: _Scene) -> Iterator[np.ndarray]:
+    """Yields the frames of a video, (height, width, 3) uint8 RGB."""
     colours = np.concatenate([*scene.colours, np.full((1, 3), scene.noise, dtype=np.float32)])
-    for frame in range(len(scene.path)):
-        texture = _background(scene, frame)
-        cover, stripe = _shape(scene, frame)
+    for number in range(len(scene.path)):
+        texture = _background(scene, number)
+        cover, stripe = _shape(scene, number)
         clear = 1 - cover
         noise = 2 * rng.random(cover.shape, dtype=np.float32) - 1
         layers = [clear * (1 - texture), clear * texture, cover * (1 - stripe), cover * stripe, noise]
         # One product for all layers: arithmetic on (height, width, 3) arrays costs several times as much.
-        picture = np.tensordot(np.stack(layers), colours, axes=(0, 0))
-        yield picture.clip(0, 255, out=picture).astype(np.uint8)
+        frame = np.tensordot(np.stack(layers), colours, axes=(0, 0))
+        yield frame.clip(0, 255, out=frame).astype(np.uint8)
 
 
 def _axes(scene: _Scene) -> tuple[np.ndarray, np.ndarray]:
-    """x of every column, y of every row, at pixel centres."""
+    """x of every column and y of every row, at pixel centres."""
     short = min(scene.width, scene.height)
     x = (np.arange(scene.width) + 0.5 - scene.width / 2) / short
     y = (np.arange(scene.height) + 0.5 - scene.height / 2) / short
     return x.astype(np.float32), y.astype(np.float32)
 
 
-def _background(scene: _Scene, frame: int) -> np.ndarray:
-    """(height, width) float32, 0..1: the share of the background's second colour."""
+def _background(scene: _Scene, number: int) -> np.ndarray:
+    """(height, width) float32, 0 to 1: the share of the background's second colour."""
     x, y = _axes(scene)
     along_x, along_y, phase, amplitude = scene.waves.astype(np.float32)
-    drift_x, drift_y = scene.drift * (frame / (len(scene.path) - 1) - 0.5)
+    drift_x, drift_y = scene.drift * (number / (len(scene.path) - 1) - 0.5)
     x_waves = np.exp(1j * (along_x[:, None] * (x - drift_x) + phase[:, None]))
     y_waves = np.exp(1j * along_y[:, None] * (y - drift_y)) * amplitude[:, None]
     # cos(a + b) is the real part of exp(ia) exp(ib): every wave is a product of a row and a column.
     return (0.5 + (y_waves.T @ x_waves).real).clip(0, 1)
 
 
-def _shape(scene: _Scene, frame: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two (height, width) float32, 0..1: how much of a pixel is shape, and the share of its second colour."""
+def _shape(scene: _Scene, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two (height, width) float32, 0 to 1: how much of a pixel the shape covers, and the share of its second colour."""
     x, y = _axes(scene)
-    centre_x, centre_y, radius, turn = scene.path[frame].astype(np.float32)
+    centre_x, centre_y, radius, turn = scene.path[number].astype(np.float32)
     x, y = x[None, :] - centre_x, y[:, None] - centre_y
     if scene.corners:
         angles = turn + np.arange(scene.corners) * (2 * np.pi / scene.corners)
@@ -299,14 +302,13 @@ def _shape(scene: _Scene, frame: int) -> tuple[np.ndarray, np.ndarray]:
     return (0.5 - distance * short).clip(0, 1), (0.5 + np.sin(frequency * along + phase)).clip(0, 1)
 
 
-def _encode(path: Path, scene: _Scene, pictures: Iterable[np.ndarray]) -> None:
+def _encode(path: Path, scene: _Scene, frames: Iterable[np.ndarray]) -> None:
     encoding = _ENCODINGS[scene.suffix]
-    # bitexact: otherwise WebM gets a random id. One thread: otherwise the bytes may depend on the machine.
+    # bitexact: otherwise WebM gets a random id.
     with av.open(path, "w", format=encoding.container, options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(encoding.codec, rate=scene.rate, options=encoding.options)
+        stream = add_video_stream(container, encoding.codec, rate=scene.rate, options=encoding.options)
         stream.width, stream.height, stream.pix_fmt = scene.width, scene.height, "yuv420p"
         stream.codec_context.gop_size = 250
-        stream.codec_context.thread_count = 1
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

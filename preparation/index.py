@@ -1,4 +1,4 @@
-"""Looks at every video of a list or a folder and makes a manifest of those that can be read."""
+"""Probes every video of a list or a folder and makes a manifest of the readable ones."""
 
 import base64
 import difflib
@@ -31,7 +31,7 @@ Listed = tuple[str, int]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A listed video that is no use, and why."""
+    """A listed video that cannot be used, and why."""
 
     path: str
     label: int
@@ -39,8 +39,8 @@ class Rejected:
 
 
 def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Listed]:
-    """Lines `path label`, as PaddleVideo and mmaction2 write them; paths may hold spaces, empty lines are skipped.
-    Entries may also end with a zero byte. Raises `InputError` that names the line."""
+    """Reads lines `path label`, as PaddleVideo and mmaction2 write them, or entries that end with a zero byte. Paths
+    may contain spaces; empty lines are skipped. Raises `InputError` that names the line."""
     text = decode(Path(path).read_bytes())
     lines = text.split("\0") if "\0" in text else split_lines(text)
     listed = []
@@ -61,7 +61,7 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Li
 
 
 def _problem(file: str, label: str, root: str | os.PathLike) -> str:
-    """What is wrong with a line of a list; "" for nothing. Odd paths are good if the file exists."""
+    """What is wrong with a line of a list, or "". Odd paths are accepted if the file exists."""
     if not label.isdecimal() or int(label) > _LARGEST_LABEL:
         if is_video_name(label):
             return "found no label after the path"
@@ -87,19 +87,20 @@ def _problem(file: str, label: str, root: str | os.PathLike) -> str:
 
 
 class Folder(NamedTuple):
-    """What `read_folder` found."""
+    """The result of `read_folder`."""
 
     listed: list[Listed]
     classes: tuple[str, ...]
     note: str
-    """What was passed over, "" for nothing."""
+    """The files that were passed over, "" if there are none."""
 
 
 def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
-    """A folder a class, videos in it or below it: the videos with paths relative to `root`, and the classes.
+    """Lists the videos of a folder that holds one folder per class, with videos in it or below it. Paths are relative
+    to `root`.
 
-    The folders in alphabetical order are labels 0, 1, ...; with `classes`, labels are places in it. Then a folder that
-    it does not name is an `InputError`, while a class may lack its folder."""
+    The folders are labels 0, 1, ... in alphabetical order. With `classes`, labels are positions in it, and a class
+    may have no folder. Raises `InputError`, also for a folder that `classes` does not name."""
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected one that holds a folder of videos for each class")
@@ -159,33 +160,36 @@ def index(
     *,
     root: str | os.PathLike,
     journal: Path,
-    crew: WorkerPool,
+    pool: WorkerPool,
     classes: Sequence[str] = (),
     copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
     decode: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Manifest, list[Rejected]]:
-    """Looks at every listed video; the manifest of the good ones in the order of the list, and the others with reasons.
+    """Probes every listed video. Returns the manifest of the good ones, in the order of the list, and the others.
 
-    `copies`: other files of a listed one, which are tried in order where it cannot be read. `decode`: decodes all of
-    every file, and rejects those with a damaged picture. `max_pixels`: that a frame may have.
-    `journal`: see `work.run`.
+    copies: other files of a listed video, which are tried in order if it cannot be read.
+    decode: decode each file completely, and reject those with a damaged frame.
+    max_pixels: the largest frame that is accepted.
+    journal: see `worker_pool.run`.
+
+    Raises `InputError`.
     """
     for path, label in listed:
         if classes and label >= len(classes):
             raise InputError(
                 f"{path}: label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})"
             )
-    place = absolute(root)  # workers elsewhere have another working folder
+    home = absolute(root)  # remote workers have another working folder
 
-    def look_at(paths: Sequence[str]) -> list[Any]:
-        tasks = [(join(place, path), decode, None, max_pixels) for path in paths]
-        return run(probe_file, tasks, journal=journal, crew=crew)
+    def probe_all(paths: Sequence[str]) -> list[Any]:
+        tasks = [(join(home, path), decode, None, max_pixels) for path in paths]
+        return run(probe_file, tasks, journal=journal, pool=pool)
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:
-        check_reachable(as_source(join(place, path)), timeout_s=crew.timeout_s)
-    found = look_at(paths)
+        check_reachable(as_source(join(home, path)), timeout_s=pool.timeout_s)
+    found = probe_all(paths)
     for choice in range(max(map(len, copies.values()), default=0)):
         rows = [
             row
@@ -193,10 +197,12 @@ def index(
             if isinstance(found[row], Failed) and found[row].is_done and choice < len(copies.get(path, ()))
         ]
         others = [copies[listed[row][0]][choice] for row in rows]
-        for row, path, result in zip(rows, others, look_at(others), strict=True):
+        for row, path, result in zip(rows, others, probe_all(others), strict=True):
             if not isinstance(result, Failed):
                 paths[row], found[row] = path, result
-    good, entries, rejected = [], {}, []
+    good: list[Video] = []
+    entries: dict[int, bytes] = {}
+    rejected: list[Rejected] = []
     for path, (_, label), result in zip(paths, listed, found, strict=True):
         if isinstance(result, Failed):
             rejected.append(Rejected(path, label, result))
@@ -210,13 +216,16 @@ def index(
 
 
 class Probed(NamedTuple):
+    """The result of `probe_file`."""
+
     video: Video
     entry: str
-    """For the packet index, in base64."""
+    """Entry of the packet index, in base64."""
 
 
 def probe_file(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Probed:
-    """Probes a file; with `decode`, all of it is decoded. `cache`: see `files.fetch`. Raises `InputError`."""
+    """Probes a file, in a child process; `decode`: also decode it completely. `cache`: see `files.fetch`. Raises
+    `InputError`."""
     source = fetch(path, cache)
     video, entry = probe_packets(source, max_pixels=max_pixels)
     if decode:
@@ -225,9 +234,11 @@ def probe_file(path: str, decode: bool, cache: str | None = None, max_pixels: in
     return Probed(video, base64.b64encode(entry).decode())
 
 
-def split(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:
-    """(train, val): the same share of every class, the same videos every time; each class keeps one for training."""
-    train, val = [], []
+def split_train_val(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:
+    """(train, val): every class gives the same share, 0 to 1, but keeps at least one video for training. The choice is
+    the same every time."""
+    train: list[Listed] = []
+    val: list[Listed] = []
     by_label: dict[int, list[Listed]] = {}
     for entry in listed:
         by_label.setdefault(entry[1], []).append(entry)
@@ -241,12 +252,12 @@ def split(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], 
 
 
 def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> None:
-    """A CSV file `path,label,reason`; removes an old one where nothing was rejected."""
+    """Writes a CSV file `path,label,reason`, or removes an old one if nothing was rejected."""
     write_table(path, ("path", "label", "reason"), [(entry.path, entry.label, entry.reason) for entry in rejected])
 
 
 def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
-    """A CSV file; removes an old one where there are no rows."""
+    """Writes a CSV file, or removes an old one if there are no rows."""
     path = Path(path)
     if not rows:
         path.unlink(missing_ok=True)
@@ -257,8 +268,8 @@ def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[
         writer.writerows(rows)
 
 
-def check_is_ours(path: str | os.PathLike) -> None:
-    """Raises `InputError` where there is a file at `path` that is no manifest: it would be lost."""
+def check_overwritable(path: str | os.PathLike) -> None:
+    """Raises `InputError` if a file at `path` is not a manifest, so that it is not overwritten."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder; expected the name of a file to write")
@@ -271,8 +282,8 @@ def check_is_ours(path: str | os.PathLike) -> None:
         raise InputError(f"{index_path(path)}: exists, and would be overwritten, but is no packet index; remove it")
 
 
-def describe(manifest: Manifest) -> str:
-    """What kinds of videos these are, in a line."""
+def summary(manifest: Manifest) -> str:
+    """Codecs, sizes, lengths and peculiarities of the videos, in one line."""
 
     def spread(values: np.ndarray) -> str:
         low, middle, high = np.percentile(values, [0, 50, 100]).round().astype(int).tolist()
@@ -286,7 +297,7 @@ def describe(manifest: Manifest) -> str:
         codecs,
         f"short side {spread(sides)}",
         f"{spread(manifest.column('frames') / manifest.column('fps'))} s",
-        f"longest groups of pictures {spread(manifest.column('gop'))}",
+        f"longest groups of frames {spread(manifest.column('gop'))}",
     ]
     for count, what in (
         ((manifest.column("vfr") > 0).sum(), "with a variable frame rate"),
@@ -294,5 +305,6 @@ def describe(manifest: Manifest) -> str:
         ((manifest.column("mirrored") > 0).sum(), "mirrored"),
         ((~np.isin(manifest.column("pixel_format"), ["yuv420p", "yuvj420p", ""])).sum(), "not 8-bit 4:2:0"),
     ):
-        parts += [f"{count} {what}"] * bool(count)
+        if count:
+            parts.append(f"{count} {what}")
     return "; ".join(parts)

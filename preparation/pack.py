@@ -1,7 +1,7 @@
-"""Packs the videos of a manifest into tar shards as WebDataset reads them: few large files for shared file systems.
+"""Packs the videos of a manifest into tar shards in WebDataset's layout: few large files suit shared file systems.
 
-A video is three members of a shard: KEY.mp4 (or whatever its suffix is), KEY.cls and KEY.json. Which videos lie in
-which shard, and in which order, is random, and the same every time: who reads shard by shard meets all classes.
+Each video is three members of a shard: KEY.mp4 (or the suffix it has), KEY.cls and KEY.json. The assignment of videos
+to shards, and their order, are random but the same every time, so that each shard holds a mixture of classes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -26,13 +26,13 @@ from common.worker_pool import Failed, WorkerPool, run
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import check_reachable, read_bytes, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
-from dali_pipelines.manifest import Manifest, key_of
+from dali_pipelines.manifest import Manifest, Video, key_of
 from dali_pipelines.packet_index import StaleIndexError, open_index
 from preparation.index import Rejected
 
-_OVERHEAD = 4096  # bytes of a shard for each video, beside its own: three headers, padding, label and facts
-_ROWS = 1000  # whose sizes are one task
-_THREADS = 16  # that ask for sizes at once: shared file systems answer late
+_OVERHEAD = 4096  # bytes of a shard for each video, beside its own: three headers, padding, label and JSON
+_ROWS = 1000  # rows whose sizes are read by one task
+_THREADS = 16  # threads that read sizes at once: shared file systems have a high latency
 
 
 class Shard(NamedTuple):
@@ -48,78 +48,92 @@ class Shard(NamedTuple):
 
 
 Member = list[int] | str
-"""[offset, size] of a video in its shard; or why it is in none."""
+"""[offset, size] of a video in its shard, or why it could not be packed."""
+
+
+class Written(TypedDict):
+    """The result of `write`, as it is kept in the journal."""
+
+    file: str
+    bytes: int
+    members: list[Member]
 
 
 def pack(
-    path: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: float, crew: WorkerPool
+    path: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: float, pool: WorkerPool
 ) -> tuple[Manifest | None, list[Rejected]]:
-    """Packs the videos of the manifest at `path` into `out`/NAME-000000.tar and so on, NAME being the manifest's.
+    """Packs the videos of the manifest NAME.csv at `path` into `out`/NAME-000000.tar and so on.
 
-    The manifest of the shards, its root `out`, and the videos that are not in them; None where `crew` does a part only.
-    `out`/NAME.journal remembers what is done: later runs write only what is missing. Raises `InputError`.
+    Returns the manifest of the shards, with `out` as its root, and the videos that could not be packed; (None, []) if
+    `pool` does only a part of the work. `out`/NAME.journal records what is done, so that later runs write only missing
+    shards. Raises `InputError`.
     """
     path, out = Path(path).resolve(), Path(out).resolve()
     manifest = Manifest.read(path)
     if path.parent == out or any(os.path.dirname(manifest.place(shard)) == str(out) for shard in manifest.shards):
-        raise InputError(f"{out}: holds what is to be packed, and would be overwritten: name another folder with --out")
+        raise InputError(f"{out}: holds the videos to pack, which would be overwritten: name another folder with --out")
     if not len(manifest):
         raise InputError(f"{path}: no videos in it")
-    check_reachable(manifest.source(0), timeout_s=crew.timeout_s)
+    check_reachable(manifest.source(0), timeout_s=pool.timeout_s)
     journal = out / f"{path.stem}.journal"
-    ours = re.compile(re.escape(path.stem) + r"-\d{6}\.tar(\.\w+\.part)?")
-    there = os.listdir(out) if out.exists() else []
-    if not any(name == f"{path.stem}.csv" or name.startswith(journal.name) for name in there):
-        for other in filter(ours.fullmatch, there):
+    shard_name = re.compile(re.escape(path.stem) + r"-\d{6}\.tar(\.\w+\.part)?")
+    existing = os.listdir(out) if out.exists() else []
+    if not any(name == f"{path.stem}.csv" or name.startswith(journal.name) for name in existing):
+        for other in filter(shard_name.fullmatch, existing):
             if (out / other).is_file():
                 raise InputError(f"{out / other}: exists, and was not packed from {path}; name another --out")
-    source = [str(path), hashlib.sha256(path.read_bytes()).hexdigest()]
-    lengths = _all_sizes(source, len(manifest), journal, crew)
-    shards = _plan(lengths, shard_bytes)
-    files = [f"{out / path.stem}-{number:06}.tar" for number in range(len(shards))]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    sizes = _all_sizes(path, digest, len(manifest), journal, pool)
     tasks = [
-        Shard(*source, file, rows, [lengths[row] for row in rows]) for file, rows in zip(files, shards, strict=True)
+        Shard(str(path), digest, f"{out / path.stem}-{number:06}.tar", list(rows), list(rows.values()))
+        for number, rows in enumerate(_plan(sizes, shard_bytes))
     ]
-    _check_disk(out, tasks[crew.shard[0] :: crew.shard[1]])
-    done = run(
+    part, parts = pool.shard
+    _check_disk(out, tasks[part::parts])
+    results = run(
         write,
         tasks,
         journal=journal,
-        crew=crew,
-        timeout_s=crew.timeout_s * max(map(len, shards), default=1),
-        is_good=lambda result: not isinstance(result, Failed) and _length(result["file"]) == result["bytes"],
+        pool=pool,
+        timeout_s=pool.timeout_s * max((len(task.rows) for task in tasks), default=1),
+        is_good=lambda result: not isinstance(result, Failed) and _file_size(result["file"]) == result["bytes"],
     )
-    for file, result in list(zip(files, done, strict=True))[crew.shard[0] :: crew.shard[1]]:
+    for task, result in list(zip(tasks, results, strict=True))[part::parts]:
         if isinstance(result, Failed):
-            raise InputError(f"{file}: {result}; the same command goes on from here")
-    if not crew.is_whole:
+            raise InputError(f"{task.file}: {result}; run the same command again to resume")
+    if not pool.is_whole:
         return None, []
     members: dict[int, tuple[str, Member]] = {
-        row: ("", size) for row, size in enumerate(lengths) if isinstance(size, str)
+        row: ("", reason) for row, reason in enumerate(sizes) if isinstance(reason, str)
     }
-    for file, rows, result in zip(files, shards, done, strict=True):
-        members |= {row: (file, member) for row, member in zip(rows, result["members"], strict=True)}
-    for other in out.iterdir():  # of another --shard-size
-        if ours.fullmatch(other.name) and str(other) not in files:
-            other.unlink()
-    packed, entries, rejected = [], {}, []
-    for row in range(len(manifest)):
-        video, (file, member) = manifest[row], members[row]
+    for task, result in zip(tasks, results, strict=True):
+        members |= {row: (task.file, member) for row, member in zip(task.rows, result["members"], strict=True)}
+    files = {task.file for task in tasks}
+    for existing_file in out.iterdir():
+        if shard_name.fullmatch(existing_file.name) and str(existing_file) not in files:
+            existing_file.unlink()  # from a run with another --shard-size
+    videos: list[Video] = []
+    entries: dict[int, bytes] = {}
+    rejected: list[Rejected] = []
+    for row, video in enumerate(manifest):
+        file, member = members[row]
         if isinstance(member, str):
             rejected.append(Rejected(video.path, video.label, member))
         else:
-            packed.append(video._replace(shard=os.path.basename(file), offset=member[0], size=member[1]))
-            with contextlib.suppress(StaleIndexError):  # its places count from the start of the video
+            videos.append(video._replace(shard=os.path.basename(file), offset=member[0], size=member[1]))
+            with contextlib.suppress(StaleIndexError):  # its offsets count from the start of the video
                 if manifest.index is not None:
-                    entries[key_of(packed[-1])] = open_index(str(manifest.index)).entry(key_of(video))
-    left_out = manifest.rejected + len(rejected)
-    packed = Manifest(packed, root=out, classes=manifest.classes, rejected=left_out)
+                    entries[key_of(videos[-1])] = open_index(str(manifest.index)).entry(key_of(video))
+    packed = Manifest(videos, root=out, classes=manifest.classes, rejected=manifest.rejected + len(rejected))
     packed.entries = entries
     return packed, rejected
 
 
+# -- in a child process --
+
+
 def sizes(path: str, digest: str, first: int, last: int) -> list[int | str]:
-    """Bytes of the videos in these rows of a manifest, or why there are none."""
+    """Bytes of the video of each row from `first` to before `last` of a manifest, or why it cannot be read."""
     manifest = _read(path, digest)
 
     def size(row: int) -> int | str:
@@ -132,15 +146,15 @@ def sizes(path: str, digest: str, first: int, last: int) -> list[int | str]:
         return list(threads.map(size, range(first, last)))
 
 
-def write(path: str, digest: str, file: str, rows: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
-    """Writes the videos in these rows of a manifest, which are of these sizes, to the shard `file`, all of it or
-    nothing; one that is there already is looked at instead. What `Member` each became."""
+def write(path: str, digest: str, file: str, rows: Sequence[int], sizes: Sequence[int]) -> Written:
+    """Writes the videos of these rows of a manifest, of `sizes` bytes, to the shard `file`, completely or not at all. A
+    complete shard that exists is kept. Raises `InputError`."""
     manifest = _read(path, digest)
-    members = _look(file, manifest, rows, sizes)
+    members = _read_members(file, manifest, rows, sizes)
     if members is None:
         name, _, _ = os.path.basename(file).rpartition("-")
-        Path(file).with_name(f"{name}.csv").unlink(missing_ok=True)  # it would speak of another shard
-        for other in _unfinished(file):  # of a run that was killed; its process may be at it still
+        Path(file).with_name(f"{name}.csv").unlink(missing_ok=True)  # it describes another shard
+        for other in _unfinished(file):  # of a killed run, whose process may still be writing
             os.remove(other)
         unfinished = f"{file}.{uuid.uuid4().hex}.part"
         try:
@@ -149,23 +163,24 @@ def write(path: str, digest: str, file: str, rows: Sequence[int], sizes: Sequenc
             os.replace(unfinished, file)
         finally:
             Path(unfinished).unlink(missing_ok=True)
-    return {"file": file, "bytes": _length(file), "members": members}
+    return {"file": file, "bytes": os.stat(file).st_size, "members": members}
 
 
 def _fill(shard: BinaryIO, manifest: Manifest, rows: Sequence[int], sizes: Sequence[int]) -> list[Member]:
-    """Writes a shard, and reads it back."""
+    """Writes a shard, then reads it back to check it."""
     members: list[Member] = []
-    written = []
+    written: list[tuple[int, int, str]] = []
     for row, size in zip(rows, sizes, strict=True):
         try:
-            data = _video(manifest, row, size)
+            data = _read_video(manifest, row, size)
         except InputError as error:
             members.append(str(error))
             continue
-        key, suffix, facts = _describe(manifest, row)
+        key, suffix, facts = _names_and_facts(manifest, row)
         facts["sha256"] = hashlib.sha256(data).hexdigest()
-        members.append([_add(shard, key + suffix, data), size])
-        written.append((*members[-1], facts["sha256"]))
+        offset = _add(shard, key + suffix, data)
+        members.append([offset, size])
+        written.append((offset, size, facts["sha256"]))
         _add(shard, f"{key}.cls", str(manifest[row].label).encode())
         _add(shard, f"{key}.json", json.dumps(facts).encode())
     shard.write(bytes(2 * tarfile.BLOCKSIZE))
@@ -175,34 +190,34 @@ def _fill(shard: BinaryIO, manifest: Manifest, rows: Sequence[int], sizes: Seque
     for offset, size, checksum in written:
         shard.seek(offset)
         if hashlib.sha256(shard.read(size)).hexdigest() != checksum:
-            raise InputError(f"what was written at byte {offset} reads back otherwise: is the disk in order?")
+            raise InputError(f"the data written at byte {offset} differs when read back: is the disk in order?")
     return members
 
 
-def _look(file: str, manifest: Manifest, rows: Sequence[int], sizes: Sequence[int]) -> list[Member] | None:
-    """The members of a shard, as after a kill that came before they were noted; None where it is not what `write`
-    would make."""
+def _read_members(file: str, manifest: Manifest, rows: Sequence[int], sizes: Sequence[int]) -> list[Member] | None:
+    """The members of a shard that a run wrote but did not record, as it was killed; None if the shard is not what
+    `write` would make."""
     if not os.path.isfile(file):  # a pipe would block for ever
         return None
+    members: list[Member] = []
     try:
-        with tarfile.open(file, "r:") as tar:  # places in a compressed one are not those of its bytes
+        with tarfile.open(file, "r:") as tar:  # not compressed: offsets must be those of the file
             infos = list(tar)
             found = {info.name: info for info in infos}
             if len(found) < len(infos) or any(not info.isreg() or info.issparse() for info in infos):
                 return None
-            members = []
             for row, size in zip(rows, sizes, strict=True):
-                key, suffix, facts = _describe(manifest, row)
+                key, suffix, facts = _names_and_facts(manifest, row)
                 info = found.get(key + suffix)
                 if info is None:
                     try:
-                        _video(manifest, row, size)
+                        _read_video(manifest, row, size)
                         return None
                     except InputError as error:
                         members.append(str(error))
                         continue
-                facts["sha256"] = hashlib.sha256(tar.extractfile(info).read()).hexdigest()
-                if info.size != size or json.load(tar.extractfile(found[f"{key}.json"])) != facts:
+                facts["sha256"] = hashlib.sha256(_content(tar, info)).hexdigest()
+                if info.size != size or json.loads(_content(tar, found[f"{key}.json"])) != facts:
                     return None
                 members.append([info.offset_data, size])
     except (OSError, tarfile.TarError, KeyError, ValueError):
@@ -210,8 +225,14 @@ def _look(file: str, manifest: Manifest, rows: Sequence[int], sizes: Sequence[in
     return members if len(found) == 3 * sum(isinstance(member, list) for member in members) else None
 
 
-def _describe(manifest: Manifest, row: int) -> tuple[str, str, dict[str, Any]]:
-    """(key, suffix, what the JSON says but for the checksum) of a video."""
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(info)
+    assert file is not None  # of regular files only
+    return file.read()
+
+
+def _names_and_facts(manifest: Manifest, row: int) -> tuple[str, str, dict[str, Any]]:
+    """(key, suffix, content of the JSON file without the checksum) of a video."""
     video = manifest[row]
     stem, suffix = os.path.splitext(os.path.basename(video.path))
     # WebDataset ends a key at the first dot; names that are too long for a tar header would need another format.
@@ -224,7 +245,7 @@ def _describe(manifest: Manifest, row: int) -> tuple[str, str, dict[str, Any]]:
     return key, suffix, facts
 
 
-def _video(manifest: Manifest, row: int, size: int) -> bytes:
+def _read_video(manifest: Manifest, row: int, size: int) -> bytes:
     data = read_bytes(manifest.source(row))
     if len(data) != size:
         raise InputError(f"changed while it was packed: {size} bytes before, {len(data)} now")
@@ -232,7 +253,8 @@ def _video(manifest: Manifest, row: int, size: int) -> bytes:
 
 
 def _add(shard: BinaryIO, name: str, data: bytes) -> int:
-    """Where the member's bytes begin. No time and no owner: equal videos make equal shards."""
+    """Appends a member and returns the offset of its data. It has no time and no owner: equal videos give equal
+    shards."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     shard.write(info.tobuf(tarfile.GNU_FORMAT))
@@ -242,40 +264,41 @@ def _add(shard: BinaryIO, name: str, data: bytes) -> int:
     return offset
 
 
-def _all_sizes(source: list[str], count: int, journal: Path, crew: WorkerPool) -> list[int | str]:
-    """Of all rows, whichever part of the shards is to be written; one journal a part, as two may be at it at once."""
-    found = run(
+def _all_sizes(path: Path, digest: str, count: int, journal: Path, pool: WorkerPool) -> list[int | str]:
+    """Sizes of all rows, even if `pool` does only a part. Each part has its own journal, as parts may run at once."""
+    results = run(
         sizes,
-        [[*source, first, min(first + _ROWS, count)] for first in range(0, count, _ROWS)],
-        journal=crew.journal(journal, "sizes-"),
-        crew=replace(crew, shard=(0, 1), progress=None),
-        timeout_s=crew.timeout_s * _ROWS,
+        [(str(path), digest, first, min(first + _ROWS, count)) for first in range(0, count, _ROWS)],
+        journal=pool.journal(journal, "sizes-"),
+        pool=replace(pool, shard=(0, 1), progress=None),
+        timeout_s=pool.timeout_s * _ROWS,
         is_good=lambda result: not isinstance(result, Failed),
     )
-    for some in found:
-        if isinstance(some, Failed):
-            raise InputError(f"{source[0]}: {some}")
-    return [size for some in found for size in some]
+    for result in results:
+        if isinstance(result, Failed):
+            raise InputError(f"{path}: {result}")
+    return [size for result in results for size in result]
 
 
-def _plan(sizes: Sequence[int | str], shard_bytes: float) -> list[list[int]]:
-    """The rows of each shard, in their order there; at least one, however large."""
-    shards: list[list[int]] = []
+def _plan(sizes: Sequence[int | str], shard_bytes: float) -> list[dict[int, int]]:
+    """Row -> size of the videos of each shard, in their order there; at least one, however large."""
+    shards: list[dict[int, int]] = []
     room = 0.0
     for row in np.random.default_rng(0).permutation(len(sizes)).tolist():
-        if isinstance(sizes[row], str):
+        size = sizes[row]
+        if isinstance(size, str):
             continue
-        needed = sizes[row] + _OVERHEAD
+        needed = size + _OVERHEAD
         if not shards or needed > room:
-            shards.append([])
+            shards.append({})
             room = shard_bytes
-        shards[-1].append(row)
+        shards[-1][row] = size
         room -= needed
     return shards
 
 
 def _check_disk(out: Path, shards: Sequence[Shard]) -> None:
-    missing = [shard for shard in shards if _length(shard.file) is None]
+    missing = [shard for shard in shards if _file_size(shard.file) is None]
     needed = sum(sum(shard.sizes) + _OVERHEAD * len(shard.sizes) for shard in missing)
     parts = [part for shard in missing for part in _unfinished(shard.file)]
     free = shutil.disk_usage(out).free + sum(map(os.path.getsize, parts))
@@ -290,8 +313,8 @@ def _unfinished(file: str) -> list[str]:
     return glob.glob(f"{glob.escape(file)}.*.part")
 
 
-def _length(file: str) -> int | None:
-    """Bytes; None where there is no such file."""
+def _file_size(file: str) -> int | None:
+    """Size in bytes; None if there is no such file."""
     try:
         return os.stat(file).st_size
     except FileNotFoundError:

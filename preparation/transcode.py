@@ -1,6 +1,6 @@
-"""Makes copies of videos that decode fast: small pictures, short closed groups, and few that others refer to.
+"""Makes copies of videos that decode fast: small frames in short closed groups, few of them reference frames.
 
-Picture k of the copy is picture k of the original as a decoder puts it out, turned as it is shown, evenly timed.
+Frame k of a copy is frame k that a decoder puts out for the original, turned as it is shown; frames are evenly spaced.
 """
 
 import base64
@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from common.child_process import in_child
 from common.worker_pool import Failed, WorkerPool, remove_journals, run
@@ -33,16 +34,17 @@ from dali_pipelines.host_decoder import decode_all, decode_frames
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
 from dali_pipelines.probe import probe, probe_packets
 from dali_pipelines.sampling import frame_positions
+from preparation.encoding import add_video_stream
 from preparation.index import Rejected
 
-_SAMPLED = 16  # videos that tell how large and how slow the others will be
-_COMPARED = 32  # videos whose decoding is timed, before and after
-_SPARE = 1.1  # of the estimated size: it is one of a sample
+_SAMPLED = 16  # videos from which size and time of the others are estimated
+_COMPARED = 32  # videos whose decoding is timed, original and copy
+_SPARE = 1.1  # free space required, times the estimated size: the sample may be off
 _DISK_FULL = "no space is left on the disk"
 _UNFINISHED = ".transcode-*.part"
 _MADE_BY = "prepare.py transcode"
 _UNKNOWN, _BT601 = 2, (5, 6)  # FFmpeg's numbers of colour spaces
-_LIMITED, _FULL = 1, 2  # and of ranges
+_LIMITED, _FULL = 1, 2  # FFmpeg's numbers of colour ranges
 
 
 class _Codec(NamedTuple):
@@ -50,16 +52,16 @@ class _Codec(NamedTuple):
     suffix: str
     container: str
     crf: int
-    """Where one is not asked for: about the same quality with every codec."""
+    """Default: about the same quality for every codec."""
     crfs: tuple[int, int]
-    """The lowest and the highest."""
+    """The lowest and the highest allowed."""
     options: Callable[[int, int], dict[str, str]]
-    """Of the encoder, for (pictures a group, crf)."""
+    """(frames per group, crf) -> options of the encoder."""
     pixel_format: str = "yuv420p"
 
 
 def _x264(gop: int, crf: int) -> dict[str, str]:
-    # Without b-pyramid no B picture is referred to. Entropy decoding by CABAC takes more time than all else does.
+    # Without b-pyramid, B frames are never references. CABAC entropy decoding would take longer than all other steps.
     groups = f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:bframes=3:b-adapt=0:b-pyramid=none"
     return {"preset": "medium", "crf": str(crf), "x264-params": f"{groups}:cabac=0"}
 
@@ -71,7 +73,7 @@ def _x265(gop: int, crf: int) -> dict[str, str]:
 
 
 def _vp9(gop: int, crf: int) -> dict[str, str]:
-    # Alternate reference pictures are hidden ones: they would have to be decoded as well.
+    # Alternate reference frames are hidden, but would have to be decoded as well.
     groups = {"g": str(gop), "keyint_min": str(gop), "auto-alt-ref": "0"}
     return groups | {"crf": str(crf), "b": "0", "deadline": "good", "cpu-used": "4"}
 
@@ -84,22 +86,22 @@ CODECS = {
     "h264": _Codec("libx264", ".mp4", "mp4", 20, (0, 51), _x264),
     "hevc": _Codec("libx265", ".mp4", "mp4", 20, (0, 51), _x265),
     "vp9": _Codec("libvpx-vp9", ".webm", "webm", 28, (0, 63), _vp9),
-    # The only format that all readers of MJPEG agree on: full range.
+    # Full range is the only format that all readers of MJPEG agree on.
     "mjpeg": _Codec("mjpeg", ".mkv", "matroska", 4, (1, 31), _mjpeg, "yuvj420p"),
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the copies are like."""
+    """Size and coding of the copies."""
 
     short_side: int = 256
-    """Pixels; smaller videos keep theirs, but for an odd one that becomes even."""
+    """Pixels at most. Videos are never enlarged; odd sides are rounded down to even."""
     gop: int = 16
-    """Pictures of a group; mjpeg has none."""
+    """Frames per group; mjpeg has no groups."""
     codec: str = "h264"
     crf: int = CODECS["h264"].crf
-    """Quality on the encoder's own scale, lower is better; for mjpeg it is the quantizer."""
+    """Quality on the encoder's own scale, lower is better; for mjpeg, the quantizer."""
 
     def __post_init__(self):
         low, high = CODECS[self.codec].crfs
@@ -110,7 +112,7 @@ class Settings:
 
 
 class Task(NamedTuple):
-    """One video to transcode: the arguments of `transcode`."""
+    """One video to transcode."""
 
     source: Source
     video: Video
@@ -118,17 +120,26 @@ class Task(NamedTuple):
     """Absolute path of the folder of the copies."""
     name: str
     """Path of the copy within `out`."""
-    settings: dict[str, Any]
-    """The fields of `Settings`."""
+    settings: Settings
+
+    @classmethod
+    def from_json(cls, source: Sequence, video: Sequence, out: str, name: str, settings: Mapping) -> "Task":
+        """The task whose `to_json` is (source, video, out, name, settings)."""
+        return cls(Source(*source), Video(*video), out, name, Settings(**settings))
+
+    def to_json(self) -> list[Any]:
+        """The arguments of the functions here that run in a child process."""
+        return [*self[:-1], asdict(self.settings)]
 
     @property
     def target(self) -> Path:
+        """Path of the copy."""
         return Path(self.out, self.name)
 
     @property
     def pixels(self) -> int:
         """Pixels of all frames of the copy."""
-        height, width = copy_size(self.video, self.settings["short_side"])
+        height, width = copy_size(self.video, self.settings.short_side)
         return self.video.frames * height * width
 
     @property
@@ -138,78 +149,80 @@ class Task(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """What became of one video."""
+    """A finished copy."""
 
     video: Video
-    """As it was found in the new file; its path is the one it is given, its label 0."""
+    """The copy as probed. Its path is `Task.name`, its label 0."""
     source_bytes: int
     copy_bytes: int
     modified_ns: int
-    """When the file was written: it tells a journal that is out of date."""
+    """Modification time of the file: it differs if the journal is out of date."""
     seconds: float
-    """That it took; 0 where the copy was there."""
+    """Time it took; 0 if the copy already existed."""
     entry: str = ""
-    """For the packet index, in base64; "" from a journal of earlier versions."""
+    """Entry of the packet index, in base64; "" from a journal of earlier versions."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of what is to be made yet."""
+    """What the missing copies need."""
 
     needed_bytes: int
     seconds: float
     sampled: int
-    """Videos that were transcoded for it."""
+    """Number of videos transcoded for the estimate."""
     workers: int
-    """Processes that the time is counted for; 1 with dask, which does not say how many there will be."""
+    """Processes that `seconds` assumes; 1 with dask, which does not tell how many it will have."""
 
 
 class Job:
-    """The copies of a manifest's videos below the folder `out`. Raises `InputError` where they would be in the way of
-    the originals."""
+    """Transcodes the videos of a manifest into the folder `out`.
 
-    def __init__(self, manifest: Manifest, out: Path, settings: Settings, *, journal: Path, crew: WorkerPool):
-        self._manifest, self._out, self._journal, self._crew = manifest, out, journal, crew
-        rows = [manifest[row] for row in range(len(manifest))]
-        paths = [_below(video.path, manifest.root) for video in rows]
-        names = target_names(zip([video.shard for video in rows], paths), CODECS[settings.codec].suffix)
-        tasks = {}  # a video that is listed twice is transcoded once
-        for row, (video, path) in enumerate(zip(rows, paths)):
+    Raises `InputError` if a copy would overwrite an original.
+    """
+
+    def __init__(self, manifest: Manifest, out: Path, settings: Settings, *, journal: Path, pool: WorkerPool):
+        self._manifest, self._out, self._journal, self._pool = manifest, out, journal, pool
+        paths = [_path_below(video.path, manifest.root) for video in manifest]
+        shards = [video.shard for video in manifest]
+        names = target_names(zip(shards, paths), CODECS[settings.codec].suffix)
+        tasks: dict[tuple[str, str], Task] = {}  # a video that is listed twice is transcoded once
+        for row, (video, path) in enumerate(zip(manifest, paths)):
             key = video.shard, path
-            source = video._replace(path=path, label=0)
-            name = names[key]
             place, offset, size, *_ = manifest.source(row)
-            place = Source(absolute(place), offset, size)  # workers elsewhere have another working folder
-            tasks.setdefault(key, Task(place, source, os.path.abspath(out), name, asdict(settings)))
-        self._tasks = [tasks[video.shard, path] for video, path in zip(rows, paths)]
-        part, parts = crew.shard
+            source = Source(absolute(place), offset, size)  # remote workers have another working folder
+            original = video._replace(path=path, label=0)
+            tasks.setdefault(key, Task(source, original, os.path.abspath(out), names[key], settings))
+        self._tasks = [tasks[key] for key in zip(shards, paths)]
+        part, parts = pool.shard
         self._own = list(tasks.values())[part::parts]
         self._check_originals()
-        if crew.is_whole:
+        if pool.is_whole:
             self._remove_unfinished()
 
     def _check_originals(self) -> None:
-        there = [target for target in (task.target for task in self._own) if target.exists()]
-        if not there:
+        existing = [target for target in (task.target for task in self._own) if target.exists()]
+        if not existing:
             return
         originals = {}
         for file in {task.source.path for task in self._tasks}:
             if os.path.isfile(file):
                 status = os.stat(file)
                 originals[status.st_dev, status.st_ino] = file
-        for target in there:
+        for target in existing:
             status = target.stat()
             if original := originals.get((status.st_dev, status.st_ino)):
                 raise InputError(f"{target}: would overwrite the original {original}; name another --out")
 
     def estimate(self) -> Estimate | None:
-        """Transcodes a few videos of this part of the work, and tells what the others need; None where none of the few
+        """Transcodes a sample of this part's videos and extrapolates to the rest. Returns None if none of the sample
         can be transcoded."""
-        there, todo = [], []
+        existing: list[Task] = []
+        todo: list[Task] = []
         for task in self._own:
-            (there if task.target.exists() else todo).append(task)
-        if not all(self._is_done(task) for task in there[:: max(len(there) // 4, 1)]):
-            todo += there  # made with other settings: they are made anew
+            (existing if task.target.exists() else todo).append(task)
+        if not all(self._is_done(task) for task in existing[:: max(len(existing) // 4, 1)]):
+            todo += existing  # made with other settings, so they are made again
         todo.sort(key=lambda task: task.pixels)
         if not todo:
             return Estimate(0, 0.0, 0, 0)
@@ -217,8 +230,8 @@ class Job:
         places = {(2 * number + 1) * len(todo) // (2 * count) for number in range(count)}
         sample = [todo[place] for place in sorted(places)]
         todo = [task for place, task in enumerate(todo) if place not in places]
-        crew = self._crew
-        copies = self._run(sample, crew.journal(self._journal), replace(crew, shard=(0, 1)))
+        pool = self._pool
+        copies = _transcode_all(sample, pool.journal(self._journal), replace(pool, shard=(0, 1)))
         good = [(task, copy) for task, copy in zip(sample, copies, strict=True) if isinstance(copy, Copy)]
         if not good:
             return None
@@ -226,49 +239,52 @@ class Job:
         seconds_a_pixel = sum(copy.seconds for _, copy in good) / sum(task.work for task, _ in good)
         needed = bytes_a_pixel * sum(task.pixels for task in todo) - sum(_size(task.target) for task in todo)
         seconds = seconds_a_pixel * sum(task.work for task in todo)
-        workers = 1 if crew.scheduler else crew.workers or len(os.sched_getaffinity(0))
+        workers = 1 if pool.scheduler else pool.workers or len(os.sched_getaffinity(0))
         return Estimate(max(round(needed), 0), seconds / workers, len(good), workers)
 
     def _is_done(self, task: Task) -> bool:
         try:
-            return in_child(is_done, task, self._crew.timeout_s)
+            return in_child(is_done, task.to_json(), self._pool.timeout_s)
         except InputError:
             return False
 
     def check_disk(self, estimate: Estimate) -> int:
-        """Bytes that are free where the copies go. Raises `InputError` where they are not enough."""
+        """Free space in bytes on the disk of the copies. Raises `InputError` if it is not enough."""
         free = shutil.disk_usage(self._out).free
         needed = estimate.needed_bytes * _SPARE
         if needed > free:
             raise InputError(
                 f"{self._out}: about {size_text(needed)} are needed, {size_text(free)} are free; make room, or name "
-                "another --out, a smaller --short-side or a larger --crf. What was transcoded for this estimate stays"
+                "another --out, a smaller --short-side or a larger --crf. The copies made for this estimate are kept"
             )
         return free
 
     def transcode(self) -> tuple[Manifest, list[Rejected], list[Copy]]:
-        """Makes what is missing: the new manifest, in the order of the old one, what is not in it, and the copies.
+        """Makes the missing copies of this part of the work. Returns their manifest, in the order of the original one,
+        the videos that could not be transcoded, and the copies.
 
-        Of a part of the work (`crew.shard`), those of this part.
+        Raises `InputError` if the disk is full.
         """
-        copies = self._run(self._tasks, self._journal, self._crew)
-        if self._crew.is_whole and any(_is_stale(task, copy) for task, copy in zip(self._tasks, copies)):
-            remove_journals(
-                self._journal
-            )  # somebody has changed or removed copies since; the others are found to be done
-            copies = self._run(self._tasks, self._journal, self._crew)
+        copies = _transcode_all(self._tasks, self._journal, self._pool)
+        if self._pool.is_whole and any(_is_stale(task, copy) for task, copy in zip(self._tasks, copies)):
+            remove_journals(self._journal)  # copies were changed or removed since; the run below finds the good ones
+            copies = _transcode_all(self._tasks, self._journal, self._pool)
         if any(_DISK_FULL in copy for copy in copies if isinstance(copy, Failed)):
             remove_journals(self._journal)  # it would remember the failures
-            raise InputError(f"{self._out}: {_DISK_FULL}; make room and run the command again: what is done stays done")
-        if self._crew.is_whole:
+            raise InputError(
+                f"{self._out}: {_DISK_FULL}; make room and run the command again: finished copies are kept"
+            )
+        if self._pool.is_whole:
             self._remove_unfinished()
-        videos, entries, rejected, good = [], {}, [], []
-        for row, copy in enumerate(copies):
-            path, label = self._manifest[row][:2]
+        videos: list[Video] = []
+        entries: dict[int, bytes] = {}
+        rejected: list[Rejected] = []
+        good: list[Copy] = []
+        for original, copy in zip(self._manifest, copies):
             if isinstance(copy, Failed):
-                rejected.append(Rejected(path, label, copy))
+                rejected.append(Rejected(original.path, original.label, copy))
             else:
-                videos.append(copy.video._replace(label=label))
+                videos.append(copy.video._replace(label=original.label))
                 good.append(copy)
                 if copy.entry:
                     entries[key_of(copy.video)] = base64.b64decode(copy.entry)
@@ -282,32 +298,33 @@ class Job:
         return manifest, rejected, good
 
     def compare(self) -> tuple[float, float, int]:
-        """(ms of CPU time to decode a clip of 8 frames of the originals, of the copies, videos that were tried)."""
+        """(CPU ms to decode a clip of 8 frames of the originals, the same for the copies, number of videos timed)."""
         tasks = [task for task in self._tasks if task.target.exists()]
         tasks = [tasks[number] for number in np.linspace(0, len(tasks) - 1, min(_COMPARED, len(tasks))).astype(int)]
-        times = run(time_decoding, tasks, journal=self._journal, crew=self._crew)
-        times = [each for each in times if not isinstance(each, Failed)]
+        results = run(time_decoding, [task.to_json() for task in tasks], journal=self._journal, pool=self._pool)
+        times = [each for each in results if not isinstance(each, Failed)]
         before, after = np.mean(times, axis=0).tolist() if times else (0.0, 0.0)
         return before, after, len(times)
 
-    def _run(self, tasks: Sequence[Task], journal: Path, crew: WorkerPool) -> list[Copy | Failed]:
-        found = run(transcode, tasks, journal=journal, crew=crew)
-        return [each if isinstance(each, Failed) else Copy(Video(*each[0]), *each[1:]) for each in found]
-
     def _remove_unfinished(self) -> None:
-        """What kills have left; another run that is under way keeps a lock on its own."""
+        """Removes files that killed runs have left; a run still under way holds a lock on its own."""
         for path in self._out.rglob(_UNFINISHED):
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
 
+def _transcode_all(tasks: Sequence[Task], journal: Path, pool: WorkerPool) -> list[Copy | Failed]:
+    results = run(transcode, [task.to_json() for task in tasks], journal=journal, pool=pool)
+    return [each if isinstance(each, Failed) else Copy(Video(*each[0]), *each[1:]) for each in results]
+
+
 def target_names(sources: Iterable[tuple[str, str]], suffix: str) -> dict[tuple[str, str], str]:
-    """(shard, path) of every video -> the path of its copy: with `suffix` for its own, or after its own where two
-    would have the same."""
+    """(shard, path) of every video -> the path of its copy. `suffix` replaces the suffix of the video, or is appended
+    if two copies would otherwise have the same path."""
     names = dict.fromkeys(sources, 0)  # -> how much of the old name is kept
     while True:
-        made = {source: _name(*source, suffix, kept) for source, kept in names.items()}
+        made = {source: _target_name(*source, suffix, kept) for source, kept in names.items()}
         taken = Counter(made.values())
         doubled = [source for source, name in made.items() if taken[name] > 1]
         if not doubled:
@@ -316,7 +333,7 @@ def target_names(sources: Iterable[tuple[str, str]], suffix: str) -> dict[tuple[
             names[source] += 1
 
 
-def _name(shard: str, path: str, suffix: str, kept: int) -> str:
+def _target_name(shard: str, path: str, suffix: str, kept: int) -> str:
     stem, old = os.path.splitext(path)
     if old.lower() == suffix and kept < 2:
         return path
@@ -325,8 +342,8 @@ def _name(shard: str, path: str, suffix: str, kept: int) -> str:
     return (os.path.join(os.path.splitext(shard)[0], path) if kept > 1 else path) + suffix
 
 
-def _below(path: str, root: Path) -> str:
-    """`path` as one below a folder, wherever it is."""
+def _path_below(path: str, root: str | os.PathLike) -> str:
+    """A relative path without "..": relative to `root` if the video is below it, otherwise to /."""
     path = os.path.normpath(path)
     if os.path.isabs(path) or path.startswith(".."):
         whole, home = os.path.abspath(os.path.join(root, path)), os.path.abspath(root)
@@ -349,24 +366,25 @@ def _is_stale(task: Task, copy: Copy | Failed) -> bool:
 
 
 def copy_size(video: Video, short_side: int) -> tuple[int, int]:
-    """(height, width) of the copy, as shown: even, and not larger than the video."""
+    """(height, width) of the copy in pixels, as shown: even, and not larger than the video."""
     side = min(short_side, video.height, video.width)
     height, width = (max(each // 2 * 2, 2) for each in resized_size(video.height, video.width, side))
     return height, width
 
 
 def size_text(size: float) -> str:
+    """A number of bytes in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-# -- in a child process --
+# -- in a child process; `task` are the fields of `Task.to_json` --
 
 
-def transcode(source: list, video: list, out: str, name: str, settings: dict) -> Copy:
-    """Makes the copy `name` of the video in `source` (a `Source`), unless it is there. Raises `InputError`."""
-    started = time.monotonic()
-    video, settings, target = Video(*video), Settings(**settings), Path(out, name)
-    tag = _tag(Source(*source), video, settings)
+def transcode(*task: Any) -> Copy:
+    """Makes the copy of a task, unless it exists. Raises `InputError`."""
+    source, video, _, name, settings = parsed = Task.from_json(*task)
+    started, target = time.monotonic(), parsed.target
+    tag = _tag(parsed)
     is_there = False
     if target.exists():
         found = _read_tag(target)
@@ -376,40 +394,42 @@ def transcode(source: list, video: list, out: str, name: str, settings: dict) ->
             raise InputError(f"{target} exists, and is a copy of {found.get('source')}; name another --out")
         is_there = found == tag
     if not is_there:
-        _write(Source(*source), video, target, settings, json.dumps(tag))
+        _write_copy(source, video, target, settings, json.dumps(tag))
     copy, entry = probe_packets(target)
     copy = copy._replace(path=name)
     height, width = copy_size(video, settings.short_side)
     if (copy.frames, copy.height, copy.width, copy.rotation, copy.mirrored) != (video.frames, height, width, 0, 0):
         target.unlink()
-        raise InputError(f"{copy.frames} of its {video.frames} pictures are in the copy, or they are turned or cut")
+        raise InputError(f"the copy has {copy.frames} of {video.frames} frames, or they are turned or cut")
     status = target.stat()
     seconds = 0.0 if is_there else time.monotonic() - started
     packed = base64.b64encode(entry).decode()
     return Copy(copy, tag["bytes"], status.st_size, status.st_mtime_ns, seconds, packed)
 
 
-def is_done(source: list, video: list, out: str, name: str, settings: dict) -> bool:
-    """Whether the copy is there, of this video and with these settings."""
-    return _read_tag(Path(out, name)) == _tag(Source(*source), Video(*video), Settings(**settings))
+def is_done(*task: Any) -> bool:
+    """Whether the copy exists and was made from this video with these settings."""
+    parsed = Task.from_json(*task)
+    return _read_tag(parsed.target) == _tag(parsed)
 
 
-def _tag(source: Source, video: Video, settings: Settings) -> dict:
-    """What a copy says of how it was made."""
+def _tag(task: Task) -> dict[str, Any]:
+    """How a copy was made; written into its metadata."""
+    video = task.video
     return {
         "made_by": _MADE_BY,
         "source": os.path.join(video.shard, video.path),
-        "bytes": size_of(source),
+        "bytes": size_of(task.source),
         "frames": video.frames,
         "fps": video.fps,
         "rotation": video.rotation,
-        **({"mirrored": 1} if video.mirrored else {}),  # not in others: copies of before there was one stay good
-        **asdict(settings),
+        **({"mirrored": 1} if video.mirrored else {}),  # omitted if 0: copies by versions without this key stay valid
+        **asdict(task.settings),
     }
 
 
-def _read_tag(path: Path) -> dict:
-    """What an earlier run has noted in a copy; {} in other files."""
+def _read_tag(path: Path) -> dict[str, Any]:
+    """The tag of a copy; {} for other files."""
     try:
         with open_video(path) as container:
             tags = {name.lower(): text for name, text in container.metadata.items()}
@@ -419,88 +439,86 @@ def _read_tag(path: Path) -> dict:
     return tag if isinstance(tag, dict) else {}
 
 
-def _write(source: Source, video: Video, target: Path, settings: Settings, tag: str) -> None:
+def _write_copy(source: Source, video: Video, target: Path, settings: Settings, tag: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(_UNFINISHED.replace("*", uuid.uuid4().hex))
+    frames = decode_all(source, frames=video.frames, size=coded_size(video))  # raises `InputError` for a damaged one
     try:
         with open(unfinished, "wb") as lock:  # see `_remove_unfinished`
             fcntl.flock(lock, fcntl.LOCK_EX)
-            _encode(_pictures(source, video, settings), unfinished, video, settings, tag)
+            _encode(map(_Scaler(video, settings).scale, frames), unfinished, video, settings, tag)
             unfinished.replace(target)
     except (OSError, av.error.FFmpegError) as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(_DISK_FULL) from None
-        raise InputError(f"cannot be encoded as {settings.codec} ({error.strerror.lower()})") from None
+        raise InputError(f"cannot be encoded as {settings.codec} ({str(error.strerror).lower()})") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _encode(pictures: Iterable[av.VideoFrame], path: Path, video: Video, settings: Settings, tag: str) -> None:
+def _encode(frames: Iterable[av.VideoFrame], path: Path, video: Video, settings: Settings, tag: str) -> None:
     codec = CODECS[settings.codec]
     fps = Fraction(video.fps).limit_denominator(1 << 16)
     options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if codec.container == "mp4" else {})
     with av.open(ffmpeg_url(path), "w", format=codec.container, options=options) as container:
         container.metadata["comment"] = tag
-        stream = container.add_stream(codec.encoder, rate=fps, options=codec.options(settings.gop, settings.crf))
+        encoder_options = codec.options(settings.gop, settings.crf)
+        stream = add_video_stream(container, codec.encoder, rate=fps, options=encoder_options)
         encoder = stream.codec_context
         stream.height, stream.width = copy_size(video, settings.short_side)
         stream.pix_fmt = codec.pixel_format
-        encoder.thread_count = 1  # the processes around it encode others
         encoder.time_base = 1 / fps
-        for number, picture in enumerate(pictures):
+        for number, frame in enumerate(frames):
             if number == 0:
-                encoder.color_range, encoder.colorspace = picture.color_range, picture.colorspace
-                encoder.color_primaries, encoder.color_trc = picture.color_primaries, picture.color_trc
-            picture.pts, picture.time_base, picture.duration = number, 1 / fps, 1
-            picture.pict_type = av.video.frame.PictureType.NONE  # the original's would be forced on it
-            container.mux(stream.encode(picture))
+                encoder.color_range, encoder.colorspace = frame.color_range, frame.colorspace
+                encoder.color_primaries, encoder.color_trc = frame.color_primaries, frame.color_trc
+            frame.pts, frame.time_base, frame.duration = number, 1 / fps, 1
+            frame.pict_type = av.video.frame.PictureType.NONE  # the encoder would keep the original's type
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
-def _pictures(source: Source, video: Video, settings: Settings) -> Iterator[av.VideoFrame]:
-    """Those of the original, as they are to be encoded. Raises `InputError` where one is damaged or missing."""
-    return map(_Scaler(video, settings).scale, decode_all(source, frames=video.frames, size=coded_size(video)))
-
-
 class _Scaler:
-    """Gives pictures the size, the format and the direction of the copy; the colours stay what they are."""
+    """Converts decoded frames to the size, the pixel format and the orientation of the copy; colours do not change."""
 
     def __init__(self, video: Video, settings: Settings):
         shown = copy_size(video, settings.short_side)
         self._height, self._width = shown if video.rotation in (0, 180) else shown[::-1]
         self._turns, self._mirrored = video.rotation // 90, video.mirrored
         self._format = CODECS[settings.codec].pixel_format
-        self._reformatter = av.video.reformatter.VideoReformatter()
-        flags = av.video.reformatter.Interpolation
-        self._flags = flags.BICUBIC | flags.ACCURATE_RND | flags.FULL_CHR_H_INP
+        self._reformatter = VideoReformatter()
+        self._flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
-    def scale(self, picture: av.VideoFrame) -> av.VideoFrame:
+    def scale(self, frame: av.VideoFrame) -> av.VideoFrame:
         wants_full = self._format == "yuvj420p"
-        if picture.format.is_rgb or len(picture.format.components) < 3:
+        if frame.format.is_rgb or len(frame.format.components) < 3:
             is_full = wants_full
         else:
-            is_full = picture.color_range == _FULL or picture.format.name.startswith("yuvj")
+            is_full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
         # MJPEG has no tag for another matrix.
-        to_601 = picture.format.is_rgb or (wants_full and picture.colorspace not in (_UNKNOWN, *_BT601))
+        to_601 = frame.format.is_rgb or (wants_full and frame.colorspace not in (_UNKNOWN, *_BT601))
         scaled = self._reformatter.reformat(
-            picture,
+            frame,
             width=self._width,
             height=self._height,
             format="yuvj420p" if is_full else "yuv420p",
             interpolation=self._flags,
-            dst_colorspace="itu601" if to_601 else None,
-            dst_color_range="JPEG" if is_full else "MPEG",
+            dst_colorspace=Colorspace.ITU601 if to_601 else None,
+            dst_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
             threads=1,
         )
-        colorspace = scaled.colorspace if to_601 else picture.colorspace
+        colorspace = scaled.colorspace if to_601 else frame.colorspace
         if is_full != wants_full or self._turns or self._mirrored:
             scaled = self._rebuild(scaled, _range_tables(wants_full) if is_full != wants_full else None)
-            scaled.color_primaries, scaled.color_trc = picture.color_primaries, picture.color_trc
+            scaled.color_primaries, scaled.color_trc = frame.color_primaries, frame.color_trc
         scaled.colorspace, scaled.color_range = colorspace, _FULL if wants_full else _LIMITED
         return scaled
 
-    def _rebuild(self, picture: av.VideoFrame, tables: Sequence[np.ndarray] | None) -> av.VideoFrame:
-        planes = [np.ndarray((p.height, p.width), np.uint8, p, strides=(p.line_size, 1)) for p in picture.planes]
+    def _rebuild(self, frame: av.VideoFrame, tables: Sequence[np.ndarray] | None) -> av.VideoFrame:
+        planes = [
+            np.ndarray((plane.height, plane.width), np.uint8, memoryview(plane), strides=(plane.line_size, 1))
+            for plane in frame.planes
+        ]
         if tables:
             planes = [table[plane] for table, plane in zip(tables, planes, strict=True)]
         planes = [np.rot90(plane[:, :: -1 if self._mirrored else 1], self._turns) for plane in planes]
@@ -510,25 +528,28 @@ class _Scaler:
 
 @functools.cache
 def _range_tables(to_full: bool) -> list[np.ndarray]:
-    """New values of Y, U and V from limited to full range, or back. FFmpeg's own conversion rounds down: half a level
-    of chroma, one of green."""
+    """Lookup tables for Y, U and V from limited to full range, or back. FFmpeg's own conversion rounds down: it is half
+    a level of chroma off, one of green."""
     old = np.arange(256.0)
     luma, chroma = ((old - 16) / 219, (old - 128) / 224) if to_full else (old / 255, (old - 128) / 255)
     luma, chroma = (luma * 255, chroma * 255 + 128) if to_full else (luma * 219 + 16, chroma * 224 + 128)
     return [np.rint(each).clip(0, 255).astype(np.uint8) for each in (luma, chroma, chroma)]
 
 
-def time_decoding(source: list, video: list, out: str, name: str, settings: dict) -> tuple[float, float]:
-    """ms of CPU time for a clip of 8 frames, as training draws them, out of the original and out of its copy."""
-    video, original = Video(*video), fetch(Source(*source))
-    copy = probe(Path(out, name))
+def time_decoding(*task: Any) -> tuple[float, float]:
+    """CPU ms to decode a clip of 8 frames, as training draws them: (from the original, from its copy)."""
+    parsed = Task.from_json(*task)
+    original, video, target = fetch(parsed.source), parsed.video, parsed.target
+    decodes: list[tuple[Source | Path, Video]] = [(original, video), (target, probe(target))]
     best = [np.inf, np.inf]
     for start in (0.2, 0.7):
-        window = {"num_frames": 8, "stride": 32, "target_fps": 30, "past_end": "fit", "start": start}
-        positions = np.unique(frame_positions(frames=video.frames, fps=video.fps, **window))
-        for _ in range(3):  # in turn: what else the machine does meets both
-            for which, (path, each) in enumerate(((original, video), (os.path.join(out, name), copy))):
+        window = frame_positions(
+            frames=video.frames, fps=video.fps, num_frames=8, stride=32, target_fps=30, past_end="fit", start=start
+        )
+        positions = np.unique(window)
+        for _ in range(3):  # in turn, so that other load on the machine affects both
+            for which, (file, each) in enumerate(decodes):
                 began = time.process_time()
-                decode_frames(path, positions, size=coded_size(each))
+                decode_frames(file, positions, size=coded_size(each))
                 best[which] = min(best[which], time.process_time() - began)
     return best[0] * 1000, best[1] * 1000

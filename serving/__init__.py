@@ -1,1 +1,1 @@
-"""Taking weights to users: prediction on videos, export and the formats of answers."""
+"""Takes weights to users: predictions for videos, their formats and plots, and exports to other runtimes."""

@@ -1,4 +1,4 @@
-"""Features of videos in one file: what the network's head sees, for retrieval and linear probes."""
+"""Features of videos in one .npz file: the inputs of the network's head, for retrieval and linear probes."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ import numpy as np
 
 from common.weights import Weights, atomic_write
 from dali_pipelines.errors import InputError
-from serving.prediction import Prediction
+from serving.exported import Exported
+from serving.prediction import Prediction, Unreadable
 
 
 class Features:
-    """Collects the features of predictions, and writes them whole or not at all."""
+    """Collects the features of predictions, and writes them atomically."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -19,16 +20,16 @@ class Features:
         self._videos: list[str] = []
         self._labels: list[int | None] = []
 
-    def add(self, prediction: Prediction) -> None:
-        """Videos that cannot be read are left out."""
-        if prediction.features is not None:
+    def add(self, prediction: Prediction | Unreadable) -> None:
+        """Ignores videos that cannot be read."""
+        if isinstance(prediction, Prediction) and prediction.features is not None:
             self._rows.append(prediction.features.numpy())
             self._videos.append(prediction.video)
             self._labels.append(prediction.label)
 
-    def save(self, weights: Weights) -> None:
-        """Arrays: features float32 [M, D], paths [M], labels int64 [M] where all videos are from manifests, classes [K]
-        and, as JSON texts, model and preprocessing. `InputError` where there is nothing to write."""
+    def save(self, weights: Weights | Exported) -> None:
+        """Writes arrays: features float32 [M, D], paths [M], labels int64 [M] if all videos are from manifests, classes
+        [K] and, as JSON, model and preprocessing. Raises `InputError` if there are no features."""
         if not self._rows:
             raise InputError(f"{self._path}: not written: none of the videos can be read")
         arrays = {
@@ -41,4 +42,4 @@ class Features:
         if None not in self._labels:
             arrays["labels"] = np.array(self._labels, np.int64)
         with atomic_write(self._path) as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)

@@ -1,4 +1,4 @@
-"""Pictures of clips and predictions."""
+"""Plots of clips and predictions, as image files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from common.clip_images import to_pixels
 from serving.formats import clock
 
 
-def _plain(text: str) -> str:
-    """`text` as it is: matplotlib would read dollar signs as mathematics, and refuses names that are not UTF-8."""
+def _literal(text: str) -> str:
+    """Escapes `text` for matplotlib, which reads dollar signs as mathematics and refuses names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
@@ -27,8 +27,8 @@ def save_prediction_picture(
     std: Sequence[float],
     most: int = 8,
 ) -> None:
-    """Draws the frames and the three crops [3, 3, T, S, S] that the network saw, and a bar for each of the `most`
-    likeliest classes."""
+    """Draws the frames and the three crops that the network saw, float32 [3, 3, T, S, S] normalised with `mean` and
+    `std`, and a bar for each of the `most` likely classes."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -38,21 +38,21 @@ def save_prediction_picture(
     num_views, num_frames = pixels.shape[:2]
     shown = np.linspace(0, num_frames - 1, min(num_frames, 8)).astype(int)
     figure = pyplot.figure(figsize=(1.5 * len(shown), 6.4), layout="constrained")
-    figure.suptitle(_plain(title))
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 2.2])
+    figure.suptitle(_literal(title))
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 2.2], squeeze=False).flat
     upper.suptitle("the frames (middle crop)", fontsize="medium")
     for axes, frame in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         axes.imshow(pixels[num_views // 2, frame])
         axes.set_title(str(frame + 1), fontsize="small")
         axes.axis("off")
-    left, right = lower.subfigures(1, 2)
+    left, right = lower.subfigures(1, 2, squeeze=False).flat
     left.suptitle("the three crops (middle frame)", fontsize="medium")
     for axes, view in zip(left.subplots(1, num_views, squeeze=False)[0], pixels, strict=True):
         axes.imshow(view[num_frames // 2])
         axes.axis("off")
     best = np.argsort(probabilities)[::-1][:most]
     axes = right.subplots()
-    bars = axes.barh([_plain(classes[index]) for index in best], [probabilities[index] for index in best])
+    bars = axes.barh([_literal(classes[index]) for index in best], [probabilities[index] for index in best])
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15)
@@ -65,8 +65,8 @@ def save_prediction_picture(
 def save_explanation(
     path: str | Path, clip: Tensor, attention: Tensor, *, title: str, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Draws the frames of a clip [3, T, S, S] and, over the same frames below, where the network looks: attention
-    [T, rows, columns], resized, with each frame's share of all of it. One scale for all frames: 1 is the mean."""
+    """Draws the frames of a normalised clip [3, T, S, S] and, below, the same frames under the attention of the network
+    [T, rows, columns], resized, with each frame's share of the total. All frames have the same scale: 1 is the mean."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -83,7 +83,7 @@ def save_explanation(
     figure.subplots_adjust(
         left=0.01, right=1 - 0.7 / (1.5 * len(shown) + 0.6), top=0.83, bottom=0.07, wspace=0.04, hspace=0.04
     )
-    figure.suptitle(_plain(title), x=0.01, ha="left")
+    figure.suptitle(_literal(title), x=0.01, ha="left")
     for (upper, lower), frame in zip(rows.T, shown, strict=True):
         upper.imshow(pixels[frame])
         upper.set_title(f"frame {frame + 1}", fontsize="small")
@@ -116,8 +116,8 @@ def save_timeline(
     most: int = 8,
     most_frames: int = 12,
 ) -> None:
-    """Draws the probabilities [N, K] of N windows from `seconds` [N, 2] over time, of the `most` classes that are the
-    likeliest in any window, and below them the frames [N, 3, S, S] of up to `most_frames` windows."""
+    """Draws the probabilities [N, K] of N windows over time, from start to end in `seconds` [N, 2], for the `most`
+    classes with the highest peaks, and below them the normalised frames [N, 3, S, S] of up to `most_frames` windows."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -129,25 +129,25 @@ def save_timeline(
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), most_frames)).astype(int))
     pixels = to_pixels(frames[shown].unsqueeze(2), mean=mean, std=std)[:, 0]  # [n, S, S, 3]
     figure = pyplot.figure(figsize=(13, 5))
-    figure.suptitle(_plain(title), x=0.06, ha="left")
+    figure.suptitle(_literal(title), x=0.06, ha="left")
     axes = figure.add_axes((0.06, 0.4, 0.77, 0.5))
     colours = {label: f"C{place}" for place, label in enumerate(best)}
     for label in best:
-        axes.plot(centres, probabilities[:, label], "o-", color=colours[label], ms=4, label=_plain(classes[label]))
+        axes.plot(centres, probabilities[:, label], "o-", color=colours[label], ms=4, label=_literal(classes[label]))
     axes.set(xlim=(0, seconds[-1, 1]), ylim=(-0.03, 1.03), ylabel="probability")
     axes.xaxis.set_major_formatter(lambda value, _: clock(value).removesuffix(".0"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     width = 0.77 / len(shown)
-    for place, (window, picture) in enumerate(zip(shown, pixels, strict=True)):
+    for place, (window, frame) in enumerate(zip(shown, pixels, strict=True)):
         label = int(probabilities[window].argmax())
         below = figure.add_axes((0.06 + place * width + 0.04 * width, 0.1, 0.92 * width, 0.2), anchor="N")
-        below.imshow(picture)
+        below.imshow(frame)
         below.set(xticks=[], yticks=[])
         below.spines[:].set(color=colours.get(label, "grey"), linewidth=3)
         below.set_xlabel(
-            f"{_plain(classes[label])}\n{clock(seconds[window, 0])} - {clock(seconds[window, 1])}", fontsize=7
+            f"{_literal(classes[label])}\n{clock(seconds[window, 0])} - {clock(seconds[window, 1])}", fontsize=7
         )
         figure.add_artist(
             ConnectionPatch(

@@ -1,4 +1,4 @@
-"""Whether a run compiles its network, and how: `train.compile` and `train.cuda_graphs`."""
+"""Compiling the network: `train.compile` and `train.cuda_graphs`."""
 
 from typing import Literal
 
@@ -13,14 +13,15 @@ from model import TimeSformer
 Mode = Literal["eager", "compiled", "CUDA graphs"]
 
 WORTH_IT = 1000
-"""Forward passes of a run in training: a rule of thumb. At 8 clips a GPU a compiled step of ViT-B took about 35 ms less
-than an eager one (docs/benchmarks.md), and compiling takes half a minute. Both grow with the number of blocks."""
+"""Number of forward passes in training from which compiling pays, by a rule of thumb: with 8 clips per GPU a compiled
+step of ViT-B took about 35 ms less than an eager one (docs/benchmarks.md), and compiling takes half a minute. Both grow
+with the number of blocks."""
 
 _VARIANTS = 32  # graphs of a block: first, middle and last, in training and in evaluation, of a student and a teacher
 
 
 def check_compile(train: TrainConfig, process: DistributedContext) -> None:
-    """Raises `InputError` if what the settings force cannot be done here. On all processes."""
+    """Raises `InputError` if the settings force what this machine cannot do. Every process must call it."""
     if train.cuda_graphs and process.device.type != "cuda":
         raise InputError(f"train.cuda_graphs is true, and the device is {process.device}; expected a GPU")
     if train.cuda_graphs and _wanted(train) == "false":
@@ -35,10 +36,10 @@ def check_compile(train: TrainConfig, process: DistributedContext) -> None:
 def decide_compile(
     train: TrainConfig, process: DistributedContext, *, passes: int, before: Mode | None
 ) -> tuple[Mode, str]:
-    """How to run the network, the same on all processes, and that in words, with the reason if it is not compiled.
+    """How to run the network, the same on all processes, and a description, with the reason if it is not compiled.
 
-    passes: forward passes in training, over the whole run. before: how the run began that is resumed, None for a new
-    run; `auto` goes on in the same way. Expects that `check_compile` has passed.
+    passes: forward passes in training, over the whole run. before: the mode in which a resumed run began, which `auto`
+    keeps; None for a new run. `check_compile` must have passed.
     """
     if train.cuda_graphs:
         return "CUDA graphs", "compiled, launched as CUDA graphs"
@@ -55,7 +56,7 @@ def decide_compile(
 
 
 def _wanted(train: TrainConfig) -> str:
-    """auto, true or false; YAML makes a bool or a text of them."""
+    """auto, true or false, which YAML reads as bools or texts."""
     return str(train.compile).lower()
 
 
@@ -71,23 +72,24 @@ def compiler_missing(device: torch.device) -> str:
 
     try:
         torch.compile(two_operators, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # of the compiler, of Triton, of the folder that it writes to
+    except Exception as error:  # from the compiler, Triton, or the folder that they write to
         lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
         return f"torch.compile does not work on {device} ({lines[0] if lines else type(error).__name__})"
     return ""
 
 
 def compile_network(network: TimeSformer, *, cuda_graphs: bool = False) -> None:
-    """In place. Each kind of block becomes one graph, in training and in evaluation, for each batch size.
+    """Compile the network in place: each kind of block becomes one graph, in training and in evaluation, for each batch
+    size.
 
-    Block by block, the time to compile does not grow with the depth, DDP reduces the gradients of one block while the
-    next one is computed, and activation checkpointing stays outside of the graphs. With `cuda_graphs` the whole network
-    is one graph that is launched at once; each call overwrites the result of the one before.
+    This way the time to compile does not grow with the depth, DDP reduces the gradients of one block while the next one
+    is computed, and activation checkpointing stays outside of the graphs. With `cuda_graphs` the whole network is one
+    graph that is launched at once, and each call overwrites the result of the last one.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._dynamo.config.optimize_ddp = False  # would split the graphs once more
-    # Kernels are chosen without timing them, so that a resumed run has the same ones.
-    options = {"deterministic": True}
+    # Kernels are chosen without timing them, so that a resumed run uses the same ones.
+    options: dict[str, str | int | bool] = {"deterministic": True}
     if cuda_graphs:
         network.compile(fullgraph=True, dynamic=False, options=options | {"triton.cudagraphs": True})
         return
@@ -96,5 +98,5 @@ def compile_network(network: TimeSformer, *, cuda_graphs: bool = False) -> None:
 
 
 def cuda_graphs_skipped() -> bool:
-    """Whether the compiler has left out CUDA graphs, which it only logs."""
+    """Whether the compiler did not use CUDA graphs, which it only logs."""
     return counters["inductor"]["cudagraph_skips"] > 0

@@ -1,4 +1,4 @@
-"""The data of a run: its manifests, classes and loaders, and how a step's clips are shared out."""
+"""The data of a run: manifests, classes and loaders, and how a global batch is split."""
 
 import hashlib
 import math
@@ -13,18 +13,20 @@ from common.weights import Weights, load_weights
 from dali_pipelines import ClipLoader, InputError
 
 
-class Sharing(NamedTuple):
+class BatchPlan(NamedTuple):
     """global batch = ranks x batch_size x micro_steps."""
 
     batch_size: int
-    """Clips a process takes at once."""
+    """Clips per micro-batch of a process."""
     micro_steps: int
-    """Batches a process takes for one optimizer step."""
+    """Micro-batches of a process per optimizer step."""
 
 
-def share_out(config: Config, world_size: int, clips: int) -> Sharing:
-    """How `world_size` processes make a global batch, of the `clips` of an epoch. Raises `InputError` with the nearest
-    combinations that are possible."""
+def split_global_batch(config: Config, world_size: int, num_clips: int) -> BatchPlan:
+    """Split a global batch over `world_size` processes, in epochs of `num_clips` clips.
+
+    Raises `InputError` with the nearest combinations that are possible.
+    """
     total, batch_size, views = config.optim.global_batch_size, config.data.batch_size, config.data.views_per_decode
     if batch_size is not None and batch_size % views:
         raise InputError(
@@ -35,17 +37,18 @@ def share_out(config: Config, world_size: int, clips: int) -> Sharing:
     fitting = [size for size in range(views, total // world_size + 1, views) if total % (world_size * size) == 0]
     sizes = sorted(fitting, key=lambda size: abs(size - (batch_size or size)))[:2]
     problem = f"optim.global_batch_size is {total}"
-    if total > clips:
-        problem += f", but an epoch has {clips} clips, fewer than one step takes"
+    if total > num_clips:
+        problem += f", but an epoch has {num_clips} clips, fewer than one step takes"
     elif total % unit:
         of = f"batches of {batch_size}" if batch_size else f"a multiple of {views}" if views > 1 else "a whole number"
         problem += f", which {world_size} processes cannot share evenly, {of} each"
     else:
         share = total // world_size
-        return Sharing(batch_size or share, share // (batch_size or share))
-    nearest = _nearest(min(total, clips), unit, most=clips)
-    remedies = [f"the nearest that they can: {nearest}"] * bool(nearest)
-    if sizes and batch_size and total <= clips:
+        return BatchPlan(batch_size or share, share // (batch_size or share))
+    remedies = []
+    if nearest := _nearest(min(total, num_clips), unit, most=num_clips):
+        remedies.append(f"the nearest that they can: {nearest}")
+    if sizes and batch_size and total <= num_clips:
         remedies.append(f"or data.batch_size {', '.join(map(str, sorted(sizes)))}")
     raise InputError("; ".join([problem, *remedies]))
 
@@ -57,7 +60,7 @@ def _nearest(number: int, unit: int, *, most: float = math.inf) -> str:
 
 
 def read_teacher(config: Config) -> Weights | None:
-    """`distill.teacher`, if its clips are cut as ours are."""
+    """The weights of `distill.teacher`; None without one. Raises `InputError` if it takes other clips than the run."""
     path, data = config.distill.teacher, config.data
     if path is None:
         return None
@@ -80,34 +83,42 @@ class Data(NamedTuple):
     train: ClipLoader
     val: ClipLoader
     classes: tuple[str, ...]
-    sharing: Sharing
+    plan: BatchPlan
 
 
 def make_data(config: Config, process: DistributedContext, teacher: Weights | None) -> Data:
-    """The loaders of training and validation; with a teacher, training clips have as many frames as it takes, within
-    the window of ours."""
+    """The loaders for training and validation. Raises `InputError` if manifests, classes and settings do not fit, or
+    differ between processes.
+
+    With a teacher, training clips have as many frames as it takes, within the same time window.
+    """
     data = config.data
     train, val = (read_manifest(getattr(data, name), key=f"data.{name}") for name in ("train", "val"))
+    train_name, val_name = str(data.train), str(data.val)
     classes = class_names(data.labels, train)
     if process.world_size > 1:
         names = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape")).hexdigest()
-        facts = {"the checksum of the classes": names[:12], "data.train": train.summary(), "data.val": val.summary()}
-        facts["train.precision"] = resolve_precision(config.train.precision, process.device)
-        facts["distill.teacher"] = teacher and weights_checksum(teacher.state)[:12]
+        facts = {
+            "the checksum of the classes": names[:12],
+            "data.train": train.summary(),
+            "data.val": val.summary(),
+            "train.precision": resolve_precision(config.train.precision, process.device),
+            "distill.teacher": teacher and weights_checksum(teacher.state)[:12],
+        }
         check_agreement(process, shared_facts(config) | facts)
     renamed = data.labels is not None
-    check_labels(train, classes, name=data.train, of=str(data.labels), renamed=renamed)
-    check_labels(val, classes, name=data.val, of=data.labels or data.train, renamed=renamed)
-    if renamed and train.classes:  # names of neither may be in the file
-        check_labels(val, train.classes, name=data.val, of=data.train, renamed=True)
-    sharing = share_out(config, process.world_size, len(train) * data.views_per_decode)
+    check_labels(train, classes, name=train_name, of=str(data.labels), renamed=renamed)
+    check_labels(val, classes, name=val_name, of=data.labels or train_name, renamed=renamed)
+    if renamed and train.classes:  # the file may have other names than the two manifests
+        check_labels(val, train.classes, name=val_name, of=train_name, renamed=True)
+    plan = split_global_batch(config, process.world_size, len(train) * data.views_per_decode)
     if teacher is not None and teacher.classes != classes:
         raise InputError(
             f"distill.teacher {config.distill.teacher} knows {len(teacher.classes)} classes "
             f"({teacher.classes[0]}, ...); expected the {len(classes)} here ({classes[0]}, ...)"
         )
     shared = {
-        "batch_size": sharing.batch_size,
+        "batch_size": plan.batch_size,
         "device": process.device,
         "seed": config.seed,
         "rank": process.rank,
@@ -122,5 +133,5 @@ def make_data(config: Config, process: DistributedContext, teacher: Weights | No
         ClipLoader(train, **clips, step_entries=config.optim.global_batch_size, **shared),
         ClipLoader(val, **clip_settings(data, "validate"), **shared),
         classes,
-        sharing,
+        plan,
     )

@@ -1,4 +1,4 @@
-"""Losses, as sums over valid clips: dividing by how many there were over all processes comes last."""
+"""Losses, as sums over valid clips; they are divided by the number of clips over all processes afterwards."""
 
 import torch
 from torch import Tensor
@@ -6,21 +6,21 @@ from torch.nn.functional import cross_entropy, kl_div
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, *, label_smoothing: float) -> Tensor:
-    """Cross entropy of logits [B, K] and labels [B], summed over the clips that are valid [B]; a scalar.
+    """Cross entropy of logits [B, K] and labels [B], summed over the clips that are valid (bool [B]); a scalar.
 
-    `label_smoothing` spreads that share of each label evenly over all classes. Clips that are not valid add nothing,
-    whatever their label.
+    label_smoothing: share of each label, 0 to 1, that is spread evenly over all classes. Labels of invalid clips are
+    ignored.
     """
     labels = torch.where(valid, labels, -100)
     return cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum", ignore_index=-100)
 
 
 def summed_distillation(logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, temperature: float) -> Tensor:
-    """How far logits [B, K] are from the teacher's, summed over the clips that are valid [B]; a scalar.
+    """Distance of logits [B, K] from the teacher's, summed over the clips that are valid (bool [B]); a scalar.
 
-    Kullback-Leibler divergence of softmax(logits / temperature), times temperature**2, which keeps its gradients as
-    large as those of the labels at any temperature (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural
-    Network, 2015, section 2).
+    It is the Kullback-Leibler divergence of softmax(logits / temperature), times temperature**2, which keeps its
+    gradients as large as those of the labels at any temperature (Hinton, Vinyals, Dean: Distilling the Knowledge in a
+    Neural Network, 2015, section 2).
     """
     student, teacher = ((value.float() / temperature).log_softmax(1) for value in (logits, teacher_logits))
     divergence = kl_div(student, teacher, reduction="none", log_target=True).sum(1)

@@ -1,7 +1,7 @@
-"""VideoMix: each clip mixed with another of its micro-batch, on the device, with one share a micro-batch.
+"""VideoMix: each clip is mixed with another one of its micro-batch, on the device, with one share per micro-batch.
 
 Mixup (Zhang et al. 2018) fades two clips; CutMix (Yun et al. 2019; for video VideoMix, Yun et al. 2020, section 3.2)
-pastes a box of one into the other. PaddleVideo's VideoMix (loader/pipelines/mix.py) draws one of the two each batch.
+pastes a box of one into the other. PaddleVideo's VideoMix (loader/pipelines/mix.py) draws one of them for each batch.
 """
 
 import math
@@ -18,13 +18,19 @@ class Mixed(NamedTuple):
     clips: Tensor
     """[B, 3, T, S, S]"""
     partners: Tensor
-    """int64 [B], on the clips' device: which clip was mixed into each."""
+    """int64 [B], on the clips' device: index of the clip that was mixed into each."""
     share: float
-    """How much of a clip is its own, 0 to 1, the same for all; the rest is its partner's."""
+    """Share of each clip that is its own, 0 to 1; the rest is its partner's."""
+
+    def label_shares(self, labels: Tensor) -> list[tuple[float, Tensor]]:
+        """Shares that sum to 1, each with the labels [B] that have it."""
+        if self.share == 1:
+            return [(1.0, labels)]
+        return [(self.share, labels), (1 - self.share, labels[self.partners])]
 
 
 def mix_clips(clips: Tensor, valid: Tensor, mix: MixConfig, random: np.random.Generator) -> Mixed:
-    """Clips [B, 3, T, S, S], those of them that are `valid` [B] (on the CPU) mixed among themselves, in new memory."""
+    """Mix clips [B, 3, T, S, S] that are `valid` (bool [B], on the CPU) among themselves, into new memory."""
     partners = torch.arange(len(clips))
     good = valid.nonzero()[:, 0]
     partners[good] = good[random.permutation(len(good))]
@@ -38,19 +44,19 @@ def mix_clips(clips: Tensor, valid: Tensor, mix: MixConfig, random: np.random.Ge
 
 
 def _cutmix(clips: Tensor, partners: Tensor, share: float, box: str, random: np.random.Generator) -> Mixed:
-    """The box has a share of 1 - `share` and its centre anywhere; what of it lies outside is cut off."""
+    """Paste a box of 1 - `share` of the area, with a random centre; it is cut off at the clip's borders."""
     height, width = clips.shape[-2:]
-    # PaddleVideo's box spans frames and rows, whole rows of them, and counts against rows and columns: of 8 frames of
-    # 224 pixels it replaces 27 % on average, and says 1 %. docs/training.md has more.
+    # PaddleVideo's box spans frames and entire rows, but its area is taken relative to rows and columns: of 8 frames of
+    # 224 pixels it replaces 27 % on average, and counts 1 %. See docs/training.md.
     axes = (2, 3) if box == "reference" else (3, 4)
-    pasted = [slice(None)] * clips.ndim
+    index = [slice(None)] * clips.ndim
     area = 1
     for axis in axes:
         size = clips.shape[axis]
         half, centre = int(size * math.sqrt(1 - share)) // 2, int(random.integers(size))
         low, high = max(centre - half, 0), min(centre + half, size)
-        pasted[axis] = slice(low, high)
+        index[axis] = slice(low, high)
         area *= high - low
-    clips, theirs = clips.clone(), clips
-    clips[tuple(pasted)] = theirs[(partners, *pasted[1:])]
-    return Mixed(clips, partners, 1 - area / (height * width))
+    mixed = clips.clone()
+    mixed[tuple(index)] = clips[tuple(index)][partners]
+    return Mixed(mixed, partners, 1 - area / (height * width))

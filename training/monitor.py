@@ -1,4 +1,4 @@
-"""What a run shows: TensorBoard, one JSON line an interval, a progress bar, and a line an epoch."""
+"""What a run shows: TensorBoard, metrics.jsonl, a progress bar, and lines on stdout."""
 
 import contextlib
 import dataclasses
@@ -8,11 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -20,126 +19,59 @@ from tqdm import tqdm
 
 from common.clip_images import clip_grid
 from common.config import Config, preprocessing, to_yaml
-from common.system_metrics import gpu_gauges, host_memory_gib
-from dali_pipelines import ClipLoader
+from common.metrics import Metric
 from dali_pipelines.text import split_lines
+from training.step_metrics import Interval
 
-_FINAL = {"val/top1": 0.0, "val/top5": 0.0, "val/loss": 0.0}  # HParams shows the last value of each
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """Of one optimizer step, over all processes."""
-
-    loss: float
-    """Mean over valid clips; not finite where an fp16 step was skipped for it."""
-    top1: float
-    top5: float
-    valid: float
-    """Clips, as are top1 and top5."""
-    lr: float
-    grad_norm: float
-    """Before clipping."""
-    loss_scale: float
-    skipped: bool
+_FINAL = dict.fromkeys(Metric.VALIDATION, 0.0)  # the metrics of HParams, which shows the last value of each
 
 
-class Interval:
-    """Means over the steps between two log lines. `before`: of these, the steps that the run did before it was
-    resumed; how fast they were is not known."""
+class NullMonitor:
+    """A monitor that shows nothing."""
 
-    def __init__(self, loader: ClipLoader, device: torch.device, *, before: Sequence[StepResult] = ()):
-        self._stats, self._device = loader.stats, device
-        self._before = dataclasses.replace(loader.stats)
-        self._started = time.perf_counter()
-        self._results = list(before)
-        self._count_before = len(before)
+    size = 0
 
-    def add(self, result: StepResult) -> None:
-        self._results.append(result)
+    def open(self, config: Config, *, step: int, size: int) -> None: ...
 
-    @property
-    def mean_loss(self) -> float:
-        done = [result for result in self._results if not result.skipped]
-        return sum(result.loss * result.valid for result in done) / max(sum(result.valid for result in done), 1)
+    def print(self, text: str) -> None: ...
 
-    @property
-    def clips_per_second(self) -> float:
-        return self._clips / (time.perf_counter() - self._started)
+    def advance(self, interval: Interval, *, epoch: int) -> None: ...
 
-    @property
-    def data_wait_share(self) -> float:
-        """Of the time."""
-        return self._waited / (time.perf_counter() - self._started)
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    @property
-    def _waited(self) -> float:
-        """Seconds, by the loader's clock around each batch."""
-        return self._stats.wait_seconds - self._before.wait_seconds
+    def log_interval(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    @property
-    def _clips(self) -> float:
-        return sum(result.valid for result in self._results[self._count_before :])
+    def log_clips(self, step: int, clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> None: ...
 
-    def training(self) -> dict[str, float]:
-        """Loss, accuracies, gradient norm and schedule, by name."""
-        last, steps = self._results[-1], len(self._results)
-        learned = {}
-        if done := [result for result in self._results if not result.skipped]:
-            clips = max(sum(result.valid for result in done), 1)
-            learned = {
-                "train/loss": self.mean_loss,
-                "train/top1": sum(result.top1 for result in done) / clips,
-                "train/top5": sum(result.top5 for result in done) / clips,
-                "train/grad_norm": done[-1].grad_norm,
-            }
-        return {
-            **learned,
-            "train/lr": last.lr,
-            "train/loss_scale": last.loss_scale,
-            "train/skipped_steps": steps - len(done),
-        }
-
-    def summary(self) -> dict[str, float]:
-        """All of it by name; clips are those of all processes, waiting and packets this one's."""
-        steps = len(self._results) - self._count_before
-        return {
-            **self.training(),
-            "speed/clips_per_second": self.clips_per_second,
-            "speed/step_ms": 1000 * (time.perf_counter() - self._started) / steps,
-            "speed/data_wait_ms": 1000 * self._waited / steps,
-            "speed/data_wait_share": self.data_wait_share,
-            "data/packets_read": self._stats.packets_read - self._before.packets_read,
-            "data/packets_kept": self._stats.packets_kept - self._before.packets_kept,
-            "host/memory_gib": host_memory_gib(),
-            **gpu_gauges(self._device),
-        }
+    def close(self) -> None: ...
 
 
-class Monitor:
-    """Writes tensorboard/ and metrics.jsonl below `folder`, from `step` on: what stands there of later steps goes.
+class Monitor(NullMonitor):
+    """Writes tensorboard/ and metrics.jsonl below `folder`, and lines on stdout; for the main process.
 
-    A disk that is full costs what would have been written, never the run. The main process has a `Monitor`, the
-    others have `NullMonitor`.
+    A full disk costs the log, not the run.
     """
 
     def __init__(self, folder: Path, *, total_steps: int):
+        self.size = 0
+        """Size of metrics.jsonl in bytes."""
         self._folder, self._total_steps = folder, total_steps
+        self._lines = folder / "metrics.jsonl"
         self._bar = tqdm(disable=True)
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._has_complained = False
-        self._config: Config | None = None
+        self._config = Config()
         _silence_writer_threads()
 
     def open(self, config: Config, *, step: int, size: int) -> None:
-        """Begins, or begins again after going back, at `step`, when metrics.jsonl had `size` bytes."""
+        """Begin at `step`, when metrics.jsonl had `size` bytes; entries after that are removed. Also called after a
+        rollback."""
         self.close()
-        self._config, self._purge_step, self._size = config, step + 1, 0
-        self._lines = self._folder / "metrics.jsonl"
+        self._config, self._purge_step, self.size = config, step + 1, 0
         if self._lines.exists():
-            self._size = min(size, self._lines.stat().st_size)
-            os.truncate(self._lines, self._size)
+            self.size = min(size, self._lines.stat().st_size)
+            os.truncate(self._lines, self.size)
         self._bar = tqdm(
             total=self._total_steps,
             initial=step,
@@ -148,17 +80,13 @@ class Monitor:
             disable=not sys.stderr.isatty(),
         )
 
-    @property
-    def size(self) -> int:
-        """Bytes of metrics.jsonl."""
-        return self._size
-
-    def say(self, text: str) -> None:
-        """One line on stdout, above the progress bar."""
+    def print(self, text: str) -> None:
+        """Print a line on stdout, above the progress bar."""
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def advance(self, interval: Interval, *, epoch: int) -> None:
+        """Move the progress bar on by a step of `epoch` (from 1)."""
         self._bar.update()
         if not self._bar.disable:
             self._bar.set_postfix(
@@ -171,29 +99,34 @@ class Monitor:
                 refresh=False,
             )
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Scalars such as {"train/loss": 1.2} at an optimizer step, also as a line of metrics.jsonl."""
-        self._show(lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
-        self._line({"step": step, **values})
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values by their names (`Metric`) at an optimizer step: to TensorBoard, and as a line of metrics.jsonl."""
 
-    def log_interval(self, step: int, values: dict[str, float]) -> None:
-        """The same for an `Interval.summary`; where there is no progress bar, also as a line on stdout."""
+        def add_scalars(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._write_events(add_scalars)
+        self._write_line({"step": step, **values})
+
+    def log_interval(self, step: int, values: Mapping[str, float]) -> None:
+        """`log` the values of an `Interval`, and print a line if there is no progress bar."""
         self.log(step, values)
         if self._bar.disable:
-            seconds = (self._total_steps - step) * values["speed/step_ms"] / 1000
-            loss = values.get("train/loss", math.nan)
-            self.say(
-                f"step {step}/{self._total_steps}, epoch {values['train/epoch']:.2f}: loss {loss:.4f}, "
-                f"lr {values['train/lr']:.3g}, {values['speed/clips_per_second']:.1f} clips/s, "
-                f"data wait {values['speed/data_wait_share']:.0%}, ETA {tqdm.format_interval(seconds)}"
+            seconds = (self._total_steps - step) * values[Metric.STEP_MS] / 1000
+            self.print(
+                f"step {step}/{self._total_steps}, epoch {values[Metric.EPOCH]:.2f}: "
+                f"loss {values.get(Metric.LOSS, math.nan):.4f}, lr {values[Metric.LEARNING_RATE]:.3g}, "
+                f"{values[Metric.CLIPS_PER_SECOND]:.1f} clips/s, data wait {values[Metric.DATA_WAIT_SHARE]:.0%}, "
+                f"ETA {tqdm.format_interval(seconds)}"
             )
 
-    def log_clips(self, step: int, clips: Tensor, *, mean: list[float], std: list[float]) -> None:
-        """A picture of some clips [B, 3, T, S, S] as the network sees them: a row a clip, a column a frame."""
-        picture = clip_grid(clips[:4], mean=mean, std=std)
-        self._show(lambda writer: writer.add_image("train/clips", picture, step, dataformats="HWC"))
+    def log_clips(self, step: int, clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Log the first four clips [B, 3, T, S, S] as an image: a row per clip, a column per frame."""
+        image = clip_grid(clips[:4], mean=mean, std=std)
+        self._write_events(lambda writer: writer.add_image(Metric.CLIPS, image, step, dataformats="HWC"))
 
-    def _show(self, write: Callable[[SummaryWriter], Any]) -> None:
+    def _write_events(self, write: Callable[[SummaryWriter], None]) -> None:
         try:
             if self._writer is None:
                 self._writer = self._open_tensorboard()
@@ -209,25 +142,25 @@ class Monitor:
         writer.add_text("config", "".join(f"    {line}\n" for line in split_lines(text)))
         experiment, start, _ = hparams(_hyperparameters(self._config), _FINAL)
         for summary in (experiment, start):
-            writer.file_writer.add_summary(summary)
-        self._purge_step = None  # where it has to be opened again, what stands is of this run
+            writer._get_file_writer().add_summary(summary)
+        self._purge_step = None  # when it is opened again after an error, the events there are this run's
         return writer
 
-    def _line(self, values: dict[str, Any]) -> None:
+    def _write_line(self, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         line = (json.dumps({"time": round(time.time(), 3), **finite}, allow_nan=False) + "\n").encode()
         try:
             with open(self._lines, "ab") as file:
                 file.write(line)
-            self._size += len(line)
+            self.size += len(line)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self._lines, self._size)  # no half lines
+                os.truncate(self._lines, self.size)  # no half lines
             self._complain("metrics.jsonl", error)
 
     def _complain(self, name: str, error: OSError) -> None:
         if not self._has_complained:
-            self.say(f"{self._folder / name}: cannot be written ({error.strerror}); training goes on without")
+            self.print(f"{self._folder / name}: cannot be written ({error.strerror}); training continues without it")
         self._has_complained = True
 
     def close(self) -> None:
@@ -235,35 +168,15 @@ class Monitor:
         if self._writer is not None:
             try:
                 _, _, end = hparams(_hyperparameters(self._config), _FINAL)
-                self._writer.file_writer.add_summary(end)
+                self._writer._get_file_writer().add_summary(end)
                 self._writer.close()
             except OSError as error:
                 self._complain("tensorboard", error)
             self._writer = None
 
 
-class NullMonitor:
-    """A monitor that shows nothing."""
-
-    size = 0
-
-    def open(self, config: Config, *, step: int, size: int) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def advance(self, interval: Interval, *, epoch: int) -> None: ...
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-
-    def log_interval(self, step: int, values: dict[str, float]) -> None: ...
-
-    def log_clips(self, step: int, clips: Tensor, *, mean: list[float], std: list[float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def _hyperparameters(config: Config) -> dict[str, Any]:
-    """What may change the result, as {"optim.lr": 0.1}, in the types that HParams takes."""
+    """The settings that may change the result, as {"optim.lr": 0.1}, in the types that HParams takes."""
     sections = dataclasses.asdict(config) | {"data": preprocessing(config.data)}
     return {
         f"{name}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -274,11 +187,11 @@ def _hyperparameters(config: Config) -> dict[str, Any]:
 
 
 def _silence_writer_threads() -> None:
-    """TensorBoard's thread, which prints a traceback where the disk is full; its writer raises the same error."""
-    before = threading.excepthook
+    """Silence TensorBoard's thread, which prints a traceback if the disk is full; its writer raises the same error."""
+    previous = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
         if not (isinstance(arguments.exc_value, OSError) and "AsyncWriter" in type(arguments.thread).__name__):
-            before(arguments)
+            previous(arguments)
 
     threading.excepthook = hook

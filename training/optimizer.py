@@ -1,7 +1,7 @@
-"""Optimizers and who computes them, which parameters decay, and the learning rate as a function of the step."""
+"""Optimizers and their implementations, weight decay, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ _LAMB_EPSILON = 1e-6  # Apex fused_lamb.py
 
 
 def resolve_implementation(optim: OptimConfig, device: torch.device) -> str:
-    """apex, fused or foreach for an `optim.implementation`: torch's fused kernels, which are as fast as Apex's
-    (docs/benchmarks.md); for LAMB, which torch does not have, Apex where its kernels run and the parameters are on a
-    GPU, else our own. Raises `InputError` where what is forced is missing."""
+    """The implementation for `optim.implementation`: apex, fused or foreach.
+
+    "auto" is torch's fused kernels, which are as fast as Apex's (docs/benchmarks.md). Torch has no LAMB: that is Apex's
+    on a GPU where its kernels run, otherwise `Lamb`. Raises `InputError` if a forced implementation is missing.
+    """
     wanted = optim.implementation
     if wanted == "fused" and optim.name == "lamb":
         raise InputError("optim.implementation is fused, and torch has no fused LAMB; expected auto, apex or foreach")
@@ -39,7 +41,7 @@ def resolve_implementation(optim: OptimConfig, device: torch.device) -> str:
 
 
 def _apex_missing(device: torch.device) -> str:
-    """What keeps Apex from being used, in words; nothing where it can be."""
+    """Why Apex cannot be used, in words; "" if it can."""
     try:
         import amp_C  # noqa: F401
         from apex.optimizers import FusedAdam, FusedLAMB, FusedSGD  # noqa: F401
@@ -57,24 +59,24 @@ def make_multi_tensor(implementation: str, device: torch.device) -> TorchMultiTe
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, implementation: str) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, AdamW or LAMB, by what `resolve_implementation` says."""
+    """SGD with Nesterov momentum, AdamW or LAMB, in the implementation that `resolve_implementation` returned."""
     named = list(model.named_parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [value for name, value in named if name not in _NO_DECAY]},
         {"params": [value for name, value in named if name in _NO_DECAY], "weight_decay": 0.0},
     ]
-    common = {"lr": optim.lr, "weight_decay": optim.weight_decay}
-    sgd = {"momentum": optim.momentum, "nesterov": optim.momentum > 0}
-    betas = tuple(optim.betas)
+    common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    sgd: dict[str, Any] = {"momentum": optim.momentum, "nesterov": optim.momentum > 0}
+    betas = (optim.betas[0], optim.betas[1])
     if implementation == "apex":
         from apex.optimizers import FusedAdam, FusedLAMB, FusedSGD
 
         if optim.name == "sgd":
-            # Gradients are unscaled before the step, and there are no fp16 parameters: no copies to materialise.
+            # Gradients are unscaled before the step, and there are no fp16 parameters, so no copies are needed.
             return FusedSGD(groups, **common, **sgd, materialize_master_grads=False, set_grad_none=True)
         if optim.name == "adamw":
             return FusedAdam(groups, **common, betas=betas, adam_w_mode=True)
-        # `max_grad_norm`: ours has clipped already.
+        # `max_grad_norm`: the gradients are clipped already.
         return FusedLAMB(groups, **common, betas=betas, eps=_LAMB_EPSILON, max_grad_norm=math.inf)
     if optim.name == "lamb":
         return Lamb(groups, **common, betas=betas)
@@ -84,21 +86,25 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, implementation: str) ->
     return torch.optim.AdamW(groups, **common, betas=betas)
 
 
-def describe(optimizer: torch.optim.Optimizer, implementation: str) -> str:
+def optimizer_summary(optimizer: torch.optim.Optimizer, implementation: str) -> str:
+    """The optimizer and what computes it, such as "SGD (torch fused)"."""
     by = {"apex": "Apex", "fused": "torch fused", "foreach": "torch foreach"}[implementation]
     return f"{type(optimizer).__name__} ({by})"
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al., Large Batch Optimization for Deep Learning, 2020, algorithm 2), as Apex's FusedLAMB computes it
-    (csrc/multi_tensor_lamb.cu: bias correction, decoupled decay, no trust ratio without decay), by torch's foreach
-    functions and with the same state: `exp_avg`, `exp_avg_sq`, the group's `step`."""
+    """LAMB (You et al., Large Batch Optimization for Deep Learning, 2020, algorithm 2), with torch's foreach functions.
+
+    It computes what Apex's FusedLAMB does (csrc/multi_tensor_lamb.cu: bias correction, decoupled decay, no trust ratio
+    without decay), and has the same state: `exp_avg`, `exp_avg_sq`, the group's `step`.
+    """
 
     def __init__(self, params: Iterable, *, lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": _LAMB_EPSILON})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update the parameters by their gradients; a `closure` is not called."""
         for group in self.param_groups:
             params = [value for value in group["params"] if value.grad is not None]
             if not params:
@@ -126,7 +132,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The moments and counts of `state`, written by whichever implementation; settings stay the optimizer's own.
+    """Load the moments and step counts of `state`, which any implementation may have written; settings are kept.
 
     Apex counts steps in the group, torch's AdamW beside each parameter's moments.
     """
@@ -147,11 +153,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:
-    """The rate of optimizer step `step` (from 0).
+    """The learning rate of optimizer step `step` (from 0).
 
-    A cosine from `lr` at step 0 to `final_lr` at the end of the epochs (PaddleVideo solver/custom_lr.py,
-    CustomWarmupCosineDecay), or a tenth of `lr` after each of `decay_epochs` (facebookresearch/TimeSformer, LR_POLICY
-    steps_with_relative_lrs); the first `warmup_epochs` are a straight line from `warmup_start_lr` up to it.
+    It is a cosine from `lr` at step 0 to `final_lr` at the end of the epochs (PaddleVideo solver/custom_lr.py,
+    CustomWarmupCosineDecay), or falls to a tenth after each of `decay_epochs` (facebookresearch/TimeSformer, LR_POLICY
+    steps_with_relative_lrs). In the first `warmup_epochs` it rises linearly from `warmup_start_lr`.
     """
 
     def decayed(epoch: float) -> float:

@@ -1,4 +1,4 @@
-"""`train.py --profile`: a trace of some steps, with what each part of them takes."""
+"""`train.py --profile`: a trace of some steps, and the time that each part of a step takes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,17 @@ from torch.profiler import profile, record_function, schedule
 __all__ = ["PARTS", "StepProfiler", "record_function"]
 
 PARTS = ("data", "forward", "backward", "optimizer")
-"""Labels of a step in the trace, by `record_function`."""
+"""Names of the parts of a step in the trace (`record_function`)."""
 
 _SKIPPED, _WARMUP, _TRACED = 3, 1, 4  # steps
 
 
 class StepProfiler:
-    """Traces four steps of the main process, after the first four, into folder/trace.json.gz (chrome://tracing or
-    ui.perfetto.dev); `say` gets the mean milliseconds of each part."""
+    """Traces four steps of the main process, after the first four, into folder/trace.json.gz (for chrome://tracing or
+    ui.perfetto.dev), and reports the mean milliseconds of each part to `report`."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]):
-        self._folder, self._say = folder, say
+    def __init__(self, folder: Path, report: Callable[[str], None]):
+        self._folder, self._report = folder, report
         self._is_done = False
         self._profile = profile(
             schedule=schedule(wait=_SKIPPED, warmup=_WARMUP, active=_TRACED, repeat=1),
@@ -29,12 +29,12 @@ class StepProfiler:
         self._profile.start()
 
     def step(self) -> None:
-        """Ends a step."""
+        """Note that a step has ended."""
         self._profile.step()
 
     def stop(self) -> None:
         if not self._is_done:
-            self._say(f"--profile: the run ended before {_SKIPPED + _WARMUP + _TRACED} steps; no trace was written")
+            self._report(f"--profile: the run ended before {_SKIPPED + _WARMUP + _TRACED} steps; no trace was written")
             self._profile.on_trace_ready = None
         self._profile.stop()
 
@@ -45,8 +45,8 @@ class StepProfiler:
             self._folder.mkdir(parents=True, exist_ok=True)
             finished.export_chrome_trace(str(path))
         except OSError as error:
-            self._say(f"--profile: {path} cannot be written ({error.strerror})")
+            self._report(f"--profile: {path} cannot be written ({error.strerror})")
             return
         times = {event.key: event.cpu_time_total / 1000 / _TRACED for event in finished.key_averages()}
         parts = ", ".join(f"{part} {times.get(part, 0):.1f} ms" for part in PARTS)
-        self._say(f"--profile: a step takes {parts} (host time, {_TRACED} steps); the trace is {path}")
+        self._report(f"--profile: a step takes {parts} (host time, {_TRACED} steps); the trace is {path}")

@@ -1,15 +1,23 @@
-"""Whether a run can go on from a checkpoint with the settings and data of now, and what of them has changed since."""
+"""Finding the checkpoint to resume from, and whether a run can, with the settings and data that it has now."""
 
+import contextlib
 import dataclasses
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.agreement import versions
 from common.config import Config, flat
+from common.distributed import DistributedContext
 from dali_pipelines.errors import InputError
+from training.checkpoints import Checkpoint, load_checkpoint, load_newest_checkpoint
 
-FORMAT = 2  # of checkpoints
+FORMAT = 2
+"""Version of the checkpoints."""
+
+_LAUNCH = "launch"  # a file beside the checkpoints
 
 _FIXED = (
     "model",
@@ -22,12 +30,76 @@ _FIXED = (
     "optim.global_batch_size",
     "seed",
 )
-"""Sections and keys on which the network, what its inputs mean, or the order of clips depends."""
+"""Sections and keys that decide the network, the meaning of its inputs, or the order of clips."""
 
-_MAY_CHANGE = ("model.drop_path", "model.embed_init_std")  # they matter in training only, or at its start
+_MAY_CHANGE = ("model.drop_path", "model.embed_init_std")  # they only matter in training, or when it begins
 
 _SILENT = ("name", "output", "device", "data.train", "data.val", "data.test", "data.labels")
-"""Keys whose change is no news: what they name is compared itself, or does not matter."""
+"""Keys whose change is not reported: what they name is compared itself, or does not matter."""
+
+
+def find_checkpoint(output: Path, *, resume: bool) -> Checkpoint | None:
+    """The checkpoint in the folder `output` to resume from, if `resume` asks for it or torchrun has restarted the run.
+
+    None if the run begins. Raises `InputError` if it would overwrite the results of an earlier run.
+    """
+    folder = output / "checkpoints"
+    resume = resume or _is_restarted(folder)
+    if resume and (newest := load_newest_checkpoint(folder)):
+        return newest
+    found = ["checkpoints"] if list(folder.glob("step_*")) else []
+    if resume and folder.exists() and not found:
+        return None  # the run ended before its first checkpoint was written
+    found += [name for name in ("best.safetensors", "last.safetensors") if (output / name).exists()]
+    if not found:
+        return None
+    if resume:
+        raise InputError(
+            f"{output} holds the {found[0]} of an earlier run, but no checkpoint that can be read: "
+            "to begin a new run, name another folder with -o output=DIR"
+        )
+    raise InputError(
+        f"{output} holds the {found[0]} of an earlier run: continue that with --resume, "
+        "or name another folder with -o output=DIR"
+    )
+
+
+def share_checkpoint(process: DistributedContext, found: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint that the main process has `found`, loaded by all processes. Every process must call it.
+
+    Raises `InputError` if another process cannot read it.
+    """
+    path = process.gather(found and found.path)[0]
+    if path is None or found is not None:
+        return found
+    try:
+        return Checkpoint(path, load_checkpoint(path))
+    except InputError as error:
+        raise InputError(f"{error}, though rank 0 can; `output` must be a folder that all machines share") from None
+
+
+def write_launch_id(folder: Path) -> None:
+    """Note in `folder` which launch of torchrun this run belongs to, if any: a restarted run resumes by itself."""
+    (folder / _LAUNCH).unlink(missing_ok=True)
+    if name := _launch_id():
+        (folder / _LAUNCH).write_text(name)
+
+
+def _is_restarted(folder: Path) -> bool:
+    name = _launch_id()
+    with contextlib.suppress(OSError):
+        return name is not None and (folder / _LAUNCH).read_text() == name
+    return False
+
+
+def _launch_id() -> str | None:
+    """Identifies this launch of torchrun, the same after a restart: its run id, or its process if it has none. None
+    without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name != "none":
+        return name
+    start_time = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {os.getppid()} {start_time}"
 
 
 def check_resumable(
@@ -36,13 +108,13 @@ def check_resumable(
     config: Config,
     *,
     classes: Sequence[str],
-    rows: int,
+    num_videos: int,
     checksums: Mapping[str, str],
 ) -> list[str]:
-    """What has changed since the `state` of the checkpoint at `path`, and may, in words.
+    """Notes on what has changed since the checkpoint at `path` with this `state`, and may change.
 
-    rows, checksums: videos of `data.train`, and `Manifest.checksum` of `data.train` and `data.val`, of now. Raises
-    `InputError`, in one line that names the key, for what may not change.
+    num_videos: videos of `data.train`. checksums: `Manifest.checksum` of `data.train` ("train") and `data.val` ("val").
+    Raises `InputError`, in one line that names the key, if something has changed that may not.
     """
     if state.get("format") != FORMAT:
         raise InputError(f"{path}: written by another version of this program; name another folder with -o output=DIR")
@@ -54,50 +126,54 @@ def check_resumable(
     for key in changed:
         if key not in _MAY_CHANGE and (key in _FIXED or key.split(".")[0] in _FIXED):
             raise InputError(
-                f"{path}: {key} was {before[key]} and is {now[key]} now; resume with what it was, {remedy}"
+                f"{path}: {key} was {before[key]} and is {now[key]} now; resume with its old value, {remedy}"
             )
     _check_classes(path, state["classes"], classes, "data.labels" if config.data.labels else "data.train", remedy)
-    _check_videos(path, state, config.data.train, rows, checksums["train"], remedy)
+    _check_videos(path, state, f"data.train {config.data.train}", num_videos, checksums["train"], remedy)
     average = state["average"]
     average_from = config.train.epochs - config.train.swa_epochs if config.train.swa_epochs else None
     if average and average["n_averaged"] and state["average_from"] != average_from:
         raise InputError(
-            f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the "
-            "train.epochs and train.swa_epochs of then, or name another folder with -o output=DIR"
+            f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the old "
+            "train.epochs and train.swa_epochs, or name another folder with -o output=DIR"
         )
     notes = []
     changes = [f"{key} was {before[key]} and is {now[key]} now" for key in changed]
-    theirs = state.get("versions", versions())  # checkpoints of earlier versions do not tell
+    old_versions = state.get("versions", versions())  # older checkpoints have none
     changes += [
-        f"{name} was {theirs.get(name)} and is {own} now" for name, own in versions().items() if theirs.get(name) != own
+        f"{name} was {old_versions.get(name)} and is {version} now"
+        for name, version in versions().items()
+        if old_versions.get(name) != version
     ]
     if changes:
         notes.append(f"note: changed since the checkpoint: {', '.join(changes)}")
     if state.get("manifests", checksums)["val"] != checksums["val"]:
         notes.append(
             f"note: data.val {config.data.val} has other videos or labels than before; the best top-1 so far, "
-            f"{state['best_top1']:.4f}, is that of the old ones"
+            f"{state['best_top1']:.4f}, was measured on the old ones"
         )
     return notes
 
 
-def _check_videos(path: Path, state: Mapping[str, Any], name: str, rows: int, checksum: str, remedy: str) -> None:
-    """Checkpoints of earlier versions tell the number of videos only."""
-    if rows != state["loader"]["rows"]:
-        what = f"it has {rows} videos, and had {state['loader']['rows']}"
-    elif state.get("manifests", {"train": checksum})["train"] != checksum:
-        what = "its videos, their labels or their order are not those of before"
+def _check_videos(
+    path: Path, state: Mapping[str, Any], manifest: str, num_videos: int, checksum: str, remedy: str
+) -> None:
+    old_num_videos = state["loader"]["rows"]
+    if num_videos != old_num_videos:
+        change = f"it has {num_videos} videos, and had {old_num_videos}"
+    elif state.get("manifests", {"train": checksum})["train"] != checksum:  # older checkpoints have no checksum
+        change = "its videos, their labels or their order are different"
     else:
         return
-    raise InputError(f"{path}: data.train {name} has changed: {what}; resume with the manifest of before, {remedy}")
+    raise InputError(f"{path}: {manifest} has changed: {change}; resume with the old manifest, {remedy}")
 
 
 def _check_classes(path: Path, before: Sequence[str], now: Sequence[str], key: str, remedy: str) -> None:
     if list(before) == list(now):
         return
     if len(before) != len(now):
-        what = f"{len(before)} classes were in use, and {len(now)} are now"
+        change = f"there were {len(before)} classes, and there are {len(now)} now"
     else:
         label = next(label for label, (old, new) in enumerate(zip(before, now)) if old != new)
-        what = f"class {label} was {before[label]!r} and is {now[label]!r} now"
-    raise InputError(f"{path}: {key}: {what}; resume with the labels of before, {remedy}")
+        change = f"class {label} was {before[label]!r} and is {now[label]!r} now"
+    raise InputError(f"{path}: {key}: {change}; resume with the old labels, {remedy}")

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 import benchmarks.model
+import benchmarks.networks
 import benchmarks.train
 from benchmarks import fit, gpu_model
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.copies import copy_videos
-from benchmarks.gpu_loader import FLOOR, HOST, NVDEC, PEER, benchmark_gpu_loader
-from benchmarks.loader import find_videos
+from benchmarks.gpu_contestants import FLOOR, HOST, NVDEC, PEER
+from benchmarks.gpu_loader import benchmark_gpu_loader
+from benchmarks.networks import COMPILED, PEERS, NetworkWork, TorchContestant, hugging_face, ours
 from benchmarks.train import LOADER, NETWORK, TOGETHER, Turn
+from benchmarks.videos import find_videos
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.probe import probe
@@ -28,8 +31,8 @@ from tests.videos import textured, write_video
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     for number in range(2):
-        pictures = textured(30, height=64, width=80, seed=number)
-        write_video(folder / f"{number}.mp4", pictures, options={"x264-params": "keyint=12:scenecut=0"})
+        frames = textured(30, height=64, width=80, seed=number)
+        write_video(folder / f"{number}.mp4", frames, options={"x264-params": "keyint=12:scenecut=0"})
     return folder
 
 
@@ -136,7 +139,7 @@ def model_report(tmp_path_factory):
 
 def test_network_is_timed_beside_its_peers_or_says_why_not(model_report):
     contestants, failures = model_report["contestants"], model_report["not_measured"]
-    named = set(benchmarks.model.CONTESTANTS) - {benchmarks.model.COMPILED}
+    named = set(benchmarks.networks.CONTESTANTS) - {COMPILED}
     assert set(contestants) | set(failures) == named and not set(contestants) & set(failures)
     for name, reason in failures.items():
         assert name not in ("ours", "ours checkpointed") and f"{name}: not measured: {reason}" in model_report["stdout"]
@@ -150,7 +153,7 @@ def test_network_is_timed_beside_its_peers_or_says_why_not(model_report):
 
 
 def test_targets_of_the_network(model_report):
-    for peer in set(benchmarks.model.PEERS) & set(model_report["contestants"]):
+    for peer in set(PEERS) & set(model_report["contestants"]):
         found = [target for target in model_report["targets"] if target["what"].endswith(peer)]
         assert len(found) == 5
         for target in found:
@@ -162,21 +165,21 @@ def test_targets_of_the_network(model_report):
 def test_hugging_face_has_our_names():
     """Every one of our weights has a place in Hugging Face's network, and the other way round: loading is strict."""
     pytest.importorskip("transformers")
-    work = benchmarks.model.Work("tiny", batch_size=1, num_frames=2, image_size=32, device="cpu")
-    expected = benchmarks.model.ours(work).logits()
+    work = NetworkWork("tiny", batch_size=1, num_frames=2, image_size=32, device="cpu")
+    expected = ours(work).logits()
     for fused in (False, True):
-        assert (benchmarks.model.hugging_face(work, fused=fused).logits() - expected).abs().max() < 1e-4
+        assert (hugging_face(work, fused=fused).logits() - expected).abs().max() < 1e-4
 
 
 def test_network_that_computes_something_else_is_refused(monkeypatch, tmp_path):
-    class Other(benchmarks.model.TorchContestant):
+    class Other(TorchContestant):
         def logits(self):
             return super().logits() + 1e-3
 
     def other(work):
         return Other(work.network(), work.clips(), work)
 
-    monkeypatch.setitem(benchmarks.model.CONTESTANTS, "huggingface eager", other)
+    monkeypatch.setitem(benchmarks.networks.CONTESTANTS, "huggingface eager", other)
     settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, compile=False)
     with pytest.raises(InputError, match=r"huggingface eager: its logits are 1.0e-03 from ours"):
         benchmarks.model.benchmark_model(**settings, out=tmp_path)
@@ -299,7 +302,7 @@ VERDICTS = {
     ),
     "both need both cores": (
         dict(loader=(100, 20), network=(100, 20), together=(48, 40)),
-        (100, 50, 50), 0.48, "cores", "allow 50.0 clips/s together, and 50.0 where the two take turns",
+        (100, 50, 50), 0.48, "cores", "allow 50.0 clips/s together, and 50.0 if the two take turns",
     ),
     "cores for 0.96 of it": (
         dict(loader=(120, 8), network=(100, 77 / 6), together=(95, 21)),
@@ -309,9 +312,9 @@ VERDICTS = {
         dict(loader=(400, 2.5), network=(100, 2), together=(96, 5), cores=8.0),
         (100, 8000 / 4.5, 80), 0.96, "network", "bound by the network",
     ),
-    "others at work": (
+    "other programs": (
         dict(loader=(60, 10), network=(50, 10), together=(30, 20), cores=0.6),
-        (50, 30, 300 / 11), 0.6, "cores", "others were at work here: 0.6 of 2 cores were free",
+        (50, 30, 300 / 11), 0.6, "cores", "other programs were running: only 0.6 of 2 cores were free",
     ),
 }  # fmt: skip
 
@@ -320,7 +323,7 @@ VERDICTS = {
 def test_verdict(turns, bounds, value, bound_by, said):
     hints = {"data": ["decode less"], "network": ["compute less"]}
     found = benchmarks.train.judge(turns_of(**turns), turns.get("cores", 2), hints)
-    if "others" in said:
+    if "other programs" in said:
         found = benchmarks.train.judge(turns_of(**turns), 2, hints)
     assert [found["bounds"][name] for name in ("slower", "cores", "turns")] == pytest.approx(bounds)
     assert found["together_over"]["slower"]["median"] == pytest.approx(value)
@@ -329,7 +332,7 @@ def test_verdict(turns, bounds, value, bound_by, said):
     assert ("decode less" in found["verdict"]) == (bound_by != "network")
     assert ("compute less" in found["verdict"]) == (bound_by != "data")
     assert found["data_wait_share"] == 0.5
-    assert ("others were at work" in found["verdict"]) == (said.startswith("others"))
+    assert ("other programs" in found["verdict"]) == (said.startswith("other programs"))
 
 
 def test_ratios_are_of_a_round():

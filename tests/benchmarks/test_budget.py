@@ -6,30 +6,32 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import budget as module
-from benchmarks.budget import (
+import benchmarks.budget.report
+import benchmarks.budget.survey
+from benchmarks.budget.rates import (
     SEEK,
     SELECTED,
+    SHORT_SIDE,
     START,
     TRANSCODED,
     VIEWS,
     Decode,
     Timings,
-    budget,
     clip_rates,
     clips_per_second,
     core_seconds,
     engine_seconds,
     judge,
     limits,
-    multiply_adds,
     network_demand,
     seeking_frames,
-    survey,
-    table,
     transcoded_frames,
 )
+from benchmarks.budget.report import budget
+from benchmarks.budget.survey import WINDOWS, _plan, _routing, _view, multiply_adds, survey
+from benchmarks.budget.text import _number, table
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.engines import estimate
@@ -57,11 +59,11 @@ AS_TRANSCODED = "keyint=16:min-keyint=16:scenecut=0:bframes=3:b-adapt=0:b-pyrami
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Manifest:
-    """24 pictures in groups of 8; and 20 of a kind whose headers settle nothing, which NVDEC does not take either."""
+    """24 frames in groups of 8; and 20 whose headers do not allow a selection, and which NVDEC does not take."""
     folder = tmp_path_factory.mktemp("budget")
-    pictures = textured(24, height=144, width=160)
-    write_video(folder / "groups.mp4", pictures, options={"x264-params": GROUPS_OF_8})
-    write_video(folder / "444.mp4", pictures[:20], pix_fmt="yuv444p")
+    frames = textured(24, height=144, width=160)
+    write_video(folder / "groups.mp4", frames, options={"x264-params": GROUPS_OF_8})
+    write_video(folder / "444.mp4", frames[:20], pix_fmt="yuv444p")
     rows = [probe(folder / name)._replace(path=name) for name in ("groups.mp4", "444.mp4")]
     Manifest(rows, root=folder).write(folder / "both.csv")
     Manifest(rows[:1], root=folder).write(folder / "one.csv")
@@ -87,24 +89,24 @@ def test_frames_of_a_known_structure(videos, config):
     """
     for gpu in (None, GPUS["a100"]):
         found = survey(videos, config, 2, gpu)
-        one = found.decodes[found.rows.index(0) * module.WINDOWS]
+        one = found.decodes[found.rows.index(0) * WINDOWS]
         expected = {START: 24, SEEK: 1 + 2 + 8, SELECTED: 1 + 2 + 4, TRANSCODED: 5 + 3, VIEWS: 1 + 2 + 4}
         assert one.frames == expected and one.area == 144 * 160
         assert one.on_gpu == bool(gpu) and one.packets_read == 24 and one.fallback == "" and one.has_short_groups
-        uncertain = found.decodes[found.rows.index(1) * module.WINDOWS]
+        uncertain = found.decodes[found.rows.index(1) * WINDOWS]
         assert (uncertain.fallback, uncertain.on_gpu) == ("4:4:4", False)
         assert [uncertain.frames[way] for way in (START, SEEK, SELECTED)] == [20, 20, 20]
-        assert len(found.decodes) == 2 * module.WINDOWS and not found.unreadable
+        assert len(found.decodes) == 2 * WINDOWS and not found.unreadable
 
 
 def test_counted_is_what_the_workers_feed(videos, config):
     """In random windows of two seconds; the counts are those of `host_decoder`."""
     config.data.stride, config.data.target_fps = 5, 30  # 3 * 5 / 30 s
     found = survey(videos, config, 2, None)
-    plans = [module._plan(found, row, epoch) for row in found.rows for epoch in range(module.WINDOWS)]
+    plans = [_plan(found, row, epoch) for row in found.rows for epoch in range(WINDOWS)]
     assert len({tuple(plan.positions) for plan in plans}) > 3
     for place, plan in enumerate(plans):
-        row = found.rows[place // module.WINDOWS]
+        row = found.rows[place // WINDOWS]
         decoded = decode_frames(videos.file(row), plan.positions, size=(144, 160))
         counted = found.decodes[place]
         assert counted.fallback == decoded.fallback == ("" if row == 0 else "4:4:4")
@@ -117,7 +119,7 @@ def test_counted_is_what_the_workers_feed(videos, config):
 def test_a_decoder_that_seeks():
     # 3: packets 0 to 3 (4). 5: on to 5 (2). 12: from the keyframe 10 (3). 14: on (2).
     assert seeking_frames([0, 10], [5, 3, 14, 12]) == 4 + 2 + 3 + 2
-    # 12 needs what is before its keyframe: from where it stands, 6 to 12 (7).
+    # 12 needs the group before its keyframe: from its position, 6 to 12 (7).
     assert seeking_frames([0, 10], [3, 5, 12, 14], frozenset({12})) == 4 + 2 + 7 + 2
 
 
@@ -139,12 +141,12 @@ def test_size_after_transcoding(videos, config, monkeypatch):
     def shown(height: int, width: int) -> Video:
         return Video("a.mp4", 0, 10, 25.0, width, height, "h264", 0)
 
-    assert copy_size(shown(480, 640), module.SHORT_SIDE) == (256, 340)
-    assert copy_size(shown(640, 480), module.SHORT_SIDE) == (340, 256)
-    assert copy_size(shown(240, 320), module.SHORT_SIDE) == (240, 320)  # never enlarged
+    assert copy_size(shown(480, 640), SHORT_SIDE) == (256, 340)
+    assert copy_size(shown(640, 480), SHORT_SIDE) == (340, 256)
+    assert copy_size(shown(240, 320), SHORT_SIDE) == (240, 320)  # never enlarged
     found = survey(videos, config, 2, GPUS["h200"])
     assert {(each.transcoded_area, each.transcoded_on_gpu) for each in found.decodes} == {(144 * 160, True)}
-    monkeypatch.setattr(module, "SHORT_SIDE", 96)  # 96x106.67: NVDEC takes no sides below 144
+    monkeypatch.setattr(benchmarks.budget.survey, "SHORT_SIDE", 96)  # 96x106.67: NVDEC takes no sides below 144
     found = survey(videos, config, 2, GPUS["h200"])
     assert {(each.transcoded_area, each.transcoded_on_gpu) for each in found.decodes} == {(96 * 106, False)}
 
@@ -179,7 +181,7 @@ def test_clips_of_the_decoders():
     assert engine_seconds(decode._replace(transcoded_on_gpu=False), TRANSCODED, GPU) == 0
     assert engine_seconds(by_workers, SELECTED, GPU) == 0
     assert engine_seconds(by_workers, TRANSCODED, GPU) == pytest.approx(0.026576, rel=1e-12)
-    # A worker: 10 ms for headers, 90 for 10 pictures. All 30: 10 + 270; 4 of a quarter of the size: 10 + 9.
+    # A worker: 10 ms for headers, 90 for 10 frames. All 30: 10 + 270; 4 of a quarter of the size: 10 + 9.
     timings = Timings(decode=0.1, headers=0.01, feed=0.004)
     seconds = [core_seconds([decode], way, timings, host_share=1) for way in (SELECTED, START, TRANSCODED)]
     assert seconds == pytest.approx([0.1, 0.28, 0.019])
@@ -246,7 +248,7 @@ def test_limits_are_those_of_the_configured_decode():
 def test_nvdec_takes_what_the_loader_gives_it(config):
     def takes(gpu: str | None, **fields) -> bool:
         video = Video("a", 0, 10, 25.0, 340, 256, "h264", 0, "yuv420p")._replace(**fields)
-        return module._routing(config, find_gpu(gpu)).takes(video)
+        return _routing(config, find_gpu(gpu)).takes(video)
 
     assert takes("h200") and not takes("h200", codec="mjpeg") and not takes(None)
     assert takes("h200", codec="mpeg4", width=320) and not takes("h200", codec="mpeg4")  # 340 is no multiple of 16
@@ -283,7 +285,7 @@ def test_who_bounds(limits, bound_by, times):
 
 
 def test_the_report_says_who_bounds_and_what_would_help(videos, config, monkeypatch):
-    monkeypatch.setattr(module, "_MEASURE_S", 0.05)
+    monkeypatch.setattr(benchmarks.budget.report, "_MEASURE_S", 0.05)
     settings = {"samples": 5, "gpu": GPU, "gpus": 2, "cores": None}
     # groups.mp4, 7 frames at 317.0/s: 22.1 ms of one of 10 engines, 452.9 clips/s.
     # 2000 / 452.9 = 4.416; 1 - 1 / 4.416 = 77 %.
@@ -292,15 +294,15 @@ def test_the_report_says_who_bounds_and_what_would_help(videos, config, monkeypa
     assert report["ways"][SELECTED]["nvdec_clips_per_second"] == pytest.approx(10 * RATE / 7)
     assert report["bound_by"] == "NVDEC" and report["times"] == pytest.approx(2000 * 7 / (10 * RATE))
     assert "NVDEC (10 engines) can supply 453 clips/s, and the network could take 2,000, 4.4 times" in report["verdict"]
-    assert "wait for 77% of the time" in report["verdict"] and "too near" not in report["verdict"]
-    # Transcoding does not help 24 pictures in groups of 8; two clips of the same three frames take one decode.
+    assert "wait 77% of the time" in report["verdict"] and "too close" not in report["verdict"]
+    # Transcoding does not help 24 frames in groups of 8; two clips of the same three frames take one decode.
     assert report["remedies"][0].endswith("--gop 16`: nothing to gain")
     assert "side by side in a batch): 3.5 frames a clip instead of 7; NVDEC would supply 906" in report["remedies"][1]
     assert "not enough" in report["remedies"][1]
     assert "CPU cores" not in report["limits"]  # those of the machine that trains are not known
 
     report = budget(path, config, network_clips=200, **settings)  # 400 for two GPUs
-    assert report["bound_by"] == "network" and "too near to call" in report["verdict"]
+    assert report["bound_by"] == "network" and "too close to call" in report["verdict"]
     report = budget(path, config, network_clips=1e7, **settings | {"cores": 1})
     assert report["bound_by"] == "NVDEC and CPU cores" and list(report["limits"]) == ["NVDEC and CPU cores"]
     config.data.decode = "nvdec"
@@ -322,9 +324,9 @@ def tiny(videos, config, monkeypatch):
         found.headers_s, found.feed_s = TINY_TIMINGS.headers, TINY_TIMINGS.feed
         return found
 
-    monkeypatch.setattr(module, "survey", with_tiny_times)
-    monkeypatch.setattr(module, "time_decoding", lambda *_: (TINY_TIMINGS.decode, 1))
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmarks.budget.report, "survey", with_tiny_times)
+    monkeypatch.setattr(benchmarks.budget.report, "time_decoding", lambda *_: (TINY_TIMINGS.decode, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def report(decode: str, *, cores: int | None = 3, network_clips: float = 100, **data):
         for name, value in ({"decode": decode} | data).items():
@@ -344,7 +346,7 @@ def test_auto_reports_both_engines(videos, config, tiny):
     assert supply["by_engine"] == pytest.approx({"NVDEC": 10, "CPU cores": 10}) and supply["host_share"] == 0.5
     assert supply["clips_per_second"] == report["limits"]["NVDEC and CPU cores"] == pytest.approx(20)
     # What the loader itself takes, which does not know these times, and what that gives.
-    routing, view = module._routing(config, tiny.gpu), module._view(config)
+    routing, view = _routing(config, tiny.gpu), _view(config)
     default = estimate(Manifest.read(videos.root / "one.csv"), view, routing, gpu=tiny.gpu, cores=3).host_share
     # By its own costs, frames as small as these cost a core less to decode than to feed: all for the cores, 3 / 0.25.
     assert supply["default_host_share"] == default == 1
@@ -405,13 +407,13 @@ def test_without_cores_auto_is_nvdec_and_says_so(tiny):
     assert report["limits"] == pytest.approx({"NVDEC": 10}) and report["bound_by"] == "NVDEC"
     supply = {"clips_per_second": pytest.approx(10), "by_engine": {"NVDEC": pytest.approx(10)}, "host_share": None}
     assert report["supply"] == supply
-    assert "The CPU of that machine decodes as well; `--cores N` says how much" in report["verdict"]
+    assert "The CPU of that machine decodes as well; give `--cores N` to include it" in report["verdict"]
     assert any("(those here; --cores N for others)" in each for each in report["assumptions"])
     assert report["needed"] == pytest.approx({"cores": 23, "decoded_by_cores": 0.9})  # as above
 
 
 def test_assumptions_say_what_is_measured_and_what_is_derived(videos, config, monkeypatch):
-    monkeypatch.setattr(module, "_MEASURE_S", 0.05)
+    monkeypatch.setattr(benchmarks.budget.report, "_MEASURE_S", 0.05)
 
     def assumptions(gpu: str) -> str:
         settings = {"samples": 5, "gpus": 1, "cores": 1, "network_clips": 1}
@@ -426,32 +428,32 @@ def test_assumptions_say_what_is_measured_and_what_is_derived(videos, config, mo
 
 
 def test_files_that_nvdec_does_not_take_are_for_the_workers(videos, config, monkeypatch):
-    monkeypatch.setattr(module, "_MEASURE_S", 0.05)
+    monkeypatch.setattr(benchmarks.budget.report, "_MEASURE_S", 0.05)
     report = budget(str(videos.root / "both.csv"), config, samples=5, gpu=GPU, gpus=1, cores=1, network_clips=1)
-    assert report["taken_by_nvdec"] == 0.5 and report["fallbacks"] == {"4:4:4": module.WINDOWS}
+    assert report["taken_by_nvdec"] == 0.5 and report["fallbacks"] == {"4:4:4": WINDOWS}
     assert "50% of the clips are decoded by the workers, not by NVDEC" in report["assumptions"]
     # An engine works for one of two clips.
     assert report["ways"][SELECTED]["nvdec_clips_per_second"] == pytest.approx(2 * 5 * RATE / 7)
-    assert f"{module.WINDOWS} of {2 * module.WINDOWS} windows are decoded from the file's start: 4:4:4" in table(report)
+    assert f"{WINDOWS} of {2 * WINDOWS} windows are decoded from the file's start: 4:4:4" in table(report)
     ways = report["ways"][SELECTED]
     assert ways["feeding_clips_per_second"] > ways["cores_clips_per_second"]
 
 
 def test_without_a_gpu_the_network_is_measured_and_shares_the_cores(videos, config, monkeypatch):
-    monkeypatch.setattr(module, "_MEASURE_S", 0.05)
+    monkeypatch.setattr(benchmarks.budget.report, "_MEASURE_S", 0.05)
     config.device = "cpu"
     report = budget(str(videos.root / "one.csv"), config, samples=5, gpu=None, gpus=1, cores=None, network_clips=None)
     a, b = report["network"]["clips_per_second"], report["ways"][SELECTED]["cores_clips_per_second"]
     assert report["bound_by"] == ("network" if a < b else "CPU cores")
     assert "measured here" in report["network"]["how"]
-    assert f"Both need the same cores: together about {module._number(1 / (1 / a + 1 / b))}" in report["verdict"]
+    assert f"Both need the same cores: together about {_number(1 / (1 / a + 1 / b))}" in report["verdict"]
     assert report["ways"][SELECTED]["nvdec_clips_per_second"] is None
     # Of a decode that is measured here, headers are a part.
     assert 0 < report["core_ms_per_clip"]["headers"] < report["core_ms_per_clip"]["decode"]
 
 
 def test_views_per_decode_share_a_decode(videos, config, monkeypatch):
-    monkeypatch.setattr(module, "_MEASURE_S", 0.05)
+    monkeypatch.setattr(benchmarks.budget.report, "_MEASURE_S", 0.05)
     config.data.views_per_decode = 2
     report = budget(str(videos.root / "one.csv"), config, samples=5, gpu=GPU, gpus=1, cores=None, network_clips=1)
     assert report["ways"][SELECTED]["frames_per_clip"] == 7 / 2 and report["ways"][VIEWS]["frames_per_clip"] == 7 / 4

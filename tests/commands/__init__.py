@@ -25,7 +25,7 @@ def run(
     path: Path | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess:
-    """Runs train.py, evaluate.py, ... as a person would; processes > 1: through torchrun. `path`: for imports."""
+    """Runs train.py, evaluate.py, ... as a user would; processes > 1: through torchrun. `path`: for imports."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

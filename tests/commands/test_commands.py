@@ -1,4 +1,4 @@
-"""Bad input at the command line: one line that says what and what to do, exit code 2, never a traceback."""
+"""Bad input at the command line: one line with the problem and a remedy, exit code 2, never a traceback."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.commands import PROJECT, run
 
 @pytest.fixture
 def place(config_file, small_data, tmp_path):
-    """What a person has: good files and bad ones, all in one folder."""
+    """A folder with good and bad files."""
     config = load_config(str(config_file))
     manifest = Manifest.read(small_data / "val.csv")
     videos = [manifest[n] for n in range(len(manifest))]
@@ -62,7 +62,7 @@ CASES = [
     ("predict.py -w two.safetensors text.mp4 file --picture p.png", "--picture draws one video, but 2 are named"),
     ("predict.py -w two.safetensors text.mp4 --top-k 0", "--top-k is 0"),
     ("predict.py -w two.safetensors text.mp4 --windows 0", "--windows is 0"),
-    ("predict.py -w two.safetensors *.avi", "*.avi: no file and no pattern that any file fits"),
+    ("predict.py -w two.safetensors *.avi", "*.avi: no such file, and no file matches it as a pattern"),
     ("predict.py -w two.safetensors - --explain p.png", "--explain draws one video, but a list is named"),
     ("predict.py -w two.safetensors text.mp4 --features f.csv", "--features f.csv: expected a name that ends in .npz"),
     ("prepare.py index --list gone.txt --out out.csv", "gone.txt: No such file or directory"),
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written(place):
 
 
 def test_names_that_are_not_utf8_go_through_all_commands(config_file, small_data, tmp_path):
-    """Of a class and of its videos, from the folder to the pictures."""
+    """Names of a class and of its videos, from the folder to the plots."""
     names = [b"k\xff", "l\u2028m".encode(), b"n\ro"]
     for name in names:
         folder = os.path.join(os.fsencode(tmp_path), b"videos", name)
@@ -137,8 +137,8 @@ def test_names_that_are_not_utf8_go_through_all_commands(config_file, small_data
 
 
 @pytest.mark.parametrize("lines_before", [4, 5])
-def test_ctrl_c_is_one_line_also_with_workers(place, lines_before):
-    """While the loader's workers start, and once training has begun: they get the signal as well."""
+def test_ctrl_c_is_one_line_even_with_workers(place, lines_before):
+    """While the loader's workers, which get the signal too, start, and once training has begun."""
     command = [sys.executable, str(PROJECT / "train.py"), "-c", "tiny.yaml", "-o", "data.workers=2", "train.epochs=500"]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     # A shell that runs the tests in the background has SIGINT ignored, and its children would inherit that.
@@ -151,7 +151,7 @@ def test_ctrl_c_is_one_line_also_with_workers(place, lines_before):
     assert process.returncode == 130 and errors == "train.py: stopped by Ctrl-C\n"
 
 
-def test_training_with_several_views_of_a_decode_says_what_it_does(config_file):
+def test_training_with_several_views_of_a_decode_logs_it(config_file):
     """13 videos, two views each: 26 clips, six steps of four."""
     settings = ["data.views_per_decode=2", "data.decode=dali", "train.epochs=1", "data.workers=1"]
     done = run("train.py", "-c", config_file, "-o", *settings)
@@ -159,7 +159,7 @@ def test_training_with_several_views_of_a_decode_says_what_it_does(config_file):
     assert "6 steps an epoch" in done.stdout and "decoders: h264 host, vp9 DALI" in done.stdout
 
 
-def test_threads_that_fail_because_of_ctrl_c_say_nothing(tmp_path):
+def test_threads_that_fail_because_of_ctrl_c_print_nothing(tmp_path):
     """DALI has one that watches its workers."""
     (tmp_path / "script.py").write_text(
         "import threading, time\nfrom common.command_line import run_command\n"

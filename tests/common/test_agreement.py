@@ -30,8 +30,8 @@ LOCKED = "import sys; from common.locking import FolderLock; from pathlib import
 
 def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(config_file, tmp_path):
     output = tmp_path / "output"
-    slow = "step = Trainer._train_step\n"
-    slow += "Trainer._train_step = lambda self, b: (time.sleep(60 * (self.step == 2)), step(self, b))[1]"
+    slow = "step = Trainer.train_step\n"
+    slow += "Trainer.train_step = lambda self, b: (time.sleep(60 * (self.step == 2)), step(self, b))[1]"
     arguments = [patched(tmp_path, slow), "-c", config_file, "--resume", "-o", "train.checkpoint_every_steps=1"]
     with started(*arguments, "data.workers=1", stdout=subprocess.DEVNULL) as first:
         wait_for(lambda: len(list_checkpoints(output / "checkpoints")) == 2)
@@ -231,7 +231,7 @@ def test_a_port_in_use_and_variables_that_are_wrong_are_one_line(monkeypatch):
     with pytest.raises(InputError, match=r"\(MASTER_PORT is not set\)"), start_process("cpu", timeout_s=5):
         pass
     monkeypatch.setenv("RANK", "first")
-    with pytest.raises(InputError, match="one of RANK, WORLD_SIZE.* is no number .*first"), start_process("cpu"):
+    with pytest.raises(InputError, match="one of RANK, WORLD_SIZE.* is not a number .*first"), start_process("cpu"):
         pass
 
 

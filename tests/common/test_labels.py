@@ -74,8 +74,8 @@ def test_names_that_look_like_another_form_stay_names(read, names):
         ('{"ash": 1, "birch": 2}', "'ash' the label 1"),
         ('[{"id": 0, "name": "ash"}]', "JSON that is neither"),
         ('{"id2label": {"0": "ash"}}', "JSON that is neither"),
-        ('{"id": 0}\n{"id": 1}\n', "begins as JSON does"),
-        ("['ash', 'birch']", "begins as JSON does"),
+        ('{"id": 0}\n{"id": 1}\n', "begins like JSON"),
+        ("['ash', 'birch']", "begins like JSON"),
         (
             "label,youtube_id,time_start,time_end,split\nash,abc,1,11,train\n",
             "a table with the columns label, youtube_id",

@@ -61,7 +61,7 @@ def test_other_files_are_refused(weights, tmp_path):
         ("pickle", "not a safetensors file"),
         ("empty", "not a safetensors file"),
         ("foreign", "not the weights that train.py writes"),
-        ("less", "damaged: norm.bias is not what its header speaks of"),
+        ("less", "damaged: norm.bias is not what its header says"),
         ("nan", "damaged: norm.bias"),
         ("classes", "damaged: head.bias"),
         ("header", "its header is not what train.py writes"),
@@ -83,10 +83,10 @@ def test_other_files_are_refused(weights, tmp_path):
         ("model", "drop_path", float("nan"), "model.drop_path is nan"),
         ("model", "attention", "${oc.env:HOME}", "model.attention is \\${oc.env:HOME}; expected one of"),
         ("model", "embed_dim", "${oc.decode:24}", "model.embed_dim is '\\${oc.decode:24}'"),
-        ("model", "num_classes", 9, "model.num_classes is no setting of weights"),
-        ("preprocessing", "workers", 64, "data.workers is no setting of weights"),
-        ("preprocessing", "cache", "/tmp/cache", "data.cache is no setting of weights"),
-        ("preprocessing", "labels", "/etc/passwd", "data.labels is no setting of weights"),
+        ("model", "num_classes", 9, "model.num_classes is not a setting of weights"),
+        ("preprocessing", "workers", 64, "data.workers is not a setting of weights"),
+        ("preprocessing", "cache", "/tmp/cache", "data.cache is not a setting of weights"),
+        ("preprocessing", "labels", "/etc/passwd", "data.labels is not a setting of weights"),
         ("preprocessing", "num_frames", 4096, "damaged: time_embed is not what its header"),
         ("preprocessing", "crop_size", 512, "damaged: pos_embed is not what its header"),
         ("preprocessing", "crop_size", 8192, "a clip has . x 8192 x 8192 pixels"),
@@ -190,7 +190,7 @@ def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
             tmp_path / "x.safetensors",
             None,
             [],
-            "x.safetensors: not the weights that train.py writes; for those of others",
+            "x.safetensors: not the weights that train.py writes; for other weights",
         ),
         (tmp_path / "x.safetensors", golden_config, [], "not weights of a vision transformer that are known here"),
         (path, golden_config, ["data.labels=null"], "tiny.pdparams: names no classes; name a file that does"),
@@ -220,7 +220,7 @@ def test_the_mean_of_weights(weights, tmp_path):
     assert all((value == 3).all() for value in averaged.state.values())
     assert (averaged.model, averaged.classes) == (weights.model, weights.classes)
     save_weights(tmp_path / "other.safetensors", dataclasses.replace(weights, classes=("a", "b", "c")))
-    with pytest.raises(InputError, match=r"one file has no mean"):
+    with pytest.raises(InputError, match=r"one file cannot be averaged"):
         average_weights(paths[:1])
     with pytest.raises(InputError, match=r"other.safetensors: its classes is not that of .*0.safetensors"):
         average_weights([paths[0], str(tmp_path / "other.safetensors")])

@@ -36,7 +36,7 @@ def notes(path: Path) -> list[str]:
 def test_results_in_the_order_of_the_tasks_and_equal_ones_once(noted, tmp_path, workers):
     names = [f"{n % 7}" for n in range(20)]
     done = run(
-        tasks.note, [(str(noted), name) for name in names], journal=tmp_path / "j", crew=WorkerPool(workers=workers)
+        tasks.note, [(str(noted), name) for name in names], journal=tmp_path / "j", pool=WorkerPool(workers=workers)
     )
     assert [name for name, _ in done] == names
     assert sorted(notes(noted)) == sorted(set(names))
@@ -52,24 +52,24 @@ def test_one_that_hangs_crashes_or_fails_costs_itself_alone(noted, tmp_path):
         "bug": "KeyError",
     }.items():
         # The limit includes the start of the process, which a busy machine delays.
-        crew = WorkerPool(workers=1, timeout_s=1 if function == "hang" else 60)
-        (failed,) = run(getattr(tasks, function), [(str(noted),)], journal=tmp_path / function, crew=crew)
+        pool = WorkerPool(workers=1, timeout_s=1 if function == "hang" else 60)
+        (failed,) = run(getattr(tasks, function), [(str(noted),)], journal=tmp_path / function, pool=pool)
         assert isinstance(failed, Failed)
         with pytest.raises(InputError, match=reason):
             raise InputError(failed)
-        (good,) = run(tasks.note, [(str(noted), "good")], journal=tmp_path / f"{function}2", crew=WorkerPool(workers=1))
+        (good,) = run(tasks.note, [(str(noted), "good")], journal=tmp_path / f"{function}2", pool=WorkerPool(workers=1))
         assert good[0] == "good"
-    assert run(tasks.chatter, [("ä\udcff",)], journal=tmp_path / "c", crew=WorkerPool(workers=1)) == ["ä\udcff"]
+    assert run(tasks.chatter, [("ä\udcff",)], journal=tmp_path / "c", pool=WorkerPool(workers=1)) == ["ä\udcff"]
     assert notes(noted).count("crash") == 2
 
 
 def test_what_is_done_is_not_done_again(noted, tmp_path):
     todo = [(str(noted), str(n)) for n in range(5)]
-    run(tasks.note, todo[:3], journal=tmp_path / "j", crew=WorkerPool(workers=1))
+    run(tasks.note, todo[:3], journal=tmp_path / "j", pool=WorkerPool(workers=1))
     with open(tmp_path / "j", "a") as file:
         file.write('{"key": "cut by a ki')
-    done = run(tasks.note, todo, journal=tmp_path / "j", crew=WorkerPool(workers=1))
-    again = run(tasks.note, todo, journal=tmp_path / "j", crew=WorkerPool(workers=1))
+    done = run(tasks.note, todo, journal=tmp_path / "j", pool=WorkerPool(workers=1))
+    again = run(tasks.note, todo, journal=tmp_path / "j", pool=WorkerPool(workers=1))
     assert done == again and sorted(notes(noted)) == ["0", "1", "2", "3", "4"]
     remove_journals(tmp_path / "j")
     assert not list(tmp_path.glob("j*"))
@@ -77,7 +77,7 @@ def test_what_is_done_is_not_done_again(noted, tmp_path):
 
 def test_failures_are_remembered_too(noted, tmp_path):
     for _ in range(2):
-        (failed,) = run(tasks.crash, [(str(noted),)], journal=tmp_path / "j", crew=WorkerPool(workers=1))
+        (failed,) = run(tasks.crash, [(str(noted),)], journal=tmp_path / "j", pool=WorkerPool(workers=1))
         assert isinstance(failed, Failed) and "signal 11" in failed
     assert len(notes(noted)) == 2  # twice in the first run
 
@@ -85,11 +85,11 @@ def test_failures_are_remembered_too(noted, tmp_path):
 def test_parts_are_merged(noted, tmp_path):
     todo = [(str(noted), str(n)) for n in range(10)]
     for part in (2, 0):
-        run(tasks.note, todo, journal=tmp_path / "j", crew=WorkerPool(workers=1, shard=(part, 3)))
+        run(tasks.note, todo, journal=tmp_path / "j", pool=WorkerPool(workers=1, shard=(part, 3)))
     assert sorted(notes(noted)) == sorted(str(n) for n in range(10) if n % 3 != 1)
-    part = run(tasks.note, todo, journal=tmp_path / "j", crew=WorkerPool(workers=1, shard=(1, 3)))
+    part = run(tasks.note, todo, journal=tmp_path / "j", pool=WorkerPool(workers=1, shard=(1, 3)))
     assert len(notes(noted)) == 10 and all(not isinstance(each, Failed) for each in part)
-    assert [text for text, _ in run(tasks.note, todo, journal=tmp_path / "j", crew=WorkerPool(workers=1))] == [
+    assert [text for text, _ in run(tasks.note, todo, journal=tmp_path / "j", pool=WorkerPool(workers=1))] == [
         text for _, text in todo
     ]
     assert len(notes(noted)) == 10
@@ -103,7 +103,7 @@ def test_killed_anywhere_it_does_nothing_twice(noted, tmp_path):
         f"import sys; sys.path.insert(0, {str(Path(child.__file__).parents[1])!r})\n"
         "from pathlib import Path\nfrom common.worker_pool import WorkerPool, run\nfrom tests.common import tasks\n"
         f"run(tasks.slow, [({str(noted)!r}, str(n)) for n in range(60)], journal=Path({str(tmp_path / 'j')!r}), "
-        "crew=WorkerPool(workers=2))\n"
+        "pool=WorkerPool(workers=2))\n"
     )
     runs, lines = 0, 0
     while True:
@@ -169,8 +169,8 @@ def test_dask_does_the_same(scheduler, tmp_path):
         (tmp_path / "videos" / name).mkdir(parents=True)
         write_video(tmp_path / "videos" / name / f"{name}.mp4", pictures)
     (tmp_path / "videos" / "a" / "bad.mp4").write_text("no video")
-    crew = ["--executor", "dask", "--scheduler", scheduler]
-    for out, more in (("here.csv", []), ("there.csv", crew)):
+    dask = ["--executor", "dask", "--scheduler", scheduler]
+    for out, more in (("here.csv", []), ("there.csv", dask)):
         done = command("prepare.py", "folder", "videos", "--out", out, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "6 of 7 videos, 6 classes" in done.stdout and "a/bad.mp4: not a video" in done.stdout

@@ -54,7 +54,7 @@ def packed(plain, tmp_path_factory) -> Manifest:
     """The same in a few shards."""
     folder = tmp_path_factory.mktemp("packed")
     plain.write(folder / "some.csv")
-    manifest, rejected = pack(folder / "some.csv", folder / "a, b:c", shard_bytes=45_000, crew=WorkerPool(workers=1))
+    manifest, rejected = pack(folder / "some.csv", folder / "a, b:c", shard_bytes=45_000, pool=WorkerPool(workers=1))
     assert not rejected and 1 < len(manifest.shards) < len(manifest)
     return manifest
 

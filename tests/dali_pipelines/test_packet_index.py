@@ -34,7 +34,7 @@ from dali_pipelines.packet_index import (
 )
 from dali_pipelines.plan import plan_sample
 from dali_pipelines.probe import probe, probe_packets
-from preparation.index import check_is_ours, index
+from preparation.index import check_overwritable, index
 from preparation.pack import pack
 from preparation.transcode import Job, Settings
 from tests.videos import set_edits, textured, write_video
@@ -54,7 +54,7 @@ def indexed(tmp_path_factory) -> Manifest:
         frames = textured(FRAMES, height=72, width=96, seed=number)
         write_video(folder / name, frames, codec=codec, options=options if codec == "h264" else {"g": "12"})
     listed = [(name, number) for number, name in enumerate(NAMES)]
-    manifest, rejected = index(listed, root=folder, journal=folder / "journal", crew=WorkerPool(workers=1))
+    manifest, rejected = index(listed, root=folder, journal=folder / "journal", pool=WorkerPool(workers=1))
     assert not rejected and len(manifest.entries) == len(NAMES)
     manifest.write(folder / "some.csv")
     return Manifest.read(folder / "some.csv")
@@ -93,7 +93,7 @@ def test_turned_and_cut_by_an_edit_list(tmp_path):
     write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96), options=options)
     set_edits(tmp_path / "whole.mp4", tmp_path / "a.mp4", [(1600, 10 * 512)])
     write_video(tmp_path / "b.mp4", textured(FRAMES, height=72, width=96), rotation=90)
-    manifest, _ = index([("a.mp4", 0), ("b.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=WorkerPool(workers=1))
+    manifest, _ = index([("a.mp4", 0), ("b.mp4", 0)], root=tmp_path, journal=tmp_path / "j", pool=WorkerPool(workers=1))
     assert manifest[0].frames < FRAMES and manifest[1].rotation == 90
     manifest.write(tmp_path / "some.csv")
     batch, stats = clips(manifest)
@@ -160,7 +160,7 @@ def test_an_edit_list_that_has_changed_is_noticed(tmp_path):
     """It decides which frames are shown. The size, the first 4 KiB and the packets are the same."""
     write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96))
     set_edits(tmp_path / "whole.mp4", tmp_path / "a.mp4", [(1600, 10 * 512)])
-    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", crew=WorkerPool(workers=1))
+    manifest, _ = index([("a.mp4", 0)], root=tmp_path, journal=tmp_path / "j", pool=WorkerPool(workers=1))
     manifest.write(tmp_path / "some.csv")
     before, stats = clips(manifest)
     assert stats.fallbacks == {}
@@ -201,7 +201,7 @@ def test_what_is_not_in_the_index_is_counted(indexed, tmp_path):
 
 def test_containers_that_cut_packets_say_so(tmp_path):
     write_video(tmp_path / "a.ts", textured(30, height=72, width=96))
-    manifest, _ = index([("a.ts", 0)], root=tmp_path, journal=tmp_path / "j", crew=WorkerPool(workers=1))
+    manifest, _ = index([("a.ts", 0)], root=tmp_path, journal=tmp_path / "j", pool=WorkerPool(workers=1))
     manifest.write(tmp_path / "some.csv")
     batch, stats = clips(manifest)
     assert same(batch, clips(without_index(manifest))[0])
@@ -293,20 +293,20 @@ def test_a_file_that_is_no_index_is_not_overwritten(indexed, tmp_path):
     path = tmp_path / "some.packets"
     path.write_text("somebody's notes")
     with pytest.raises(InputError, match=r"some\.packets: exists, and would be overwritten"):
-        check_is_ours(tmp_path / "some.csv")
+        check_overwritable(tmp_path / "some.csv")
     path.write_bytes(indexed.index.read_bytes().replace(b"packets 2", b"packets 1"))  # of an earlier version
     with pytest.raises(StaleIndexError, match="another version"):
         PacketIndex(path)
-    check_is_ours(tmp_path / "some.csv")
+    check_overwritable(tmp_path / "some.csv")
 
 
 def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
     job = Job(
-        indexed, tmp_path / "copies", Settings(64, 8, "h264", 30), journal=tmp_path / "j", crew=WorkerPool(workers=1)
+        indexed, tmp_path / "copies", Settings(64, 8, "h264", 30), journal=tmp_path / "j", pool=WorkerPool(workers=1)
     )
     copies, rejected, _ = job.transcode()
     assert not rejected and len(copies.entries) == len(copies)
-    packed, rejected = pack(indexed.root / "some.csv", tmp_path / "shards", shard_bytes=1e9, crew=WorkerPool(workers=1))
+    packed, rejected = pack(indexed.root / "some.csv", tmp_path / "shards", shard_bytes=1e9, pool=WorkerPool(workers=1))
     assert not rejected and len(packed.entries) == len(packed)
     for manifest, path in ((copies, tmp_path / "copies/some.csv"), (packed, tmp_path / "shards/some.csv")):
         manifest.write(path)
@@ -321,7 +321,7 @@ def test_an_index_that_is_made_again_counts_at_once(indexed, tmp_path):
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
     write_video(tmp_path / NAMES[0], textured(FRAMES, height=72, width=96, seed=11))
     listed = [(name, number) for number, name in enumerate(NAMES)]
-    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", crew=WorkerPool(workers=1))
+    manifest, _ = index(listed, root=tmp_path, journal=tmp_path / "again", pool=WorkerPool(workers=1))
     manifest.write(tmp_path / "some.csv")
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
 
@@ -356,7 +356,7 @@ def test_the_index_is_mapped_by_the_workers(indexed):
 def test_only_the_packets_of_a_clip_travel(indexed, tmp_path, decode, shards):
     manifest = Manifest.read(indexed.root / "some.csv")
     if shards:
-        manifest, _ = pack(indexed.root / "some.csv", tmp_path, shard_bytes=1e9, crew=WorkerPool(workers=1))
+        manifest, _ = pack(indexed.root / "some.csv", tmp_path, shard_bytes=1e9, pool=WorkerPool(workers=1))
         manifest.write(tmp_path / "some.csv")
     expected = clips(without_index(manifest), decode=decode)[0]
     with serve(manifest.root) as server:

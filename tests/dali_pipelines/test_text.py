@@ -17,11 +17,12 @@ from dali_pipelines.batches import Fault
 from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.text import ForPeople, cell_text, csv_writer, for_data
-from evaluation.report import _read_per_class, _read_predictions
-from evaluation.results import make_results, read_results, write_results
+from evaluation.result_files import read_results, write_results
+from evaluation.results import make_results
 from preparation.index import Rejected, write_rejected
 from serving.formats import csv_columns, csv_rows
-from serving.prediction import Prediction
+from serving.prediction import Unreadable
+from tests.evaluation import facts_of
 from training.faults import FaultLog
 
 ODD = "\n\r\t,;'\"=+-@# \\\x1b\x85\u2028\udcffa."
@@ -88,22 +89,21 @@ def test_manifests_are_read_back(tmp_path, names, root):
 @given(names=st.lists(NAMES, min_size=2, max_size=4, unique=True))
 @example(names=list(FORMULAS))
 @example(names=["y\nz.mp4", "x\r"])
-def test_results_are_read_back_by_us_and_by_the_report(tmp_path, names):
+def test_results_are_read_back(tmp_path, names):
     count = len(names)
-    facts = dict.fromkeys(
-        ("protocol", "windows", "crops", "average", "weights", "config", "date", "seconds", "versions")
-    )
-    facts |= {"manifest": {"path": "gone.csv", "root": "."}, "classes": names}
     probabilities = np.roll(np.eye(count, dtype=np.float32), 1, axis=1)  # all are wrong
     valid = np.arange(count) > 0
     results = make_results(
-        facts, paths=names, labels=np.arange(count), probabilities=probabilities, valid=valid, reasons={0: names[1]}
+        facts_of(names),
+        paths=names,
+        labels=np.arange(count),
+        probabilities=probabilities,
+        valid=valid,
+        reasons={0: names[1]},
     )
     write_results(results, tmp_path)
     read = read_results(tmp_path)
     assert read.paths == names and (read.top == results.top).all() and (read.valid == valid).all()
-    assert _read_predictions(tmp_path / "predictions.csv", count).paths == names
-    assert [row.confused_with for row in _read_per_class(tmp_path / "per_class.csv", count)][1] == names[2 % count]
     table = rows_of(tmp_path / "predictions.csv")[1:]
     assert [row[1] for row in table] == [row[3] for row in table] == names and table[0][4] == names[1]
     table = rows_of(tmp_path / "per_class.csv")[1:]
@@ -125,7 +125,7 @@ def test_lists_of_faults_and_predictions_are_read_back(tmp_path, names):
     table = csv_writer(out)
     table.writerow(csv_columns(5, names, windows=False))
     for name in names:
-        table.writerows(csv_rows(Prediction(video=name, reason=name[::-1]), 5, names, windows=False))
+        table.writerows(csv_rows(Unreadable(video=name, reason=name[::-1]), 5, names, windows=False))
     (tmp_path / "p.csv").write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
     assert [row[:2] for row in rows_of(tmp_path / "p.csv")[1:]] == [[name, name[::-1]] for name in names]
 

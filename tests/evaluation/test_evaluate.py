@@ -1,4 +1,4 @@
-"""evaluate.py and predict.py: every video once, the same numbers whoever computes them."""
+"""evaluate.py and predict.py: every video once, and the same numbers however they are computed."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,8 @@ from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, Manifest
 from dali_pipelines.probe import probe
 from evaluation.evaluate import build_results, evaluate, predict_views
-from evaluation.results import FILES, Protocol, read_results
+from evaluation.result_files import FILES, read_results
+from evaluation.results import Protocol
 from preparation.pack import pack
 from serving.prediction import predict
 from tests.commands import PROJECT, run
@@ -34,7 +35,7 @@ IN_PROCESS = ("device=cpu", "data.workers=0")
 
 @pytest.fixture
 def weights_file(config_file, tmp_path):
-    """Weights that say something different of every video."""
+    """Weights whose predictions differ from video to video."""
     config = load_config(str(config_file))
     torch.manual_seed(3)
     network = build_network(config.model, preprocessing(config.data), 3)
@@ -58,7 +59,7 @@ def result_of(weights_file, manifest_file, *overrides, protocol=None):
 
 
 class Evaluated:
-    """`Result` and the `Results` made of it, as one."""
+    """`Predictions` and the `Results` made of them, as one."""
 
     def __init__(self, result, results):
         self.results = results
@@ -72,7 +73,7 @@ class Evaluated:
 
 
 @pytest.mark.parametrize("protocol", [Protocol(1, 1), Protocol(3, 3), Protocol(2, 3, "score")], ids=lambda p: p.name)
-def test_every_protocol_is_what_a_slow_computation_says(weights_file, small_data, protocol):
+def test_every_protocol_matches_a_plain_computation(weights_file, small_data, protocol):
     weights = load_weights(weights_file)
     config = load_config(
         None, ["data.stride=1", "data.target_fps=25"], defaults={"model": weights.model, "data": weights.preprocessing}
@@ -139,7 +140,7 @@ def partly_bad(small_data, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_every_video_once_for_any_number_of_processes_and_any_batch_size(weights_file, partly_bad, tmp_path, processes):
+def test_results_match_for_any_number_of_processes_and_batch_size(weights_file, partly_bad, tmp_path, processes):
     with start_process("cpu") as process:
         found = evaluations(weights_file, partly_bad, process)
     expected = found[0]
@@ -260,7 +261,7 @@ def test_an_ensemble_is_the_mean_of_its_members(weights_file, small_data, tmp_pa
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     status, _, errors = in_process(command.main, *files[:2], *settings, "--out", tmp_path / "mine")
-    assert status == 2 and "is not an evaluation; name another folder" in errors
+    assert status == 2 and "that are not an evaluation; name another folder" in errors
 
 
 def test_members_of_an_ensemble_that_do_not_fit_are_named(weights_file, small_data, tmp_path, in_process):
@@ -311,7 +312,7 @@ class Overflowing:
 
 
 @pytest.mark.parametrize("average", ["prob", "score"])
-def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, average):
+def test_an_output_that_is_not_finite_counts_as_unreadable(weights_file, small_data, average):
     weights = load_weights(weights_file)
     config = load_config(None, ["data.workers=0"], defaults=weights.config())
     bad, manifest = [2, 5, 8, 11], Manifest.read(small_data / "train.csv")
@@ -322,14 +323,14 @@ def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, average)
             for each in (weights, Overflowing(weights))
         )
     assert (~result.valid).nonzero()[:, 0].tolist() == bad == [fault.sample_id for fault in result.faults]
-    reason = "the network's answer is not finite in float32; try -o train.precision=float32"
+    reason = "the network's output is not finite in float32; try -o train.precision=float32"
     assert {(fault.path, fault.reason) for fault in result.faults} == {(manifest.file(n), reason) for n in bad}
     assert torch.equal(result.probabilities, good.probabilities * result.valid[:, None])
     right = (good.probabilities.argmax(1) == good.labels) & result.valid
     assert right.any() and result.members.tolist() == [[right.sum().item(), 9]]
 
 
-def test_weights_take_more_frames_and_no_other_crops(weights_file, small_data, tmp_path, in_process):
+def test_weights_adapt_to_more_frames_but_not_to_other_crops(weights_file, small_data, tmp_path, in_process):
     settings = ["-w", weights_file, "--out", tmp_path / "out", "-o", f"data.test={small_data}/val.csv", *IN_PROCESS]
     status, said, errors = in_process(command.main, *settings, "data.num_frames=16")
     assert status == 0 and "time_embed" in said and "resized" in said, said + errors
@@ -367,9 +368,9 @@ def test_windows_are_other_frames_of_the_video(weights_file, tmp_path):
         assert all((one - two).abs().max() > 1e-4 for one, two in itertools.pairwise(views[:4]))
 
 
-def test_a_packed_manifest_is_evaluated_as_its_videos_are(weights_file, small_data, tmp_path, in_process):
+def test_a_packed_manifest_gives_the_results_of_its_videos(weights_file, small_data, tmp_path, in_process):
     packed, left_out = pack(
-        small_data / "train.csv", tmp_path / "shards", shard_bytes=50_000, crew=WorkerPool(workers=1)
+        small_data / "train.csv", tmp_path / "shards", shard_bytes=50_000, pool=WorkerPool(workers=1)
     )
     packed.write(tmp_path / "shards" / "train.csv")
     assert len(packed.shards) > 1 and not left_out
@@ -387,7 +388,7 @@ def test_a_packed_manifest_is_evaluated_as_its_videos_are(weights_file, small_da
     assert page.read_bytes() == first
 
 
-def test_videos_below_a_url_are_evaluated_as_files_are(weights_file, small_data, tmp_path, in_process):
+def test_videos_below_a_url_give_the_results_of_files(weights_file, small_data, tmp_path, in_process):
     manifest = Manifest.read(small_data / "train.csv")
     memory = fsspec.filesystem("memory")
     for row in range(len(manifest)):

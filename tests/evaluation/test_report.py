@@ -1,4 +1,4 @@
-"""report.html: the numbers of an evaluation, the right pictures, nothing fetched, and a page that works."""
+"""report.html: the numbers of an evaluation, the right frames, nothing fetched, and a page that works."""
 
 import base64
 import csv
@@ -26,17 +26,19 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to ope
 
 
 def write_evaluation(folder, manifest_file, classes, tops, lines, unreadable=()):
-    """The files that evaluate.py leaves, for predictions `tops` [N, M] and `lines`, the probabilities as text."""
+    """The files of evaluate.py that are read again, for predictions `tops` [N, M] and `lines`, the probabilities as
+    text."""
     manifest = Manifest.read(manifest_file)
     labels, count = manifest.labels, len(manifest)
     valid = np.array([row not in unreadable for row in range(count)])
     folder.mkdir(exist_ok=True)
     with open(folder / "predictions.csv", "w", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
-        head = ["row", "path", "label", "class", "reason", *(f"top{k + 1}" for k in range(tops.shape[1]))]
+        head = ["row", "path", "label", "class", "reason", *(f"top{k + 1}" for k in range(5))]
         writer.writerow(head + [f"p{k}" for k in range(len(classes))])
+        blanks = [""] * (5 - tops.shape[1])
         for row in range(count):
-            known, reason = (tops[row].tolist(), "") if valid[row] else ([""] * tops.shape[1], "no such file")
+            known, reason = (tops[row].tolist() + blanks, "") if valid[row] else ([""] * 5, "no such file")
             buffer = io.StringIO(newline="")
             entry = [
                 row,
@@ -48,16 +50,6 @@ def write_evaluation(folder, manifest_file, classes, tops, lines, unreadable=())
             csv.writer(buffer, lineterminator="").writerow(entry + known)
             file.write(f"{buffer.getvalue()},{lines[row] if valid[row] else ',' * (len(classes) - 1)}\n")
     right, right5 = valid & (tops[:, 0] == labels), valid & (tops == labels[:, None]).any(1)
-    with open(folder / "per_class.csv", "w", newline="", errors="replace") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        shares = ("accuracy", "top5_accuracy")
-        writer.writerow(["label", "class", "videos", "correct", *shares, "confused_with", "confused_count"])
-        for label, name in enumerate(classes):
-            mine = labels == label
-            wrong = np.bincount(tops[mine & valid & ~right, 0], minlength=len(classes))
-            confused = [classes[wrong.argmax()], wrong.max()] if wrong.any() else ["", ""]
-            shares = [right[mine].mean(), right5[mine].mean()] if mine.any() else ["", ""]
-            writer.writerow([label, name, mine.sum(), right[mine].sum(), *shares, *confused])
     results = {
         "protocol": "test/top1_1x3_prob",
         "windows": 1,
@@ -71,6 +63,7 @@ def write_evaluation(folder, manifest_file, classes, tops, lines, unreadable=())
         "manifest": {
             "path": str(manifest_file),
             "sha256": "ab" * 32,
+            "root": str(manifest_file.parent),
             "listed": count + 2,
             "kept": count,
             "left_out": 2,
@@ -177,7 +170,7 @@ def test_calibration_error_by_hand(evaluation):
 
 
 def pictures_of(page):
-    """Row -> its pictures, uint8 [N, S, S, 3]."""
+    """Row -> its frames, uint8 [N, S, S, 3]."""
     found, row = {}, None
     for tag, attributes, _ in page.elements:
         if tag == "article":
@@ -192,7 +185,7 @@ def pictures_of(page):
 
 @pytest.mark.parametrize("most", [0, 2, 24])
 def test_the_most_confident_mistakes_are_shown(evaluation, most):
-    page = read(write_report(evaluation, most=most))
+    page = read(write_report(evaluation, most_cards=most))
     pictures = pictures_of(page)
     assert list(pictures) == MOST_CONFIDENT[:most]
     for row, each in pictures.items():
@@ -200,8 +193,8 @@ def test_the_most_confident_mistakes_are_shown(evaluation, most):
         assert (card["data-label"], len(each)) == (str(row % 3), 4)
 
 
-def test_pictures_are_what_the_network_saw(tmp_path):
-    """Also of videos that are shown turned, and of a long one whose frames are far apart."""
+def test_frames_are_those_that_the_network_saw(tmp_path):
+    """Including rotated videos, and a long one whose frames are far apart."""
     videos = []
     for number, (rotation, count) in enumerate([(0, 9), (90, 7), (180, 7), (270, 60)]):
         path = tmp_path / f"{number}.mp4"
@@ -243,7 +236,7 @@ NASTY = (
 
 @pytest.fixture
 def nasty(tmp_path):
-    """Names and paths that a page could trip over; no manifest by now."""
+    """Names and paths that could break a page; the manifest is gone."""
     paths = [
         "<img src=x onerror=alert(1)>.mp4",
         "a,\"b\"\n'c'.mp4",
@@ -271,7 +264,7 @@ def test_names_are_escaped(nasty):
     assert "\\u202ee.mp4" in [text for _, text in page.all("td", **{"class": "path"})]
 
 
-def test_a_manifest_or_video_that_is_gone_costs_its_pictures_only(evaluation, small_data, tmp_path):
+def test_a_missing_manifest_or_video_costs_only_its_frames(evaluation, small_data, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(small_data, moved)
     results = json.loads((evaluation / "results.json").read_text())
@@ -285,12 +278,12 @@ def test_a_manifest_or_video_that_is_gone_costs_its_pictures_only(evaluation, sm
     (moved / "train_3.webm").unlink()
     pictures, text = report_with(moved / "train.csv")
     assert {row: len(each) for row, each in pictures.items()} == {10: 4, 3: 0, 6: 4, 8: 4, 1: 4}
-    assert "No pictures: no such file or directory." in text
+    assert "No frames: no such file or directory." in text
     pictures, text = report_with(moved / "val.csv")  # another manifest in its place
-    assert not any(pictures.values()) and text.count("No pictures: the manifest has changed since then.") == 5
+    assert not any(pictures.values()) and text.count("No frames: the manifest has changed since then.") == 5
     pictures, text = report_with(tmp_path / "gone.csv")
     assert list(pictures) == MOST_CONFIDENT and not any(pictures.values())
-    assert f"No pictures: {tmp_path}/gone.csv: no such manifest" in text
+    assert f"No frames: {tmp_path}/gone.csv: no such manifest" in text
 
 
 def test_every_video_right_or_none_readable(evaluation, small_data, tmp_path):
@@ -317,25 +310,24 @@ def replace(name, old, new):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "results.json").unlink(), "results.json: no such file; evaluate.py writes it"),
-        (lambda folder: (folder / "predictions.csv").unlink(), "predictions.csv: no such file"),
-        (lambda folder: (folder / "per_class.csv").unlink(), "per_class.csv: no such file"),
+        (
+            lambda folder: (folder / "results.json").unlink(),
+            "results.json: No such file or directory; evaluate.py writes it",
+        ),
+        (lambda folder: (folder / "predictions.csv").unlink(), "predictions.csv: No such file"),
         (lambda folder: (folder / "results.json").write_text("top1: 0.5"), "results.json: not JSON"),
         (lambda folder: (folder / "results.json").write_text("[]"), r"results.json: .* the file is '\[\]'"),
         (replace("results.json", '"top1_interval"', '"interval"'), "no top1_interval"),
         (replace("results.json", '"crop_size": 32', '"crop_size": "32"'), "crop_size is '32'"),
-        (replace("results.json", '"expected": 13', '"expected": 14'), "13 videos where results.json has 14"),
+        (replace("results.json", '"expected": 13', '"expected": 14'), "13 videos, but results.json has 14"),
         (replace("results.json", '"ash", ', ""), "not those of evaluate.py for 2 classes"),
         (replace("predictions.csv", "0.900000", "much"), r"predictions.csv:2: could not convert .*'much'"),
         (replace("predictions.csv", ",ash,,0,", ",ash,,7,"), "predictions.csv:2: class 7 of 3"),
         (replace("predictions.csv", "no such file", ""), "predictions.csv:6: neither a prediction nor a reason"),
-        (replace("predictions.csv", "\n1,", "\n"), "predictions.csv:3: 10 columns where the header names 11"),
-        (replace("per_class.csv", "accuracy", "recall"), "per_class.csv: its columns are not those"),
-        (replace("per_class.csv", "\n2,", "\n3,"), "per_class.csv:4: class 3 of 3"),
-        (replace("per_class.csv", ",Birch", ""), "per_class.csv:2: 7 columns where the header names 8"),
+        (replace("predictions.csv", "\n1,", "\n"), "predictions.csv:3: 12 columns, but the header names 13"),
     ],
 )
-def test_files_that_are_missing_or_of_another_kind(evaluation, change, message):
+def test_missing_and_wrong_files_are_errors(evaluation, change, message):
     change(evaluation)
     with pytest.raises(InputError, match=message):
         write_report(evaluation)
@@ -358,7 +350,7 @@ canvas.setPointerCapture = () => {};  // there is no such pointer
 
 
 def opened(path, tmp_path, fragment="", *, script="", width=1280):
-    """The page as headless Chromium has it after `script` ran, and its root's attributes."""
+    """The page in headless Chromium after `script` ran, and the attributes of its root."""
     page = tmp_path / "opened.html"
     wide = "root.fits = document.documentElement.scrollWidth <= innerWidth;"
     page.write_text(f"{path.read_text(encoding='utf-8')}<script>{HOOKS}{script}{wide}</script>", encoding="utf-8")
@@ -430,7 +422,7 @@ def test_nasty_names_in_the_browser(nasty, tmp_path):
 
 
 def test_400_classes_and_20000_videos(tmp_path):
-    """As large as Kinetics-400's validation; what it took is printed with -s."""
+    """As large as Kinetics-400's validation; -s prints size and time."""
     random = np.random.default_rng(0)
     labels = np.arange(20_000) % 399  # one class has no video
     videos = [

@@ -1,4 +1,4 @@
-"""Files of an evaluation, intervals, and the comparison of two."""
+"""Files of an evaluation, intervals, and the comparison of two evaluations."""
 
 import dataclasses
 import errno
@@ -9,14 +9,14 @@ import pytest
 
 from dali_pipelines import InputError
 from evaluation.comparison import compare, mcnemar, paired_interval
-from evaluation.results import FILES, Protocol, make_folder, make_results, read_results, wilson_interval, write_results
+from evaluation.result_files import FILES, prepare_folder, read_results, write_results
+from evaluation.results import Protocol, make_results, wilson_interval
+from tests.evaluation import facts_of
 
 
 def results_of(labels=(0, 1, 1, 0), paths=("a, b.mp4", "b.mp4", "c.mp4", "d.mp4")):
-    facts = {key: [] for key in ("weights", "config", "date", "seconds", "versions")}
-    facts |= {"protocol": Protocol().name, **dataclasses.asdict(Protocol()), "classes": ["ash", "birch"]}
     return make_results(
-        facts | {"manifest": {"path": "val.csv"}},
+        facts_of(["ash", "birch"]),
         paths=list(paths),
         labels=np.array(labels),
         probabilities=np.array([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8], [0, 0]], np.float32),
@@ -25,7 +25,7 @@ def results_of(labels=(0, 1, 1, 0), paths=("a, b.mp4", "b.mp4", "c.mp4", "d.mp4"
     )
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_results_are_read_back(tmp_path):
     results = results_of()
     summary = results.summary
     assert (summary["top1"], summary["top5"], summary["mean_class_accuracy"]) == (0.5, 0.75, 0.5)
@@ -40,7 +40,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert lines[1:] == ["0,ash,2,1,0.5,0.5,,0", "1,birch,2,1,0.5,1,ash,1"]
     text = (tmp_path / "predictions.csv").read_text()
     (tmp_path / "predictions.csv").write_text(text.replace("0.8", "x"))
-    with pytest.raises(InputError, match=r"predictions.csv:4: not a line that evaluate.py wrote"):
+    with pytest.raises(InputError, match=r"predictions.csv:4: could not convert string to float: 'x'; evaluate again"):
         read_results(tmp_path)
 
 
@@ -51,11 +51,11 @@ def test_a_full_disk_leaves_the_old_results(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("evaluation.results.os.fsync", full)
+    monkeypatch.setattr("evaluation.result_files.os.fsync", full)
     with pytest.raises(InputError, match="No space left"):
         write_results(results_of(labels=(1, 1, 1, 1)), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
-    make_folder(tmp_path)  # an evaluation may be replaced
+    prepare_folder(tmp_path)  # an evaluation may be replaced
 
 
 def test_wilson_and_mcnemar_by_hand():
@@ -84,6 +84,6 @@ def test_comparing_needs_the_same_classes_and_videos():
 
 
 @pytest.mark.parametrize("settings", [(0, 3), (1, 2), (2, 1), (1, 3, "sum")])
-def test_protocols_that_there_are_not(settings):
+def test_protocols_that_do_not_exist(settings):
     with pytest.raises(InputError, match="--"):
         Protocol(*settings)

@@ -1,4 +1,4 @@
-"""Weights of others: the logits of the libraries they come from, and every difference told or refused."""
+"""Third-party weights: the logits of their libraries, and every difference reported or refused."""
 
 import argparse
 import collections
@@ -32,7 +32,7 @@ def network(*, num_frames=4, image_size=32, num_classes=5, **changes):
 
 
 def scatter(module, seed=0):
-    """Random numbers in every parameter: none hides behind a zero or a one."""
+    """Random numbers in every parameter, so that none is hidden by a zero or a one."""
     torch.manual_seed(seed)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -75,7 +75,7 @@ def test_pdparams_of_every_pickle_protocol(tmp_path, protocol):
 
 
 class Calls:
-    """Pickles to a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -85,7 +85,7 @@ class Calls:
 
 
 def crafted_array(dtype_state, array_state):
-    """An array whose type lies about itself: numpy would take raw bytes for pointers to objects."""
+    """An array with a false dtype: numpy would take raw bytes for pointers to objects."""
 
     class Type:
         def __reduce__(self):
@@ -138,7 +138,7 @@ def test_a_pickle_that_wants_more_than_arrays_is_refused(tmp_path, monkeypatch, 
     ],
 )
 def test_a_pickle_cannot_change_the_names_it_may_use(tmp_path, program):
-    """BUILD sets attributes of whatever find_class and REDUCE gave; nothing must stay changed."""
+    """BUILD sets attributes of any result of find_class and REDUCE; no change may persist."""
     (tmp_path / "w.pdparams").write_bytes(program)
     with pytest.raises(WeightsError, match=r"w.pdparams"):
         load_pretrained(network(), tmp_path / "w.pdparams")
@@ -148,7 +148,7 @@ def test_a_pickle_cannot_change_the_names_it_may_use(tmp_path, program):
 
 
 def doubled(depth):
-    """A tuple of a tuple of a tuple, each twice the same: small to write, endless to walk through."""
+    """Nested tuples, each with the same element twice: small to write, endless to walk through."""
     links = b"".join(
         b"0h" + bytes([n - 1]) + b"h" + bytes([n - 1]) + b"\x86q" + bytes([n]) for n in range(1, depth + 1)
     )
@@ -173,7 +173,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_small_files_that_want_much(tmp_path, name):
+def test_small_files_that_ask_for_much_memory(tmp_path, name):
     (tmp_path / "w.pdparams").write_bytes(BOMBS[name])
     with pytest.raises(WeightsError) as error:
         load_pretrained(network(), tmp_path / "w.pdparams")
@@ -192,7 +192,7 @@ def test_a_small_file_of_many_names_for_one_array_takes_no_more_memory(tmp_path)
     "content", [{5: "x"}, {(1, 2): "x"}, {None: "x"}, {b"a": "x"}, {"model": {"a": "x"}, "b": "x"}]
 )
 @pytest.mark.parametrize("suffix", ["pdparams", "pth"])
-def test_names_that_are_no_text_and_tensors_beside_the_model(tmp_path, content, suffix):
+def test_names_that_are_not_strings_and_tensors_beside_the_model(tmp_path, content, suffix):
     def filled(value):
         array = np.zeros((2, 2), "f4") if suffix == "pdparams" else torch.zeros(2, 2)
         return {k: filled(v) for k, v in value.items()} if isinstance(value, dict) else array
@@ -277,7 +277,7 @@ def test_an_image_network_begins_as_itself_on_every_frame(timm, tmp_path, suffix
         logits = model(images.unsqueeze(2).expand(-1, -1, num_frames, -1, -1))
         torch.testing.assert_close(logits, vit(images), atol=1e-5, rtol=1e-5)
     assert report.initial == dict.fromkeys(
-        ("head.weight", "head.bias"), "a new head: the file's 21 classes are of images"
+        ("head.weight", "head.bias"), "a new head: the file's 21 classes are image classes"
     )
     block = model.blocks[1]
     assert (block.temporal_attn.qkv.weight == vit.blocks[1].attn.qkv.weight).all()
@@ -285,7 +285,7 @@ def test_an_image_network_begins_as_itself_on_every_frame(timm, tmp_path, suffix
     assert not block.temporal_fc.weight.any() and not block.temporal_fc.bias.any() and not model.time_embed.any()
     text = str(report)
     assert "adapted: blocks.*.temporal_fc.weight, blocks.*.temporal_fc.bias: zero" in text
-    assert "blocks.*.temporal_norm1.weight" in text and "started from the attention over space" in text
+    assert "blocks.*.temporal_norm1.weight" in text and "copied from the attention over space" in text
     assert sorted([*report.loaded, *report.adapted, *report.initial]) == sorted(model.state_dict())
 
 
@@ -348,11 +348,11 @@ def test_a_network_of_hugging_face_without_a_head(hugging_face, tmp_path):
     theirs.timesformer.save_pretrained(tmp_path)
     model = network(qkv_bias=True)
     report = load_pretrained(model, tmp_path)
-    assert set(report.initial.values()) == {"a new head: none in the file"}
+    assert set(report.initial.values()) == {"a new head: the file has none"}
     assert (model.blocks[1].mlp.fc2.weight == theirs.timesformer.encoder.layer[1].output.dense.weight).all()
 
 
-def test_another_number_of_heads_is_noticed_where_the_file_tells_it(hugging_face, tmp_path):
+def test_another_number_of_heads_is_noticed_if_the_file_has_it(hugging_face, tmp_path):
     their_model(hugging_face).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="has 3 attention heads, the network 4; set num_heads"):
         load_pretrained(network(qkv_bias=True, num_heads=4), tmp_path)
@@ -451,7 +451,7 @@ def test_several_networks_in_a_file_are_an_error_that_names_them(tmp_path, make,
         load_pretrained(network(), tmp_path / "w.pth")
 
 
-def test_a_checkpoint_that_holds_itself(tmp_path):
+def test_a_checkpoint_that_contains_itself(tmp_path):
     content = {"epoch": 1}
     content["self"] = content
     torch.save(content, tmp_path / "w.pth")
@@ -466,12 +466,18 @@ def edit_json(path, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(hidden_act="relu"), "config.json has hidden_act 'relu'; here it is 'gelu'"),
-        (dict(layer_norm_eps=1e-2), "config.json has layer_norm_eps 0.01; here it is 1e-06"),
-        (dict(global_pool="avg"), "config.json has global_pool 'avg'; here it is 'token'"),
+        (dict(hidden_act="relu"), "config.json has hidden_act 'relu'; expected 'gelu'"),
+        (dict(layer_norm_eps=1e-2), "config.json has layer_norm_eps 0.01; expected 1e-06"),
+        (dict(global_pool="avg"), "config.json has global_pool 'avg'; expected 'token'"),
         (dict(num_attention_heads=4), "has 4 attention heads, the network 3"),
-        (dict(pretrained_cfg={"mean": "abc", "std": [1, 1, 1]}), "mean in its JSON files is no list of three numbers"),
-        (dict(pretrained_cfg={"mean": [0.5], "std": [1, 1, 1]}), "mean in its JSON files is no list of three numbers"),
+        (
+            dict(pretrained_cfg={"mean": "abc", "std": [1, 1, 1]}),
+            "mean in its JSON files is not a list of three numbers",
+        ),
+        (
+            dict(pretrained_cfg={"mean": [0.5], "std": [1, 1, 1]}),
+            "mean in its JSON files is not a list of three numbers",
+        ),
     ],
 )
 def test_a_network_that_computes_something_else_is_noticed(hugging_face, tmp_path, changes, message):
@@ -522,7 +528,7 @@ def test_a_torch_file_with_a_program_in_it_is_refused(tmp_path, monkeypatch):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The two requests that huggingface_hub makes for a file."""
+    """Answers the two requests that huggingface_hub makes for a file."""
 
     files: ClassVar[dict[str, bytes]] = {}
 
@@ -607,7 +613,7 @@ def test_another_number_of_frames(tmp_path, theirs, ours):
     assert (model.pos_embed == source.pos_embed).all() and (model.head.weight == source.head.weight).all()
 
 
-def test_another_image_size_keeps_the_corners_and_what_is_linear(tmp_path):
+def test_another_image_size_keeps_corners_and_linear_gradients(tmp_path):
     source = network(image_size=64)  # 4 x 4 patches
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     with torch.no_grad():
@@ -668,7 +674,7 @@ def test_weights_without_attention_over_time_start_one_with(tmp_path):
         (dict(num_heads=4), "has 3 attention heads, the network 4"),
     ],
 )
-def test_what_does_not_fit_is_said_and_changes_nothing(tmp_path, changes, message):
+def test_differences_are_named_and_change_nothing(tmp_path, changes, message):
     path = our_file(tmp_path / "w.safetensors", scatter(network()))
     model = network(**changes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -682,21 +688,21 @@ def test_what_does_not_fit_is_said_and_changes_nothing(tmp_path, changes, messag
     [
         ({"blocks.x.y": torch.ones(2)}, "the network has no blocks.x.y"),
         ({"blocks.": torch.ones(2)}, "the network has no blocks.;|the network has no blocks."),
-        ({"module.norm.bias": torch.ones(24)}, "holds several tensors for norm.bias"),
+        ({"module.norm.bias": torch.ones(24)}, "contains several tensors for norm.bias"),
         ({"head.weight": None}, "it lacks head.weight"),
         ({"head.weight": torch.tensor(1.0)}, "head.weight is  there|does not fit"),
         ({"pos_embed": torch.ones(1, 1, 24)}, "pos_embed is 1 x 1 x 24 there"),
         ({"pos_embed": torch.ones(1, 0, 24)}, "pos_embed is 1 x 0 x 24 there"),
         ({"time_embed": torch.ones(1, 0, 24)}, "time_embed is 1 x 0 x 24 there"),
-        ({"norm.bias": torch.ones(24, dtype=torch.int64)}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.ones(24).to(torch.float8_e4m3fn)}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.ones(24).to_sparse()}, "norm.bias is no array of numbers as weights are"),
-        ({"norm.bias": torch.full((24,), 1e300, dtype=torch.float64)}, "norm.bias holds values that are not finite"),
-        ({"pos_embed": torch.ones(1, 1, 1).expand(1, 2**30, 24)}, "pos_embed is larger than what the file holds"),
+        ({"norm.bias": torch.ones(24, dtype=torch.int64)}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.ones(24).to(torch.float8_e4m3fn)}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.ones(24).to_sparse()}, "norm.bias is not a tensor of floating-point numbers"),
+        ({"norm.bias": torch.full((24,), 1e300, dtype=torch.float64)}, "norm.bias has values that are not finite"),
+        ({"pos_embed": torch.ones(1, 1, 1).expand(1, 2**30, 24)}, "pos_embed is larger than its data in the file"),
     ],
 )
-def test_odd_tensors_are_told_and_change_nothing(tmp_path, changes, message):
+def test_odd_tensors_are_named_and_change_nothing(tmp_path, changes, message):
     state = {name: value for name, value in (network().state_dict() | changes).items() if value is not None}
     torch.save(state, tmp_path / "w.pth")
     model = network()
@@ -716,7 +722,7 @@ def test_half_precision_weights_become_float32(tmp_path):
         torch.testing.assert_close(model.norm.bias, source.norm.bias, atol=2e-3, rtol=0)
 
 
-def test_tensors_that_nobody_knows_and_numbers_that_are_none(tmp_path):
+def test_unknown_tensors_and_nan_are_errors(tmp_path):
     state = collections.OrderedDict(scatter(network()).state_dict())
     save_file(state | {"blocks.0.ls1.gamma": torch.ones(24)}, tmp_path / "more.safetensors")
     save_file({"conv1.weight": torch.ones(3)}, tmp_path / "resnet.safetensors")
@@ -724,16 +730,16 @@ def test_tensors_that_nobody_knows_and_numbers_that_are_none(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("more.safetensors", "the network has no blocks.0.ls1.gamma"),
-        ("resnet.safetensors", "not weights of a vision transformer that are known here; it holds conv1.weight"),
-        ("nan.safetensors", "norm.bias holds values that are not finite"),
+        ("resnet.safetensors", "not weights of a known vision transformer; it contains conv1.weight"),
+        ("nan.safetensors", "norm.bias has values that are not finite"),
         ("folder", "a folder without model.safetensors or pytorch_model.bin"),
     ):
         with pytest.raises(WeightsError, match=message):
             load_pretrained(network(), tmp_path / name)
 
 
-def test_a_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
-    """1 MB of zeros to each kB: torch.load would unpack it into memory."""
+def test_a_compressed_file_is_refused(tmp_path):
+    """1 MB of zeros in each kB: torch.load would unpack it into memory."""
     torch.save({"head.weight": torch.zeros(1 << 18)}, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,

@@ -1,4 +1,4 @@
-"""Attention rollout against the whole matrices written out, token by token."""
+"""Attention rollout against the full matrices, written out token by token."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def weights(module, tokens):
 
 
 def inputs_of_attention(model, clip):
-    """What the norms before attention put out, in their order."""
+    """The outputs of the norms before attention, in order."""
     seen = []
     norms = [norm for block in model.blocks for norm in (getattr(block, "temporal_norm1", None), block.norm1) if norm]
     hooks = [norm.register_forward_hook(lambda _module, _inputs, out: seen.append(out)) for norm in norms]
@@ -89,8 +89,8 @@ def test_the_rollout_is_the_row_of_the_product_of_all_matrices(attention):
     assert rollout.patches.std() > 0.01  # far from the same for all
 
 
-def test_frames_that_are_clips_of_their_own_share_the_rollout():
-    """Where frames are apart, each has the rollout of a clip of one frame, and a share of 1 / T."""
+def test_space_only_frames_share_the_rollout():
+    """Each frame has the rollout of a clip of one frame, and a share of 1 / T."""
     model, given = network("space_only"), clips()
     rollout = attention_rollout(model, given)
     single = network("space_only", num_frames=1)
@@ -115,7 +115,7 @@ def test_rows_sum_to_one_and_nothing_changes_in_the_network(attention):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_network_whose_attention_is_forced_to_one_patch_lights_it_up(attention):
-    """All keys but one place's are zero, and its are along all queries."""
+    """The keys are zero except at one place, where they are parallel to all queries."""
     model = network(attention, image_size=48, depth=1)
     block, place = model.blocks[0], 5  # row 1, column 2
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_a_network_whose_attention_is_forced_to_one_patch_lights_it_up(attention
     torch.testing.assert_close(share[:, :, 1, 2], torch.full((2, FRAMES), 1 / FRAMES), atol=0.02, rtol=0)
 
 
-def test_half_precision_gives_the_same_picture():
+def test_half_precision_gives_the_same_rollout():
     model, given = network(), clips()
     full = attention_rollout(model, given)
     with torch.autocast("cpu", torch.bfloat16):

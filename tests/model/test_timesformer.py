@@ -17,7 +17,7 @@ SETTINGS = dict(num_frames=3, image_size=32, num_classes=5, patch_size=16, embed
 
 @pytest.fixture(params=[CpuKernels, GpuKernels], ids=["few copies", "few launches"])
 def kernels(request, monkeypatch):
-    """Both arrangements, on the CPU."""
+    """Both kernels, on the CPU."""
     monkeypatch.setattr(timesformer, "kernels_for", lambda x: request.param)
     return request.param
 
@@ -31,7 +31,7 @@ def network(**changes):
 
 
 def attention(module, x):
-    """Softmax attention of tokens [L, D] to each other, a head at a time."""
+    """Softmax attention among tokens [L, D], one head at a time."""
     dim = x.shape[1] // module.num_heads
     q, k, v = linear(x, module.qkv.weight, module.qkv.bias).chunk(3, dim=1)
     heads = []
@@ -140,7 +140,7 @@ def test_size_of_the_base_model():
 
 
 def test_multiply_adds_of_the_base_model():
-    """Published: 196 G a clip, with the products of attention; of the last block, only the class token's part."""
+    """Published: 196 G per clip, attention included; the last block computes only the class token's part."""
     with torch.device("meta"):
         model, clips = TimeSformer(num_frames=8, image_size=224, num_classes=400), torch.empty(1, 3, 8, 224, 224)
     with FlopCounterMode(display=False) as counter:
@@ -156,7 +156,7 @@ def test_multiply_adds_of_the_base_model():
 
 
 class Copies(TorchDispatchMode):
-    """Counts what moves an activation without computing anything."""
+    """Counts operators that move an activation without computing anything."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class Copies(TorchDispatchMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators that are no views: on a GPU, each launches a kernel or more."""
+    """Counts operators other than views: on a GPU, each launches at least one kernel."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +192,7 @@ def test_attention_on_a_cpu_reads_strided_views(training):
 
 
 def test_launches_on_a_gpu(monkeypatch):
-    """Of a block, by the operators that compute something: few, whatever the shapes are."""
+    """Counts the computing operators of a block: few, whatever the shapes."""
 
     def count(kernels, depth):
         monkeypatch.setattr(timesformer, "kernels_for", lambda x: kernels)
@@ -233,7 +233,7 @@ def test_activation_checkpointing_keeps_gradients_and_memory(kernels, attention)
 
 
 def test_bf16_training_follows_float32(kernels):
-    """On a CPU attention is two products and a softmax; with 49 patches of 8 channels its weights are made twice."""
+    """On a CPU, attention is two products and a softmax; with 49 patches of 8 channels its weights are recomputed."""
     model = TimeSformer(**(SETTINGS | dict(image_size=112, drop_path=0.0))).train()
     clips = torch.rand(2, 3, 3, 112, 112)
     exact, rounded = gradients(model, model, clips), gradients(model, in_bf16(model), clips)
@@ -274,7 +274,7 @@ def test_a_gpu_computes_what_the_cpu_does(attention):
     [("divided_space_time", False), ("divided_space_time", True), ("joint_space_time", True), ("space_only", False)],
 )
 def test_is_one_graph(kernels, attention, checkpointing):
-    """As it trains and as it is validated: with autocast and drop path. Nothing is traced anew for a second step."""
+    """In training and validation, with autocast and drop path. A second step traces nothing again."""
     torch.compiler.reset()
     model, clips = network(drop_path=0.5, attention=attention), torch.rand(2, 3, 3, 32, 32)
     model.activation_checkpointing = checkpointing
@@ -292,7 +292,7 @@ def test_is_one_graph(kernels, attention, checkpointing):
 
 
 @needs_compiler
-def test_what_is_compiled_for_a_gpu_computes_the_same(monkeypatch):
+def test_the_network_compiled_for_a_gpu_computes_the_same(monkeypatch):
     """Within the noise of bf16."""
     torch.compiler.reset()
     monkeypatch.setattr(timesformer, "kernels_for", lambda x: GpuKernels)

@@ -18,7 +18,7 @@ from dali_pipelines import InputError, Manifest
 from preparation.datasets import (
     Expected,
     Store,
-    check_order,
+    check_class_order,
     kinetics_classes,
     read_annotations,
     ucf101_annotations,
@@ -143,10 +143,10 @@ def test_a_list_that_counts_classes_in_another_order_is_refused(video, tmp_path)
     for name in names:
         put(video, tmp_path / name.upper() / f"{name}.mp4")
     good = [Expected(f"{name}.mp4", K400.index(name), "train") for name in names]
-    check_order(Store(tmp_path).find(good)["train"], K400, "train.list")
+    check_class_order(Store(tmp_path).find(good)["train"], K400, "train.list")
     wrong = [each._replace(label=number) for number, each in enumerate(good)]
     with pytest.raises(InputError, match=r"another order: ARCHERY/archery.mp4 has label 1 \('air drumming'\), .* 5; 2"):
-        check_order(Store(tmp_path).find(wrong)["train"], K400, "train.list")
+        check_class_order(Store(tmp_path).find(wrong)["train"], K400, "train.list")
 
 
 def clip_names(count: int) -> list[tuple[str, int]]:

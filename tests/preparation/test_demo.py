@@ -103,12 +103,12 @@ def test_h264_has_b_frames_and_one_keyframe(rendered):
         assert sum(frame.key_frame for frame in frames) == (1 if len(frames) <= 250 else 2)
 
 
-def test_files_show_the_drawn_pictures(rendered):
+def test_files_show_the_drawn_frames(rendered):
     """Every codec: the encoder got the right colours, and no frame is lost, doubled or moved."""
     out, listed = rendered
     for index, (path, label) in enumerate(listed["train"][:24]):
         rng = demo._generator(seed=SEED, split="train", index=index)
-        drawn = np.stack(list(demo._pictures(rng, demo._draw_scene(rng, label=label))))
+        drawn = np.stack(list(demo._render_frames(rng, demo._draw_scene(rng, label=label))))
         difference = np.abs(drawn.astype(int) - _decode(out / path)).mean(axis=(1, 2, 3))
         assert difference.max() < 10, path
 
@@ -142,13 +142,13 @@ def test_progress_counts_every_video(tmp_path):
 
 def test_a_failed_render_leaves_no_file_under_a_final_name(tmp_path, monkeypatch):
     def stop_after_two(rng, scene):
-        for number, picture in enumerate(drawn(rng, scene)):
+        for number, frame in enumerate(drawn(rng, scene)):
             if number == 2:
                 raise KeyboardInterrupt
-            yield picture
+            yield frame
 
-    drawn = demo._pictures
-    monkeypatch.setattr(demo, "_pictures", stop_after_two)
+    drawn = demo._render_frames
+    monkeypatch.setattr(demo, "_render_frames", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         _render(tmp_path)
     assert all(name.endswith(".part") for name in _bytes(tmp_path))

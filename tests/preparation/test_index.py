@@ -6,7 +6,7 @@ import pytest
 
 from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
-from preparation.index import index, read_folder, read_list, split, write_rejected
+from preparation.index import index, read_folder, read_list, split_train_val, write_rejected
 from tests.commands import run
 from tests.videos import numbered, write_video
 
@@ -15,11 +15,11 @@ from tests.videos import numbered, write_video
 def folder(tmp_path_factory):
     """Three classes, one in a subfolder, with names that need care and two files that are no videos."""
     root = tmp_path_factory.mktemp("folder")
-    pictures = numbered(6, height=32, width=48)
+    frames = numbered(6, height=32, width=48)
     for name in ("run fast/a.mp4", "run fast/b 1.mp4", "jump/c.avi", "jump/deep/d.webm", "swim/e.mp4", "swim/f.MP4"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         codec = {"avi": "mpeg4", "webm": "vp9"}.get(name.rpartition(".")[2], "h264")
-        write_video(root / name, pictures, codec=codec)
+        write_video(root / name, frames, codec=codec)
     (root / "jump" / "notes.txt").write_text("not listed")
     (root / "jump" / "broken.mp4").write_text("no video " * 50)
     (root / "jump" / "._c.avi").write_text("of macOS")
@@ -205,7 +205,7 @@ def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, work
     listed, classes, _ = read_folder(folder)
     listed.insert(2, ("gone.mp4", 1))
     manifest, rejected = index(
-        listed, root=folder, classes=classes, journal=tmp_path / "journal", crew=WorkerPool(workers=workers)
+        listed, root=folder, classes=classes, journal=tmp_path / "journal", pool=WorkerPool(workers=workers)
     )
     assert [manifest[n].path for n in range(len(manifest))] == [
         path for path, _ in listed if path not in ("jump/broken.mp4", "gone.mp4")
@@ -227,16 +227,16 @@ def test_labels_beyond_the_names_are_refused(folder):
             root=folder,
             classes=("a", "b", "c"),
             journal=folder / "journal",
-            crew=WorkerPool(workers=1),
+            pool=WorkerPool(workers=1),
         )
 
 
 def test_the_split_is_by_class_and_always_the_same():
     listed = [(f"{label}/{n}.mp4", label) for label, count in enumerate((40, 10, 2, 1)) for n in range(count)]
-    train, val = split(listed, 0.1)
-    assert (train, val) == split(listed, 0.1) and sorted(train + val) == sorted(listed)
+    train, val = split_train_val(listed, 0.1)
+    assert (train, val) == split_train_val(listed, 0.1) and sorted(train + val) == sorted(listed)
     assert [sum(label == wanted for _, label in val) for wanted in range(4)] == [4, 1, 1, 0]
-    assert split(listed, 0) == (listed, [])
+    assert split_train_val(listed, 0) == (listed, [])
 
 
 def test_index_and_folder_as_a_user_runs_them(folder, tmp_path):

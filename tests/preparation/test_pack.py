@@ -49,7 +49,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def packed(source: Path, out: Path, **changes):
-    return pack(source, out, **(dict(shard_bytes=100_000, crew=WorkerPool(workers=1)) | changes))
+    return pack(source, out, **(dict(shard_bytes=100_000, pool=WorkerPool(workers=1)) | changes))
 
 
 def shards(out: Path) -> dict[str, bytes]:
@@ -75,7 +75,7 @@ def check(made: Manifest, source: Path, missing=()) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_row_and_equal_bytes_for_equal_videos(source, tmp_path, workers):
     for name in ("one", "two"):
-        made, rejected = packed(source, tmp_path / name, crew=WorkerPool(workers=workers))
+        made, rejected = packed(source, tmp_path / name, pool=WorkerPool(workers=workers))
         assert not rejected
         check(made, source)
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
@@ -97,7 +97,7 @@ def test_webdataset_reads_them(source, tmp_path):
         assert (facts["frames"], facts["codec"], facts["gop"]) == (video.frames, "h264", 12)
     assert not rows
     labels = [int(sample["cls"]) for sample in samples]
-    assert sum(a != b for a, b in pairwise(labels)) > 20  # 3 where the order is that of the manifest
+    assert sum(a != b for a, b in pairwise(labels)) > 20  # 3 in the order of the manifest
 
 
 def test_a_second_run_writes_nothing_even_without_the_videos(source, tmp_path):
@@ -160,7 +160,7 @@ def test_gone_and_changed_videos_are_named_and_left_out(source, tmp_path):
     source, out = tmp_path / "in" / "train.csv", tmp_path / "out"
     original = Manifest.read(source)
     os.remove(original.file(3))
-    packed(source, out, crew=WorkerPool(workers=1, shard=(0, 2)))  # every second shard; all sizes are known
+    packed(source, out, pool=WorkerPool(workers=1, shard=(0, 2)))  # every second shard; all sizes are known
     os.rename(out / "train.journal.sizes-0-of-2", out / "train.journal.sizes-0-of-1")
     waiting = sorted(set(range(40)) - {3} - {int(name[:8]) for name in members(out)})
     grown, gone = waiting[:2]
@@ -191,7 +191,7 @@ def members(out: Path) -> list[str]:
 
 def test_parts_on_several_machines(source, tmp_path):
     for part in (1, 0):
-        assert packed(source, tmp_path, crew=WorkerPool(workers=1, shard=(part, 2))) == (None, [])
+        assert packed(source, tmp_path, pool=WorkerPool(workers=1, shard=(part, 2))) == (None, [])
     before = inodes(tmp_path)
     made, _ = packed(source, tmp_path)
     check(made, source)
@@ -208,10 +208,10 @@ def test_shards_of_another_size(source, tmp_path):
     larger, _ = packed(source, tmp_path / "out", shard_bytes=250_000)
     check(larger, source)
     assert shards(tmp_path / "out") == shards(tmp_path / "again") | {"train-1.tar": b""}
-    with pytest.raises(InputError, match="holds what is to be packed.*name another folder"):
+    with pytest.raises(InputError, match="holds the videos to pack.*name another folder"):
         packed(source, source.parent)
     larger.write(tmp_path / "elsewhere.csv")
-    with pytest.raises(InputError, match="holds what is to be packed"):
+    with pytest.raises(InputError, match="holds the videos to pack"):
         packed(tmp_path / "elsewhere.csv", tmp_path / "out")
 
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_written_leaves_nothing_and_is_tried_again(source, tmp_pa
     files = sorted(packed(source, tmp_path / "good")[0].shards)
     os.mkdir(tmp_path / "out")
     os.mkdir(tmp_path / "out" / files[1])  # in the way
-    with pytest.raises(InputError, match=f"{files[1]}: .*directory.*; the same command goes on from here"):
+    with pytest.raises(InputError, match=f"{files[1]}: .*directory.*; run the same command again to resume"):
         packed(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.part"))
     os.rmdir(tmp_path / "out" / files[1])
@@ -245,7 +245,7 @@ def test_what_cannot_be_written_leaves_nothing_and_is_tried_again(source, tmp_pa
     add = pack_module._add
     monkeypatch.setattr(pack_module, "_add", other)
     arguments = [str(source), hashlib.sha256(source.read_bytes()).hexdigest(), str(tmp_path / "a-000000.tar")]
-    with pytest.raises(InputError, match="written at byte 512 reads back otherwise"):
+    with pytest.raises(InputError, match="written at byte 512 differs when read back"):
         pack_module.write(*arguments, [0], [10_000])
     assert not list(tmp_path.glob("a-*"))
 

@@ -1,4 +1,4 @@
-"""Copies of videos that decode fast: the same pictures, the same labels, groups as asked for, nothing done twice.
+"""Copies of videos that decode fast: the same frames, the same labels, groups as asked for, nothing done twice.
 
 python -m pytest tests/preparation/test_transcode.py
 """
@@ -33,9 +33,9 @@ from tests.videos import ENCODERS, decode_all, edit_packets, numbered, read_numb
 GOP = 8
 
 
-def make(folder: Path, name: str, pictures: list[np.ndarray], **settings) -> list:
+def make(folder: Path, name: str, frames: list[np.ndarray], **settings) -> list:
     """Writes a video and makes its copy in this process: (original as probed, copy as probed, path of the copy)."""
-    video = probe(write_video(folder / name, pictures, **settings))
+    video = probe(write_video(folder / name, frames, **settings))
     return copy(folder, video)
 
 
@@ -75,10 +75,10 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Five videos of three kinds and a manifest of them."""
-    pictures = numbered(12, height=48, width=64)
+    frames = numbered(12, height=48, width=64)
     for name in ("a/1.mp4", "a/2, b.avi", "b/1.webm", "b/ä.mkv", "c.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_video(tmp_path / name, pictures, codec={".avi": "mpeg4", ".webm": "vp9"}.get(Path(name).suffix, "h264"))
+        write_video(tmp_path / name, frames, codec={".avi": "mpeg4", ".webm": "vp9"}.get(Path(name).suffix, "h264"))
     write_manifest(tmp_path, ["c.mp4", "a/1.mp4", "a/2, b.avi", "b/1.webm", "b/ä.mkv"])
     yield tmp_path
     end_children()
@@ -141,10 +141,10 @@ def test_sides_are_even_and_never_enlarged(tmp_path, size, short_side, expected)
         "open groups": ("v.mkv", {"options": {"x264-params": "keyint=10:bframes=3:open-gop=1"}}),
         "B-frames in AVI": ("v.avi", {"codec": "mpeg4", "options": {"bf": "2"}}),
         "another rate": ("v.webm", {"codec": "vp9", "fps": Fraction(30000, 1001)}),
-        "one picture": ("one.mp4", {}),
+        "one frame": ("one.mp4", {}),
     }.values(),
 )
-def test_picture_k_stays_picture_k(tmp_path, name, settings):
+def test_frame_k_stays_frame_k(tmp_path, name, settings):
     count = 1 if name == "one.mp4" else 40
     original, made, path = make(tmp_path, name, numbered(count, height=48, width=64), **settings)
     assert numbers(path) == numbers(original.path) == list(range(count))
@@ -183,7 +183,7 @@ def test_an_edit_list_cuts_what_it_cuts(tmp_path):
     ],
 )
 def test_colours_do_not_shift(tmp_path, codec, pixel_format, matrix, full, target):
-    """Strong colours, each a picture: a wrong matrix or range moves some of them by 10 or more."""
+    """Strong colours, each a frame: a wrong matrix or range moves some of them by 10 or more."""
     colours = [(60, 120, 180), (180, 60, 60), (60, 180, 60), (120, 120, 120), (200, 180, 40)]
     path = str(tmp_path / ("v.mkv" if codec == "mjpeg" else "v.mp4"))
     with av.open(path, "w") as container:
@@ -214,9 +214,9 @@ def test_ranges_are_converted_without_bias(to_full):
     """FFmpeg's own conversion is half a level of chroma off on average."""
     video = Video("v", 0, 1, 25.0, 256, 256, "h264", 0)
     planes = np.random.default_rng(0).integers(60, 200, (256 * 3 // 2, 256)).astype(np.uint8)
-    picture = av.VideoFrame.from_ndarray(planes, format="yuv420p" if to_full else "yuvj420p")
-    picture.color_range = 1 if to_full else 2
-    scaled = transcode._Scaler(video, Settings(codec="mjpeg" if to_full else "h264", crf=4)).scale(picture)
+    frame = av.VideoFrame.from_ndarray(planes, format="yuv420p" if to_full else "yuvj420p")
+    frame.color_range = 1 if to_full else 2
+    scaled = transcode._Scaler(video, Settings(codec="mjpeg" if to_full else "h264", crf=4)).scale(frame)
     assert (scaled.format.name, scaled.color_range) == (("yuvj420p", 2) if to_full else ("yuv420p", 1))
     made, luma = scaled.to_ndarray().astype(float), np.arange(384) < 256
     expected = np.where(luma[:, None], 255 / 219 * (planes - 16.0), 255 / 224 * (planes - 128.0) + 128)
@@ -304,14 +304,14 @@ def test_a_journal_that_is_out_of_date_is_not_believed(folder):
     for gop in (4, 8, 4):
         settings = Settings(short_side=32, gop=gop)
         copies, rejected, _ = Job(
-            manifest, folder / "out", settings, journal=journal, crew=WorkerPool(workers=1)
+            manifest, folder / "out", settings, journal=journal, pool=WorkerPool(workers=1)
         ).transcode()
         assert not rejected and all(copies[row].gop == probe(copies.file(row)).gop == gop for row in range(5))
 
 
 def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
     manifest = Manifest.read(folder / "all.csv")
-    job = Job(manifest, folder / "out", Settings(short_side=32), journal=folder / "j", crew=WorkerPool(workers=1))
+    job = Job(manifest, folder / "out", Settings(short_side=32), journal=folder / "j", pool=WorkerPool(workers=1))
     usage = namedtuple("usage", "total used free")
     estimate = job.estimate()
     assert estimate.sampled == 2 and 1000 < estimate.needed_bytes < 100_000 and estimate.seconds > 0
@@ -320,7 +320,10 @@ def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
         job.check_disk(estimate)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 2 * estimate.needed_bytes))
     assert job.check_disk(estimate) == 2 * estimate.needed_bytes
-    full = {"key": json.dumps(["preparation.transcode:transcode", job._tasks[0]]), "failed": transcode._DISK_FULL}
+    full = {
+        "key": json.dumps(["preparation.transcode:transcode", job._tasks[0].to_json()]),
+        "failed": transcode._DISK_FULL,
+    }
     (folder / "j").write_text(json.dumps(full) + "\n")
     with pytest.raises(InputError, match="no space is left on the disk; make room and run the command again"):
         job.transcode()
@@ -354,7 +357,7 @@ def test_bad_videos_are_left_out_and_the_rest_goes_on(folder):
         (lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), r"frame \d+ is damaged"),
     ],
 )
-def test_a_damaged_picture_is_no_copy(tmp_path, damage, reason):
+def test_a_damaged_frame_is_no_copy(tmp_path, damage, reason):
     whole = write_video(tmp_path / "whole.mp4", textured(40, height=96, width=128))
     path = edit_packets(whole, tmp_path / "v.mp4", lambda n, data: damage(data) if n == 20 else data)
     with pytest.raises(InputError, match=reason):
@@ -378,8 +381,8 @@ def test_a_video_listed_twice_and_by_other_spellings_is_one_copy(folder):
     videos.append(videos[0]._replace(path="a/../c.mp4", label=2))
     videos.append(videos[0]._replace(path=str(folder / "c.mp4")))
     manifest = Manifest(videos, root=folder)
-    crew = WorkerPool(workers=1)
-    made, _, copies = Job(manifest, folder / "out", Settings(), journal=folder / "j", crew=crew).transcode()
+    pool = WorkerPool(workers=1)
+    made, _, copies = Job(manifest, folder / "out", Settings(), journal=folder / "j", pool=pool).transcode()
     assert [made[row].path for row in range(4)] == ["c.mp4"] * 4 and made.labels.tolist() == [0, 1, 2, 0]
     assert len(files(folder / "out")) == 1 and len(copies) == 4
 
@@ -436,5 +439,5 @@ def test_workers_elsewhere_find_originals_and_copies(tmp_path, monkeypatch):
     """Those of dask have another working folder."""
     monkeypatch.chdir(tmp_path)
     manifest = Manifest([probe(write_video("a.mp4", textured(3, height=32, width=32)))._replace(path="a.mp4")])
-    (task,) = Job(manifest, Path("out"), Settings(), journal=Path("j"), crew=WorkerPool(workers=1))._tasks
+    (task,) = Job(manifest, Path("out"), Settings(), journal=Path("j"), pool=WorkerPool(workers=1))._tasks
     assert task.source.path == str(tmp_path / "a.mp4") and task.out == str(tmp_path / "out")

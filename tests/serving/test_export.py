@@ -1,4 +1,4 @@
-"""Exported files say what the network says, for any number of clips, and nothing else gets their name."""
+"""Exported files give the outputs of the network for any number of clips, and only such files are saved."""
 
 import dataclasses
 import json
@@ -18,21 +18,17 @@ from common.config import Config
 from common.weights import Weights, open_weights, save_weights
 from dali_pipelines import InputError
 from evaluation.evaluate import predict_views
+from evaluation.result_files import read_summary
 from model import TimeSformer, load_pretrained
 from model.pretrained import from_hugging_face, to_hugging_face
-from serving import export
-from serving.export import (
-    Clips,
-    MismatchError,
-    clips_to_compare,
-    compare,
-    export_onnx,
-    export_torch,
-    triton_name,
-    write_triton,
-)
-from serving.exported import METADATA_FILE, open_exported
+from serving import onnx_format, torch_format, verification
+from serving.export_formats import open_exported
 from serving.hugging_face import export_hugging_face
+from serving.onnx_format import export_onnx, open_onnx
+from serving.tensorrt import build_tensorrt
+from serving.torch_format import METADATA_FILE, export_torch, open_torch
+from serving.triton import triton_name, write_triton
+from serving.verification import Clips, MismatchError, clips_to_compare, compare, synthetic_views, verified
 from tests.commands import PROJECT, run
 
 PREPROCESSING = {
@@ -64,7 +60,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def clips(weights):
-    return Clips(export._synthetic(weights), [f"clip {number}" for number in range(4)], "compared on four")
+    return Clips(synthetic_views(weights), [f"clip {number}" for number in range(4)], "compared on four")
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +86,10 @@ def in_onnxruntime(path, clips):
 @pytest.mark.parametrize(
     "attention, qkv_bias", [("divided_space_time", True), ("joint_space_time", False), ("space_only", True)]
 )
-def test_onnx_says_what_the_network_says(attention, qkv_bias, clips, tmp_path):
+def test_onnx_gives_the_logits_of_the_network(attention, qkv_bias, clips, tmp_path):
     weights = make_weights(attention, qkv_bias)
     said = export_onnx(tmp_path / "w.onnx", weights, clips)
-    assert "same top-1 for all 12" in said and "opset 20" in said and "times as fast" in said
+    assert "same top-1 for all 12" in said and "opset 20" in said and "x as fast" in said
     for batch in (1, 2, 5):
         given = torch.randn(batch, 3, 4, 32, 32)
         name, logits = in_onnxruntime(tmp_path / "w.onnx", given)
@@ -113,7 +109,7 @@ def test_three_views_are_averaged_inside(weights, clips, tmp_path):
         open_exported(tmp_path / "w.onnx")(torch.zeros(1, 2, 3, 4, 32, 32))
 
 
-def test_what_an_onnx_file_tells(weights, onnx_file):
+def test_metadata_of_an_onnx_file(weights, onnx_file):
     model = onnx.load(onnx_file)
     onnx.checker.check_model(model, full_check=True)
     told = {each.key: each.value for each in model.metadata_props}
@@ -128,7 +124,7 @@ def test_what_an_onnx_file_tells(weights, onnx_file):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
-def test_opened_it_gives_the_probabilities_of_evaluation(kind, weights, onnx_file, torch_file):
+def test_an_opened_export_gives_the_probabilities_of_evaluation(kind, weights, onnx_file, torch_file):
     exported = open_exported({"onnx": onnx_file, "torch": torch_file}[kind])
     assert (exported.model, exported.preprocessing, exported.classes) == (weights.model, PREPROCESSING, CLASSES)
     assert (exported.views, exported.precision) == (1, "float32")
@@ -183,7 +179,7 @@ def test_smaller_files(precision, limit, weights, clips, onnx_file, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "w.onnx"]
 
 
-def test_what_counts_as_a_mismatch(clips):
+def test_mismatches(clips):
     def off(value):  # the largest logit, 100, of one clip in twelve
         return lambda inputs: torch.where(
             (inputs == clips.views[2, 1]).flatten(1).all(1)[:, None] & torch.tensor([True, False, False]), value, 0.0
@@ -224,23 +220,22 @@ def in_process(monkeypatch, *arguments):
 
 @pytest.mark.parametrize("kind, suffix", [("onnx", ".onnx"), ("torch", ".pt2")])
 def test_a_mismatch_fails_and_deletes_nothing(kind, suffix, weights_file, monkeypatch, capsys):
+    module, opener = {"onnx": (onnx_format, open_onnx), "torch": (torch_format, open_torch)}[kind]
+
     def opens_another(path):
-        exported = open_exported(path)
+        exported = opener(path)
         return dataclasses.replace(exported, run=lambda inputs: exported.run(inputs) + 0.01)
 
-    monkeypatch.setattr(export, "open_exported", opens_another)
+    monkeypatch.setattr(module, opener.__name__, opens_another)
     out = weights_file.with_name(f"best{suffix}")
     out.write_bytes(b"the good one")
     assert in_process(monkeypatch, "-w", weights_file, "--format", kind, "--out", out) == 1
     assert out.read_bytes() == b"the good one"
     kept = out.with_name(f"best.mismatch{suffix}")
     said = capsys.readouterr().err
-    assert (
-        "synthetic clip 0, view 1 of 3: a logit differs by 0.01, more than 0.001 (float32; so or alike for 12 of 12)"
-        in said
-    )
-    assert f"kept as {kept}; {out} is what it was" in said
-    assert open_exported(kept).classes == CLASSES
+    assert "synthetic clip 0, view 1 of 3: a logit differs by 0.01, more than 0.001 (float32; 12 of 12 differ)" in said
+    assert f"kept as {kept}; {out} is unchanged" in said
+    assert opener(kept).classes == CLASSES
     assert {each.name for each in out.parent.iterdir()} == {out.name, kept.name, "w.safetensors"}
     if kind == "torch":  # and when it is good again
         monkeypatch.undo()
@@ -248,16 +243,16 @@ def test_a_mismatch_fails_and_deletes_nothing(kind, suffix, weights_file, monkey
         assert open_exported(out).classes == CLASSES and kept.exists()
 
 
-def test_what_is_broken_off_leaves_nothing(tmp_path):
+def test_an_interrupted_export_leaves_nothing(tmp_path):
     (tmp_path / "w.onnx").write_bytes(b"the good one")
-    with pytest.raises(IsADirectoryError), export.verified(tmp_path / "w.onnx") as path:
+    with pytest.raises(IsADirectoryError), verified(tmp_path / "w.onnx") as path:
         path.write_bytes(b"half") and tmp_path.write_bytes(b"fails")
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"the good one"]
 
 
 def test_a_network_too_large_for_one_file(weights, clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_LARGEST_ONNX", 1000)
-    with pytest.raises(InputError, match=r"too large for one ONNX file; take --format torch"):
+    monkeypatch.setattr(onnx_format, "_LARGEST", 1000)
+    with pytest.raises(InputError, match=r"too large for one ONNX file; use --format torch"):
         export_onnx(tmp_path / "w.onnx", weights, clips)
     assert not list(tmp_path.iterdir())
 
@@ -316,7 +311,7 @@ def test_other_and_damaged_files_are_refused(onnx_file, torch_file, tmp_path, mo
 
 
 def _with_loop(graph):
-    """Its result goes round for ever."""
+    """Makes the result loop forever."""
     kind, result = onnx.TensorProto, graph.output[0].name
     [last] = [node for node in graph.node if result in node.output]
     last.output[:] = ["inner"]
@@ -333,7 +328,7 @@ def _with_loop(graph):
 
 
 def _with_huge(graph):
-    """4 TiB are made on the way."""
+    """Makes a tensor of 4 TiB on the way."""
     last = graph.node[-1]
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([1 << 40]), "shape"))
     graph.node.append(onnx.helper.make_node("ConstantOfShape", ["shape"], ["huge"]))
@@ -342,16 +337,16 @@ def _with_huge(graph):
     last.output[:] = ["inner"]
 
 
-def test_an_onnx_file_that_would_run_for_ever_is_not_opened(onnx_file, clips, tmp_path):
+def test_an_onnx_file_that_would_run_forever_is_refused(onnx_file, clips, tmp_path):
     model = onnx.load(onnx_file)
     _with_loop(model.graph)
     onnx.save(model, tmp_path / "loop.onnx")
-    with pytest.raises(InputError, match="loop.onnx: not opened, as it holds .*: loops or functions"):
+    with pytest.raises(InputError, match="loop.onnx: refused, because export.py never writes loops or functions"):
         open_exported(tmp_path / "loop.onnx")
     model = onnx.load(onnx_file)
     model.functions.append(onnx.helper.make_function("d", "f", [], [], [], []))
     onnx.save(model, tmp_path / "function.onnx")
-    with pytest.raises(InputError, match="function.onnx: not opened, as it holds .*: loops or functions"):
+    with pytest.raises(InputError, match="function.onnx: refused, because export.py never writes loops or functions"):
         open_exported(tmp_path / "function.onnx")
     model = onnx.load(onnx_file)
     _with_huge(model.graph)
@@ -379,8 +374,8 @@ def _rewritten(source, target, *, text=None, member=None, compression=zipfile.ZI
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(text=(b'"use_pickle": false', b'"use_pickle":true')), "pickles, says .*model_weights_config"),
-        (dict(text=(b'"use_pickle": false', b'"use_pickle": 1')), "pickles, says"),
+        (dict(text=(b'"use_pickle": false', b'"use_pickle":true')), r"pickles \(.*model_weights_config"),
+        (dict(text=(b'"use_pickle": false', b'"use_pickle": 1')), r"pickles \("),
         (dict(text=(b"torch.ops.aten.gelu.default", b"torch.os.system")), "target 'torch.os.system'"),
         (dict(text=(b"torch.ops.aten.gelu.default", b"torch.ops.load_library")), "target 'torch.ops.load_library'"),
         (dict(text=(b"_operator.mul", b"_operator.methodcaller")), "target '_operator.methodcaller'"),
@@ -396,16 +391,14 @@ def _rewritten(source, target, *, text=None, member=None, compression=zipfile.ZI
         (dict(compression=zipfile.ZIP_DEFLATED), "compressed members"),
     ],
 )
-def test_a_torch_file_that_could_run_code_is_not_opened(torch_file, tmp_path, monkeypatch, change, message):
+def test_a_torch_file_that_could_run_code_is_refused(torch_file, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(torch.export, "load", lambda path: pytest.fail("torch was given the file"))
     path = _rewritten(torch_file, tmp_path / "bad.pt2", **change)
-    with pytest.raises(
-        InputError, match=f"bad.pt2: not opened, as it holds what export.py does not write: .*{message}"
-    ):
+    with pytest.raises(InputError, match=f"bad.pt2: refused, because export.py never writes .*{message}"):
         open_exported(path)
 
 
-def test_names_of_hugging_face_there_and_back():
+def test_names_of_hugging_face_round_trip():
     ours = list(make_weights(qkv_bias=True).state)
     assert [from_hugging_face(to_hugging_face(name)) for name in ours] == ours
     assert to_hugging_face("blocks.3.temporal_norm1.bias") == "timesformer.encoder.layer.3.temporal_layernorm.bias"
@@ -413,13 +406,12 @@ def test_names_of_hugging_face_there_and_back():
 
 @pytest.mark.usefixtures("torchvision_loads")
 @pytest.mark.parametrize("attention, qkv_bias", [("divided_space_time", False), ("joint_space_time", True)])
-def test_hugging_face_opens_it_with_the_same_logits(attention, qkv_bias, clips, tmp_path):
+def test_hugging_face_gives_the_same_logits(attention, qkv_bias, clips, tmp_path):
     from transformers import AutoConfig, AutoImageProcessor, TimesformerForVideoClassification
 
     weights = make_weights(attention, qkv_bias)
     folder = tmp_path / "my_model"
-    (tmp_path / "results.json").write_text('{"top1": 0.87654321, "videos": 7, "recall": {"ash": 1}}')
-    said = export_hugging_face(folder, weights, clips, results=tmp_path / "results.json")
+    said = export_hugging_face(folder, weights, clips)
     assert "ms in transformers" in said and "same top-1 for all 12" in said
     network = TimesformerForVideoClassification.from_pretrained(folder).eval()
     given = torch.randn(3, 3, 4, 32, 32)
@@ -434,24 +426,51 @@ def test_hugging_face_opens_it_with_the_same_logits(attention, qkv_bias, clips, 
     torch.testing.assert_close(theirs, ours.permute(0, 3, 1, 2), atol=1e-5, rtol=0)
     card = (folder / "README.md").read_text()
     assert "license: apache-2.0" in card and "1. Birke, ü" in card and "# my_model" in card
-    assert "| top1 | 0.8765 |" in card and "| videos | 7 |" in card and "recall" not in card
+    assert "## Evaluation" not in card and "model card without accuracies" in said
     # And our own reader takes it back.
     again = TimeSformer(**weights.model, num_frames=4, image_size=32, num_classes=3)
     report = load_pretrained(again, folder, classes=CLASSES)
     assert not (report.adapted or report.initial or report.left_out)
     assert report.preprocessing == {"mean": PREPROCESSING["mean"], "std": PREPROCESSING["std"]}
-    with pytest.raises(InputError, match=r"my_model: is there already; name a new folder"):
+    with pytest.raises(InputError, match=r"my_model: already exists; name a new folder"):
         export_hugging_face(folder, weights, clips)
 
 
-def test_what_transformers_cannot_say_is_refused(clips, tmp_path):
-    with pytest.raises(InputError, match=r"space_only: .* no mean over them"):
+def test_the_model_card_has_the_numbers_of_the_evaluation(weights, small_data, tmp_path):
+    """From weights to card through the commands; a card never has the numbers of other weights or clips."""
+    for name, factor in (("best", 1), ("other", 2)):
+        state = weights.state | {"head.bias": factor * weights.state["head.bias"]}
+        named = dataclasses.replace(weights, state=state, classes=("ash", "birch", "cedar"))
+        save_weights(tmp_path / f"{name}.safetensors", named)
+    settings = ["-o", f"data.test={small_data}/val.csv", "data.workers=0", "device=cpu"]
+    done = run("evaluate.py", "-w", tmp_path / "best.safetensors", *settings)
+    assert done.returncode == 0, done.stderr
+    summary = read_summary(tmp_path / "evaluation" / "results.json")
+
+    def card_of(name, *settings):
+        out = tmp_path / f"card_{name}{len(settings)}"
+        given = "-w", tmp_path / f"{name}.safetensors", "--format", "huggingface", "--out", out
+        done = run("export.py", *given, *settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, (out / "README.md").read_text()
+
+    said, card = card_of("best")
+    assert f"model card with test/top1_1x3_prob {summary['top1']:.4f}" in said
+    assert f"| top1 | {round(summary['top1'], 4)} |" in card and f"| top5 | {summary['top5']} |" in card
+    assert "| protocol | test/top1_1x3_prob |" in card and "| expected | 7 |" in card
+    assert "weights |" not in card and str(tmp_path) not in card
+    for said, card in (card_of("other"), card_of("best", "-o", "data.num_frames=8")):
+        assert "model card without accuracies" in said and "## Evaluation" not in card
+
+
+def test_space_only_attention_is_refused_for_transformers(clips, tmp_path):
+    with pytest.raises(InputError, match=r"space_only: .* not their mean"):
         export_hugging_face(tmp_path / "out", make_weights("space_only"), clips)
     assert not (tmp_path / "out").exists()
 
 
 def parse_triton(text):
-    """With protobuf's own parser, and the part of Triton's model_config.proto that is used."""
+    """Parses a config with protobuf, and the fields of Triton's model_config.proto that are used."""
     file = descriptor_pb2.FileDescriptorProto(name="config.proto", package="inference", syntax="proto3")
     kinds = file.enum_type.add(name="DataType")
     for number, kind in enumerate(("TYPE_INVALID", "TYPE_FP16", "TYPE_FP32")):
@@ -504,7 +523,7 @@ def test_a_repository_for_triton(views, weights, onnx_file, tmp_path):
 
 
 def test_as_a_user_runs_it(weights, small_data, tmp_path):
-    """By weights alone, with the run's own config.yaml beside them."""
+    """With weights alone, and the run's config.yaml beside them."""
     folder = tmp_path / "run"
     folder.mkdir()
     save_weights(folder / "best.safetensors", weights)
@@ -523,7 +542,7 @@ def test_as_a_user_runs_it(weights, small_data, tmp_path):
     assert again.returncode == 0 and "compared on 1 video: largest difference of a probability" in again.stdout
 
 
-def test_what_is_typed_wrong(weights_file, monkeypatch, tmp_path):
+def test_wrong_arguments(weights_file, monkeypatch, tmp_path):
     (tmp_path / "folder.onnx").mkdir()
     for arguments, message in [
         ("--format onnx", "--out is missing"),
@@ -533,7 +552,11 @@ def test_what_is_typed_wrong(weights_file, monkeypatch, tmp_path):
         (f"--format onnx --out {tmp_path}/folder.onnx", "a folder; expected the name of a file"),
         ("--format torch --out a.pt2 --triton x", "--triton is for --format onnx"),
         ("--format torch --out a.pt2 --precision int8", "int8 is for --format onnx"),
-        ("--format huggingface --out a --views 3", "takes no --views and no --precision"),
+        ("--format huggingface --out a --views 3", "--views 3 is for --format onnx and torch"),
+        (
+            "--format huggingface --out a --precision float16",
+            "float16 is for --format onnx and torch; here only",
+        ),
         ("--format onnx --out a.onnx --tensorrt --precision int8", "--tensorrt takes float32 or float16"),
         (
             f"--format onnx --out {tmp_path}/a.onnx --tensorrt",
@@ -545,21 +568,21 @@ def test_what_is_typed_wrong(weights_file, monkeypatch, tmp_path):
         ),
         (f"--format onnx --triton {tmp_path} -o name=a/b", "expected no / in it"),
         (f"--format onnx --triton {tmp_path} -o name=..", "expected no / in it"),
-        (f"--format onnx --out {tmp_path}/a.onnx --videos a.csv b.csv", "expected files of videos, or one manifest"),
+        (f"--format onnx --out {tmp_path}/a.onnx --videos a.csv b.csv", "expected video files, or one manifest"),
     ]:
         with pytest.raises(InputError, match=message):
             in_process(monkeypatch, "-w", weights_file, *arguments.split())
     assert {each.name for each in tmp_path.iterdir()} == {"w.safetensors", "folder.onnx"}
 
 
-def test_what_is_not_installed_is_named(weights_file, weights, clips, onnx_file, tmp_path, monkeypatch):
+def test_missing_packages_are_named(weights_file, weights, clips, onnx_file, tmp_path, monkeypatch):
     for name in ("onnx", "onnxruntime", "onnxscript"):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, name, None)
             with pytest.raises(InputError, match=f"needs {name}: pip install onnx onnxscript onnxruntime"):
                 export_onnx(tmp_path / "w.onnx", weights, clips)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"w.onnx: to open it: pip install onnxruntime"):
+    with pytest.raises(InputError, match=r"w.onnx: cannot be opened without onnxruntime: pip install onnxruntime"):
         open_exported(onnx_file)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "NOT VERIFIED: transformers cannot be imported" in export_hugging_face(tmp_path / "hf", weights, clips)
@@ -568,7 +591,7 @@ def test_what_is_not_installed_is_named(weights_file, weights, clips, onnx_file,
 def test_more_frames_than_the_weights_have(weights_file, clips, tmp_path):
     weights, config, _ = open_weights(str(weights_file), None, ["data.num_frames=8"])
     clips = clips_to_compare(weights, config, [], None, beside=weights_file)
-    assert clips.said == "compared on synthetic clips; name real ones with --videos"
+    assert clips.origin == "compared on synthetic clips; name real ones with --videos"
     export_torch(tmp_path / "w.pt2", weights, clips)
     exported = open_exported(tmp_path / "w.pt2")
     assert exported.input_shape == (3, 8, 32, 32) and exported.preprocessing["num_frames"] == 8
@@ -583,9 +606,9 @@ def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, m
         with start_process("cpu") as process:
             return clips_to_compare(weights, config, list(videos), process, beside=weights_file)
 
-    monkeypatch.setattr(export, "_MOST_VIDEOS", 3)
+    monkeypatch.setattr(verification, "_MOST_VIDEOS", 3)
     some = ask(val=f"{small_data}/val.csv")
-    assert some.said == f"compared on 3 of the 7 videos in {small_data}/val.csv" and some.views.shape[:3] == (3, 3, 3)
+    assert some.origin == f"compared on 3 of the 7 videos in {small_data}/val.csv" and some.views.shape[:3] == (3, 3, 3)
     assert [name.rsplit("/")[-1] for name in some.names] == ["val_0.mp4", "val_2.mp4", "val_4.mp4"]
     bad = tmp_path / "bad.mp4"
     whole = (small_data / "val_0.mp4").read_bytes()
@@ -593,21 +616,23 @@ def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, m
     with pytest.raises(InputError, match=r"--videos .*bad.mp4: not a video that FFmpeg can read"):
         ask([str(bad)])
     (tmp_path / "config.yaml").write_text("data: {val: gone.csv}")
-    assert ask().said.startswith(f"{tmp_path}/config.yaml names gone.csv, which is not there; compared on synthetic")
+    assert ask().origin.startswith(
+        f"{tmp_path}/config.yaml names gone.csv, which does not exist; compared on synthetic"
+    )
     (tmp_path / "other.yaml").write_text(f"data: {{val: {small_data}/val.csv}}")
     for text, reason in (
         ("base: other.yaml", "names another file"),
         ("name: ${oc.env:HOME}", "a value to be filled in"),
     ):
         (tmp_path / "config.yaml").write_text(text)
-        assert reason in ask().said and "compared on synthetic" in ask().said
+        assert reason in ask().origin and "compared on synthetic" in ask().origin
         assert triton_name(Config(), beside=tmp_path / "w.safetensors") == "timesformer"
     (tmp_path / "config.yaml").write_text("data: {vale: gone.csv}")
-    assert "unknown key data.vale" in ask().said and "compared on synthetic clips" in ask().said
+    assert "unknown key data.vale" in ask().origin and "compared on synthetic clips" in ask().origin
 
 
-def test_how_tensorrt_is_asked_for(weights, clips, onnx_file, tmp_path, monkeypatch):
-    """There is none here: what would be handed to onnxruntime, and what is said where it does not start."""
+def test_options_of_the_tensorrt_provider(weights, clips, onnx_file, tmp_path, monkeypatch):
+    """Without TensorRT: checks the options for onnxruntime, and the message if the provider does not start."""
     asked = []
 
     class Session(onnxruntime.InferenceSession):
@@ -618,7 +643,7 @@ def test_how_tensorrt_is_asked_for(weights, clips, onnx_file, tmp_path, monkeypa
     path = shutil.copy(onnx_file, tmp_path / "w.onnx")
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     with pytest.raises(InputError, match=r"could not start TensorrtExecutionProvider"):
-        export.build_tensorrt(path, weights, clips, views=1, precision="float16")
+        build_tensorrt(path, weights, clips, views=1, precision="float16")
     name, options = asked[-1][0]
     assert name == "TensorrtExecutionProvider" and options["trt_fp16_enable"] is True
     assert options["trt_profile_min_shapes"] == "clips:1x3x4x32x32"

@@ -1,4 +1,4 @@
-"""predict.py: whatever videos are named, in their order, as they come; windows, features, explanations."""
+"""predict.py: predictions in the order of the arguments, as they arrive; windows, features, explanations."""
 
 import csv
 import io
@@ -22,12 +22,13 @@ from dali_pipelines.manifest import Video
 from dali_pipelines.probe import probe
 from evaluation.evaluate import evaluate
 from model import attention_rollout
-from serving import export, prediction
-from serving import video_arguments as inputs
-from serving.export import Clips, export_onnx, export_torch
+from serving import prediction, video_arguments
 from serving.features import Features
 from serving.formats import as_json, clock, csv_columns, csv_rows
-from serving.prediction import open_model, predict
+from serving.onnx_format import export_onnx
+from serving.prediction import Unreadable, open_model, predict
+from serving.torch_format import export_torch
+from serving.verification import Clips, synthetic_views
 from tests.commands import PROJECT, run
 from tests.videos import textured, write_video
 
@@ -37,7 +38,7 @@ CLASSES = ("ash", "birch", "cedar, Lebanese")
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory):
-    """Weights that say something different of every video, of windows of 6.7 frames (the videos have 6 to 18)."""
+    """Weights whose predictions differ from video to video; windows of 6.7 frames (the videos have 6 to 18)."""
     settings = ["data.num_frames=4", "data.crop_size=32", "data.stride=2", "data.mean=[0.4,0.5,0.6]"]
     small = ["model.embed_dim=24", "model.depth=2", "model.num_heads=3"]
     config = load_config(None, [*settings, *small])
@@ -53,7 +54,7 @@ def weights_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed(small_data, tmp_path_factory):
-    """A manifest with turned videos and unreadable ones among others: bad.csv, in a folder of its own."""
+    """A manifest in its own folder, with rotated and unreadable videos among others."""
     folder = tmp_path_factory.mktemp("mixed")
     manifest = Manifest.read(small_data / "val.csv")
     turned = [
@@ -76,7 +77,7 @@ def predictions(weights_file, videos, *, overrides=(), **settings):
 # -- the same as evaluation --
 
 
-def test_a_manifest_is_predicted_as_it_is_evaluated_by_its_own_rows(weights_file, mixed, monkeypatch):
+def test_predicting_a_manifest_matches_its_evaluation_without_probing(weights_file, mixed, monkeypatch):
     weights, config, _ = open_model(str(weights_file), None, ["data.workers=0", "device=cpu"])
     with start_process("cpu") as process:
         result = evaluate(config, [weights], Manifest.read(mixed), process)
@@ -92,11 +93,11 @@ def test_a_manifest_is_predicted_as_it_is_evaluated_by_its_own_rows(weights_file
     assert len({each.probabilities.argmax().item() for each in found if not each.reason}) > 1
 
 
-def test_chunks_change_nothing_and_the_first_answer_waits_for_one_only(weights_file, small_data, monkeypatch):
+def test_chunks_do_not_change_predictions_and_the_first_waits_for_one_chunk(weights_file, small_data, monkeypatch):
     files = sorted(small_data.glob("val_*"))
     whole = list(predictions(weights_file, files))
     probed = []
-    monkeypatch.setattr(inputs, "_CHUNK", 2)
+    monkeypatch.setattr(video_arguments, "_CHUNK", 2)
     monkeypatch.setattr(prediction, "in_child", lambda *task, **more: probed.append(task) or in_child(*task, **more))
     some = predictions(weights_file, files)
     first = next(some)
@@ -107,7 +108,7 @@ def test_chunks_change_nothing_and_the_first_answer_waits_for_one_only(weights_f
         torch.testing.assert_close(a.probabilities, b.probabilities, atol=1e-6, rtol=0)
 
 
-def test_a_bad_disk_and_a_file_that_takes_for_ever_cost_no_other_its_answer(weights_file, small_data, tmp_path):
+def test_a_bad_disk_and_a_slow_file_do_not_affect_other_videos(weights_file, small_data, tmp_path):
     names = ("a.webm", "b.mp4", "c.avi", "d.webm")
     for name in ("a.webm", "d.webm"):
         (tmp_path / name).symlink_to(small_data / "val_1.webm")
@@ -132,9 +133,9 @@ def test_files_folders_globs_and_manifests_in_the_order_they_are_named(tmp_path,
         (tmp_path / name).touch()
 
     def names(*arguments):
-        found = inputs.find_videos([str(tmp_path / argument) for argument in arguments])
-        listed = [video for chunk in inputs.chunks(found) for video in chunk.videos]
-        assert inputs.count(found) == len(listed)
+        found = video_arguments.find_videos([str(tmp_path / argument) for argument in arguments])
+        listed = [video for chunk in video_arguments.chunks(found) for video in chunk.videos]
+        assert video_arguments.count(found) == len(listed)
         return [video.removeprefix(f"{tmp_path}/") for video in listed]
 
     assert names("b.mp4", "b.mp4", "gone.mp4") == ["b.mp4", "b.mp4", "gone.mp4"]
@@ -142,7 +143,7 @@ def test_files_folders_globs_and_manifests_in_the_order_they_are_named(tmp_path,
     assert names("deep", "*.mp4", "deep/[x].avi") == ["deep/[x].avi", "deep/er/c.webm", "b.mp4", "deep/[x].avi"]
     assert names("**/*.webm") == ["deep/er/c.webm"]
     assert names("d*") == ["deep/[x].avi", "deep/er/c.webm"]
-    chunks = list(inputs.chunks(inputs.find_videos(["a.mp4", str(small_data / "val.csv"), "b.mp4"])))
+    chunks = list(video_arguments.chunks(video_arguments.find_videos(["a.mp4", str(small_data / "val.csv"), "b.mp4"])))
     assert [len(chunk.videos) for chunk in chunks] == [1, 7, 1] and chunks[1].root == small_data
     assert chunks[1].videos[3] == Manifest.read(small_data / "val.csv")[3]
 
@@ -155,29 +156,29 @@ def test_a_glob_follows_links_but_no_loops(tmp_path):
     (tmp_path / "videos" / "deep" / "loop").symlink_to(tmp_path / "videos")
     (tmp_path / "videos" / "more").symlink_to(tmp_path / "more")
     for pattern in ("**/*.m*", "**", "*"):
-        (found,) = inputs.find_videos([f"{tmp_path}/videos/{pattern}"], warn=lambda _: None)
+        (found,) = video_arguments.find_videos([f"{tmp_path}/videos/{pattern}"], warn=lambda _: None)
         assert found == [f"{tmp_path}/videos/deep/a.mp4", f"{tmp_path}/videos/more/b.mts"]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gone*.mp4"], r"gone\*.mp4: no file and no pattern that any file fits"),
+        (["gone*.mp4"], r"gone\*.mp4: no such file, and no file matches it as a pattern"),
         (["empty"], "empty: no videos in this folder or below it"),
         (["empty.csv"], "empty.csv: no videos in it"),
         (["gone.csv"], "gone.csv: no such manifest"),
         (["-", "a.mp4", "-"], "named 2 times"),
     ],
 )
-def test_what_stands_for_nothing_is_an_error(tmp_path, monkeypatch, arguments, message):
+def test_arguments_without_match_are_errors(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     Manifest(()).write(tmp_path / "empty.csv")
     with pytest.raises(InputError, match=message):
-        inputs.find_videos(arguments)
+        video_arguments.find_videos(arguments)
 
 
-def test_a_producer_that_waits_for_its_answer_gets_it(weights_file, small_data):
+def test_a_producer_that_waits_for_its_prediction_gets_it(weights_file, small_data):
     command = [sys.executable, PROJECT / "predict.py", "-w", weights_file, "-", "--json", "--device", "cpu"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for name in ("val_0.mp4", "gone.mp4", "val_1.webm"):
@@ -229,10 +230,10 @@ def test_lists_on_stdin_as_other_programs_write_them(weights_file, small_data, t
 def test_stdin_in_pieces_and_encodings(monkeypatch, content, expected, pieces):
     waiting = [content[start : start + pieces] for start in range(0, len(content), pieces)] + [b""]
     monkeypatch.setattr(os, "read", lambda *_: waiting.pop(0))
-    assert [path for chunk in inputs.chunks([inputs.STDIN]) for path in chunk.videos] == expected
+    assert [path for chunk in video_arguments.chunks([video_arguments.STDIN]) for path in chunk.videos] == expected
 
 
-def test_folders_with_links_and_what_is_passed_over(weights_file, small_data, tmp_path):
+def test_folders_with_links_and_other_files(weights_file, small_data, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "n.txt").touch()
     (tmp_path / "more").mkdir()
@@ -243,7 +244,7 @@ def test_folders_with_links_and_what_is_passed_over(weights_file, small_data, tm
     assert done.stderr == "videos: 1 file passed over: 1 .txt\n"
 
 
-def test_answers_as_json_and_csv_keep_the_order_also_of_bad_videos(weights_file, mixed, small_data, tmp_path):
+def test_json_and_csv_keep_the_order_even_of_bad_videos(weights_file, mixed, small_data, tmp_path):
     named = [small_data / "val_6.mp4", mixed.parent / "gone.mp4", f"{small_data}/val_[01].*", mixed]
     files = [named[0], named[1], small_data / "val_0.mp4", small_data / "val_1.webm"]
     rows = Manifest.read(mixed)
@@ -271,7 +272,7 @@ def test_answers_as_json_and_csv_keep_the_order_also_of_bad_videos(weights_file,
 
 
 @pytest.mark.parametrize("most_bytes", [1 << 30, 3 * 40 * 64 * 4 * 2], ids=["at once", "in parts"])
-def test_windows_are_the_means_of_their_crops_and_the_video_that_of_all(weights_file, mixed, monkeypatch, most_bytes):
+def test_windows_average_their_crops_and_the_video_averages_all(weights_file, mixed, monkeypatch, most_bytes):
     monkeypatch.setattr(prediction, "_MOST_BYTES", most_bytes)
     weights = load_weights(weights_file)
     config, network = load_config(None, defaults=weights.config()), weights.build()
@@ -299,7 +300,7 @@ def test_windows_are_the_means_of_their_crops_and_the_video_that_of_all(weights_
 def test_memory_for_windows_is_bounded_whatever_the_video():
     hd = probe_like(width=1920, height=1080)
     small = probe_like(width=340, height=256)
-    at_once = prediction._windows_at_once
+    at_once = prediction._windows_per_sample
     assert at_once(Manifest([small]), 10, 8) == 10
     for video, num_windows in ((hd, 60), (small, 60), (hd, 1), (probe_like(width=7680, height=4320), 7)):
         count = at_once(Manifest([small, video]), num_windows, 8)
@@ -334,7 +335,7 @@ def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, tmp_path
     weights.state["head.weight"].fill_(3e38)
     save_weights(tmp_path / "w.safetensors", weights)
     (found,) = predictions(tmp_path / "w.safetensors", [small_data / "val_1.webm"])
-    assert found.probabilities is None and "the network's answer is not finite" in found.reason
+    assert isinstance(found, Unreadable) and "the network's answer is not finite" in found.reason
 
 
 def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
@@ -360,7 +361,7 @@ def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
 # -- features, explanations --
 
 
-def test_features_are_the_mean_of_what_the_head_sees(weights_file, mixed, tmp_path):
+def test_features_are_the_mean_input_of_the_head(weights_file, mixed, tmp_path):
     weights = load_weights(weights_file)
     config, network = load_config(None, defaults=weights.config()), weights.build()
     features = Features(tmp_path / "f.npz")
@@ -410,16 +411,16 @@ def test_explanations_are_the_rollout_of_the_middle_crop(weights_file, small_dat
 
 @pytest.fixture(scope="module")
 def exported_files(weights_file):
-    """By suffix; in the .onnx file the mean over three views is inside."""
+    """By suffix; the .onnx file averages over three views itself."""
     weights = load_weights(weights_file)
-    clips = Clips(export._synthetic(weights), [f"clip {number}" for number in range(4)], "compared on four")
+    clips = Clips(synthetic_views(weights), [f"clip {number}" for number in range(4)], "compared on four")
     export_onnx(weights_file.with_name("w.onnx"), weights, clips, views=3)
     export_torch(weights_file.with_name("w.pt2"), weights, clips)
     return {suffix: weights_file.with_name(f"w.{suffix}") for suffix in ("onnx", "pt2")}
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_an_exported_network_is_used_as_its_weights_are(weights_file, mixed, exported_files, suffix, in_process):
+def test_an_exported_network_predicts_as_its_weights_do(weights_file, mixed, exported_files, suffix, in_process):
     for windows in (1, 3):
         expected = list(predictions(weights_file, [mixed], num_windows=windows))
         found = list(predictions(exported_files[suffix], [mixed], num_windows=windows))
@@ -437,7 +438,7 @@ def test_an_exported_network_is_used_as_its_weights_are(weights_file, mixed, exp
         assert ours == pytest.approx(theirs, abs=1.1e-5)
 
 
-def test_what_an_exported_network_cannot_do_is_said(mixed, exported_files):
+def test_features_of_an_exported_network_are_errors(mixed, exported_files):
     for wish in ("features", "explain"):
         with pytest.raises(InputError, match="gives probabilities only"):
             next(predictions(exported_files["onnx"], [mixed], **{wish: True}))
@@ -449,7 +450,7 @@ def test_what_an_exported_network_cannot_do_is_said(mixed, exported_files):
             next(predictions(exported_files["pt2"], [mixed], overrides=[override]))
 
 
-def test_weights_take_another_number_of_frames_and_no_other_preprocessing(weights_file, small_data):
+def test_weights_adapt_to_more_frames_but_not_to_other_preprocessing(weights_file, small_data):
     [found] = islice(predictions(weights_file, [small_data / "val_6.mp4"], overrides=["data.num_frames=8"]), 1)
     assert found.views.shape == (3, 3, 8, 32, 32)
     with pytest.raises(InputError, match="data.mean is"):

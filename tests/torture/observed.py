@@ -50,16 +50,16 @@ def observe(board: Board) -> None:
     from training import engine, saving
 
     class Observed(engine.Trainer):
-        def _forward_backward(self, batch, micro_step, *, is_last):
+        def forward_backward(self, batch, micro_step, *, is_last):
             board.enter("training")
             place = self.step, micro_step, self.process.rank, self.process.world_size
             board.note(*place, batch.sample_ids.tolist(), batch.valid.tolist())
-            return super()._forward_backward(batch, micro_step, is_last=is_last)
+            return super().forward_backward(batch, micro_step, is_last=is_last)
 
-        def _finish_epoch(self):
-            is_averaged = self.average is not None and self.step > self.average_from * self.steps_per_epoch
+        def finish_epoch(self):
+            is_averaged = self.average is not None and self.step > self.average.first_epoch * self.steps_per_epoch
             board.enter("SWA" if is_averaged else "end of epoch")
-            super()._finish_epoch()
+            super().finish_epoch()
             board.enter("training")
 
         def validate(self, *networks):
@@ -84,7 +84,7 @@ def observe(board: Board) -> None:
 def slow_down(seconds: float) -> None:
     from training import checkpoints
 
-    flush, write = os.fsync, checkpoints._Hashing.write
+    flush, write = os.fsync, checkpoints._HashingFile.write
 
     def slow_flush(file):
         time.sleep(seconds)
@@ -94,7 +94,7 @@ def slow_down(seconds: float) -> None:
         time.sleep(seconds * len(data) / _CHUNK)
         return write(self, data)
 
-    os.fsync, checkpoints._Hashing.write = slow_flush, slow_write
+    os.fsync, checkpoints._HashingFile.write = slow_flush, slow_write
 
 
 def main() -> None:

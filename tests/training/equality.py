@@ -30,16 +30,16 @@ class Watched(Trainer):
         self.reduced[self.micro_step] += 1
         return allreduce_hook(state, bucket)
 
-    def _forward_backward(self, batch, micro_step, *, is_last):
+    def forward_backward(self, batch, micro_step, *, is_last):
         self.micro_step = micro_step
         self.ids.append((self.step, micro_step, batch.sample_ids.tolist()))
-        return super()._forward_backward(batch, micro_step, is_last=is_last)
+        return super().forward_backward(batch, micro_step, is_last=is_last)
 
-    def _take_effect(self, gradients, factor, result):
+    def _commit_step(self, gradients, factor, result):
         if self.gradients is None:
             self.gradients = [gradient * factor for gradient in gradients]
         self.losses.append(result.loss)
-        super()._take_effect(gradients, factor, result)
+        super()._commit_step(gradients, factor, result)
 
 
 def main():

@@ -14,10 +14,11 @@ from training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
-    made_room,
+    make_room,
     save_checkpoint,
 )
-from training.saving import Saver, find_checkpoint
+from training.resuming import find_checkpoint
+from training.saving import Saver
 
 
 def state_of(step, size=3):
@@ -92,9 +93,9 @@ def test_nothing_is_unpickled(tmp_path):
 
     path = save_checkpoint(tmp_path, 1, {"step": Evil()})
     assert checkpoints.is_intact(path)
-    with pytest.raises(InputError, match="not a checkpoint of ours"):
+    with pytest.raises(InputError, match="not a checkpoint of this program"):
         load_checkpoint(path)
-    with pytest.raises(InputError, match="not a checkpoint of ours"):
+    with pytest.raises(InputError, match="not a checkpoint of this program"):
         load_checkpoint(save_checkpoint(tmp_path, 2, ["a", "list"]))
     assert load_newest_checkpoint(tmp_path) is None
     assert not (tmp_path / "made by a pickle").exists()
@@ -115,19 +116,19 @@ def test_the_older_of_two_makes_room_for_a_new_one(tmp_path):
     full.__cause__, other.__cause__ = OSError(errno.ENOSPC, ""), OSError(errno.EACCES, "")
     for step in (1, 2):
         save_checkpoint(tmp_path, step, state_of(step))
-    assert not made_room(tmp_path, other) and len(list_checkpoints(tmp_path)) == 2
+    assert not make_room(tmp_path, other) and len(list_checkpoints(tmp_path)) == 2
     whole = list_checkpoints(tmp_path)[-1].read_bytes()
     list_checkpoints(tmp_path)[-1].write_bytes(b"damaged")
-    assert not made_room(tmp_path, full) and len(list_checkpoints(tmp_path)) == 2
+    assert not make_room(tmp_path, full) and len(list_checkpoints(tmp_path)) == 2
     list_checkpoints(tmp_path)[-1].write_bytes(whole)
-    assert made_room(tmp_path, full)
+    assert make_room(tmp_path, full)
     assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [2]
-    assert not made_room(tmp_path, full)  # the last one stays
+    assert not make_room(tmp_path, full)  # the last one stays
     assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [2]
 
 
-def test_weights_files_are_owed_until_they_are_written(tmp_path, monkeypatch):
-    """A disk that is full for a while keeps the debt, and no checkpoint is past it."""
+def test_pending_weights_are_written_before_newer_checkpoints(tmp_path, monkeypatch):
+    """A disk that is full for a while: they are kept, and no newer checkpoint is written."""
     written, room = [], [0]
 
     def save_weights(path, weights):
@@ -136,21 +137,21 @@ def test_weights_files_are_owed_until_they_are_written(tmp_path, monkeypatch):
         written.append((path.name, weights))
 
     monkeypatch.setattr("training.saving.save_weights", save_weights)
-    monkeypatch.setattr("training.checkpoints.made_room", lambda folder, error: room[0] > 1)
+    monkeypatch.setattr("training.checkpoints.make_room", lambda folder, error: room[0] > 1)
     saver = Saver(tmp_path, lambda state, name: f"{name} of {state['step']}")
     states = [state_of(step) | {"is_validated": True, "network": {}} for step in range(4)]
-    saver.owe(["last", "best"], states[1])
+    saver.enqueue(["last", "best"], states[1])
     for state in states[1:3]:
         with pytest.raises(InputError, match="no space left"):
             saver.write(state)
-        assert saver.owes and not list_checkpoints(saver.folder)
+        assert saver.has_pending and not list_checkpoints(saver.folder)
     room[0] = 1
     saver.write(states[3])
     assert written == [("last.safetensors", "last of 1"), ("best.safetensors", "best of 1")]
-    assert not saver.owes and saver.saved == (3, True)
-    saver.owe(["last"], states[2])
+    assert not saver.has_pending and saver.saved == (3, True)
+    saver.enqueue(["last"], states[2])
     saver.close()  # tries a last time
-    assert written[-1] == ("last.safetensors", "last of 2") and not saver.owes
+    assert written[-1] == ("last.safetensors", "last of 2") and not saver.has_pending
 
 
 def test_torchrun_that_starts_a_run_again_is_known(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_compiled_run_is_the_eager_one_and_goes_on_exactly(config_file, tmp_pa
     torch.compiler.reset()
     counters.clear()
     trainer = train(config_file, *COMPILED, f"output={tmp_path}/whole")
-    assert trainer.mode == "compiled" and "network compiled\n" in capsys.readouterr().out
+    assert trainer.state.mode == "compiled" and "network compiled\n" in capsys.readouterr().out
     # The first and the last block, in training and in validation; nothing is compiled anew for a later step.
     assert counters["stats"]["unique_graphs"] - 1 == 4 and not counters["graph_break"]
     for resume, more in ((False, ["train.max_steps=4"]), (True, [])):
@@ -118,8 +118,8 @@ def test_a_compiled_run_is_the_eager_one_and_goes_on_exactly(config_file, tmp_pa
 def test_a_run_that_began_otherwise_says_so(config_file, capsys):
     train(config_file, "train.max_steps=2")
     trainer = train(config_file, *COMPILED, resume=True)
-    assert trainer.mode == "compiled"
-    assert "network compiled; it began as eager, so it goes on with other rounding" in capsys.readouterr().out
+    assert trainer.state.mode == "compiled"
+    assert "network compiled; it began as eager, so rounding and the draws of drop" in capsys.readouterr().out
 
 
 @needs_compiler
@@ -182,7 +182,7 @@ def test_a_run_on_a_gpu_compiles_by_itself_and_goes_on_exactly(config_file, tmp_
     train_on_gpu(config_file, "train.compile=false", f"output={tmp_path}/eager", "model.drop_path=0")
     monkeypatch.setattr(compiling, "WORTH_IT", 1)
     trainer = train_on_gpu(config_file, f"output={tmp_path}/same", "model.drop_path=0")
-    assert trainer.mode == "compiled"
+    assert trainer.state.mode == "compiled"
     assert_equal_weights(tmp_path / "eager", tmp_path / "same", within=3e-2)
     many_tokens = ["data.crop_size=224", "model.embed_dim=96"]  # 197: several blocks of keys, whose order could vary
     train_on_gpu(config_file, *many_tokens, f"output={tmp_path}/whole")
@@ -216,14 +216,14 @@ def test_a_step_waits_once_for_the_gpu(config_file, how):
     waits = []
 
     class Watched(Trainer):
-        def _train_step(self, batches):
+        def train_step(self, batches):
             batches = list(batches)
             if self.step < 4:  # warm, and not the first of an epoch, which shows its clips
-                return super()._train_step(batches)
+                return super().train_step(batches)
             torch.cuda.set_sync_debug_mode("warn")
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                result = super()._train_step(batches)
+                result = super().train_step(batches)
             torch.cuda.set_sync_debug_mode("default")
             waits.append(sum("synchronizing" in str(each.message) for each in said))
             return result

@@ -1,4 +1,4 @@
-"""Sharing out a global batch: what is possible, and that what an error proposes is."""
+"""Splitting a global batch: what is possible, and that what an error proposes is possible."""
 
 import itertools
 import re
@@ -7,13 +7,13 @@ import pytest
 
 from common.config import Config
 from dali_pipelines import InputError
-from training.data import share_out
+from training.data import split_global_batch
 
 
 def shared(total, world_size, batch_size=None, views=1, clips=1000):
     config = Config()
     config.optim.global_batch_size, config.data.batch_size, config.data.views_per_decode = total, batch_size, views
-    return share_out(config, world_size, clips)
+    return split_global_batch(config, world_size, clips)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from training import checkpoints
 from training.checkpoints import list_checkpoints, load_newest_checkpoint
 from training.engine import Trainer
 from training.monitor import Monitor
+from training.run_state import RunState
 
 # Everything that draws at random or remembers: mixing, drop path, moments, averages; and workers.
 SETTINGS = ["optim.name=adamw", "optim.lr=0.002", "optim.warmup_start_lr=0.001", "mix.cutmix_prob=0.5"]
@@ -141,7 +142,7 @@ def test_asked_to_end_it_saves_and_says_so(config_file, tmp_path, unbroken, numb
         process.send_signal(number)
         _, said = process.communicate(timeout=20)
     assert process.returncode == REQUEUE == 75
-    match = re.fullmatch(rf"train.py: {number.name}: saved step (\d+); go on with --resume\n", said)
+    match = re.fullmatch(rf"train.py: {number.name}: saved step (\d+); resume with --resume\n", said)
     assert load_newest_checkpoint(output / "checkpoints")[1]["step"] == int(match[1]) >= 4
     assert run("train.py", *arguments).returncode == 0
     assert_same_run(output, unbroken)
@@ -165,13 +166,13 @@ def _threads(pid):
 def test_in_a_step_that_takes_too_long_the_last_whole_one_is_saved(config_file, tmp_path, unbroken):
     """Step 5 sleeps for a minute between its forward pass and its end: within 20 s it is over, saved before it."""
     patch = """
-plain = Trainer._take_effect
-def take_effect(self, *arguments):
+plain = Trainer._commit_step
+def commit_step(self, *arguments):
     if self.step == 5 and not (self.output / "slept").exists():
         (self.output / "slept").touch()
         time.sleep(60)
     plain(self, *arguments)
-Trainer._take_effect = take_effect
+Trainer._commit_step = commit_step
 """
     output = tmp_path / "output"
     script = patched(tmp_path, patch)
@@ -182,8 +183,8 @@ Trainer._take_effect = take_effect
         _, said = process.communicate(timeout=20)
     assert process.returncode == REQUEUE
     first, second, *_ = said.splitlines()
-    assert first == "train.py: SIGTERM: training is ended within a step, a validation or a save"
-    assert second == "train.py: saved step 5; go on with --resume"
+    assert first == "train.py: SIGTERM: training ends within a step, a validation or a save"
+    assert second == "train.py: saved step 5; resume with --resume"
     assert run("train.py", "-c", config_file, "--resume", "-o", *settings).returncode == 0
     assert_same_run(output, unbroken)
 
@@ -231,7 +232,7 @@ def test_torchrun_that_is_asked_to_end_lets_all_come_to_an_end(config_file, tmp_
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=40)
     said = (tmp_path / "said").read_text()
-    (step,) = re.findall(r"train.py: SIGTERM: saved step (\d+); go on with --resume", said)
+    (step,) = re.findall(r"train.py: SIGTERM: saved step (\d+); resume with --resume", said)
     assert load_newest_checkpoint(output / "checkpoints")[1]["step"] == int(step)
     assert max(line["step"] for line in lines(output)) == int(step)
     assert "worker process died" not in said
@@ -240,13 +241,13 @@ def test_torchrun_that_is_asked_to_end_lets_all_come_to_an_end(config_file, tmp_
 def test_a_process_that_dies_is_the_one_whose_error_is_seen(config_file, tmp_path):
     """Torchrun starts the run again, which goes on from where it was, and ends as if nothing had happened."""
     patch = """
-plain = Trainer._forward_backward
+plain = Trainer.forward_backward
 def forward_backward(self, *arguments, **settings):
     if self.step == 4 and self.process.rank == 1 and not (self.output / "failed").exists():
         (self.output / "failed").touch()
         raise ZeroDivisionError("of rank 1")
     return plain(self, *arguments, **settings)
-Trainer._forward_backward = forward_backward
+Trainer.forward_backward = forward_backward
 """
     script = patched(tmp_path, patch)
     settings = ["-c", config_file, "-o", "data.workers=0"]
@@ -278,12 +279,12 @@ def test_a_process_that_hangs_is_named(config_file, tmp_path, kind):
     hang = {"sleeps": "time.sleep(1000)", "stopped": "os.kill(os.getpid(), signal.SIGSTOP)"}[kind]
     patch = f"""
 import os, signal
-plain = Trainer._forward_backward
+plain = Trainer.forward_backward
 def forward_backward(self, *arguments, **settings):
     if self.step == 4 and self.process.rank == 1:
         {hang}
     return plain(self, *arguments, **settings)
-Trainer._forward_backward = forward_backward
+Trainer.forward_backward = forward_backward
 """
     script = patched(tmp_path, patch)
     settings = ["-c", config_file, "-o", "data.workers=0", "train.hang_timeout_s=5"]
@@ -309,17 +310,17 @@ Trainer._forward_backward = forward_backward
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(config_file, tmp_path, small_files, monkeypatch, capsys):
-    plain = Trainer._advance
+    plain = RunState.advance
 
-    def advance(self, valid):
-        plain(self, valid)
+    def advance(self, result, *, num_failed):
+        plain(self, result, num_failed=num_failed)
         small_files(20_000 if 3 <= self.step < 5 else None)
 
     train(config_file, f"output={tmp_path}/unbroken")
-    monkeypatch.setattr(Trainer, "_advance", advance)
+    monkeypatch.setattr(RunState, "advance", advance)
     train(config_file, "train.checkpoint_every_steps=1")
     said = capsys.readouterr().out
-    assert "cannot be written: File too large; training goes on, and what was saved before stands" in said
+    assert "cannot be written: File too large; training continues, and the earlier checkpoints are kept" in said
     assert losses(tmp_path / "output") == losses(tmp_path / "unbroken")
     assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
 
@@ -327,24 +328,22 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(config_file, tmp_path, sm
 def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
     config_file, tmp_path, small_files, monkeypatch, capsys
 ):
-    plain = Trainer._advance
+    plain = RunState.advance
 
-    def advance(self, valid):
-        plain(self, valid)
+    def advance(self, result, *, num_failed):
+        plain(self, result, num_failed=num_failed)
         if self.step == 3:
             small_files(20_000)
 
     train(config_file, f"output={tmp_path}/unbroken")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_advance", advance)
-        message = (
-            "cannot be written: File too large; what was saved before stands in .*: see that it can be written, and"
-        )
+        patch.setattr(RunState, "advance", advance)
+        message = "cannot be written: File too large; the checkpoints in .* are kept: make the folder writable, and"
         with pytest.raises(InputError, match=message):
             train(config_file, "train.checkpoint_every_steps=1")
     small_files(None)
     captured = capsys.readouterr()
-    assert captured.out.count("training goes on, and what was saved before stands") == 2 and captured.err == ""
+    assert captured.out.count("training continues, and the earlier checkpoints are kept") == 2 and captured.err == ""
     assert [load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"]] == [2]
     assert len(list_checkpoints(tmp_path / "output" / "checkpoints")) == 2
     train(config_file, "train.checkpoint_every_steps=1", resume=True)
@@ -355,7 +354,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
 @pytest.mark.parametrize("when", ["last epoch", "for a while"])
 def test_weights_files_that_could_not_be_written_are_owed(config_file, tmp_path, small_files, monkeypatch, when):
     """No checkpoint is past them: they come with the next that is written, or the validation is made again."""
-    plain = Trainer._finish_epoch
+    plain = Trainer.finish_epoch
     full_at = 9 if when == "last epoch" else 3
 
     def finish_epoch(self):
@@ -370,7 +369,7 @@ def test_weights_files_that_could_not_be_written_are_owed(config_file, tmp_path,
 
     train(config_file, f"output={tmp_path}/unbroken")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finish_epoch", finish_epoch)
+        patch.setattr(Trainer, "finish_epoch", finish_epoch)
         if when == "last epoch":
             with pytest.raises(InputError, match="last.safetensors: cannot be written: File too large"):
                 train(config_file, "train.checkpoint_every_steps=1")
@@ -385,17 +384,17 @@ def test_weights_files_that_could_not_be_written_are_owed(config_file, tmp_path,
 
 def test_ended_while_the_weights_of_an_epoch_are_copied_nothing_is_forgotten(config_file, tmp_path, monkeypatch):
     """Ctrl-C between validation and the files that it brings, at the end of the run."""
-    plain, calls = Trainer._state, []
+    plain, calls = RunState.state_dict, []
 
-    def state(self):
-        if self.step == 9 and self._is_due and not calls:
+    def state_dict(self):
+        if self.step == 9 and not self.is_validated and not calls:
             calls.append(1)
             raise KeyboardInterrupt
         return plain(self)
 
     train(config_file, f"output={tmp_path}/unbroken")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_state", state)
+        patch.setattr(RunState, "state_dict", state_dict)
         with pytest.raises(KeyboardInterrupt):
             train(config_file)
     train(config_file, resume=True)
@@ -461,18 +460,18 @@ def test_logs_that_cannot_be_written_cost_no_training(config_file, tmp_path, mon
 
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    plain = Trainer._advance
+    plain = Trainer._commit_step
 
-    def advance(self, valid):
-        plain(self, valid)
+    def commit_step(self, *arguments):
+        plain(self, *arguments)
         if self.step == 3:
             monkeypatch.setattr(RecordWriter, "write", no_room)
             self.monitor._lines = Path("/dev/full")
 
-    monkeypatch.setattr(Trainer, "_advance", advance)
+    monkeypatch.setattr(Trainer, "_commit_step", commit_step)
     assert train(config_file).step == 9
     captured = capsys.readouterr()
-    assert captured.out.count("cannot be written (No space left on device); training goes on without") == 1
+    assert captured.out.count("cannot be written (No space left on device); training continues without it") == 1
     assert "Traceback" not in captured.err
     text = (tmp_path / "output" / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]

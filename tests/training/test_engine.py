@@ -252,7 +252,7 @@ def test_a_global_batch_that_processes_cannot_share(config_file):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("model.depth=3", "model.depth was 2 and is 3 now; resume with what it was"),
+        ("model.depth=3", "model.depth was 2 and is 3 now; resume with its old value"),
         ("optim.name=adamw", "optim.name was sgd and is adamw now"),
         ("data.crop_size=64", "data.crop_size was 32 and is 64 now"),
         ("data.num_frames=8", "data.num_frames was 4 and is 8 now"),
@@ -266,9 +266,9 @@ def test_a_global_batch_that_processes_cannot_share(config_file):
         ("data.labels={folder}/renamed.txt", "data.labels: class 1 was 'birch' and is 'Birke' now"),
         ("data.train={folder}/other_classes.csv", "data.train: class 2 was 'cedar' and is 'Zeder' now"),
         ("data.train={folder}/fewer.csv", "data.train .*fewer.csv has changed: it has 12 videos, and had 13"),
-        ("data.train={folder}/relabelled.csv", "data.train .*: its videos, their labels or their order are not those"),
-        ("data.train={folder}/replaced.csv", "data.train .*: its videos, their labels or their order are not those"),
-        ("data.train={folder}/shuffled.csv", "data.train .*: its videos, their labels or their order are not those"),
+        ("data.train={folder}/relabelled.csv", "data.train .*: its videos, their labels or their order are different"),
+        ("data.train={folder}/replaced.csv", "data.train .*: its videos, their labels or their order are different"),
+        ("data.train={folder}/shuffled.csv", "data.train .*: its videos, their labels or their order are different"),
     ],
 )
 def test_resuming_as_something_else_is_refused(config_file, small_data, tmp_path, override, message, changed_data):
@@ -360,7 +360,7 @@ def test_resuming_without_a_readable_checkpoint_overwrites_nothing(config_file, 
     best = (tmp_path / "output" / "best.safetensors").read_bytes()
     for path in (tmp_path / "output" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="no checkpoint that can be read: to begin anew, name another folder"):
+    with pytest.raises(InputError, match="no checkpoint that can be read: to begin a new run, name another folder"):
         train(config_file, resume=True)
     assert (tmp_path / "output" / "best.safetensors").read_bytes() == best
 
@@ -489,7 +489,7 @@ def test_a_step_is_that_of_plain_torch(config_with_bad_videos, tmp_path):
 
 def test_validation_does_not_drop_paths(config_file, tmp_path):
     trainer = train(config_file, "model.drop_path=0.9", "train.epochs=1")
-    assert trainer.validate() == trainer.validate()
+    assert trainer.validate(trainer.network) == trainer.validate(trainer.network)
     loss = [line["val/loss"] for line in lines(tmp_path / "output") if "val/loss" in line][-1]
     trainer.network.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, TensorBoard, lines, gauges of the GPU by a double of NVML, the profile."""
+"""What a run shows: metrics.jsonl, TensorBoard, lines, metrics of the GPU by a double of NVML, the profile."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from nvidia.dali import __version__ as dali_version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from common import system_metrics as gauges
+from common import system_metrics
 from common.config import load_config
 from tests.training.test_engine import lines, train
 from training.engine import Trainer
@@ -154,7 +154,7 @@ def test_the_progress_bar_where_there_is_a_terminal(config_file, monkeypatch, ca
     assert re.search(shown, said.err)
 
 
-# -- gauges --
+# -- the GPU --
 
 
 def test_decoder_use_by_nvml(monkeypatch):
@@ -173,22 +173,22 @@ def test_decoder_use_by_nvml(monkeypatch):
     double.nvmlDeviceGetDecoderUtilization = lambda handle: [37, 167_000]
     double.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=80, memory=20)
     monkeypatch.setitem(sys.modules, "pynvml", double)
-    gauges._nvml.cache_clear()
-    assert gauges.nvml_gauges("0123") == {"gpu/decoder_share": 0.37, "gpu/compute_share": 0.8}
-    assert gauges.nvml_gauges("other") == {}
-    gauges._nvml.cache_clear()
+    system_metrics._nvml.cache_clear()
+    assert system_metrics.nvml_metrics("0123") == {"gpu/decoder_share": 0.37, "gpu/compute_share": 0.8}
+    assert system_metrics.nvml_metrics("other") == {}
+    system_metrics._nvml.cache_clear()
 
 
 def test_without_a_gpu_nothing_is_said_of_one():
-    gauges._nvml.cache_clear()
-    assert gauges.gpu_gauges(torch.device("cpu")) == {} and gauges.nvml_gauges("0123") == {}
+    system_metrics._nvml.cache_clear()
+    assert system_metrics.gpu_metrics(torch.device("cpu")) == {} and system_metrics.nvml_metrics("0123") == {}
 
 
 @pytest.mark.gpu
-def test_gauges_of_a_gpu():
+def test_metrics_of_a_gpu():
     device = torch.device("cuda", 0)
     held = torch.zeros(2**28, device=device)
-    found = gauges.gpu_gauges(device)
+    found = system_metrics.gpu_metrics(device)
     assert found["gpu/torch_memory_gib"] >= 1 and found["gpu/memory_gib"] >= 1 and held.numel()
     assert 0 <= found["gpu/decoder_share"] <= 1 and 0 <= found["gpu/compute_share"] <= 1
 

@@ -13,6 +13,7 @@ from tests.commands import run
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training.checkpoints import load_newest_checkpoint
 from training.engine import Trainer
+from training.run_state import RunState
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def spoil(monkeypatch):
     """spoil(steps, what): the loss of these steps is multiplied by `what`; a step may come twice."""
 
     def install(steps, what=math.nan, times=None):
-        plain, left = Trainer._loss, list(times or steps)
+        plain, left = Trainer.loss, list(times or steps)
 
         def loss(self, *arguments):
             value = plain(self, *arguments)
@@ -30,7 +31,7 @@ def spoil(monkeypatch):
                 return value * what
             return value
 
-        monkeypatch.setattr(Trainer, "_loss", loss)
+        monkeypatch.setattr(Trainer, "loss", loss)
 
     return install
 
@@ -53,14 +54,14 @@ def test_many_clips_are_in_a_list(config_file, tmp_path, spoil):
 
 def test_only_the_clips_with_bad_logits_are_named(config_file, monkeypatch):
     """One clip's contents that the network cannot take."""
-    plain = Trainer._forward_backward
+    plain = Trainer.forward_backward
 
     def forward_backward(self, batch, *arguments, **settings):
         clips = batch.clips.clone()
         clips[batch.sample_ids == 7] = math.inf
         return plain(self, batch._replace(clips=clips), *arguments, **settings)
 
-    monkeypatch.setattr(Trainer, "_forward_backward", forward_backward)
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     with pytest.raises(InputError, match=r"clips: \S*train_7\.webm; try"):
         train(config_file)
 
@@ -110,40 +111,40 @@ def test_rollback_goes_back_and_leaves_the_step_out(config_file, tmp_path, spoil
     spoil(())
     leaving = [*settings, f"output={tmp_path}/expected"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_open_output", _with_left_out(Trainer._open_output, 4))
+        patch.setattr(RunState, "__init__", _with_left_out(RunState.__init__, 4))
         train(config_file, *leaving)
     assert_equal_weights(tmp_path / "output", tmp_path / "expected")
 
 
 def _with_left_out(plain, step):
-    def open_output(self, resume):
+    def init(self, *arguments, **settings):
+        plain(self, *arguments, **settings)
         self.left_out.add(step)
-        return plain(self, resume)
 
-    return open_output
+    return init
 
 
 def test_rollback_without_a_checkpoint_or_without_an_end_stops(config_file, spoil):
     spoil(range(3, 100))
-    with pytest.raises(InputError, match="step 6: the loss is nan .*; the step after 3 others"):
+    with pytest.raises(InputError, match="step 6: the loss is nan .*; 3 rollbacks have not helped"):
         train(config_file, "train.on_nan=rollback")
     spoil({0})
-    with pytest.raises(InputError, match="there is no checkpoint to go back to"):
+    with pytest.raises(InputError, match="there is no checkpoint to roll back to"):
         train(config_file, "train.on_nan=rollback", f"output={config_file.parent}/other")
 
 
 def test_weights_that_break_at_the_end_of_an_epoch_are_not_the_best(config_file, tmp_path, monkeypatch):
     """The update of step 5, the last of epoch 2; the run goes back to before it, or stops, and keeps nothing of it."""
-    plain = Trainer._take_effect
+    plain = Trainer._commit_step
 
-    def take_effect(self, gradients, factor, result):
+    def commit_step(self, gradients, factor, result):
         plain(self, gradients, math.nan if self.step == 5 else factor, result)
 
-    monkeypatch.setattr(Trainer, "_take_effect", take_effect)
+    monkeypatch.setattr(Trainer, "_commit_step", commit_step)
     with pytest.raises(InputError, match="step 5: the weights are not finite after it, or the validation loss is not"):
         train(config_file, f"output={tmp_path}/stopped")
     trainer = train(config_file, "train.on_nan=rollback", "train.checkpoint_every_steps=1")
-    assert trainer.step == 9 and trainer.left_out == {5}
+    assert trainer.step == 9 and trainer.state.left_out == {5}
     for folder in ("stopped", "output"):
         for name in ("best", "last"):
             assert all(
@@ -152,15 +153,15 @@ def test_weights_that_break_at_the_end_of_an_epoch_are_not_the_best(config_file,
 
 
 def test_weights_that_break_between_are_never_saved(config_file, tmp_path, monkeypatch, capsys):
-    plain = Trainer._take_effect
+    plain = Trainer._commit_step
 
-    def take_effect(self, gradients, factor, result):
+    def commit_step(self, gradients, factor, result):
         plain(self, gradients, math.nan if self.step == 3 else factor, result)
 
-    monkeypatch.setattr(Trainer, "_take_effect", take_effect)
+    monkeypatch.setattr(Trainer, "_commit_step", commit_step)
     with pytest.raises(
         InputError,
-        match="step 5: the weights are not finite after it, or the validation loss is not; the step after 3 others",
+        match="step 5: the weights are not finite after it, or the validation loss is not; 3 rollbacks have not helped",
     ):
         train(config_file, "train.on_nan=rollback", "train.checkpoint_every_steps=1")
     said = capsys.readouterr().out
@@ -171,7 +172,7 @@ def test_weights_that_break_between_are_never_saved(config_file, tmp_path, monke
 
 def test_a_run_that_stops_has_written_what_it_owes(config_file, tmp_path, spoil, small_files, monkeypatch):
     """The files of epoch 1 could not be written; in epoch 2 the loss is not finite."""
-    plain = Trainer._finish_epoch
+    plain = Trainer.finish_epoch
 
     def finish_epoch(self):
         small_files(20_000)
@@ -180,7 +181,7 @@ def test_a_run_that_stops_has_written_what_it_owes(config_file, tmp_path, spoil,
         small_files(None)
 
     spoil({4})
-    monkeypatch.setattr(Trainer, "_finish_epoch", finish_epoch)
+    monkeypatch.setattr(Trainer, "finish_epoch", finish_epoch)
     with pytest.raises(InputError, match="step 4: the loss is nan"):
         train(config_file)
     assert load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"] == 3
@@ -202,11 +203,11 @@ PATCHED_TRAIN = """
 import sys
 sys.path.insert(0, {project!r})
 from training.engine import Trainer
-plain = Trainer._loss
+plain = Trainer.loss
 def loss(self, *arguments):
     value = plain(self, *arguments)
     return value * float("nan") if self.step == 4 and self.process.rank == 1 else value
-Trainer._loss = loss
+Trainer.loss = loss
 import train
 from common.command_line import run_command
 run_command(train.main)

@@ -34,7 +34,7 @@ def test_twelve_steps_of_paddlevideo(config_file, tmp_path, micro_steps):
         for step in range(12):
             parts = zip(clips[step].chunk(micro_steps), labels[step].chunk(micro_steps), strict=True)
             results.append(
-                trainer._train_step(
+                trainer.train_step(
                     [Batch(*part, torch.arange(len(part[1])), torch.ones(len(part[1])).bool()) for part in parts]
                 )
             )

@@ -96,7 +96,7 @@ def test_the_average_is_that_of_the_last_epochs(config_file, tmp_path, epochs, c
 
 def test_an_average_that_has_begun_is_not_mixed_with_another(config_file, tmp_path):
     train(config_file, "train.swa_epochs=2")
-    with pytest.raises(InputError, match="weights have been averaged since epoch 2; resume with the train.epochs"):
+    with pytest.raises(InputError, match="weights have been averaged since epoch 2; resume with the old train.epochs"):
         train(config_file, "train.swa_epochs=1", "train.epochs=5", resume=True)
     train(config_file, "train.swa_epochs=4", "train.epochs=5", resume=True)
 
@@ -125,7 +125,7 @@ def test_the_student_takes_every_kth_frame_of_the_teachers(config_file, tmp_path
     trainer.network.register_forward_pre_hook(lambda _, clips: seen.append(clips[0]))
     torch.manual_seed(0)
     before = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
-    loss_sum = trainer._forward_backward(batch, 0, is_last=True)[0].item()
+    loss_sum = trainer.forward_backward(batch, 0, is_last=True)[0].item()
     assert (seen[0] == batch.clips[:, :, ::every]).all()
     assert all((value == before[name]).all() for name, value in trainer.teacher.state_dict().items())
     # The same by hand; drop path is off, so that the network says the same again.
@@ -134,7 +134,7 @@ def test_the_student_takes_every_kth_frame_of_the_teachers(config_file, tmp_path
         config_file, tmp_path, "distill.temperature=2", "distill.weight=0.25", "data.stride=2",
         "model.drop_path=0", f"output={tmp_path}/again",
     )  # fmt: skip
-    loss_sum = trainer._forward_backward(batch, 0, is_last=True)[0].item()
+    loss_sum = trainer.forward_backward(batch, 0, is_last=True)[0].item()
     with torch.no_grad():
         logits, teacher = trainer.network(batch.clips[:, :, ::every]), trainer.teacher(batch.clips)
     hard = torch.nn.functional.cross_entropy(logits, batch.labels, label_smoothing=0.1, reduction="sum")

@@ -1,0 +1,72 @@
+"""What the reports of the benchmarks have in common."""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def command() -> str:
+    """The command line of this benchmark."""
+    return " ".join(sys.argv)
+
+
+def progress(text: str) -> None:
+    """Prints a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(report: Report, path: Path) -> None:
+    """Writes a report as JSON."""
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write_and_print(report: Report, path: Path, text: str) -> None:
+    """Writes a report as JSON, and prints it as `text`, with the path below."""
+    write(report, path)
+    print(text)
+    print(f"\n{path}")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest value."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def at_least(what: str, value: float, bound: float) -> dict[str, Any]:
+    """A target that `value` meets if it is not lower than `bound`."""
+    return {"what": what, "value": value, "at_least": bound, "met": value >= bound}
+
+
+def at_most(what: str, value: float, bound: float) -> dict[str, Any]:
+    """A target that `value` meets if it is not higher than `bound`."""
+    return {"what": what, "value": value, "at_most": bound, "met": value <= bound}
+
+
+def target_lines(targets: Iterable[Mapping[str, Any]], form: str) -> list[str]:
+    """A line for each target, with its value formatted by `form`."""
+    lines = []
+    for target in targets:
+        bound = f"at least {target['at_least']}" if "at_least" in target else f"at most {target['at_most']}"
+        met = "met" if target["met"] else "missed"
+        lines.append(f"{target['what']}: {target['value']:{form}}, target {bound}: {met}")
+    return lines
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Names and values in one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the cells of `rows` in columns: the first to the left, the others to the right. Rows of two cells, a
+    name and a reason, do not widen the columns."""
+    widths = [max(len(row[column]) for row in rows if len(row) > 2) for column in range(len(rows[0]))]
+    return [
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]).rstrip()
+        for name, *cells in rows
+    ]

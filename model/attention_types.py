@@ -1,0 +1,74 @@
+"""The attention types of a TimeSformer. A new one is a class here, and its entry in `ATTENTION_TYPES`.
+
+They share blocks and parameters, and differ in which patches see each other: attention runs over the patches of a
+frame, so a type says how it arranges clips as frames. Shapes: B clips, T frames, N patches per frame, D channels.
+"""
+
+import torch
+from torch import Tensor
+
+
+class AttentionType:
+    """By default, clips are arranged as they are."""
+
+    over_time = False
+    """Whether blocks have attention over time before attention over space."""
+    has_time_embedding = True
+
+    def arrange(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens [B, 1, 1, D] and patches [B, N, T, D] -> the same for the blocks."""
+        return cls, x
+
+    def pool(self, cls: Tensor, batch: int) -> Tensor:
+        """The class tokens of the blocks -> [B, 1, 1, D]."""
+        return cls
+
+    def most_attended(self, num_frames: int, num_patches: int) -> int:
+        """The largest number of patches that attend to each other."""
+        return max(num_frames if self.over_time else 1, num_patches)
+
+    def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Undoes `arrange` for the shares of attention rollout, class tokens [b] and patches [b, t, n] -> [B] and
+        [B, T, N]."""
+        return cls, patches
+
+
+class DividedSpaceTime(AttentionType):
+    """Every patch sees its place in the other frames, then its frame (section 3.3; the published weights have it)."""
+
+    over_time = True
+
+
+class JointSpaceTime(AttentionType):
+    """Every patch sees every other: a clip is one frame of N*T patches."""
+
+    def arrange(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return cls, x.flatten(1, 2).unsqueeze(2)  # [B, N*T, 1, D]
+
+    def most_attended(self, num_frames: int, num_patches: int) -> int:
+        return num_frames * num_patches
+
+    def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        return cls, patches.view(len(cls), -1, num_frames).transpose(1, 2)  # from [B, 1, N*T]
+
+
+class SpaceOnly(AttentionType):
+    """Frames are an unordered set: every frame is a clip, and the results are averaged."""
+
+    has_time_embedding = False
+
+    def arrange(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return cls.repeat_interleave(x.shape[2], dim=0), x.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [B*T, N, 1, D]
+
+    def pool(self, cls: Tensor, batch: int) -> Tensor:
+        return torch.unflatten(cls, 0, (batch, -1)).mean(1)
+
+    def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        return cls.view(-1, num_frames).mean(1), patches.view(-1, num_frames, patches.shape[2]) / num_frames
+
+
+ATTENTION_TYPES: dict[str, AttentionType] = {
+    "divided_space_time": DividedSpaceTime(),
+    "joint_space_time": JointSpaceTime(),
+    "space_only": SpaceOnly(),
+}

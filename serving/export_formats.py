@@ -1,0 +1,120 @@
+"""The formats of export.py. A new one is a module that writes it, and opens it if predict.py takes it, and an entry in
+`FORMATS`: the command's options and checks and `open_exported` follow. Imports torch only when a format is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dali_pipelines.errors import InputError
+
+if TYPE_CHECKING:
+    from common.weights import Weights
+    from serving.exported import Exported, Precision
+    from serving.verification import Clips
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    out: Path
+    """The file or folder to write."""
+    source: str
+    """The weights as they were named: a file, or a repository on the Hugging Face Hub."""
+    weights: Weights
+    clips: Clips
+    """To compare on."""
+    views: int
+    """1: clips in, logits out; 3: three views of a video in, the mean of their probabilities out."""
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    description: str
+    suffix: str
+    """Of its files; "" if it writes a folder."""
+    write: Callable[[ExportRequest], str]
+    """Writes and compares; returns the result to print. Raises `MismatchError` and `InputError`."""
+    open: Callable[[Path], Exported] | None = None
+    """Raises `InputError` for other or damaged files."""
+    precisions: tuple[Precision, ...] = ("float32",)
+    views: tuple[int, ...] = (1,)
+
+
+def _write_onnx(request: ExportRequest) -> str:
+    from serving.onnx_format import export_onnx
+
+    given = request.out, request.weights, request.clips
+    return export_onnx(*given, views=request.views, precision=request.precision)
+
+
+def _open_onnx(path: Path) -> Exported:
+    from serving.onnx_format import open_onnx
+
+    return open_onnx(path)
+
+
+def _write_torch(request: ExportRequest) -> str:
+    from serving.torch_format import export_torch
+
+    given = request.out, request.weights, request.clips
+    return export_torch(*given, views=request.views, precision=request.precision)
+
+
+def _open_torch(path: Path) -> Exported:
+    from serving.torch_format import open_torch
+
+    return open_torch(path)
+
+
+def _write_hugging_face(request: ExportRequest) -> str:
+    from serving.hugging_face import export_hugging_face
+    from serving.model_card import evaluation_of
+
+    evaluation = evaluation_of(request.source, request.weights)
+    return export_hugging_face(request.out, request.weights, request.clips, evaluation=evaluation)
+
+
+FORMATS = {
+    "onnx": ExportFormat(
+        "a file for ONNX Runtime",
+        suffix=".onnx",
+        write=_write_onnx,
+        open=_open_onnx,
+        precisions=("float32", "float16", "int8"),
+        views=(1, 3),
+    ),
+    "torch": ExportFormat(
+        "a file of torch.export",
+        suffix=".pt2",
+        write=_write_torch,
+        open=_open_torch,
+        precisions=("float32", "float16"),
+        views=(1, 3),
+    ),
+    "huggingface": ExportFormat(
+        "a new folder for transformers, with a model card", suffix="", write=_write_hugging_face
+    ),
+}
+
+
+def is_exported(path: str) -> bool:
+    """Whether the name ends as those of the files that `open_exported` opens."""
+    return path.endswith(tuple(each.suffix for each in FORMATS.values() if each.open))
+
+
+def open_exported(path: str | Path) -> Exported:
+    """Opens a file of export.py, on the CPU.
+
+    Raises `InputError` for any other file, a damaged one, and if its runtime is not installed. Files that could run
+    code are refused: docs/export.md.
+    """
+    path = Path(path)
+    openers = {each.suffix: each.open for each in FORMATS.values() if each.open}
+    if path.suffix not in openers:
+        raise InputError(f"{path}: expected an {' or '.join(openers)} file of export.py")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; export.py writes {' and '.join(openers)} files")
+    return openers[path.suffix](path)

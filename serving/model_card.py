@@ -1,0 +1,107 @@
+"""The model card of a Hugging Face folder, with the numbers of the weights' evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+from common.weights import Weights
+from dali_pipelines.crops import VALIDATION_SCALE
+from evaluation.evaluate import weights_sha256
+from evaluation.result_files import SUMMARY, read_summary, results_folder
+from evaluation.results import Summary
+
+
+def evaluation_of(source: str, weights: Weights) -> Summary | None:
+    """The summary that evaluate.py wrote for the weights called `source`, into its default folder; None if there is
+    none, or if it is about other weights, an ensemble, or clips of another length. Raises `InputError` if results.json
+    cannot be read."""
+    file = results_folder(source) / SUMMARY
+    if not file.is_file():
+        return None
+    summary = read_summary(file)
+    evaluated = [each["sha256"] for each in summary["weights"]]
+    same_clips = summary["config"]["data"]["num_frames"] == weights.preprocessing["num_frames"]
+    return summary if same_clips and evaluated == [weights_sha256(source, weights)] else None
+
+
+def short_side(preprocessing: dict[str, Any]) -> int:
+    """Pixels of the short side before the centre crop, as in validation."""
+    if preprocessing.get("short_side"):
+        return preprocessing["short_side"][0]
+    return round(preprocessing["crop_size"] * VALIDATION_SCALE)
+
+
+def model_card(folder: Path, weights: Weights, evaluation: Summary | None, *, attention: str) -> str:
+    """The README.md of `folder`, in Markdown."""
+    data, name = weights.preprocessing, folder.resolve().name
+    window = (
+        "the whole video"
+        if data.get("stride") is None
+        else f"{data['stride'] * data['num_frames'] / data.get('target_fps', 30):.3g} seconds from the start"
+    )
+    classes = "\n".join(f"{label}. {each}" for label, each in enumerate(weights.classes))
+    crop = data["crop_size"]
+    return f"""\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: video-classification
+tags:
+- timesformer
+- video-classification
+---
+
+# {name}
+
+A TimeSformer ({attention.replace("_", " ")} attention) that classifies videos into {len(weights.classes)} classes,
+trained by a system for video classifiers around NVIDIA DALI and exported by its `export.py --format huggingface`.
+
+## Preprocessing
+
+{data["num_frames"]} frames, equally spaced over {window}. The short side is resized to {short_side(data)} pixels
+(bilinear, without antialiasing), and the middle {crop} x {crop} pixels are cropped. Values are divided by 255; then the
+mean {data["mean"]} is subtracted, and the result is divided by {data["std"]}.
+
+The evaluation takes three crops instead: the short side is {crop} pixels, the crops are at the beginning, the middle
+and the end of the long side, and their probabilities are averaged.
+
+`preprocessor_config.json` describes the same as far as it can: transformers' processor resizes with antialiasing, and
+takes the frames that it is given.
+
+```python
+import av
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, TimesformerForVideoClassification
+
+model = TimesformerForVideoClassification.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+
+with av.open("video.mp4") as container:
+    frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+chosen = np.linspace(0, len(frames) - 1, model.config.num_frames).astype(int)  # over the whole video
+inputs = processor([frames[number] for number in chosen], return_tensors="pt")
+with torch.inference_mode():
+    label = model(**inputs).logits.argmax(1).item()
+print(model.config.id2label[label])
+```
+{_evaluation_table(evaluation)}
+## Classes
+
+{classes}
+
+## License
+
+Apache-2.0, as the system that trained it. The videos of the training set have licenses of their own.
+"""
+
+
+def _evaluation_table(evaluation: Summary | None) -> str:
+    """The numbers and short texts of results.json."""
+    if evaluation is None:
+        return ""
+    rows = [
+        f"| {key} | {round(value, 4) if isinstance(value, float) else value} |"
+        for key, value in evaluation.items()
+        if isinstance(value, int | float | str) and len(str(value)) <= 80
+    ]
+    return "\n## Evaluation\n\n| | |\n| --- | --- |\n" + "\n".join(rows) + "\n"

@@ -1,0 +1,194 @@
+"""ONNX files: written, quantized, and opened in onnxruntime."""
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common.weights import Weights
+from dali_pipelines.errors import InputError
+from serving.exported import Exported, Precision, first_line, read_header, write_header
+from serving.verification import (
+    Classifier,
+    Clips,
+    any_batch_size,
+    compare_with_original,
+    example_input,
+    quiet,
+    verified,
+)
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+FORMAT = "dali-timesformer onnx 1"
+OPSET = 20
+"""The first with GELU as one operator."""
+_LARGEST = 1536 * 2**20  # bytes: above this torch writes a second file, because one file cannot exceed 2 GiB
+
+
+def export_onnx(path: Path, weights: Weights, clips: Clips, *, views: int = 1, precision: Precision = "float32") -> str:
+    """Writes an .onnx file and compares it in onnxruntime; returns the result to print. Raises `MismatchError`."""
+    require_onnx()
+    with verified(path) as unverified:
+        with quiet():
+            _write(unverified, weights, views, precision)
+        run = open_onnx(unverified).run
+        result = compare_with_original(weights, run, clips, views=views, precision=precision, runtime="onnxruntime")
+    return f"{result}\nsaved to {path}: {path.stat().st_size / 2**20:.1f} MiB, opset {OPSET}"
+
+
+def require_onnx() -> None:
+    """Raises `InputError` if a package for writing or running ONNX files is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--format onnx needs {error.name}: pip install onnx onnxscript onnxruntime") from None
+
+
+def _write(path: Path, weights: Weights, views: int, precision: Precision) -> None:
+    import onnx
+
+    network = Classifier(weights, views=views, precision=precision)
+    if sum(value.nbytes for value in network.state_dict().values()) > _LARGEST:
+        raise InputError(
+            f"{path}: more than 1.5 GiB, too large for one ONNX file; use --format torch, or --precision float16"
+        )
+    program = torch.onnx.export(
+        network,
+        (example_input(weights, views),),
+        dynamo=True,
+        input_names=["clips"],
+        output_names=["probabilities" if views > 1 else "logits"],
+        dynamic_shapes=any_batch_size(),
+        opset_version=OPSET,
+        verbose=False,
+    )
+    assert program is not None  # with dynamo=True
+    for node in program.model.graph:
+        node.metadata_props.clear()  # file names and source lines of this machine, half of a small file
+    metadata = write_header(weights, format=FORMAT, views=views, precision=precision)
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+    if precision == "int8":
+        _quantize(path, metadata)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _quantize(path: Path, metadata: dict[str, str]) -> None:
+    """Computes products with weights in int8, with dynamically quantized activations; attention and the head stay
+    float32."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    # Folds the split of the qkv weights, which the quantizer would not take for constants.
+    quant_pre_process(path, path, skip_symbolic_shape=True)
+    # 7 bits: with 8, CPUs without VNNI saturate. Each column of a weight has its own scale.
+    quantize_dynamic(
+        path, path, op_types_to_quantize=["MatMul"], per_channel=True, reduce_range=True, weight_type=QuantType.QInt8
+    )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+
+
+# -- opening --
+
+
+def open_onnx(path: Path) -> Exported:
+    """Opens the file in onnxruntime, on the CPU. Raises `InputError` for other or damaged files."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError(f"{path}: cannot be opened without onnxruntime: pip install onnxruntime") from None
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            may_loop = _may_loop(content)
+    except (ValueError, IndexError):  # an empty file, or no protocol buffer
+        raise InputError(f"{path}: not an ONNX file, or a damaged one") from None
+    if may_loop:
+        raise InputError(f"{path}: refused, because export.py never writes loops or functions")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are also raised
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base
+        raise InputError(f"{path}: not an ONNX file, or a damaged one ({first_line(error)})") from None
+    header = read_header(path, session.get_modelmeta().custom_metadata_map, format=FORMAT)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    found = [[each.name for each in inputs], *(each.shape[1:] for each in (*inputs, *outputs))]
+    if found != [["clips"], list(header.input_shape), [len(header.classes)]]:
+        raise InputError(f"{path}: damaged: its network is not the one that its metadata describes")
+    return Exported(**vars(header), run=runner(session))
+
+
+def runner(session: "onnxruntime.InferenceSession") -> Callable[[Tensor], Tensor]:
+    """`Exported.run` for an onnxruntime session."""
+
+    def run(clips: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+        except Exception as error:  # onnxruntime's errors have no common base
+            raise InputError(f"the exported network cannot be run ({first_line(error)})") from None
+
+    return run
+
+
+_MODEL_GRAPH, _MODEL_FUNCTIONS, _GRAPH_NODE, _NODE_ATTRIBUTE = 7, 25, 1, 5
+_ATTRIBUTE_GRAPHS = (6, 11)
+"""Field numbers in onnx.proto."""
+
+
+def _may_loop(model: mmap.mmap) -> bool:
+    """Whether a serialized ModelProto has nodes with graphs of their own (Loop, If, Scan), or functions."""
+    for field, start, end in _messages(model, 0, len(model)):
+        if field == _MODEL_FUNCTIONS:
+            return True
+        if field != _MODEL_GRAPH:
+            continue
+        nodes = [span for number, *span in _messages(model, start, end) if number == _GRAPH_NODE]
+        attributes = [span for node in nodes for number, *span in _messages(model, *node) if number == _NODE_ATTRIBUTE]
+        if any(number in _ATTRIBUTE_GRAPHS for span in attributes for number, *_ in _messages(model, *span)):
+            return True
+    return False
+
+
+def _messages(data: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (field number, start, end) of each length-delimited field in data[place:end], a protocol buffer message.
+    Raises ValueError and IndexError if it is none."""
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
+
+    while place < end:
+        field, wire = divmod(varint(), 8)
+        if wire == 2:
+            size = varint()
+            yield field, place, place + size
+            place += size
+        elif wire == 0:
+            varint()
+        elif wire in (1, 5):
+            place += 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+    if place > end:
+        raise ValueError("a field is longer than its message")

@@ -1,0 +1,66 @@
+"""What a run reports when it starts, and the pretrained weights that it starts from."""
+
+from collections.abc import Iterator
+
+import torch
+from nvidia.dali import __version__ as dali_version
+
+from common.config import Config
+from common.distributed import DistributedContext
+from common.weights import load_into
+from model import TimeSformer
+from training.data import Data
+
+
+def load_pretrained_weights(network: TimeSformer, config: Config, classes: tuple[str, ...]) -> str:
+    """Load `train.pretrained` into the network, if it is set; returns the report, "" without one."""
+    source, data = config.train.pretrained, config.data
+    if source is None:
+        return ""
+    report = load_into(network, source, classes=classes)
+    notes = [
+        f"  note: trained with data.{key}={theirs}, which is {getattr(data, key)} here"
+        for key, theirs in report.preprocessing.items()
+        if theirs != getattr(data, key)
+    ]
+    return "\n".join([str(report), *notes])
+
+
+def startup_lines(
+    config: Config,
+    process: DistributedContext,
+    data: Data,
+    *,
+    steps_per_epoch: int,
+    network: str,
+    arithmetic: str,
+    resumed: str,
+) -> Iterator[str]:
+    """The first lines of a run: device, network, arithmetic, data, decoders, batch and output.
+
+    network: how it runs, such as "compiled". arithmetic: precision and optimizer. resumed: "" for a new run.
+    """
+    name = f" {torch.cuda.get_device_name(process.device)}" if process.device.type == "cuda" else ""
+    yield (
+        f"device {process.device}{name}, {process.world_size} ranks, {process.local_world_size} on this machine; "
+        f"torch {torch.__version__}, DALI {dali_version}"
+    )
+    yield f"network {network}"
+    yield arithmetic
+    yield (
+        f"{len(data.train.manifest)} training and {len(data.val.manifest)} validation videos, "
+        f"{len(data.classes)} classes"
+    )
+    note = f"; {data.train.decode_note}" if data.train.decode_note else ""
+    yield "decoders: " + ", ".join(f"{codec} {engine}" for codec, engine in data.train.decoders.items()) + note
+    total, epochs = config.optim.global_batch_size, config.train.epochs
+    num_unused = len(data.train.manifest) * config.data.views_per_decode - steps_per_epoch * total
+    yield (
+        f"global batch {total} = {process.world_size} ranks x {data.plan.batch_size} clips x "
+        f"{data.plan.micro_steps} micro-steps; {steps_per_epoch} steps an epoch ({num_unused} clips left over), "
+        f"{epochs * steps_per_epoch} in {epochs} epochs"
+    )
+    yield f"output {config.output}{resumed}"
+    for path, loader in ((config.data.train, data.train), (config.data.val, data.val)):
+        if loader.manifest.hint:
+            yield f"{path}: {loader.manifest.hint}"
