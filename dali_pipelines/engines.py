@@ -174,8 +174,8 @@ class Estimate(NamedTuple):
 
 
 def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, cores: float) -> Estimate:
-    """Estimates how many training or evaluation clips NVDEC and `cores` decode, and the host's share that keeps both busy.
-    Depends on nothing but its arguments."""
+    """Estimates how many training or evaluation clips NVDEC and `cores` decode, and the host's share that keeps
+    both busy. Depends on nothing but its arguments."""
     rows = np.linspace(0, len(manifest) - 1, min(len(manifest), _SURVEYED)).astype(int).tolist()
     host_s: list[float] = []
     feed_s: list[float] = []

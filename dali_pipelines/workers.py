@@ -227,8 +227,8 @@ def _free_shared_memory() -> int:
 
 @contextlib.contextmanager
 def _reserved_shared_memory() -> Iterator[None]:
-    """Reserves, in its block, the first page of what DALI allocates in /dev/shm, which this process writes to: an OSError
-    if it is full, instead of a SIGBUS that ends the process without a message."""
+    """Reserves, in its block, the first page of what DALI allocates in /dev/shm, which this process writes to: an
+    OSError if it is full, instead of a SIGBUS that ends the process without a message."""
 
     def reserve(cls: type[SharedMem], size: int) -> SharedMem:
         made = cls(None, size)
