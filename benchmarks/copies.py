@@ -12,8 +12,9 @@ import av
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
-from dali_pipelines.manifest import Manifest, Video, key_of, probe_packets, source_of
+from dali_pipelines.manifest import Manifest, Video, key_of, source_of
 from dali_pipelines.packets import video_stream
+from dali_pipelines.probe import probe_packets
 from dali_pipelines.processes import end_with_parent
 from preparation.encoding import add_video_stream
 from preparation.transcode import CODECS, Settings, copy_size

@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.contestants import cut, endless_clips, make_loader, to_float
 from benchmarks.work import Clip, Work
+from dali_pipelines.batches import LoaderStats
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.files import open_video
-from dali_pipelines.loader import LoaderStats
 from dali_pipelines.nvdec import decode_file, load_torchcodec, nvdec_backend
-from dali_pipelines.packets import UncertainError, remux
-from dali_pipelines.stream_format import uncrop
+from dali_pipelines.packets import remux
 
 AUTO, NVDEC, HOST, DALI, FLOOR = "auto", "nvdec", "host", "dali", "nvdec floor"
 PEER = "torchcodec"
@@ -119,7 +119,7 @@ def _floor(work: GpuWork) -> tuple[Batches, None]:
         clip = work.clip(place)
         with open_video(clip.source) as container:
             try:
-                files.append(remux(container, np.unique(clip.positions), uncrop))
+                files.append(remux(container, np.unique(clip.positions), uncropped=True))
             except UncertainError:
                 continue
     device = torch.device(work.device)

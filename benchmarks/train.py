@@ -32,8 +32,8 @@ from benchmarks.reporting import Report, command, listed, progress, spread, writ
 from common.config import load_config, preprocessing
 from common.distributed import DistributedContext, start_process
 from common.weights import build_network
+from dali_pipelines.batches import Batch
 from dali_pipelines.errors import InputError
-from dali_pipelines.loader import Batch
 from model.timesformer import multiply_adds
 from training.engine import Trainer
 from training.monitor import NullMonitor

@@ -15,7 +15,6 @@ import torch
 from benchmarks.contestants import cut, cut_exactly, to_float
 from benchmarks.work import Work, needed_packets
 from common.worker_pool import WorkerPool
-from dali_pipelines import crops
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, join, open_video, size_of
 from dali_pipelines.folders import videos_below
@@ -75,16 +74,7 @@ def find_videos(paths: Sequence[str]) -> Manifest:
 
 def training_view(num_frames: int, crop_size: int) -> View:
     """How training cuts clips of `num_frames` frames and `crop_size` pixels out of videos."""
-    return View(
-        mode="train",
-        num_frames=num_frames,
-        crop_size=crop_size,
-        stride=32,
-        target_fps=30,
-        past_end="fit",
-        short_sides=(crops.JITTER[0] * crop_size, crops.JITTER[1] * crop_size),
-        flip=True,
-    )
+    return View(mode="train", num_frames=num_frames, crop_size=crop_size)
 
 
 def compare(work: Work, clips: dict[str, torch.Tensor], base: str) -> dict[str, dict[str, Any]]:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.files import Source, open_video
 from dali_pipelines.manifest import Manifest
 from dali_pipelines.packet_index import write_index
-from dali_pipelines.packets import PacketReader, UncertainError, video_stream
-from dali_pipelines.plan import Order, View, plan_sample
+from dali_pipelines.packets import PacketReader, video_stream
+from dali_pipelines.plan import EntrySampler, View, plan_sample
 
 
 class Clip(NamedTuple):
@@ -41,7 +42,7 @@ class Work:
 
     def _sample(self, place: int) -> tuple[int, int]:
         """(epoch, row of the manifest)."""
-        order = Order(
+        sampler = EntrySampler(
             rows=len(self.manifest),
             training=True,
             seed=self.seed,
@@ -49,7 +50,7 @@ class Work:
             rank=0,
             world_size=1,
         )
-        return order.sample(place)
+        return sampler.sample(place)
 
     def clip(self, place: int) -> Clip:
         """The clip at `place`, from 0."""

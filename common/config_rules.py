@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dali_pipelines.engines import DECODES
 from dali_pipelines.errors import InputError
-from dali_pipelines.sampling import PAST_END
+from dali_pipelines.sampling import STRATEGIES
 from model.attention_types import ATTENTION_TYPES
 
 
@@ -53,7 +53,7 @@ RULES = {
     ),
     "data.stride": _optional(Rule(lambda value: 0 < value <= 1e6, "more than 0, at most 1e6")),
     "data.target_fps": Rule(lambda value: 1e-3 <= value <= 1e6, "0.001 to 1e6"),
-    "data.past_end": _one_of(*PAST_END),
+    "data.past_end": _one_of(*STRATEGIES),
     "data.mean": Rule(lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
     "data.std": Rule(lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
     "data.batch_size": _optional(_COUNT),

@@ -4,13 +4,15 @@
 would otherwise carry torch (about 200 MB and two seconds) for nothing.
 """
 
+from typing import Any
+
 from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import Manifest
 
 __all__ = ["ClipLoader", "InputError", "Manifest"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "ClipLoader":
         from dali_pipelines.loader import ClipLoader
 

@@ -1,4 +1,4 @@
-"""What DALI's worker processes run for one sample: read it, decode it where DALI does not, say what went wrong.
+"""What DALI's worker processes run for one sample: read it, decode it if DALI does not, say what went wrong.
 
 Nothing here imports torch, and nothing random happens here: the sample is decided by `plan`.
 """
@@ -6,48 +6,49 @@ Nothing here imports torch, and nothing random happens here: the sample is decid
 import contextlib
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.crops import Reducer
 from dali_pipelines.engines import Routing
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import Source, fetch, open_video
 from dali_pipelines.host_decoder import check_pixels, decode_frames, decode_indexed, size_mismatch
-from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe
+from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
 from dali_pipelines.packet_index import IndexedVideo, PacketIndex, StaleIndexError, open_header
-from dali_pipelines.packets import Remuxed, UncertainError, remux, remux_packets, video_stream
-from dali_pipelines.plan import PADDING, Order, SamplePlan, View, plan_sample
+from dali_pipelines.packets import Remuxed, remux, remux_packets, video_stream
+from dali_pipelines.plan import PADDING, EntrySampler, SamplePlan, View, plan_sample
+from dali_pipelines.probe import probe
 from dali_pipelines.processes import end_with_parent
-from dali_pipelines.stream_format import uncrop
 from dali_pipelines.watch import NOTHING, Progress
 
 MOST_BYTES = 64 << 20
-"""Of a clip's frames that the graph is given and repeats: 24 frames of 720p, 2 of 4K. Of larger ones the workers make
-the crops, so that a batch of any videos fits into memory."""
+"""Bytes of a clip's frames that the graph is given and repeats: 24 frames of 720p, 2 of 4K. Of larger ones the workers
+make the crops, so that a batch of any videos fits into memory."""
 _MOST_BYTES_ON_GPU = 1 << 30
-"""Of a clip's frames that NVDEC decodes: 32 frames of 4K, or 8 of 8K."""
+"""Bytes of a clip's frames that NVDEC decodes: 32 frames of 4K, or 8 of 8K."""
 
 
 class Sample(NamedTuple):
-    """What the graph is fed for one sample; each field is an array. N pictures; W windows of T frames; V clips."""
+    """What the graph is fed for one sample; each field is an array. N frames; W windows of T frames; V clips."""
 
-    pictures: np.ndarray
-    """uint8 [N, H, W, 3], decoded here; one black pixel where `is_host` is false."""
+    frames: np.ndarray
+    """uint8 [N, H, W, 3], decoded here; one black pixel if `is_host` is false."""
     encoded: np.ndarray
-    """uint8 [bytes]: a small file of the needed packets; one zero byte where `is_host` is true."""
+    """uint8 [bytes]: a small file of the needed packets; one zero byte if `is_host` is true."""
     size: np.ndarray
     """int32 [2]: height and width of the frames in it, of which the video's may be a part, from the top left."""
     positions: np.ndarray
-    """int32 [N]: which pictures of that file."""
+    """int32 [N]: which frames of that file."""
     picks: np.ndarray
     """int32 [W, T]: see `SamplePlan`."""
     rectangles: np.ndarray
-    """float32 [V, 4]: y0, x0, y1, x1 in pixels of the pictures."""
+    """float32 [V, 4]: y0, x0, y1, x1 in pixels of the frames."""
     is_host: np.ndarray
-    """bool: the pictures are decoded already."""
+    """bool: the frames are decoded already."""
     transpose: np.ndarray
     """bool: swap height and width after the resize."""
     sample_id: np.ndarray
@@ -57,15 +58,15 @@ class Sample(NamedTuple):
     fault: np.ndarray
     """uint8 [bytes]: why the sample cannot be read, UTF-8; empty for a good one."""
     fallback: np.ndarray
-    """uint8 [bytes]: why it did not go the way that was meant for it, UTF-8; empty where it did."""
+    """uint8 [bytes]: why it used a fallback, UTF-8; empty if it did not."""
 
 
 class ClipSource:
-    """DALI's external source: called with a running number, returns the fields of a `Sample`; never raises, never
+    """DALI's external source: called with a running number, it returns the fields of a `Sample`; never raises, never
     ends.
 
     `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `index` the file of
-    its packet index, or None; `cache` see `files.fetch`; `start` the place in `order` of the first call, `end` the
+    its packet index, or None; `cache` see `files.fetch`; `start` the place in `sampler` of the first call, `end` the
     first one that nobody will ask for (DALI works ahead: from there on it gets padding), or None; `routing` decides
     which samples are decoded here; `host_ids` samples that DALI has failed on and that are decoded here instead;
     `given_up` samples that are not tried (again), and why; `max_pixels` those that a frame may have.
@@ -79,7 +80,7 @@ class ClipSource:
         index: str | None,
         cache: str | None,
         view: View,
-        order: Order,
+        sampler: EntrySampler,
         start: int,
         end: int | None,
         routing: Routing,
@@ -92,36 +93,32 @@ class ClipSource:
         self._index = index
         self._cache = cache
         self._view = view
-        self._order = order
+        self._sampler = sampler
         self._start, self._end = start, end
         self._routing = routing
         self._host_ids = host_ids
         self._given_up = given_up
         self._max_pixels = max_pixels
-        self._manifest: Manifest | None = None
-        self._progress: Progress | None = None
+        self._opened_index: PacketIndex | None = None
 
-    def __setstate__(self, state: dict) -> None:
-        """A worker begins here: it may be that no sample is ever asked for."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A worker begins here: maybe nobody ever asks it for a sample."""
         end_with_parent()
         self.__dict__.update(state)
 
-    def __call__(self, info) -> tuple[np.ndarray, ...]:
+    def __call__(self, info: Any) -> tuple[np.ndarray, ...]:
         return tuple(self.sample(self._start + info.idx_in_epoch))  # DALI rebuilds what it gets: no named tuple
 
     def sample(self, place: int) -> Sample:
-        """The sample at `place` in the order; a black one with its fault where it cannot be read."""
-        if self._manifest is None:  # in the worker: mapped, so that all workers share one copy
-            self._manifest = Manifest.map_arrays(self._table, self._root)
-            self._progress = Progress(self._table)
-        epoch, entry = self._order.sample(place)
+        """The sample at `place`; a black one with its fault if it cannot be read."""
+        epoch, entry = self._sampler.sample(place)
         if self._end is not None and place >= self._end:
             entry = PADDING
         if entry == PADDING:
             return self._black(PADDING, "")
-        sample_id, part = divmod(entry, self._view.parts)
-        if reason := self._given_up.get(sample_id):
-            return self._black(sample_id, reason)
+        sample_id, part = divmod(entry, self._view.entries_per_video)
+        if why := self._given_up.get(sample_id):
+            return self._black(sample_id, why)
         self._progress.at(sample_id)
         try:
             return self._read(epoch, sample_id, part)
@@ -135,20 +132,31 @@ class ClipSource:
             self._progress.at(NOTHING)
 
     @functools.cached_property
-    def _packet_index(self) -> PacketIndex:
-        """Mapped by the process that reads it. Raises `StaleIndexError`."""
-        return PacketIndex(self._index)
+    def _manifest(self) -> Manifest:
+        """The manifest, mapped by the worker, so that all workers share one copy."""
+        return Manifest.map_arrays(self._table, self._root)
+
+    @functools.cached_property
+    def _progress(self) -> Progress:
+        """The worker's own notes."""
+        return Progress(self._table)
+
+    def _open_index(self, path: str) -> PacketIndex:
+        """The packet index, mapped by the process that reads it. Raises `StaleIndexError`."""
+        if self._opened_index is None:
+            self._opened_index = PacketIndex(path)
+        return self._opened_index
 
     def _read(self, epoch: int, sample_id: int, part: int) -> Sample:
         video = self._manifest[sample_id]
         check_pixels((video.height, video.width), self._max_pixels)
-        plan = plan_sample(video, self._view, seed=self._order.seed, epoch=epoch, sample_id=sample_id, part=part)
+        plan = plan_sample(video, self._view, seed=self._sampler.seed, epoch=epoch, sample_id=sample_id, part=part)
         source, note = self._manifest.source(sample_id), ""
         if self._index is None or self._cache is not None:  # a cache keeps whole files
             source = self._fetch(source, video)
         if self._index is not None:
             try:
-                indexed = IndexedVideo(source, self._packet_index.entry(key_of(video)))
+                indexed = IndexedVideo(source, self._open_index(self._index).entry(key_of(video)))
                 return self._make(indexed, video, plan, sample_id, note=source.note)
             except (UncertainError, InputError) as error:
                 note = f"read without the packet index: {error}"
@@ -163,43 +171,43 @@ class ClipSource:
     def _make(
         self, source: Source | IndexedVideo, video: Video, plan: SamplePlan, sample_id: int, *, note: str
     ) -> Sample:
-        """`note` is the `fallback` if nothing else went another way. Raises also `UncertainError` for an indexed one:
-        then its packets are to be found by the demuxer."""
+        """`note` is the `fallback` if there is no other. Raises also `UncertainError` for an indexed video: then the
+        demuxer must find its packets."""
         fallback = ""
         engine = self._routing.engine_for(video, sample_id)
         if engine != "host" and sample_id not in self._host_ids:
-            reason = self._routing.refusal(video.codec, video.pixel_format, coded_size(video))
+            refusal = self._routing.refusal(video.codec, video.pixel_format, coded_size(video))
             most = _MOST_BYTES_ON_GPU if self._routing.on_gpu else MOST_BYTES
-            if not reason and _decoded_bytes(plan, coded_size(video)) > most:
-                reason = "its frames would fill the memory"
-            if not reason:
+            if not refusal and _decoded_bytes(plan, coded_size(video)) > most:
+                refusal = "its frames would fill the memory"
+            if not refusal:
                 try:
                     file = self._remux(source, video, plan.positions)
                     return self._encoded(file, plan, sample_id, note)
                 except StaleIndexError:
                     raise
                 except UncertainError as error:
-                    reason = str(error)
-            fallback = f"not by {'DALI' if engine == 'dali' else 'NVDEC'}: {reason}"
+                    refusal = str(error)
+            fallback = f"not by {'DALI' if engine == 'dali' else 'NVDEC'}: {refusal}"
         return self._decoded(source, video, plan, sample_id, fallback=fallback, note=note)
 
     def _remux(self, source: Source | IndexedVideo, video: Video, positions: np.ndarray) -> Remuxed:
-        rewrite = uncrop if self._routing.engine == "nvdec" else None
+        uncropped = self._routing.engine == "nvdec"
         with contextlib.ExitStack() as stack:
             try:
                 if isinstance(source, IndexedVideo):
                     context = source.stream.context()
                     template = video_stream(open_header(source.stream))
-                    file = remux_packets(source, template, context, positions, rewrite)
+                    file = remux_packets(source, template, context, positions, uncropped=uncropped)
                 else:
                     container = stack.enter_context(open_video(source))
                     context = video_stream(container).codec_context
-                    file = remux(container, positions, rewrite)
+                    file = remux(container, positions, uncropped=uncropped)
             except av.error.FFmpegError as error:
-                raise InputError(error.strerror.lower()) from None
+                raise InputError(reason(error)) from None
             self._routing.check(file, context)
-            if reason := size_mismatch((context.height, context.width), coded_size(video)):
-                raise UncertainError(reason)
+            if difference := size_mismatch((context.height, context.width), coded_size(video)):
+                raise UncertainError(difference)
         return file
 
     def _encoded(self, file: Remuxed, plan: SamplePlan, sample_id: int, fallback: str) -> Sample:
@@ -227,16 +235,18 @@ class ClipSource:
         region = bounds(plan.rectangles, size)
         corner = [region[0].start, region[1].start]
         rectangles, reduce = plan.rectangles - [*corner, *corner], None
-        cut_size = tuple(side.stop - side.start for side in region)
+        cut_size = region[0].stop - region[0].start, region[1].stop - region[1].start
         if _decoded_bytes(plan, cut_size) > MOST_BYTES:
             reduce = Reducer(rectangles, crop_size=self._view.crop_size, size=cut_size)
             rectangles = reduce.rectangles
-        decode = decode_indexed if isinstance(source, IndexedVideo) else decode_frames
-        decoded = decode(source, plan.positions, size=size, region=region, reduce=reduce)
+        if isinstance(source, IndexedVideo):
+            decoded = decode_indexed(source, plan.positions, size=size, region=region, reduce=reduce)
+        else:
+            decoded = decode_frames(source, plan.positions, size=size, region=region, reduce=reduce)
         return self._sample(
             plan,
             sample_id,
-            pictures=decoded.frames,
+            frames=decoded.frames,
             rectangles=rectangles,
             packets=(decoded.packets_read, decoded.packets_kept),
             fallback=fallback or decoded.fallback or note,
@@ -245,18 +255,18 @@ class ClipSource:
     def _black(self, sample_id: int, fault: str) -> Sample:
         plan = SamplePlan(
             positions=np.zeros(1),
-            picks=np.zeros((self._view.windows, self._view.num_frames)),
-            rectangles=np.tile([0.0, 0, 1, 1], (self._view.count, 1)),
+            picks=np.zeros((self._view.windows_per_entry, self._view.num_frames)),
+            rectangles=np.tile([0.0, 0, 1, 1], (self._view.clips_per_entry, 1)),
             transpose=False,
         )
-        return self._sample(plan, sample_id, pictures=np.zeros((1, 1, 1, 3), np.uint8), fault=fault)
+        return self._sample(plan, sample_id, frames=np.zeros((1, 1, 1, 3), np.uint8), fault=fault)
 
     @staticmethod
     def _sample(
         plan: SamplePlan,
         sample_id: int,
         *,
-        pictures: np.ndarray | None = None,
+        frames: np.ndarray | None = None,
         encoded: np.ndarray | None = None,
         size: tuple[int, int] = (1, 1),
         positions: np.ndarray | None = None,
@@ -266,13 +276,13 @@ class ClipSource:
         fallback: str = "",
     ) -> Sample:
         return Sample(
-            pictures=np.zeros((1, 1, 1, 3), np.uint8) if pictures is None else pictures,
+            frames=np.zeros((1, 1, 1, 3), np.uint8) if frames is None else frames,
             encoded=np.zeros(1, np.uint8) if encoded is None else encoded,
             size=np.array(size, np.int32),
             positions=(plan.positions if positions is None else positions).astype(np.int32),
             picks=plan.picks.astype(np.int32),
             rectangles=(plan.rectangles if rectangles is None else rectangles).astype(np.float32),
-            is_host=np.array(pictures is not None),
+            is_host=np.array(frames is not None),
             transpose=np.array(plan.transpose),
             sample_id=np.array(sample_id, np.int64),
             packets=np.array(packets, np.int64),
@@ -299,8 +309,8 @@ def _decoded_bytes(plan: SamplePlan, size: tuple[int, int]) -> int:
 
 def bounds(rectangles: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns that the rectangles touch, and one more pixel for the bilinear filter."""
-    sides = []
-    for axis in (0, 1):
-        ends = rectangles[:, [axis, axis + 2]]
-        sides.append(slice(max(math.floor(ends.min()) - 1, 0), min(math.ceil(ends.max()) + 1, size[axis])))
-    return tuple(sides)
+    rows, columns = (
+        slice(max(math.floor(ends.min()) - 1, 0), min(math.ceil(ends.max()) + 1, side))
+        for ends, side in zip((rectangles[:, [0, 2]], rectangles[:, [1, 3]]), size, strict=True)
+    )
+    return rows, columns

@@ -10,13 +10,15 @@ DALI's own decoder makes a hardware decoder for every clip, and maps every decod
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline
 
+from dali_pipelines.batches import Outcome, to_torch
 from dali_pipelines.clip_source import Sample
 from dali_pipelines.graph import Cut, cut_pipeline
 from dali_pipelines.manifest import Manifest, coded_size
@@ -27,7 +29,7 @@ from dali_pipelines.workers import PREFETCH, Workers
 _AHEAD = 2
 """Samples in the pool for each of its threads, so that none is idle while the last one of a batch is decoded."""
 _AHEAD_BYTES = 1 << 30
-"""Of decoded frames in the pool, from which on no other batch is begun."""
+"""Bytes of decoded frames in the pool, from which on no other batch is begun."""
 
 
 class _Batch(NamedTuple):
@@ -36,9 +38,17 @@ class _Batch(NamedTuple):
     """At most."""
 
 
+@dataclass
+class _Running:
+    pipeline: Pipeline
+    feed: "_Feed"
+    place: int | None
+    """Of the next entry that `run` gives; None if it is not known."""
+
+
 class DecodeStage:
-    """Runs workers, pool and graph so that all are busy: workers and pool are as many batches ahead as the pool has use
-    for, the graph is `PREFETCH` ahead.
+    """Runs workers, pool and graph so that all are busy: workers and pool are as many batches ahead as the pool can
+    use, the graph is `PREFETCH` ahead.
 
     `workers` must run a `source_pipeline`. Everything starts at the first `run`.
     """
@@ -56,33 +66,30 @@ class DecodeStage:
     ):
         self._workers, self._cut, self._manifest, self._device = workers, cut, manifest, device
         self._batch_size, self._threads, self._timeout_s = batch_size, threads, timeout_s
-        self.pipeline: Pipeline | None = None
-        self._feed: _Feed | None = None
-        self._place: int | None = None  # of the next entry that `run` gives; None: not known
+        self._running: _Running | None = None
         # DALI's pipelines hold themselves, and the feed: workers and threads must not wait for the garbage collector.
         self._closers: list[Callable[[], None]] = [workers.close]
         weakref.finalize(self, _call, self._closers).atexit = False
 
-    def run(self, place: int) -> tuple[Any, list[tuple[Sample, Decoded]]]:
-        """(clips as DALI gives them, each sample with its result), for the batch whose first entry is at `place`.
-
-        Raises `InputError`.
-        """
-        if self.pipeline is None or self._place != place:
-            self._start(place)
-        self._place = None  # an interrupt leaves it unknown
+    def run(self, place: int) -> tuple[torch.Tensor, list[Outcome]]:
+        """See `Stage.run`."""
+        running = self._running
+        if running is None or running.place != place:
+            running = self._start(place)
+        running.place = None  # an interrupt leaves it unknown
         # DALI is fed on the stream that is torch's current one, of the current device.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
-            (clips,) = self.pipeline.run()
-        self._place = place + self._batch_size
-        return clips, self._feed.take()
+            (clips,) = running.pipeline.run()
+        running.place = place + self._batch_size
+        return to_torch(clips, running.pipeline, self._device), list(map(_outcome, running.feed.take()))
 
     def close(self) -> None:
-        self.pipeline = self._feed = self._place = None
+        """Stops the workers and the threads; the next `run` starts them again."""
+        self._running = None
         _call(self._closers)
         del self._closers[1:]
 
-    def _start(self, place: int) -> None:
+    def _start(self, place: int) -> _Running:
         self.close()
         pool = DecodePool(
             self._device,
@@ -91,7 +98,7 @@ class DecodeStage:
             largest=int(self._manifest.areas.max()),
         )
         self._closers.append(pool.close)
-        self._feed = _Feed(
+        feed = _Feed(
             self._workers,
             pool,
             place=place,
@@ -100,17 +107,18 @@ class DecodeStage:
             manifest=self._manifest,
             on_gpu=self._device.type == "cuda",
         )
-        self.pipeline = cut_pipeline(
-            self._feed.frames,
-            self._feed.rest,
+        pipeline = cut_pipeline(
+            feed.frames,
+            feed.rest,
             self._cut,
             batch_size=self._batch_size,
             device_id=self._device.index,
             threads=self._threads,
             prefetch=PREFETCH,
         )
-        self.pipeline.build()
-        self._place = place
+        pipeline.build()
+        self._running = _Running(pipeline, feed, place)
+        return self._running
 
 
 class _Feed:
@@ -139,7 +147,7 @@ class _Feed:
         self._taken += 1
         return self._in_graph.popleft()
 
-    def frames(self, iteration: int) -> list:
+    def frames(self, iteration: int) -> Sequence[torch.Tensor | np.ndarray]:
         """For the graph: the frames of each sample of a batch."""
         frames = [decoded.frames for _, decoded in self._batch(iteration)]
         # On the CPU as arrays: DALI would ask torch for a CUDA stream.
@@ -184,5 +192,12 @@ def _call(functions: list[Callable[[], None]]) -> None:
         function()
 
 
+def _outcome(result: tuple[Sample, Decoded]) -> Outcome:
+    sample, decoded = result
+    read, kept = sample.packets.tolist()
+    return Outcome(int(sample.sample_id), decoded.engine, (read, kept), decoded.fault, decoded.fallback)
+
+
 def _decoded_bytes(task: Task) -> int:
-    return task.sample.pictures.nbytes if task.sample.is_host else 3 * len(task.sample.positions) * np.prod(task.size)
+    height, width = task.size
+    return task.sample.frames.nbytes if task.sample.is_host else 3 * len(task.sample.positions) * height * width

@@ -1,7 +1,7 @@
 """Who decodes what: NVDEC (through torchcodec or through DALI), DALI's decoders on the CPU, or the host (PyAV).
 
-`CODECS` is the one table. What NVDEC takes of it is asked of the driver (`nvdec.driver_limits`) and handed to the
-workers as `Limits`. Nothing here imports torch.
+The table of codecs (`bitstream.codecs`) says which engines take a codec. What NVDEC takes of it is asked of the driver
+(`nvdec.driver_limits`) and handed to the workers as `Limits`. Nothing here imports torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,44 +11,21 @@ from typing import Literal, NamedTuple, get_args
 import av
 import numpy as np
 
+from dali_pipelines.bitstream.codecs import CODECS
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.gpus import Gpu
+from dali_pipelines.hardware_check import check_hardware, matrix_of
 from dali_pipelines.manifest import Manifest, Video, coded_size
-from dali_pipelines.packets import Remuxed, UncertainError
+from dali_pipelines.packets import Remuxed
 from dali_pipelines.plan import View, engine_draw, plan_sample
-from dali_pipelines.stream_format import CROPPED_LATER, check_hardware, matrix_of
 
 Decode = Literal["auto", "nvdec", "dali", "host"]
 DECODES = get_args(Decode)
 Engine = Literal["nvdec", "dali", "host"]
 
 
-class Support(NamedTuple):
-    """Which engines take a codec; the host takes every one."""
-
-    dali_cpu: bool
-    """`fn.decoders.video` decodes it on the CPU (DALI 2.4 documentation)."""
-    dali_gpu: bool
-    nvdec: int | None
-    """cudaVideoCodec of the driver, if torchcodec's NVDEC engine takes it (torchcodec 0.11 to 0.13); None if not."""
-
-
-CODECS = {
-    "av1": Support(dali_cpu=False, dali_gpu=True, nvdec=11),
-    "h264": Support(dali_cpu=False, dali_gpu=True, nvdec=4),
-    "hevc": Support(dali_cpu=False, dali_gpu=True, nvdec=8),
-    "mjpeg": Support(dali_cpu=True, dali_gpu=False, nvdec=None),
-    "mpeg4": Support(dali_cpu=False, dali_gpu=True, nvdec=2),
-    "vp8": Support(dali_cpu=True, dali_gpu=True, nvdec=9),
-    "vp9": Support(dali_cpu=True, dali_gpu=True, nvdec=10),
-}
 DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
 """FFmpeg's pixel formats that hardware decodes to NV12 -> bits a sample. All are 4:2:0."""
-
-
-BLOCKS = {"h264": 16, "hevc": 16, "vp8": 16, "mpeg4": 16, "vp9": 64, "av1": 64}
-"""Codec -> pixels that the sides of coded frames must be multiples of for NVDEC. torchcodec reuses a hardware decoder
-for frames of the same size in whole blocks, and then crops as for the first (see `stream_format.uncrop`). How NVDEC
-rounds sizes is not known here: these are the largest blocks."""
 
 
 class Limits(NamedTuple):
@@ -80,15 +57,18 @@ LimitsByFormat = Mapping[tuple[str, int], Limits]
 
 
 def cpu_limits() -> LimitsByFormat:
-    """Of torchcodec's CPU decoder in the place of NVDEC: 8 bits, since it rounds deeper ones otherwise than PyAV."""
+    """Limits of torchcodec's CPU decoder in place of NVDEC: 8 bits, as it rounds deeper ones otherwise than PyAV."""
     limits = Limits(1, 1, 1 << 16, 1 << 16, 1 << 24)
-    return {(codec, 8): limits for codec, support in CODECS.items() if support.nvdec is not None}
+    return {(name, 8): limits for name, codec in CODECS.items() if codec.nvdec is not None}
 
 
 def general_limits(*, decodes_av1: bool) -> LimitsByFormat:
-    """What every generation of NVDEC takes (Video Codec SDK, decode support matrix), where no driver can be asked."""
-    codecs = [codec for codec, support in CODECS.items() if support.nvdec and (codec != "av1" or decodes_av1)]
-    return {(codec, 8): Limits(144, 144, 4096, 4096, 65536, block=BLOCKS[codec]) for codec in codecs}
+    """What every generation of NVDEC takes (Video Codec SDK, decode support matrix), if no driver can be asked."""
+    return {
+        (name, 8): Limits(144, 144, 4096, 4096, 65536, block=codec.nvdec_block)
+        for name, codec in CODECS.items()
+        if codec.nvdec and (name != "av1" or decodes_av1)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +79,19 @@ class Routing:
     """For what it takes; the host decodes everything else."""
     on_gpu: bool
     limits: LimitsByFormat | None = None
-    """None where there are none: for the host, and for DALI on the CPU."""
+    """None if there are none: for the host, and for DALI on the CPU."""
     host_share: float = 0.0
     """With "nvdec": share of the videos that it could take which the host decodes instead."""
     seed: int = 0
 
     def engine_for(self, video: Video, sample_id: int) -> Engine:
         """By the manifest alone; `check` knows more once the file is open."""
-        support = CODECS.get(video.codec, _NONE)
-        if self.engine == "host":
+        codec = CODECS.get(video.codec)
+        if codec is None or self.engine == "host":
             return "host"
         if self.engine == "dali":
-            return "dali" if (support.dali_gpu if self.on_gpu else support.dali_cpu) else "host"
-        if support.nvdec is None or engine_draw(self.seed, sample_id) < self.host_share:
+            return "dali" if (codec.dali_gpu if self.on_gpu else codec.dali_cpu) else "host"
+        if codec.nvdec is None or engine_draw(self.seed, sample_id) < self.host_share:
             return "host"
         return "nvdec"
 
@@ -121,21 +101,23 @@ class Routing:
         if self.limits is None:
             return ""
         limits = self._limits(codec, pixel_format)
-        if limits is None or (self.engine == "dali" and DEPTHS.get(pixel_format, 8) > 8):
+        known = CODECS.get(codec)
+        if limits is None or known is None or (self.engine == "dali" and DEPTHS.get(pixel_format, 8) > 8):
             return f"NVDEC here does not take {codec} in {pixel_format or 'yuv420p'}"
         if not limits.takes(*size):
             return "NVDEC here does not take frames of this size"
-        if self.engine == "nvdec" and codec not in CROPPED_LATER and not limits.is_whole(size):
+        if self.engine == "nvdec" and not known.uncrops and not limits.is_whole(size):
             return _NO_WHOLE_BLOCKS
         if self.engine == "nvdec" and (size[0] % 2 or size[1] % 2):  # an error with NVDEC, other chroma on the CPU
             return "torchcodec does not convert frames with odd sides as FFmpeg does"
         return ""
 
     def _limits(self, codec: str, pixel_format: str | None) -> Limits | None:
-        return self.limits.get((codec, DEPTHS.get(pixel_format or "yuv420p")))
+        depth = DEPTHS.get(pixel_format or "yuv420p")
+        return self.limits.get((codec, depth)) if self.limits is not None and depth is not None else None
 
     def check(self, file: Remuxed, context: av.VideoCodecContext) -> None:
-        """Raises `UncertainError` where the engine does not take this stream, or may not give FFmpeg's frames."""
+        """Raises `UncertainError` if the engine does not take this stream, or may not give FFmpeg's frames."""
         if self.engine == "dali" and not self.on_gpu:
             if matrix_of(context) != "BT.601":
                 raise UncertainError("DALI converts all colours as BT.601 on the CPU")
@@ -144,19 +126,23 @@ class Routing:
         codec = context.codec.canonical_name
         if reason := self.refusal(codec, context.pix_fmt or "", (context.height, context.width)):
             raise UncertainError(reason)
-        if self.engine == "nvdec" and not self._limits(codec, context.pix_fmt).is_whole(file.size):
+        limits = self._limits(codec, context.pix_fmt)
+        if self.engine == "nvdec" and limits is not None and not limits.is_whole(file.size):
             raise UncertainError(_NO_WHOLE_BLOCKS)
         matrix = matrix_of(context)
-        is_known = matrix == "BT.601" or (matrix == "BT.709" and codec in _MATRIX_KNOWN)
+        is_known = matrix == "BT.601" or (matrix == "BT.709" and CODECS[codec].has_h273_matrix)
         if self.engine == "nvdec" and self.on_gpu and not is_known:
             raise UncertainError(f"torchcodec may convert {matrix} otherwise from {codec} by NVDEC")
 
     def takes_codec(self, codec: str) -> bool:
-        support = CODECS.get(codec, _NONE)
+        """Whether the engine takes some videos of this codec."""
+        known = CODECS.get(codec)
+        if known is None:
+            return False
         if self.engine == "dali":
-            return support.dali_gpu if self.on_gpu else support.dali_cpu
-        is_known = self.limits is None or any(name == codec for name, _ in self.limits)
-        return self.engine == "nvdec" and support.nvdec is not None and is_known
+            return known.dali_gpu if self.on_gpu else known.dali_cpu
+        has_limits = self.limits is None or any(name == codec for name, _ in self.limits)
+        return self.engine == "nvdec" and known.nvdec is not None and has_limits
 
     def takes(self, video: Video) -> bool:
         """Whether the engine decodes it, as far as the manifest tells."""
@@ -165,20 +151,10 @@ class Routing:
 
 _NO_WHOLE_BLOCKS = "torchcodec may mix up frames of NVDEC whose sides are not whole blocks"
 
-_MATRIX_KNOWN = ("h264", "hevc")
-"""Codecs whose headers give the colour matrix in H.273's numbers, which torchcodec reads from NVDEC. VP9 has numbers of
-its own. BT.2020 fails torchcodec's own comparison with the CPU (meta-pytorch/torchcodec#1267)."""
-
-
-_NONE = Support(dali_cpu=False, dali_gpu=False, nvdec=None)
-
 
 # -- how much of it the host decodes --
 
 _SURVEYED = 64  # videos, evenly over the manifest
-_FED = {"h264": 0.5, "hevc": 0.5}
-"""Share of a group's frames up to the wanted one that are fed, the rest being B frames that no other refers to:
-measured on Kinetics-like files. Other codecs: all."""
 # Processor seconds, measured on 16 virtual cores of an H200 machine (docs/benchmarks.md).
 _HOST_CLIP_S, _HOST_PIXEL_S = 11e-3, 11.9e-9
 """Of a clip that the host decodes: for the clip itself, and for each pixel of the frames fed."""
@@ -201,7 +177,10 @@ def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, core
     """How much NVDEC and `cores` can decode of training or evaluation clips, and the share of the host with which both
     are busy. Depends on nothing but its arguments."""
     rows = np.linspace(0, len(manifest) - 1, min(len(manifest), _SURVEYED)).astype(int).tolist()
-    host_s, feed_s, engine_s, taken = [], [], [], []
+    host_s: list[float] = []
+    feed_s: list[float] = []
+    engine_s: list[float] = []
+    taken: list[bool] = []
     for row in rows:
         video = manifest[row]
         plan = plan_sample(video, view, seed=routing.seed, epoch=0, sample_id=row)
@@ -209,8 +188,9 @@ def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, core
         host_s.append(_HOST_CLIP_S + _HOST_PIXEL_S * frames * area)
         feed_s.append(_FEED_CLIP_S + _FEED_FRAME_S * frames)
         rate = gpu.frames_per_second(video.codec, area)
-        taken.append(routing.takes(video) and rate is not None)
-        engine_s.append(frames / rate / gpu.engines if taken[-1] else 0.0)
+        is_taken = rate is not None and routing.takes(video)
+        taken.append(is_taken)
+        engine_s.append(frames / rate / gpu.engines if rate is not None and is_taken else 0.0)
     share = float(np.mean(taken))  # of the clips that NVDEC takes
     if not share:
         return Estimate(0.0, cores / float(np.mean(host_s)), 0.0)
@@ -242,4 +222,5 @@ def _frames_fed(video: Video, positions: Sequence[int]) -> float:
     """Frames that a decoder is fed for those at `positions`, if all groups are as long as the longest."""
     gop = video.gop or video.frames
     last = {position // gop: position % gop for position in positions}  # ascending: the last one stays
-    return max(sum(place + 1 for place in last.values()) * _FED.get(video.codec, 1), len(positions))
+    codec = CODECS.get(video.codec)
+    return max(sum(place + 1 for place in last.values()) * (codec.fed_share if codec else 1), len(positions))

@@ -5,6 +5,11 @@ class InputError(ValueError):
     """Bad input: says which file or key, what was expected, and what to do. Commands print it as one line."""
 
 
+def reason(error: Exception) -> str:
+    """The words of the system or of FFmpeg for an error, in lower case."""
+    return str(getattr(error, "strerror", None) or error).lower()
+
+
 def check(holds: bool, message: str) -> None:
     """Raises `InputError` with the message unless something holds."""
     if not holds:

@@ -1,7 +1,7 @@
 """Where the bytes of a video are, and how to open them: a file, a part of a file (a member of a tar shard), or either
 of these below a URL of fsspec (s3://, gs://, https://, ...), with a cache on the local disk.
 
-fsspec is imported where a URL is met: it is an extra, and its file systems, which have threads, are made in the process
+fsspec is imported when a URL is met: it is an extra, and its file systems, which have threads, are made in the process
 that uses them.
 """
 
@@ -21,18 +21,18 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import av
 
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, check, reason
 from dali_pipelines.packets import video_stream
 
 _REFUSED = {
     "reference": "it is a list of other files, made of templates",
     **dict.fromkeys(("blockcache", "cached", "filecache", "simplecache"), "set data.cache instead"),
 }
-"""Protocols of fsspec that do more than to read bytes, and why a manifest must not name them: anybody may have written
+"""Protocols of fsspec that do more than read bytes, and why a manifest must not name them: anybody may have written
 it. Caches write what a server sends to the disk, however much it is."""
 _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
 _LISTS = ("concat", "dash", "hls", "imf", "sdp")
@@ -59,20 +59,24 @@ class Source(NamedTuple):
     data: bytes | None = None
     """The bytes themselves, once they have been fetched from a URL."""
     note: str = ""
-    """Why what was fetched is not kept in the cache; "" where it is, or need not be."""
+    """Why the fetched file is not kept in the cache; "" if it is, or need not be."""
 
 
-def is_url(path: str | os.PathLike) -> bool:
-    """Whether fsspec is to open it; also chained ones such as zip://a.mp4::s3://bucket/file.zip."""
+VideoLike: TypeAlias = str | os.PathLike[str] | Source
+"""A path, a URL, or where the bytes are."""
+
+
+def is_url(path: str | os.PathLike[str]) -> TypeGuard[str]:
+    """Whether it is for fsspec to open; also chained ones such as zip://a.mp4::s3://bucket/file.zip."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 
-def join(root: str | os.PathLike, path: str) -> str:
-    """`path` below `root`, each a local path or a URL; itself where it is absolute or a URL."""
-    if is_url(path) or not is_url(root):
-        return path if is_url(path) else os.path.join(root, path)
-    if os.path.isabs(path):
+def join(root: str | os.PathLike[str], path: str) -> str:
+    """`path` below `root`, each a local path or a URL; `path` itself if it is absolute or a URL."""
+    if is_url(path) or os.path.isabs(path):
         return path
+    if not is_url(root):
+        return os.path.join(root, path)
     links = root.split("::")
     place = next(number for number, link in enumerate(links) if "://" in link)  # zip://folder::s3://bucket/file.zip
     if links[place].startswith(("http://", "https://")):
@@ -81,17 +85,17 @@ def join(root: str | os.PathLike, path: str) -> str:
     return "::".join(links)
 
 
-def absolute(root: str | os.PathLike) -> str:
-    """The same for other processes, wherever they are."""
+def absolute(root: str | os.PathLike[str]) -> str:
+    """The same root for other processes, whatever folder they run in."""
     return root if is_url(root) else os.path.abspath(root)
 
 
-def as_source(video: str | os.PathLike | Source) -> Source:
+def as_source(video: VideoLike) -> Source:
     return video if isinstance(video, Source) else Source(os.fspath(video))
 
 
-def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer:
-    """Opens a file that has a video stream of a known codec; `InputError` says why another cannot be."""
+def open_video(video: VideoLike) -> av.container.InputContainer:
+    """Opens a file that has a video stream of a known codec. Raises `InputError` with the reason if it cannot."""
     source = fetch(video)
     try:
         if source.data is None:
@@ -99,33 +103,29 @@ def open_video(video: str | os.PathLike | Source) -> av.container.InputContainer
         file = ffmpeg_url(source) if source.data is None else io.BytesIO(source.data)
         # Titles need not be UTF-8. Playlists and session descriptions would open other files, and connections.
         options = {"protocol_whitelist": "file,subfile" if source.data is None else "data"}
-        container = av.open(file, metadata_errors="replace", options=options)
+        container = av.open(file, "r", metadata_errors="replace", options=options)
     except PermissionError:
         raise InputError("no permission to read it") from None
     except av.error.FFmpegError as error:
-        reason = ""
+        what = ""
         with contextlib.suppress(OSError):  # the disk is bad, not the file
-            reason = _what_it_is(source)
-        reason = reason or error.strerror.lower()
-        raise InputError(f"not a video that FFmpeg can read ({reason})") from None
+            what = _what_it_is(source)
+        raise InputError(f"not a video that FFmpeg can read ({what or reason(error)})") from None
     except OSError as error:
-        raise InputError(error.strerror.lower()) from None
-    reason = ""
-    stream = video_stream(container)
-    if container.format.name in _LISTS:
-        reason = "a list of other files"
-    elif stream is None:
-        reason = "no video stream in it"
-    elif stream.codec_context is None:
-        reason = "FFmpeg does not know the codec of its video stream"
-    if reason:
+        raise InputError(reason(error)) from None
+    try:
+        check(container.format.name not in _LISTS, "a list of other files")
+        # Whatever PyAV's stubs say: there is none for a codec that FFmpeg does not know.
+        is_known = getattr(video_stream(container), "codec_context", None) is not None
+        check(is_known, "FFmpeg does not know the codec of its video stream")
+    except InputError:
         container.close()
-        raise InputError(reason)
+        raise
     return container
 
 
 def _what_it_is(source: Source) -> str:
-    """What people know a file as that is no video; "" where nothing tells."""
+    """Describes a file that is not a video, as people know it; "" if nothing tells."""
     with io.BytesIO(source.data) if source.data is not None else open(source.path, "rb") as file:
         file.seek(0 if source.data is not None else source.offset)
         start = file.read(512)
@@ -148,9 +148,9 @@ def _what_it_is(source: Source) -> str:
         return "cut off: it has no index, the moov box"
 
 
-def unfinished(path: str | os.PathLike) -> Path:
-    """A name beside `path`, of this call alone, for a file that is to take its place once it is complete. Removes those
-    that other calls have left an hour ago: they were killed."""
+def unfinished(path: str | os.PathLike[str]) -> Path:
+    """A name beside `path`, unique to this call, for a file that replaces it once it is complete. Removes those that
+    killed calls left more than an hour ago."""
     path = Path(path)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError):
@@ -169,8 +169,8 @@ def find_below_url(root: str) -> Iterator[str]:
         raise InputError(f"{root}: {_text(error)}; check the address, the network and credentials") from None
 
 
-def ffmpeg_url(video: str | os.PathLike | Source) -> str:
-    """What FFmpeg takes for this local file, or this part of it, and nothing else: "a:b.mp4" alone would be a
+def ffmpeg_url(video: VideoLike) -> str:
+    """The URL by which FFmpeg opens this local file, or this part of it, and nothing else: "a:b.mp4" alone would be a
     protocol."""
     source = as_source(video)
     if source.size is None:
@@ -178,8 +178,8 @@ def ffmpeg_url(video: str | os.PathLike | Source) -> str:
     return f"subfile,,start,{source.offset},end,{source.offset + source.size},,:file:{source.path}"
 
 
-def size_of(video: str | os.PathLike | Source) -> int:
-    """Bytes, without reading them. Raises `InputError`."""
+def size_of(video: VideoLike) -> int:
+    """Bytes of the video, without reading them. Raises `InputError`."""
     source = as_source(video)
     if source.data is not None:
         return len(source.data)
@@ -189,17 +189,17 @@ def size_of(video: str | os.PathLike | Source) -> int:
         if not is_url(source.path):
             return _check_file(source)
         system, path = _file_system(source.path)
-        size = system.size(path)
+        size: int | None = system.size(path)
     except FileNotFoundError:
         raise InputError("no such file or directory") from None
     except OSError as error:
-        raise InputError((error.strerror or str(error)).lower()) from None
+        raise InputError(reason(error)) from None
     if size is None:
         raise InputError("its server does not say how large it is")
     return size
 
 
-def read_bytes(video: str | os.PathLike | Source) -> bytes:
+def read_bytes(video: VideoLike) -> bytes:
     """All of the video. Raises `InputError`."""
     source = fetch(video)
     if source.data is not None:
@@ -210,11 +210,11 @@ def read_bytes(video: str | os.PathLike | Source) -> bytes:
             file.seek(source.offset)
             return file.read(-1 if source.size is None else source.size)
     except OSError as error:
-        raise InputError(error.strerror.lower()) from None
+        raise InputError(reason(error)) from None
 
 
 def read_ranges(
-    video: str | os.PathLike | Source, ranges: Sequence[tuple[int, int]], *, size: int | None = None
+    video: VideoLike, ranges: Sequence[tuple[int, int]], *, size: int | None = None
 ) -> tuple[list[bytes], int]:
     """The bytes of the video in each of `ranges`, (first, end) ascending, and how many bytes were read for that.
 
@@ -236,7 +236,7 @@ def read_ranges(
         data = [source.data[first:end] for first, end in spans]
     elif is_remote:
         size = size if source.size is None else None  # of a shard nobody knows it
-        data = _download(source.path, [(source.offset + first, source.offset + end) for first, end in spans], size)
+        data = _download(source.path, [_Span(source.offset + first, source.offset + end) for first, end in spans], size)
     else:
         data = _read_local(source, spans)
     if any(len(some) != end - first for some, (first, end) in zip(data, spans, strict=True)):
@@ -259,16 +259,16 @@ def _read_local(source: Source, spans: Sequence[Sequence[int]]) -> list[bytes]:
         finally:
             os.close(file)
     except OSError as error:
-        raise InputError(error.strerror.lower()) from None
+        raise InputError(reason(error)) from None
 
 
 def fetch(
-    video: str | os.PathLike | Source,
+    video: VideoLike,
     cache: str | None = None,
     *,
     problem: Callable[[Source], str] | None = None,
 ) -> Source:
-    """What can be opened without the network: local files as they are; what is below a URL from the folder `cache`, or
+    """A source that opens without the network: local files as they are; files below a URL from the folder `cache`, or
     read into memory. Raises `InputError`.
 
     `problem` returns why the file is not the one that was indexed, "" if it is. Only then is it kept in `cache`, for
@@ -281,21 +281,22 @@ def fetch(
     kept = cache and _place(cache, source)
     if kept and os.path.isfile(kept):
         return Source(kept)
-    span = (source.offset, source.offset + source.size) if source.size is not None else (None, None)
-    source = source._replace(data=_download(source.path, [span])[0])
+    span = _Span(source.offset, source.offset + source.size) if source.size is not None else _ALL
+    (data,) = _download(source.path, [span])
+    source = source._replace(data=data)
     if kept and problem:
-        if reason := problem(source):
-            return source._replace(note=f"not kept in the cache ({reason})")
+        if difference := problem(source):
+            return source._replace(note=f"not kept in the cache ({difference})")
         try:
-            _keep(kept, source.data)
+            _keep(kept, data)
         except OSError as error:
-            return source._replace(note=f"not kept in the cache ({(error.strerror or str(error)).lower()})")
+            return source._replace(note=f"not kept in the cache ({reason(error)})")
     return source
 
 
 def check_reachable(source: Source, cache: str | None = None, *, timeout_s: float = 60) -> None:
     """Raises `InputError` if nothing below the URL of `source` can be read, as without a package or credentials, or if
-    its server does not answer within `timeout_s`. That this file alone is missing is no error."""
+    its server does not answer within `timeout_s`. A missing file is not an error."""
     if not is_url(source.path) or (cache and os.path.isfile(_place(cache, source))):
         return
     system, path = _file_system(source.path)
@@ -303,14 +304,14 @@ def check_reachable(source: Source, cache: str | None = None, *, timeout_s: floa
         _within(timeout_s, lambda: system.info(path))
     except Exception as error:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error  # HTTP: whatever it was
-        is_missing = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404
-        if not is_missing:
+        is_missing = isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404
+        if cause is not None and not is_missing:
             raise InputError(f"{source.path}: {_text(cause)}; check the address, the network and credentials") from None
 
 
 def _within(timeout_s: float, call: Callable[[], Any]) -> Any:
-    """The result of `call`. Raises TimeoutError if it takes longer; it then goes on in a daemon thread."""
-    future: Future = Future()
+    """The result of `call`. Raises TimeoutError if it takes longer; it then continues in a daemon thread."""
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
@@ -328,7 +329,7 @@ def _within(timeout_s: float, call: Callable[[], Any]) -> Any:
 
 
 def _check_file(source: Source) -> int:
-    """Bytes of the file. Raises `InputError` for what is no file, or too short, and OSError."""
+    """Size of the file in bytes. Raises `InputError` if it is not a file, or too short, and OSError."""
     if "\0" in source.path:
         raise InputError("a zero byte in its name")
     state = os.stat(source.path)
@@ -342,25 +343,37 @@ def _check_file(source: Source) -> int:
     return state.st_size
 
 
-def _file_system(url: str):
+def _file_system(url: str) -> tuple[Any, str]:
     """(fsspec's file system, the path in it)."""
     for link in url.split("::"):
-        if reason := _REFUSED.get(link.partition("://")[0].lower()):
-            raise InputError(f"{url}: {link.partition('://')[0]} is not opened: {reason}")
+        if refusal := _REFUSED.get(link.partition("://")[0].lower()):
+            raise InputError(f"{url}: {link.partition('://')[0]} is not opened: {refusal}")
     try:
         import fsspec
     except ImportError:
         raise InputError(f"{url}: needs fsspec: pip install 'dali-timesformer[remote]'") from None
     try:
-        return fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url)
+        return system, path
     except ImportError as error:
         raise InputError(f"{url}: {error}") from None
     except ValueError as error:
         raise InputError(f"{url}: not a URL that fsspec can open ({error})") from None
 
 
-def _download(url: str, spans: Sequence[tuple[int | None, int | None]], size: int | None = None) -> list[bytes]:
-    """The bytes of each span, (first, end); all of the file for (None, None). `size`: see `read_ranges`."""
+class _Span(NamedTuple):
+    """Bytes of a file."""
+
+    first: int
+    end: int | None
+    """None: the end of the file."""
+
+
+_ALL = _Span(0, None)
+
+
+def _download(url: str, spans: Sequence[_Span], size: int | None = None) -> list[bytes]:
+    """The bytes of each span. `size`: see `read_ranges`."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_S * 4 ** (attempt - 1))
@@ -374,18 +387,18 @@ def _download(url: str, spans: Sequence[tuple[int | None, int | None]], size: in
         except PermissionError:
             raise InputError("its server gives no permission to read it") from None
         except Exception as error:  # every file system has its own
-            reason = _text(error)
+            problem = _text(error)
             continue
         wanted = [len(some) if end is None else end - first for some, (first, end) in zip(data, spans, strict=True)]
         if list(map(len, data)) == wanted:
             return data
-        if any(len(some) > size for some, size in zip(data, wanted)):
+        if any(len(some) > count for some, count in zip(data, wanted)):
             raise _no_parts()
-        reason = f"{sum(map(len, data))} of {sum(wanted)} bytes came: the file is cut, or the connection was"
-    raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {reason}")
+        problem = f"{sum(map(len, data))} of {sum(wanted)} bytes came: the file is cut, or the connection was"
+    raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {problem}")
 
 
-def _read(system: Any, path: str, spans: Sequence[tuple[int | None, int | None]], size: int | None) -> list[bytes]:
+def _read(system: Any, path: str, spans: Sequence[_Span], size: int | None) -> list[bytes]:
     """The bytes of each span, if they are not too many. No more is read, whatever is sent."""
     if sum(end - first for first, end in spans if end is not None) > _MOST_BYTES:
         raise _too_large()
@@ -393,10 +406,10 @@ def _read(system: Any, path: str, spans: Sequence[tuple[int | None, int | None]]
     from fsspec.implementations.http import HTTPFileSystem
 
     if isinstance(system, HTTPFileSystem):
-        data = sync(system.loop, _read_http, system, path, spans, size)
+        data: list[bytes] = sync(system.loop, _read_http, system, path, spans, size)
     else:
         ends = [_MOST_BYTES + 1 if end is None else end for _, end in spans]
-        data = system.cat_ranges([path] * len(spans), [first or 0 for first, _ in spans], ends, on_error="raise")
+        data = system.cat_ranges([path] * len(spans), [first for first, _ in spans], ends, on_error="raise")
     if any(end is None and len(some) > _MOST_BYTES for some, (_, end) in zip(data, spans, strict=True)):
         raise _too_large()
     return data
@@ -412,21 +425,21 @@ def _no_parts() -> InputError:
     )
 
 
-async def _read_http(
-    system: Any, url: str, spans: Sequence[tuple[int | None, int | None]], size: int | None
-) -> list[bytes]:
-    """All spans, some at a time."""
+async def _read_http(system: Any, url: str, spans: Sequence[_Span], size: int | None) -> list[bytes]:
+    """Reads all spans, some at a time."""
     slots = asyncio.Semaphore(_REQUESTS)
 
-    async def read(first: int | None, end: int | None) -> bytes:
+    async def read(span: _Span) -> bytes:
         async with slots:
-            return await _read_http_span(system, url, first, end, size)
+            return await _read_http_span(system, url, span, size)
 
-    return await asyncio.gather(*(read(first, end) for first, end in spans))
+    return await asyncio.gather(*map(read, spans))
 
 
-async def _read_http_span(system: Any, url: str, start: int | None, end: int | None, size: int | None) -> bytes:
-    """At most one byte more than asked for. fsspec would read the body to its end, and unpack what is compressed."""
+async def _read_http_span(system: Any, url: str, span: _Span, size: int | None) -> bytes:
+    """Reads at most one byte more than asked for. fsspec would read the body to its end, and unpack what is
+    compressed."""
+    start, end = span
     most = _MOST_BYTES if end is None else end - start
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
@@ -461,7 +474,7 @@ def _place(cache: str, source: Source) -> str:
 
 
 def _keep(place: str, data: bytes) -> None:
-    """All of it or nothing, whatever else writes there at the same time."""
+    """Writes all of it or nothing, whatever else writes there at the same time."""
     folder = os.path.dirname(place)
     os.makedirs(folder, exist_ok=True)
     if shutil.disk_usage(folder).free < _RESERVE + len(data):

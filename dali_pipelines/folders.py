@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import find_below_url, is_url
 
 _SUFFIXES = """
@@ -22,7 +22,7 @@ audio, images, subtitles, playlists, and formats without a header (.yuv)."""
 _KINDS_SHOWN, _FOLDERS_SHOWN = 6, 10
 
 
-def is_video_name(path: str | os.PathLike) -> bool:
+def is_video_name(path: str | os.PathLike[str]) -> bool:
     """Whether a file is called as videos are; macOS puts others into archives, `._NAME` for every NAME."""
     name = os.path.basename(path)
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("._")
@@ -35,12 +35,13 @@ class Found(NamedTuple):
     """What was passed over, such as "12 files passed over: 10 .txt, 2 .srt"; "" for nothing."""
 
 
-def videos_below(root: str | os.PathLike) -> Found:
+def videos_below(root: str | os.PathLike[str]) -> Found:
     """The videos in a folder, or below a URL, and in all folders below; links are followed. Raises `InputError`."""
     notes: list[str] = []
     closed: list[str] = []
     files = find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes, closed)
-    videos, kinds = [], collections.Counter()
+    videos: list[str] = []
+    kinds: collections.Counter[str] = collections.Counter()
     for path in files:
         if is_video_name(path):
             videos.append(path)
@@ -51,8 +52,8 @@ def videos_below(root: str | os.PathLike) -> Found:
         named = [f"{count} {kind}" for kind, count in kinds.most_common(_KINDS_SHOWN)]
         if rest := kinds.total() - sum(count for _, count in kinds.most_common(_KINDS_SHOWN)):
             named.append(f"{rest} others")
-        files = "1 file" if kinds.total() == 1 else f"{kinds.total()} files"
-        notes.insert(0, f"{files} passed over: {', '.join(named)}")
+        count = "1 file" if kinds.total() == 1 else f"{kinds.total()} files"
+        notes.insert(0, f"{count} passed over: {', '.join(named)}")
     notes += [unreadable(closed)] if closed else []
     return Found(sorted(videos, key=lambda path: PurePosixPath(path).parts), "; ".join(notes))
 
@@ -65,12 +66,12 @@ def unreadable(folders: Sequence[str]) -> str:
     return f"{len(folders)} folders cannot be read: {', '.join(sorted(folders)[:_FOLDERS_SHOWN])}{more}"
 
 
-def leads_back(root: str | os.PathLike, path: str | os.PathLike) -> bool:
+def leads_back(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
     """Whether `path`, a folder in `root`, is a link to `root` or to a folder that holds it."""
     return _holds(os.path.realpath(path), os.path.realpath(root))
 
 
-def is_in_loop(path: str | os.PathLike) -> bool:
+def is_in_loop(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is, or goes through, a link that leads back to a folder above it, as what a glob finds may do."""
     places = [Path(path), *Path(path).parents]
     return any(os.path.islink(place) and leads_back(place.parent, place) for place in places)
@@ -87,7 +88,7 @@ def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
     classes."""
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder of videos")
-    pending = [("", (os.path.realpath(root),))]
+    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while pending:
         folder, above = pending.pop()
         try:
@@ -95,7 +96,7 @@ def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
         except OSError as error:
             if not folder:
                 raise
-            closed.append(f"{folder}: {error.strerror.lower()}")
+            closed.append(f"{folder}: {reason(error)}")
             continue
         for name in entries:
             path = os.path.join(folder, name)
@@ -104,7 +105,7 @@ def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
             except PermissionError as error:  # the folder may be listed, but not entered: it may be one
                 is_folder = False
                 if not is_video_name(path):
-                    closed.append(f"{path}: {error.strerror.lower()}")
+                    closed.append(f"{path}: {reason(error)}")
                     continue
             except OSError:  # a link to nowhere
                 is_folder = False

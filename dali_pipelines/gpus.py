@@ -27,12 +27,12 @@ from dataclasses import dataclass, field
 from dali_pipelines.errors import InputError
 
 HD = 1920 * 1080
-"""Pixels of the pictures that rates are published for."""
+"""Pixels of the frames that rates are published for."""
 
 RATES_FROM = "NVIDIA's NVDEC Application Note, SDK 13.0"
 
 FIXED_SHARE = 0.17
-"""Of the time that a 1080p frame takes, this share is taken by a frame of any size: see the module's first lines."""
+"""Share of the time of a 1080p frame that a frame of any size takes: see the module's first lines."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Gpu:
     video_mhz: float
     """Highest video clock."""
     tflops: float
-    """Peak of dense bf16, or fp16 where there is no bf16, in 1e12 operations/s."""
+    """Peak of dense bf16, or fp16 if there is no bf16, in 1e12 operations/s."""
     unconfirmed: list[str] = field(default_factory=list)
-    """Which of these numbers no source was found for."""
+    """The numbers that no source was found for."""
 
     def frames_per_second(self, codec: str, area: float) -> float | None:
-        """What one engine decodes of pictures of `area` pixels; None where it does not take the codec."""
+        """Frames of `area` pixels that one engine decodes a second; None if it does not take the codec."""
         if codec == "av1" and not self.generation.decodes_av1:
             return None
         rate = self.generation.rates.get(codec, self.generation.rates["h264"])
@@ -87,14 +87,14 @@ GPUS = {
 
 
 def find_gpu(name: str | None) -> Gpu | None:
-    """The GPU of that name, in small or capital letters; `InputError` lists the known ones."""
+    """The GPU of that name, in small or capital letters. Raises `InputError` with the known ones if it is another."""
     if name is not None and name.lower() not in GPUS:
         raise InputError(f"--gpu {name}: not known; expected one of {', '.join(GPUS)}")
     return GPUS[name.lower()] if name else None
 
 
 def gpu_of_device(name: str) -> Gpu | None:
-    """The GPU that CUDA and NVML call `name`, as "NVIDIA H100 80GB HBM3"; None where it is not in `GPUS`."""
+    """The GPU that CUDA and NVML call `name`, as "NVIDIA H100 80GB HBM3"; None if it is not in `GPUS`."""
     return next((GPUS[word] for word in re.split(r"[\s-]+", name.lower()) if word in GPUS), None)
 
 

@@ -1,4 +1,4 @@
-"""The DALI graphs: decode (where the source has not), one resize from each rectangle, one normalise.
+"""The DALI graphs: decode (unless the source has), one resize from each rectangle, one normalise.
 
 Two ways lead from a source to clips. `clip_pipeline` does all of it in one pipeline, in which DALI decodes what the
 source has not. In the other, `source_pipeline` only runs the source, and `cut_pipeline` cuts clips out of frames that
@@ -6,27 +6,38 @@ something else has decoded (`DecodeStage`). The same functions build them for th
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType, DALIInterpType
 
-from dali_pipelines.clip_source import Sample
+from dali_pipelines.clip_source import ClipSource, Sample
 
-_FEEDS = Sample(
-    pictures=(types.UINT8, 4, "FHWC"),
-    encoded=(types.UINT8, 1, ""),
-    size=(types.INT32, 1, ""),
-    positions=(types.INT32, 1, ""),
-    picks=(types.INT32, 2, ""),
-    rectangles=(types.FLOAT, 2, ""),
-    is_host=(types.BOOL, 0, ""),
-    transpose=(types.BOOL, 0, ""),
-    sample_id=(types.INT64, 0, ""),
-    packets=(types.INT64, 1, ""),
-    fault=(types.UINT8, 1, ""),
-    fallback=(types.UINT8, 1, ""),
-)
-"""DALI type, number of dimensions and layout of every field of a `Sample`."""
+
+class _Feed(NamedTuple):
+    """How DALI gets a field of a `Sample`."""
+
+    dtype: DALIDataType
+    ndim: int
+    layout: str = ""
+
+
+_FEEDS = {
+    "frames": _Feed(DALIDataType.UINT8, 4, "FHWC"),
+    "encoded": _Feed(DALIDataType.UINT8, 1),
+    "size": _Feed(DALIDataType.INT32, 1),
+    "positions": _Feed(DALIDataType.INT32, 1),
+    "picks": _Feed(DALIDataType.INT32, 2),
+    "rectangles": _Feed(DALIDataType.FLOAT, 2),
+    "is_host": _Feed(DALIDataType.BOOL, 0),
+    "transpose": _Feed(DALIDataType.BOOL, 0),
+    "sample_id": _Feed(DALIDataType.INT64, 0),
+    "packets": _Feed(DALIDataType.INT64, 1),
+    "fault": _Feed(DALIDataType.UINT8, 1),
+    "fallback": _Feed(DALIDataType.UINT8, 1),
+}
+assert tuple(_FEEDS) == Sample._fields
 
 
 class Cut(NamedTuple):
@@ -43,7 +54,7 @@ class Cut(NamedTuple):
 
 
 def clip_pipeline(
-    source: Callable[..., Sample],
+    source: ClipSource,
     *,
     cut: Cut,
     batch_size: int,
@@ -55,7 +66,7 @@ def clip_pipeline(
     """A pipeline, not built yet, whose outputs are clips, sample_id, packets, fault, fallback, is_host, the shapes of
     the decoded frames, and size.
 
-    Clips are (value / 255 - mean) / std: [C, T, H, W] a sample, or [V, C, T, H, W] where there are several.
+    Clips are (value / 255 - mean) / std: [C, T, H, W] a sample, or [V, C, T, H, W] if there are several.
     `device_id` None is the CPU. `workers` processes run the source; 0 runs it in this one. `threads` of this process
     decode, resize and normalise.
     """
@@ -67,7 +78,7 @@ def clip_pipeline(
     )
 
 
-def source_pipeline(source: Callable[..., Sample], *, batch_size: int, workers: int, prefetch: int) -> Pipeline:
+def source_pipeline(source: ClipSource, *, batch_size: int, workers: int, prefetch: int) -> Pipeline:
     """A pipeline, not built yet, whose outputs are the fields of a `Sample`, on the CPU."""
     return _source_pipeline(
         source, **_settings(batch_size=batch_size, device_id=None, workers=workers, threads=1, prefetch=prefetch)
@@ -75,8 +86,8 @@ def source_pipeline(source: Callable[..., Sample], *, batch_size: int, workers: 
 
 
 def cut_pipeline(
-    decoded: Callable[[int], Sequence],
-    rest: Callable[[int], Sequence[Sequence]],
+    decoded: Callable[[int], Sequence[Any]],
+    rest: Callable[[int], Sequence[Sequence[Any]]],
     cut: Cut,
     *,
     batch_size: int,
@@ -99,7 +110,7 @@ def cut_pipeline(
     )
 
 
-def _settings(*, batch_size: int, device_id: int | None, workers: int, threads: int, prefetch: int) -> dict:
+def _settings(*, batch_size: int, device_id: int | None, workers: int, threads: int, prefetch: int) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "num_threads": threads,
@@ -111,95 +122,107 @@ def _settings(*, batch_size: int, device_id: int | None, workers: int, threads: 
 
 
 @pipeline_def
-def _clip_pipeline(source, cut, device):
+def _clip_pipeline(source: ClipSource, cut: Cut, device: str) -> tuple[DataNode, ...]:
     sample = _samples(source)
-    pictures, _ = _split(sample.pictures, sample.is_host)
-    _, encoded = _split(sample.encoded, sample.is_host)
-    _, positions = _split(sample.positions, sample.is_host)
+    is_host = sample["is_host"]
+    frames, _ = _split(sample["frames"], is_host)
+    _, encoded = _split(sample["encoded"], is_host)
+    _, positions = _split(sample["positions"], is_host)
     # "none": what is past the end of its index is an error; the default would be black frames without one.
     decoded = fn.decoders.video(
         encoded, device="mixed" if device == "gpu" else "cpu", frames=positions, pad_mode="none"
     )
-    frames = _merge(pictures.gpu() if device == "gpu" else pictures, decoded, sample.is_host)
-    clips = _clips(frames, sample.picks, sample.rectangles, sample.transpose, cut)
-    shapes, unused = frames.shape(), sample.size  # DALI warns of what a source gives and nobody takes
-    return clips, sample.sample_id, sample.packets, sample.fault, sample.fallback, sample.is_host, shapes, unused
+    frames = _merge(frames.gpu() if device == "gpu" else frames, decoded, is_host)
+    clips = _clips(frames, sample["picks"], sample["rectangles"], sample["transpose"], cut)
+    shapes, unused = frames.shape(), sample["size"]  # DALI warns of what a source gives and nobody takes
+    results = (sample[name] for name in ("sample_id", "packets", "fault", "fallback"))
+    return clips, *results, is_host, shapes, unused
 
 
 @pipeline_def
-def _source_pipeline(source):
-    return tuple(_samples(source))
+def _source_pipeline(source: ClipSource) -> tuple[DataNode, ...]:
+    return tuple(_samples(source).values())
 
 
 @pipeline_def
-def _cut_pipeline(decoded, rest, cut, device):
-    frames = fn.external_source(source=decoded, device=device, dtype=types.UINT8, ndim=4, layout="FHWC")
-    feeds = [_FEEDS.picks, _FEEDS.rectangles, _FEEDS.transpose]
+def _cut_pipeline(
+    decoded: Callable[[int], Sequence[Any]], rest: Callable[[int], Sequence[Sequence[Any]]], cut: Cut, device: str
+) -> DataNode:
+    feed = _FEEDS["frames"]
+    frames = fn.external_source(source=decoded, device=device, dtype=feed.dtype, ndim=feed.ndim, layout=feed.layout)
+    feeds = [_FEEDS[name] for name in ("picks", "rectangles", "transpose")]
     picks, rectangles, transpose = fn.external_source(
-        source=rest, num_outputs=len(feeds), dtype=[feed[0] for feed in feeds], ndim=[feed[1] for feed in feeds]
+        source=rest, num_outputs=len(feeds), dtype=[feed.dtype for feed in feeds], ndim=[feed.ndim for feed in feeds]
     )
     return _clips(frames, picks, rectangles, transpose, cut)
 
 
-def _samples(source) -> Sample:
-    """The workers' samples; in a pipeline without workers, the source runs in this process."""
+def _samples(source: ClipSource) -> dict[str, DataNode]:
+    """The fields of the workers' samples; in a pipeline without workers, the source runs in this process."""
     parallel = Pipeline.current().py_num_workers > 0
-    return Sample(
-        *fn.external_source(
-            source=source,
-            num_outputs=len(_FEEDS),
-            batch=False,
-            parallel=parallel,
-            # Samples are dealt to the workers batch by batch: with two batches under way, none waits for the slowest.
-            **({"prefetch_queue_depth": 2} if parallel else {}),
-            dtype=[feed[0] for feed in _FEEDS],
-            ndim=[feed[1] for feed in _FEEDS],
-            layout=[feed[2] for feed in _FEEDS],
-        )
-    )
+    feeds = _FEEDS.values()
+    settings: dict[str, Any] = {
+        "batch": False,
+        "parallel": parallel,
+        "dtype": [feed.dtype for feed in feeds],
+        "ndim": [feed.ndim for feed in feeds],
+        "layout": [feed.layout for feed in feeds],
+    }
+    if parallel:
+        # Samples are dealt to the workers batch by batch: with two batches under way, none waits for the slowest.
+        settings["prefetch_queue_depth"] = 2
+    fields = fn.external_source(source=source, num_outputs=len(feeds), **settings)
+    return dict(zip(_FEEDS, fields, strict=True))
 
 
-def _clips(frames, picks, rectangles, transpose, cut):
-    # Windows hold pictures again where a video is short, and share them where there are several.
-    taken = [fn.sequence_rearrange(frames, new_order=picks[window]) for window in range(cut.windows)]
+def _clips(frames: DataNode, picks: DataNode, rectangles: DataNode, transpose: DataNode, cut: Cut) -> DataNode:
+    # Windows hold frames again if a video is short, and share them if there are several.
+    windows = [fn.sequence_rearrange(frames, new_order=picks[window]) for window in range(cut.windows)]
+    crops_per_window = cut.clips // cut.windows
     clips = [
-        _clip(taken[number * cut.windows // cut.clips], rectangles, number, transpose, cut)
-        for number in range(cut.clips)
+        _clip(frames_of_window, rectangles, window * crops_per_window + crop, transpose, cut)
+        for window, frames_of_window in enumerate(windows)
+        for crop in range(crops_per_window)
     ]
     return clips[0] if cut.clips == 1 else fn.stack(*clips)
 
 
-def _clip(frames, rectangles, number, transpose, cut):
-    clip = fn.resize(
+def _clip(frames: DataNode, rectangles: DataNode, number: int, transpose: DataNode, cut: Cut) -> DataNode:
+    clip: Any = fn.resize(  # whose stub also allows lists
         frames,
         size=[cut.crop_size, cut.crop_size],
         roi_start=rectangles[number, 0:2],
         roi_end=rectangles[number, 2:4],
-        interp_type=types.INTERP_LINEAR,
+        interp_type=DALIInterpType.INTERP_LINEAR,
         antialias=False,  # PaddleVideo's resize has none
-        dtype=types.FLOAT,  # the default rounds to uint8
+        dtype=DALIDataType.FLOAT,  # the default rounds to uint8
     )
     clip = _transpose_some(clip, transpose)
-    return fn.crop_mirror_normalize(
+    normalized: DataNode = fn.crop_mirror_normalize(
         clip,
         output_layout="CFHW",
         mean=[255 * value for value in cut.mean],
         std=[255 * value for value in cut.std],
-        dtype=types.FLOAT16 if cut.half else types.FLOAT,
+        dtype=DALIDataType.FLOAT16 if cut.half else DALIDataType.FLOAT,
     )
+    return normalized
 
 
-def _transpose_some(clip, transpose):
+def _transpose_some(clip: DataNode, transpose: DataNode) -> DataNode:
     turned, straight = _split(clip, transpose)
     turned = fn.transpose(turned, perm=[0, 2, 1, 3], transpose_layout=False)
     return _merge(turned, straight, transpose)
 
 
-def _split(samples, predicate):
+def _split(samples: DataNode, predicate: DataNode) -> tuple[DataNode, DataNode]:
     """(those for which `predicate` is true, the others). DALI makes these operators of an `if`, but it also writes a
     source file into the temporary folder for that, which a process that is killed leaves there."""
-    return fn._conditional.split(samples, predicate=predicate)
+    true, false = fn._conditional.split(samples, predicate=predicate)  # type: ignore[attr-defined]  # no stub
+    return true, false
 
 
-def _merge(if_true, if_false, predicate):
-    return fn._conditional.merge(if_true, if_false, predicate=predicate)
+def _merge(if_true: DataNode, if_false: DataNode, predicate: DataNode) -> DataNode:
+    merged: DataNode = fn._conditional.merge(  # type: ignore[attr-defined]  # no stub
+        if_true, if_false, predicate=predicate
+    )
+    return merged

@@ -1,68 +1,76 @@
 """Decodes chosen frames of a video with PyAV, from the packets that they need.
 
-It decodes where DALI has no decoder for the codec on the device, and where somebody must say what is wrong with a
-file: DALI's own decoder gives up on a whole batch.
+It decodes what DALI has no decoder for on the device, and the files of which somebody must say what is wrong: DALI's
+own decoder gives up on a whole batch.
 """
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import av
 import numpy as np
 
-from dali_pipelines.errors import InputError, check
-from dali_pipelines.files import Source, fetch, open_video
+from dali_pipelines.bitstream.codecs import CODECS
+from dali_pipelines.bitstream.parser import MissingFrameError, UncertainError
+from dali_pipelines.errors import InputError, check, reason
+from dali_pipelines.files import Source, VideoLike, fetch, open_video
 from dali_pipelines.packet_index import IndexedVideo
-from dali_pipelines.packets import Flag, MissingPictureError, PacketReader, UncertainError, demux, video_stream
+from dali_pipelines.packets import Flag, PacketReader, PacketSource, VideoPacket, demux, video_stream
 
 MAX_PIXELS = 1 << 26
-"""Of a frame, by default: twice those of 8K. A few kilobytes can claim more, and a decoder may hold 17 frames."""
+"""Pixels of a frame, twice as many as 8K. A few kilobytes can claim more, and a decoder may hold 17 frames."""
 
 
 class Decoded(NamedTuple):
+    """The frames of one video."""
+
     frames: np.ndarray
     """uint8 [N, H, W, 3] RGB, one for each distinct position, as coded (not turned), within the region only; or what
     `reduce` has made of that."""
     packets_read: int
     packets_kept: int
-    """Those fed to the decoder."""
+    """Packets fed to the decoder."""
     fallback: str
-    """Why everything up to the last frame was decoded; "" where only the packets that the frames need were."""
+    """Why everything up to the last frame was decoded; "" if only the packets that the frames need were."""
+
+
+Region = tuple[slice, slice]
+"""Rows and columns."""
+Reduce = Callable[[np.ndarray], np.ndarray]
+_WHOLE = (slice(None), slice(None))
 
 
 def decode_frames(
-    video: str | os.PathLike | Source,
+    video: VideoLike,
     positions: np.ndarray,
     *,
     size: tuple[int, int],
-    region: tuple[slice, slice] = (slice(None), slice(None)),
-    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
+    region: Region = _WHOLE,
+    reduce: Reduce | None = None,
 ) -> Decoded:
-    """Pictures number `positions` (ascending, distinct) of those the decoder puts out when it is fed from the start.
+    """Frames number `positions` (ascending, distinct) of those the decoder puts out when it is fed from the start.
 
-    `size` is the (height, width) that the pictures must have, `region` the rows and columns to return; `reduce` is
+    `size` is the (height, width) that the frames must have, `region` the rows and columns to return; `reduce` is
     called with these of each frame, and returns others, uint8 [h, w, 3], in their place. One thread: the processes
     around this one decode other samples. Raises `InputError`.
     """
     source = fetch(video)
 
-    def decode(feed: Callable, *, fallback: str = "", is_strict: bool = False) -> Decoded:
-        with open_video(source) as container:
-            prepare(container, is_strict=is_strict, max_pixels=max(MAX_PIXELS, size[0] * size[1]))
-            return _collect(feed(container, positions), positions, size, region, reduce)._replace(fallback=fallback)
-
     try:
-        return decode(
-            lambda container, positions: _Selected(video_stream(container).codec_context, container, positions)
-        )
-    except MissingPictureError as error:
-        # FFmpeg puts something in its place, and only says so when it is told to be strict.
-        return decode(_Everything, fallback=str(error), is_strict=True)
+        with open_video(source) as container:
+            prepare(container, max_pixels=_limit(size))
+            selected = _Selected(video_stream(container).codec_context, PacketReader(container), positions)
+            return _collect(selected, positions, size, region, reduce)
     except UncertainError as error:
-        return decode(_Everything, fallback=str(error))
+        fallback = str(error)
+        # FFmpeg puts something in the place of missing frames, and only says so when it is told to be strict.
+        is_strict = isinstance(error, MissingFrameError)
+    with open_video(source) as container:
+        prepare(container, is_strict=is_strict, max_pixels=_limit(size))
+        everything = _Everything(container, positions)
+        return _collect(everything, positions, size, region, reduce)._replace(fallback=fallback)
 
 
 def decode_indexed(
@@ -70,46 +78,63 @@ def decode_indexed(
     positions: np.ndarray,
     *,
     size: tuple[int, int],
-    region: tuple[slice, slice] = (slice(None), slice(None)),
-    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
+    region: Region = _WHOLE,
+    reduce: Reduce | None = None,
 ) -> Decoded:
     """`decode_frames`, without a demuxer. Raises also `UncertainError`: `decode_frames` may know better."""
     context = video.stream.context()
-    set_up(context, max_pixels=max(MAX_PIXELS, size[0] * size[1]))
+    set_up(context, max_pixels=_limit(size))
     return _collect(_Selected(context, video, positions), positions, size, region, reduce)
 
 
-def _collect(fed: Any, positions: np.ndarray, size: tuple[int, int], region: Any, reduce: Callable | None) -> Decoded:
+def _limit(size: tuple[int, int]) -> int:
+    """Pixels that a frame may have if (height, width) `size` is expected: a decoder compares them again."""
+    return max(MAX_PIXELS, size[0] * size[1])
+
+
+class _Fed(Protocol):
+    """(position, frame) of packets that a decoder is fed, in the order in which they come out."""
+
+    @property
+    def packets_read(self) -> int: ...
+
+    @property
+    def packets_kept(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]: ...
+
+
+def _collect(fed: _Fed, positions: np.ndarray, size: tuple[int, int], region: Region, reduce: Reduce | None) -> Decoded:
     """The frames at `positions`, of those that are fed."""
     wanted = {int(position): index for index, position in enumerate(positions)}
-    frames, found = None, 0
+    found = 0
+    frames = np.empty(0, np.uint8)
     for position, frame in _checked(fed):
         index = wanted.get(position)
         if index is not None:
-            if reason := size_mismatch((frame.height, frame.width), size):
-                raise InputError(reason)
-            picture = _rgb(frame)[region]
-            picture = reduce(picture) if reduce else picture
-            if frames is None:
-                frames = np.empty((len(positions), *picture.shape), np.uint8)
-            frames[index] = picture
+            if difference := size_mismatch((frame.height, frame.width), size):
+                raise InputError(difference)
+            pixels = _rgb(frame)[region]
+            pixels = reduce(pixels) if reduce else pixels
+            if not found:
+                frames = np.empty((len(positions), *pixels.shape), np.uint8)
+            frames[index] = pixels
             found += 1
     if found < len(positions):
-        raise UncertainError("a picture does not come out of its packets")
+        raise UncertainError("a frame does not come out of its packets")
     return Decoded(frames, fed.packets_read, fed.packets_kept, "")
 
 
-def decode_all(video: str | os.PathLike | Source, *, frames: int, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
+def decode_all(video: VideoLike, *, frames: int, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
     """All frames of a video that has `frames` of `size`, with the checks of `decode_frames`. Raises `InputError`."""
     source = fetch(video)
     count = 0
     try:
         with open_video(source) as container:
-            max_pixels = max(MAX_PIXELS, size[0] * size[1])
-            prepare(container, is_strict=_misses_frames(source), max_pixels=max_pixels)
+            prepare(container, is_strict=_misses_frames(source), max_pixels=_limit(size))
             for position, frame in _checked(enumerate(decode_packets(demux(container)))):
-                if reason := size_mismatch((frame.height, frame.width), size):
-                    raise InputError(reason)
+                if difference := size_mismatch((frame.height, frame.width), size):
+                    raise InputError(difference)
                 count = position + 1
                 yield frame
     except InputError:
@@ -119,10 +144,11 @@ def decode_all(video: str | os.PathLike | Source, *, frames: int, size: tuple[in
         raise InputError(f"{count} frames come out, not {frames}; if the file was replaced, index it again")
 
 
-def decode_packets(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
+def decode_packets(packets: Iterable[VideoPacket]) -> Iterator[av.VideoFrame]:
     """The frames of packets, as they come out of a decoder. Before the first key frame, a packet that cannot be decoded
     is not damaged: it refers to frames before the start of the file."""
-    has_begun, refused = False, None
+    has_begun = False
+    refused: av.error.FFmpegError | None = None
     for packet in packets:
         has_begun |= packet.is_keyframe
         try:
@@ -139,7 +165,7 @@ def decode_packets(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
 
 
 def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
-    """What is wrong with frames of (height, width) `found` where others are `expected`; "" for nothing."""
+    """What is wrong with frames of (height, width) `found` if `expected` is another size; "" for nothing."""
     if found == expected:
         return ""
     return (
@@ -183,7 +209,7 @@ def _misses_frames(source: Source) -> bool:
     try:
         with open_video(source) as container:
             PacketReader(container).shown()
-    except MissingPictureError:
+    except MissingFrameError:
         return True
     except (UncertainError, av.error.FFmpegError):
         pass
@@ -198,18 +224,18 @@ def _checked(frames: Iterable[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int,
             if frame.is_corrupt:
                 raise InputError(f"frame {position} is damaged")
             if position <= last:
-                raise UncertainError("pictures come out in another order than their headers say")
+                raise UncertainError("frames come out in another order than their headers say")
             last = position
             yield position, frame
     except av.error.FFmpegError as error:
         where = f" after frame {last}" if last >= 0 else ""
-        raise InputError(f"{error.strerror.lower()}{where}") from None
+        raise InputError(f"{reason(error)}{where}") from None
 
 
 class _Reformatter(threading.local):
     """Keeps its tables from one frame to the next. Two threads that share one wait for each other for ever."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reformat = av.video.reformatter.VideoReformatter().reformat
 
 
@@ -219,47 +245,46 @@ _reformatter = _Reformatter()
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
     """uint8 [H, W, 3], a view of memory that the next call in this thread may overwrite."""
     plane = _reformatter.reformat(frame, format="rgb24").planes[0]
-    return np.ndarray((frame.height, frame.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
+    return np.ndarray((frame.height, frame.width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
 
 
 class _Selected:
     """(position, frame) from the packets that `positions` need, in the order in which they come out."""
 
-    def __init__(
-        self, context: av.VideoCodecContext, video: av.container.InputContainer | IndexedVideo, positions: np.ndarray
-    ):
-        self._context, self._video, self._positions = context, video, positions
+    def __init__(self, context: av.VideoCodecContext, source: PacketSource, positions: np.ndarray):
+        self._context, self._source, self._positions = context, source, positions
         self.packets_read = self.packets_kept = 0
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        context = self._context
-        reader = self._video if isinstance(self._video, IndexedVideo) else PacketReader(self._video)
-        selection = reader.select(self._positions)
-        self.packets_read, self.packets_kept = reader.packets_read, sum(map(len, selection.runs))
+        context, source = self._context, self._source
+        selection = source.select(self._positions)
+        self.packets_read, self.packets_kept = source.packets_read, sum(map(len, selection.runs))
         positions = {number: position for position, number in enumerate(selection.shown)}
         context.copy_opaque = True  # a frame comes out with the number of its packet
-        if context.codec.canonical_name == "mpeg4" and (len(selection.runs) > 1 or selection.runs[0][0]):
-            _learn_padding(context, reader.first(_PADDED))
+        codec = CODECS.get(context.codec.canonical_name)
+        if codec and codec.learns_padding and (len(selection.runs) > 1 or selection.runs[0][0]):
+            _learn_padding(context, source.first(_PADDED))
         for run, numbers in enumerate(selection.runs):
             if run:
                 context.flush_buffers()
             for number in [*numbers, None]:
                 packet = None
                 if number is not None:
-                    packet = reader.packet(number)
+                    packet = source.packet(number)
                     packet.opaque = number
                 for frame in context.decode(packet):
-                    position = positions.get(frame.opaque, -1)
-                    is_known = position >= 0 or frame.opaque is None
-                    if is_known or not reader.flags[frame.opaque] & Flag.IS_DISCARDED:
-                        yield position, frame
+                    origin = frame.opaque
+                    if not isinstance(origin, int):  # of no packet that is known
+                        yield -1, frame
+                    elif origin in positions or not source.flags[origin] & Flag.IS_DISCARDED:
+                        yield positions.get(origin, -1), frame
 
 
 _PADDED = 3
 """Frames from which FFmpeg learns it."""
 
 
-def _learn_padding(context: av.VideoCodecContext, packets: Iterable[av.Packet]) -> None:
+def _learn_padding(context: av.VideoCodecContext, packets: Iterable[VideoPacket]) -> None:
     """Decodes the first frames of an MPEG-4 video. FFmpeg takes an encoder for one that pads wrongly until some frames
     have shown that it does not, and till then it does not notice that a frame ends too early."""
     for packet in packets:
@@ -289,7 +314,7 @@ class _Everything:
             f"frame {self._last} is planned, but only {position + 1} come out; if the file was replaced, index it again"
         )
 
-    def _packets(self) -> Iterator[av.Packet]:
+    def _packets(self) -> Iterator[VideoPacket]:
         for packet in demux(self._container):
             self.packets_read += bool(packet.size)
             yield packet

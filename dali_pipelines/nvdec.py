@@ -18,18 +18,20 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 import torch
 
+from dali_pipelines.bitstream.codecs import CODECS
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.clip_source import Sample, bounds
-from dali_pipelines.engines import BLOCKS, CODECS, DEPTHS, Limits, LimitsByFormat, cpu_limits
+from dali_pipelines.engines import DEPTHS, Limits, LimitsByFormat, cpu_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source
 from dali_pipelines.host_decoder import decode_frames, size_mismatch
-from dali_pipelines.packets import REMUXED_FPS, UncertainError
+from dali_pipelines.packets import REMUXED_FPS
 from dali_pipelines.processes import TemporaryFolder
 
 _DECODERS_A_THREAD = 4
@@ -93,19 +95,21 @@ class DecodePool:
         return task
 
     def result(self, task: "Task") -> Decoded:
-        """Waits for it. A machine that sleeps meanwhile is not a thread that hangs: looks are counted, not seconds."""
+        """Waits for the task. Looks are counted, not seconds, so a machine that sleeps does not count as a thread that
+        hangs."""
         looks, tick = 0, min(self._timeout_s / 8, _TICK_S)
         while not task.is_done.wait(tick):
-            looks += task.is_begun
+            looks += task.thread is not None
             if not any(thread.is_alive() for thread in self._threads):
                 raise RuntimeError("the threads that decode have ended")
             if looks * tick >= self._timeout_s:
-                self._threads.remove(task.thread)  # nobody waits for it any more
+                # Nobody waits for it any more.
+                self._threads[:] = [thread for thread in self._threads if thread is not task.thread]
                 self._start()
                 return _black(task, self._device, f"not decoded within timeout_s = {self._timeout_s:g} seconds")
-        if task.error is not None:
-            raise task.error
-        return task.decoded
+        if not isinstance(task.outcome, Decoded):
+            raise task.outcome or RuntimeError("the threads that decode have ended")
+        return task.outcome
 
     def close(self) -> None:
         """Ends the threads, after the sample that each is at."""
@@ -117,11 +121,10 @@ class Task:
 
     def __init__(self, sample: Sample, size: tuple[int, int]):
         self.sample, self.size = sample, size
-        self.is_begun = False
         self.thread: threading.Thread | None = None
+        """The one that has begun with it."""
         self.is_done = threading.Event()
-        self.decoded: Decoded | None = None
-        self.error: Exception | None = None
+        self.outcome: Decoded | Exception | None = None
 
 
 def _end_threads(tasks: "queue.SimpleQueue[Task | None]", threads: list[threading.Thread]) -> None:
@@ -148,21 +151,21 @@ def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device) -> None
         except RuntimeError as error:
             failure = error
         while (task := tasks.get()) is not None:
-            task.thread, task.is_begun = threading.current_thread(), True
+            task.thread = threading.current_thread()
             try:
                 if failure is not None:
                     raise failure
-                task.decoded = _decode(task, device)
+                task.outcome = _decode(task, device)
             except Exception as error:
-                task.error = error
+                task.outcome = error
             task.is_done.set()
 
 
 def _decode(task: Task, device: torch.device) -> Decoded:
-    """By torchcodec; by PyAV, from the same bytes, where that fails; black where both do."""
+    """Decodes by torchcodec; if that fails, by PyAV, from the same bytes; black if both fail."""
     sample = task.sample
     if sample.is_host:
-        return _finish(torch.from_numpy(sample.pictures), sample.rectangles, sample, device, engine="host")
+        return _finish(torch.from_numpy(sample.frames), sample.rectangles, sample, device, engine="host")
     rows, columns = bounds(sample.rectangles, task.size)
     rectangles = sample.rectangles - np.array([rows.start, columns.start] * 2, np.float32)
     try:
@@ -233,7 +236,8 @@ def decode_file(
         raise RuntimeError("frames come out in another order than their headers say")
     if reason := size_mismatch(tuple(found.data.shape[1:3]), size):
         raise RuntimeError(reason)
-    return found.data
+    frames: torch.Tensor = found.data
+    return frames
 
 
 def prepare(device: torch.device) -> LimitsByFormat:
@@ -301,7 +305,7 @@ def _first_line(error: Exception) -> str:
 
 
 @functools.cache
-def load_torchcodec():
+def load_torchcodec() -> Any:
     """The module, on PyAV's copy of FFmpeg if PyAV brings one, else on the system's. Raises `UnavailableError`."""
     try:
         _load_npp()
@@ -428,19 +432,19 @@ def driver_limits(device: torch.device) -> LimitsByFormat:
     limits = {}
     with torch.cuda.device(device):
         torch.zeros(1, device=device)  # makes the context that the driver is asked in
-        for codec, support in CODECS.items():
+        for name, codec in CODECS.items():
             for depth in sorted(set(DEPTHS.values())):
-                caps = _Caps(support.nvdec or 0, _CHROMA_420, depth - 8)
-                failed = support.nvdec is None or cuvid.cuvidGetDecoderCaps(ctypes.byref(caps))
+                caps = _Caps(codec.nvdec or 0, _CHROMA_420, depth - 8)
+                failed = codec.nvdec is None or cuvid.cuvidGetDecoderCaps(ctypes.byref(caps))
                 if not failed and caps.is_supported and caps.output_format_mask & _NV12:
-                    limits[codec, depth] = Limits(
+                    limits[name, depth] = Limits(
                         caps.min_width,
                         caps.min_height,
                         caps.max_width,
                         caps.max_height,
                         caps.max_mb_count,
                         caps.num_nvdecs or 1,
-                        BLOCKS[codec],
+                        codec.nvdec_block,
                     )
     if not limits:
         raise UnavailableError("the driver says that this GPU has no NVDEC engine")

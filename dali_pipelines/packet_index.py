@@ -29,9 +29,11 @@ import av
 import numpy as np
 import safetensors.numpy
 
-from dali_pipelines.errors import InputError
+from dali_pipelines.bitstream.codecs import CODECS, make_parser
+from dali_pipelines.bitstream.parser import Parser, UncertainError
+from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import Source, is_url, read_ranges, size_of, unfinished
-from dali_pipelines.packets import Flag, PacketReader, Selection, UncertainError, choose_runs
+from dali_pipelines.packets import Flag, PacketReader, Selection, VideoPacket, choose_runs, make_packet
 
 SUFFIX = ".packets"
 _FORMATS = "dali-timesformer packets "
@@ -82,10 +84,12 @@ class Stream(NamedTuple):
         return cls(context.codec.name, bytes(context.extradata or b"").decode("latin-1"), **settings)
 
     def context(self) -> av.VideoCodecContext:
-        """A decoder, not opened yet, that is told the same. Raises `StaleIndexError` where FFmpeg has none, or does not
+        """A decoder, not opened yet, that is told the same. Raises `StaleIndexError` if FFmpeg has none, or does not
         know the values."""
         try:
             context = av.CodecContext.create(self.decoder, "r")
+            if not isinstance(context, av.VideoCodecContext):
+                raise ValueError("not a video decoder")
             for name in _SETTINGS:
                 if (value := getattr(self, name)) is not None:
                     setattr(context, name, value)
@@ -113,31 +117,30 @@ def open_header(stream: Stream) -> av.container.InputContainer:
 
     codec = stream.context().codec.canonical_name
     # RFC 9559; the names of the elements are those of its section 5.
-    colour = {"55B1": "colorspace", "55B9": "color_range", "55BA": "color_trc", "55BB": "color_primaries"}
-    colour = [number(name, getattr(stream, value)) for name, value in colour.items()]
+    colour = [
+        number("55B1", stream.colorspace),
+        number("55B9", stream.color_range),
+        number("55BA", stream.color_trc),
+        number("55BB", stream.color_primaries),
+    ]
     video = element("E0", number("B0", stream.width), number("BA", stream.height), element("55B0", *colour))
     private = element("63A2", stream.extradata.encode("latin-1")) if stream.extradata else b""
     track = element(
-        "AE", number("D7", 1), number("73C5", 1), number("83", 1), element("86", _MATROSKA[codec]), private, video
+        "AE",
+        number("D7", 1),
+        number("73C5", 1),
+        number("83", 1),
+        element("86", CODECS[codec].matroska_id),
+        private,
+        video,
     )
     file = element("1A45DFA3", element("4282", b"matroska"), number("4287", 4), number("4285", 2))
     info, cluster = element("1549A966", number("2AD7B1", 10**6)), element("1F43B675", number("E7", 0))
     file += element("18538067", info, element("1654AE6B", track), cluster)
     try:
-        return av.open(io.BytesIO(file), format="matroska")
+        return av.open(io.BytesIO(file), "r", format="matroska")
     except av.error.FFmpegError as error:
-        raise StaleIndexError(error.strerror.lower()) from None
-
-
-_MATROSKA = {
-    "av1": b"V_AV1",
-    "h264": b"V_MPEG4/ISO/AVC",
-    "hevc": b"V_MPEGH/ISO/HEVC",
-    "mjpeg": b"V_MJPEG",
-    "mpeg4": b"V_MPEG4/ISO/ASP",
-    "vp8": b"V_VP8",
-    "vp9": b"V_VP9",
-}
+        raise StaleIndexError(reason(error)) from None
 
 
 class Recorder:
@@ -146,7 +149,7 @@ class Recorder:
     with Recorder(source) as recorder:
         reader = PacketReader(container, recorder)
         reader.shown()
-        entry = recorder.entry(reader, context)
+        entry = recorder.entry(reader, stream)
     """
 
     def __init__(self, source: Source):
@@ -163,7 +166,7 @@ class Recorder:
         if self._file is not None:
             os.close(self._file)
 
-    def __call__(self, packet: av.Packet) -> None:
+    def __call__(self, packet: VideoPacket) -> None:
         if self._refusal:
             return
         data = bytes(packet)
@@ -188,8 +191,9 @@ class Recorder:
     def _read(self, first: int, count: int) -> bytes:
         if self._source.size is not None:
             count = min(count, self._source.size - first)
-        if self._file is None:
+        if self._source.data is not None:
             return self._source.data[first : first + count]
+        assert self._file is not None  # opened for every source without `data`
         return os.pread(self._file, max(count, 0), self._source.offset + first)
 
     def entry(self, reader: PacketReader, stream: Stream) -> bytes:
@@ -234,7 +238,7 @@ class IndexedVideo:
     Raises `StaleIndexError` if the entry has no packets, or is damaged.
     """
 
-    def __init__(self, source: Source, entry: bytes | np.ndarray):
+    def __init__(self, source: Source, entry: bytes):
         self._source = source
         self._data: dict[int, bytes] = {}  # number of a packet -> its bytes
         try:
@@ -247,7 +251,7 @@ class IndexedVideo:
                 raise StaleIndexError(str(header["none"]))
             self.stream = Stream(*header["stream"])
             self._size = int(header["size"])
-            self._checked = [tuple(map(int, each)) for each in header["checked"]]
+            self._checked = [(int(first), int(end), int(check)) for first, end, check in header["checked"]]
             self._read_columns(data)
             if any(not 0 <= first < end <= min(self._size, first + _MOST_CHECKED) for first, end, _ in self._checked):
                 raise ValueError("ranges that cannot be")
@@ -280,13 +284,19 @@ class IndexedVideo:
     def packets_read(self) -> int:
         return len(self._data)
 
+    @functools.cached_property
+    def parser(self) -> Parser:
+        """See `PacketSource.parser`."""
+        codec = av.Codec(self.stream.decoder, "r").canonical_name
+        return make_parser(codec, self.stream.extradata.encode("latin-1"))
+
     def select(self, positions: np.ndarray, *, in_one_go: bool = False) -> Selection:
-        """As `PacketReader.select`; reads the packets. Raises `UncertainError`, `StaleIndexError` and `InputError`."""
+        """See `PacketSource.select`; reads the packets. Raises `UncertainError`, `StaleIndexError` and `InputError`."""
         is_shown = self._flag_column & Flag.IS_SHOWN.value > 0
         numbers = np.argsort(self._order)
         shown = numbers[is_shown[numbers]].tolist()
         if positions[-1] >= len(shown):
-            raise UncertainError("it has fewer pictures than are wanted")
+            raise UncertainError("it has fewer frames than are wanted")
         wanted = {shown[position] for position in positions.tolist()}
         starts = np.flatnonzero(self._flag_column & Flag.STARTS_GROUP.value).tolist()
         runs = choose_runs(self.flags, starts, wanted, in_one_go=in_one_go)
@@ -295,13 +305,13 @@ class IndexedVideo:
 
     def _read(self, numbers: Sequence[int]) -> None:
         """The packets, and with them what is checked of a file on a disk."""
-        places = list(
+        places: list[tuple[int, int, int, int | None]] = list(
             zip(self._firsts[numbers].tolist(), self._ends[numbers].tolist(), self._checks[numbers].tolist(), numbers)
         )
         if self._source.data is not None or not is_url(self._source.path):
             if size_of(self._source) != self._size:
                 raise StaleIndexError("the file has another size than when it was indexed")
-            places += [(*checked, None) for checked in self._checked]
+            places += [(first, end, check, None) for first, end, check in self._checked]
         places.sort(key=lambda place: place[:2])
         try:
             data, _ = read_ranges(self._source, [place[:2] for place in places], size=self._size)
@@ -315,27 +325,27 @@ class IndexedVideo:
                     raise StaleIndexError("the file has changed since it was indexed")
                 self._data[number] = some
 
-    def packet(self, number: int) -> av.Packet:
-        """One of those that `select` has chosen."""
+    def packet(self, number: int) -> VideoPacket:
+        """See `PacketSource.packet`."""
         data = self._data[number]
-        packet = av.Packet(len(data))  # with the padding that decoders read; a packet that is made of bytes has none
+        packet = make_packet(len(data))  # one that is made of bytes has no padding for decoders
         packet.update(data)
         packet.is_keyframe = bool(self.flags[number] & Flag.IS_KEYFRAME.value)
         return packet
 
-    def first(self, count: int) -> list[av.Packet]:
-        """The first `count` packets of the file."""
+    def first(self, count: int) -> list[VideoPacket]:
+        """See `PacketSource.first`."""
         numbers = range(min(count, len(self.flags)))
         if missing := [number for number in numbers if number not in self._data]:
             self._read(missing)
         return list(map(self.packet, numbers))
 
     def order(self, numbers: Sequence[int]) -> list[int]:
-        """The same packets in the order in which their pictures are shown."""
+        """See `PacketSource.order`."""
         return sorted(numbers, key=self._order.__getitem__)
 
 
-def index_path(manifest: str | os.PathLike) -> Path:
+def index_path(manifest: str | os.PathLike[str]) -> Path:
     """Where the index of a manifest file is."""
     return Path(manifest).with_suffix(SUFFIX)
 
@@ -346,11 +356,11 @@ def hash_of(path: str, shard: str, offset: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
 
 
-def write_index(path: str | os.PathLike, entries: Mapping[int, bytes]) -> None:
+def write_index(path: str | os.PathLike[str], entries: Mapping[int, bytes]) -> None:
     """Writes the entries, by `key_of` their videos: all of the file or nothing. Raises OSError."""
     path = Path(path)
     keys = sorted(entries)
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "keys": np.array(keys, np.uint64),
         "ends": np.cumsum([len(entries[key]) for key in keys], dtype=np.uint64),
         "entries": np.frombuffer(b"".join(entries[key] for key in keys), np.uint8),
@@ -366,7 +376,7 @@ def write_index(path: str | os.PathLike, entries: Mapping[int, bytes]) -> None:
 class PacketIndex:
     """An index file, mapped. Raises `StaleIndexError` for one that cannot be read."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         try:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -396,7 +406,7 @@ class PacketIndex:
         return self._entries[first : int(self._ends[place])].tobytes()
 
 
-def is_index(path: str | os.PathLike) -> bool:
+def is_index(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as an index does, of this or another version. Raises OSError."""
     with open(path, "rb") as file:
         return _FORMATS.encode() in file.read(200)

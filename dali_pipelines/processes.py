@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing import synchronize, util
 from pathlib import Path
+from typing import Any
 
 _PREFIX = "clip_loader_pid"
 _NAME = re.compile(rf"{_PREFIX}\d+_\w+")
@@ -68,7 +69,7 @@ class TemporaryFolder:
     temporary folder that several containers share.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         _remove_abandoned()
         self.name, lock = _make_locked()
         self.close = weakref.finalize(self, _remove, self.name, lock, os.getpid())
@@ -112,7 +113,7 @@ def _remove_abandoned() -> None:
 def semaphores_named_after(folder: str) -> Iterator[None]:
     """Names the semaphores that are made within after a `TemporaryFolder`: if this process and multiprocessing's
     resource tracker are killed together, they are removed with the folder."""
-    settings = multiprocessing.current_process()._config
+    settings: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
     before = settings["semprefix"]
     settings["semprefix"] = f"/{os.path.basename(folder)}"
     try:
@@ -122,9 +123,11 @@ def semaphores_named_after(folder: str) -> Iterator[None]:
 
 
 def unlink_semaphores(locks: Iterable[synchronize.SemLock]) -> None:
-    """Takes their names from the system, once all processes have opened them: whatever ends how, none is left behind,
-    and multiprocessing's resource tracker has nothing to report."""
+    """Takes their names from the system, once all processes have opened them: however a process ends, none is left
+    behind, and multiprocessing's resource tracker has nothing to report."""
     wanted = {id(lock) for lock in locks}
-    for finalizer in list(util._finalizer_registry.values()):
-        if finalizer._callback is synchronize.SemLock._cleanup and id(finalizer._weakref()) in wanted:
+    finalizers: dict[Any, Any] = vars(util)["_finalizer_registry"]
+    cleanup = synchronize.SemLock._cleanup  # type: ignore[attr-defined]  # not in the stubs
+    for finalizer in list(finalizers.values()):
+        if finalizer._callback is cleanup and id(finalizer._weakref()) in wanted:
             finalizer()

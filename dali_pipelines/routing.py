@@ -40,7 +40,7 @@ def choose_routing(
     routing = Routing(engine="nvdec", on_gpu=on_gpu, limits=limits, host_share=host_share or 0.0, seed=seed)
     if decode == "nvdec" or host_share is not None:
         return routing, ""
-    return _balanced(routing, device, manifest, view, cores)
+    return _balanced(routing, limits, device, manifest, view, cores)
 
 
 def _limits_of_dali(device: torch.device) -> LimitsByFormat | None:
@@ -53,11 +53,11 @@ def _limits_of_dali(device: torch.device) -> LimitsByFormat | None:
 
 
 def _balanced(
-    routing: Routing, device: torch.device, manifest: Manifest, view: View, cores: int
+    routing: Routing, limits: LimitsByFormat, device: torch.device, manifest: Manifest, view: View, cores: int
 ) -> tuple[Routing, str]:
     """The routing with the share of the host that keeps NVDEC and the workers busy, and the expected rates as text."""
     name = torch.cuda.get_device_name(device)
-    engines = max(limits.engines for limits in routing.limits.values())
+    engines = max(each.engines for each in limits.values())
     gpu = replace(gpu_of_device(name) or unknown_gpu(name, engines), engines=engines)
     found = estimate(manifest, view, routing, gpu=gpu, cores=cores)
     note = (

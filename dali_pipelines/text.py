@@ -30,7 +30,7 @@ def split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_lines(path: str | os.PathLike) -> list[str]:
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return split_lines(decode(Path(path).read_bytes()))
 
 

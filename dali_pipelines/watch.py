@@ -1,4 +1,4 @@
-"""Workers that hang are noticed, and which sample a worker was at when it hung or died.
+"""Notices workers that hang, and which sample a worker was at when it hung or died.
 
 Each worker notes in a small file that it shares with the loader's process which sample it is at. There, a thread looks
 at these notes. It counts its own looks, not the clock: a machine that slept, or a job that was stopped as a whole, has
@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +36,10 @@ class Watchdog:
     """Watches the workers of a DALI pipeline, and ends them all when one of them has been at the same sample for
     `timeout_s`, or when somebody has waited for them so long and none has done anything.
 
-    Then `Pipeline.run` raises, as it does where a worker dies by itself.
+    Then `Pipeline.run` raises, as it does when a worker dies by itself.
     """
 
-    def __init__(self, folder: str, pool, timeout_s: float):
+    def __init__(self, folder: str, pool: Any, timeout_s: float):
         self.is_waited_for = False
         """Set while somebody waits for the workers."""
         self.has_killed = False
@@ -75,7 +76,7 @@ class Watchdog:
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread is not threading.current_thread():  # where the garbage collector has come by
+        if self._thread is not threading.current_thread():  # or it was started by the garbage collector
             self._thread.join()
         for process in self._processes:
             with contextlib.suppress(FileNotFoundError):
@@ -101,7 +102,7 @@ class Watchdog:
 
     def _free(self) -> None:
         """Opens what a dead worker has left shut: DALI would wait for it in `run`, for ever. Nobody needs these queues
-        any more, so where the gentle way does not help, everything is opened, and DALI fails in one way or another."""
+        any more, so if the gentle way does not help, everything is opened, and DALI fails in one way or another."""
         self.kill()
         self._frees += 1
         for number, queue in enumerate(self._queues):
@@ -125,13 +126,13 @@ class Watchdog:
             return NOTHING, 0
 
 
-def _locks(queue) -> list:
+def _locks(queue: Any) -> list[Any]:
     """All that a queue of DALI's waits for."""
     ready = queue.cv_not_empty
     return [queue.lock, ready._sleeping_count, ready._woken_count, ready._wait_semaphore]
 
 
-def _post(semaphore) -> None:
+def _post(semaphore: Any) -> None:
     """Releases it, without its Python object's idea of who holds it."""
     ctypes.CDLL(None).sem_post(ctypes.c_void_p(semaphore.handle))
 

@@ -1,6 +1,6 @@
-"""The loader's worker processes: started, watched, and started again where they die or hang.
+"""The loader's worker processes: started, watched, and started again if they die or hang.
 
-They run a `ClipSource` in a DALI pipeline, which hands over what they make. Each notes which sample it is at, so a
+They run a `ClipSource` in a DALI pipeline, which hands over their samples. Each notes which sample it is at, so a
 sample at which a worker hangs, or dies twice, is given up. DALI's own decoder does not say on which sample of a batch
 it failed: then the workers decode the videos of the batches under way.
 """
@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from nvidia.dali import Pipeline
@@ -24,7 +25,7 @@ from dali_pipelines.clip_source import MOST_BYTES, ClipSource
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.manifest import Manifest
-from dali_pipelines.plan import PADDING, Order, View
+from dali_pipelines.plan import PADDING, EntrySampler, View
 from dali_pipelines.processes import semaphores_named_after
 from dali_pipelines.watch import Watchdog
 
@@ -37,7 +38,7 @@ _not_ours: list[Pipeline | None] = []  # pipelines that a fork must not end
 class Workers:
     """Runs the pipeline that `make_pipeline` makes of a source, batch by batch.
 
-    source: arguments of `ClipSource` that do not change: table, root, cache, view, order, max_pixels.
+    source: arguments of `ClipSource` that do not change: table, root, index, cache, view, sampler, max_pixels.
     count: processes; 0 runs the source in this one.
     count_fallback: called with a reason and a number of samples.
     """
@@ -60,7 +61,7 @@ class Workers:
         self._source = source
         self._manifest = manifest
         self._view: View = source["view"]
-        self._order: Order = source["order"]
+        self._sampler: EntrySampler = source["sampler"]
         self._batch_size = batch_size
         self._count = count
         self._timeout_s = timeout_s
@@ -73,22 +74,23 @@ class Workers:
         self._deaths: dict[int, int] = {}  # sample id -> how many workers have died at it
         self._given_up: dict[int, str] = {}  # sample id -> why it is not tried again
 
-    def run(self, place: int) -> tuple:
+    def run(self, place: int) -> tuple[Any, ...]:
         """The pipeline's outputs for the batch whose first entry is at `place`. Raises `InputError`."""
         restarts = 0
         while True:
             try:
-                if self.pipeline is None or self._place != place:
-                    self._start(place)
+                pipeline = self.pipeline
+                if pipeline is None or self._place != place:
+                    pipeline = self._start(place)
                 self._place = None  # an interrupt within `run` leaves it unknown
                 with self._watched():
-                    outputs = self.pipeline.run()
+                    outputs = pipeline.run()
                 break
             except InputError:
                 raise
             except (RuntimeError, AssertionError, ValueError, OSError, EOFError, MemoryError) as error:
-                # The first from DALI; the others from its queues, where a worker died in the midst of using them.
-                # The pipeline is gone. Where it was a sample's fault, that sample goes another way in the next.
+                # The first from DALI; the others from its queues, if a worker died while it used them.
+                # The pipeline is gone. If a sample was at fault, the next one handles it differently.
                 have_ended = self._watchdog is not None and self._watchdog.have_ended
                 have_ended = have_ended or "Workers initialization failed" in str(error)
                 restarts = 0 if self._recover(place, error) else restarts + 1
@@ -140,13 +142,13 @@ class Workers:
         finally:
             self._watchdog.is_waited_for = False
 
-    def _start(self, place: int) -> None:
+    def _start(self, place: int) -> Pipeline:
         self.close()
-        self.pipeline = self._make_pipeline(
+        pipeline = self.pipeline = self._make_pipeline(
             ClipSource(
                 **self._source,
                 start=place,
-                end=None if self._order.training else self._end_of_epoch(place),
+                end=None if self._sampler.training else self._end_of_epoch(place),
                 routing=self.routing,
                 host_ids=self._host_ids,
                 given_up=self._given_up,
@@ -156,15 +158,16 @@ class Workers:
             self._check_shared_memory()
             names = semaphores_named_after(self._source["table"])
             with _hidden_main(), _blocked_interrupt(), names, _reserved_shared_memory():
-                self.pipeline.start_py_workers()
-            self._watchdog = Watchdog(self._source["table"], self.pipeline._py_pool, self._timeout_s)
+                pipeline.start_py_workers()
+            self._watchdog = Watchdog(self._source["table"], pipeline._py_pool, self._timeout_s)
         with self._watched():
-            self.pipeline.build()
+            pipeline.build()
         self._place = place
+        return pipeline
 
     def _end_of_epoch(self, place: int) -> int:
         """Evaluation stops its workers there."""
-        return (place // self._order.rank_entries + 1) * self._order.rank_entries
+        return (place // self._sampler.rank_entries + 1) * self._sampler.rank_entries
 
     def _check_shared_memory(self) -> None:
         """The workers hand over frames in /dev/shm, and die without a message if it is full."""
@@ -173,7 +176,7 @@ class Workers:
         share = float(np.mean([self._is_decoded_here(row) for row in rows]))
         pixels = share * float(np.median(self._manifest.areas))
         # About half of each frame of the batches under way.
-        windows = self._view.windows if self._view.mode == "test" else 1
+        windows = self._view.windows_per_entry if self._view.mode == "test" else 1
         clip = min(3 * pixels / 2 * self._view.num_frames * windows, MOST_BYTES)
         needed = clip * self._batch_size * (PREFETCH + 2)
         check(
@@ -187,16 +190,16 @@ class Workers:
         return self.routing.engine_for(video, row) == "host" or not self.routing.takes(video)
 
     def _recover(self, place: int, error: Exception) -> bool:
-        """Finds out why the pipeline failed at `place`; whether something will go another way in the next one."""
+        """Finds out why the pipeline failed at `place`. Returns whether the next one will do something differently."""
         if "decoders.video" in str(error):
             # DALI's decoder cannot name the video that it failed on: the workers decode the batches under way. Videos
             # that they could decode go back to DALI afterwards.
             ahead = range(place, place + self._batch_size * (PREFETCH + 2))
-            entries = {self._order.sample(entry)[1] for entry in ahead} - {PADDING}
-            under_way = {entry // self._view.parts for entry in entries}
+            entries = {self._sampler.sample(entry)[1] for entry in ahead} - {PADDING}
+            under_way = {entry // self._view.entries_per_video for entry in entries}
             by_dali = {row for row in under_way if self.routing.engine_for(self._manifest[row], row) == "dali"}
             suspects = by_dali - self._host_ids
-            self._host_ids = suspects | (self._host_ids & (self._bad_ids | under_way))
+            self._host_ids = frozenset(suspects | (self._host_ids & (self._bad_ids | under_way)))
             self._count_fallback("DALI's decoder failed on a batch", len(suspects))
             return bool(suspects)
         if self._watchdog is None or not self._watchdog.have_ended:
@@ -218,7 +221,7 @@ class Workers:
 
 
 def _free_shared_memory() -> int:
-    """Bytes."""
+    """Bytes that are free in /dev/shm."""
     return shutil.disk_usage("/dev/shm").free
 
 
@@ -226,18 +229,14 @@ def _free_shared_memory() -> int:
 def _reserved_shared_memory() -> Iterator[None]:
     """Reserves the first page of what DALI allocates in /dev/shm within, which this process writes to: an `OSError` if
     it is full, in place of a SIGBUS that ends the process without a message."""
-    plain = vars(SharedMem)["allocate"]
 
     def reserve(cls: type[SharedMem], size: int) -> SharedMem:
         made = cls(None, size)
         os.posix_fallocate(made.handle, 0, min(size, mmap.PAGESIZE))
         return made
 
-    SharedMem.allocate = classmethod(reserve)
-    try:
+    with mock.patch.object(SharedMem, "allocate", classmethod(reserve)):
         yield
-    finally:
-        SharedMem.allocate = plain
 
 
 @contextlib.contextmanager
@@ -254,7 +253,7 @@ def _blocked_interrupt() -> Iterator[None]:
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
     """Hides the user's script from spawn, which would import it in every worker: torch with it, or all of it again
-    where the script has no main guard."""
+    if the script has no main guard."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

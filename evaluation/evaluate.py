@@ -26,8 +26,8 @@ from common.metrics import top_k_counts
 from common.precision import autocast, resolve_precision
 from common.weights import Weights
 from dali_pipelines import ClipLoader, InputError, Manifest
+from dali_pipelines.batches import Fault
 from dali_pipelines.files import absolute, join
-from dali_pipelines.loader import Fault
 from evaluation.results import Protocol, Results, make_results
 
 

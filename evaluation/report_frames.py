@@ -25,7 +25,7 @@ def first_window(summary: Summary) -> View:
         stride=data["stride"],
         target_fps=data["target_fps"],
         past_end=data["past_end"],
-        short_sides=(data["crop_size"], data["crop_size"]),
+        short_side=data["crop_size"],
         flip=False,
         num_windows=summary["windows"],
     )

@@ -17,8 +17,9 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
 from dali_pipelines.folders import is_video_name, leads_back, videos_below
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
-from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe_packets
+from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
 from dali_pipelines.packet_index import index_path, is_index
+from dali_pipelines.probe import probe_packets
 from dali_pipelines.text import csv_writer, decode, split_lines
 
 _LARGEST_LABEL = 2**31 - 1

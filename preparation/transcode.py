@@ -31,7 +31,8 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, absolute, fetch, ffmpeg_url, open_video, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
 from dali_pipelines.host_decoder import decode_all, decode_frames
-from dali_pipelines.manifest import Manifest, Video, coded_size, key_of, probe, probe_packets
+from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
+from dali_pipelines.probe import probe, probe_packets
 from dali_pipelines.sampling import frame_positions
 from preparation.encoding import add_video_stream
 from preparation.index import Rejected

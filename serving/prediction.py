@@ -18,7 +18,8 @@ from common.precision import resolve_precision
 from common.weights import Weights, agreeing_config, open_weights
 from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, place_for_people, probe
+from dali_pipelines.manifest import Video, place_for_people
+from dali_pipelines.probe import probe
 from evaluation.evaluate import predict_views
 from model import TimeSformer, attention_rollout
 from serving.export_formats import is_exported, open_exported

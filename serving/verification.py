@@ -18,7 +18,8 @@ from common.distributed import DistributedContext
 from common.labels import read_manifest
 from common.weights import Weights, atomic_rename
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import probe
 from serving.exported import Precision
 
 _MOST_VIDEOS = 16

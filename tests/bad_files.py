@@ -12,7 +12,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import probe
 from tests.videos import textured, write_video
 
 GOOD = ""

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from common.command_line import run_command
-from dali_pipelines.manifest import Manifest, probe
+from dali_pipelines.manifest import Manifest
+from dali_pipelines.probe import probe
 from model.torchvision import let_torchvision_load
 from tests.commands import CONFIG
 from tests.videos import numbered, textured, write_video

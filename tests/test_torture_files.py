@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dali_pipelines import clip_source, manifest
+from dali_pipelines import clip_source
 from dali_pipelines.errors import InputError
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 from preparation import index
 from tests.torture import files
 from tests.torture.damage import KINDS, damage, find_fields
@@ -39,7 +39,7 @@ def test_other_frames_are_wrong(row, monkeypatch):
 
 
 def test_another_count_of_frames_is_wrong(row, monkeypatch):
-    monkeypatch.setattr(manifest, "_count_frames", lambda *_, **__: row.frames - 1)
+    monkeypatch.setattr("dali_pipelines.probe._count_frames", lambda *_, **__: row.frames - 1)
     monkeypatch.setattr(index, "decode_all", lambda *_, **__: ())
     assert judge(row) == "wrong"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.config import DataConfig
 from common.distributed import DistributedContext
 from dali_pipelines import ClipLoader, InputError
-from dali_pipelines.loader import Fault
+from dali_pipelines.batches import Fault
 from dali_pipelines.text import csv_writer
 
 _MAX_SHOWN = 5  # faults in a message

@@ -10,7 +10,7 @@ from common.config import Config
 from common.distributed import DistributedContext
 from common.precision import LossScale
 from dali_pipelines import InputError, Manifest
-from dali_pipelines.loader import Batch
+from dali_pipelines.batches import Batch
 from dali_pipelines.text import csv_writer
 from training.checkpoints import Checkpoint, load_newest_checkpoint
 from training.resuming import share_checkpoint

@@ -14,8 +14,8 @@ from common.config import Config, preprocessing
 from common.precision import LossScale
 from common.weights import Weights
 from dali_pipelines import ClipLoader
+from dali_pipelines.batches import Fault
 from dali_pipelines.errors import InputError
-from dali_pipelines.loader import Fault
 from model import TimeSformer
 from training.averaging import WeightAverage, averaged_weights
 from training.checkpoints import host_copy

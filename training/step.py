@@ -15,7 +15,7 @@ from common.metrics import top_k_counts
 from common.precision import LossScale, autocast, gradient_factor, make_deterministic, resolve_precision
 from common.preemption import Preemption
 from common.weights import build_network
-from dali_pipelines.loader import Batch
+from dali_pipelines.batches import Batch
 from training.averaging import WeightAverage
 from training.compiling import check_compile, compile_network, decide_compile
 from training.data import make_data, read_teacher

@@ -69,7 +69,7 @@ def budget(
     cores = cores or len(os.sched_getaffinity(0))
     host_share = _host_share(config)
     knows_share = host_share is not None or knows_cores
-    views = found.view.per_decode
+    views = found.view.views_per_decode
     ways: dict[str, dict[str, Any]] = {}
     rates: dict[str, Rates] = {}
     for way in WAYS:

@@ -22,16 +22,16 @@ from benchmarks.budget.rates import (
 )
 from common.config import Config, clip_settings
 from common.precision import autocast, resolve_precision
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.clip_source import bounds
 from dali_pipelines.engines import Engine, Routing, general_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
 from dali_pipelines.gpus import Gpu
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.loader import _short_sides
 from dali_pipelines.manifest import Manifest, coded_size
-from dali_pipelines.packets import PacketReader, Remuxed, Selection, UncertainError, remux, video_stream
-from dali_pipelines.plan import SamplePlan, View, plan_sample
+from dali_pipelines.packets import PacketReader, Remuxed, Selection, remux, video_stream
+from dali_pipelines.plan import SamplePlan, View, ViewSettings, plan_sample
 from model import TimeSformer, timesformer
 from preparation.transcode import copy_size
 
@@ -112,14 +112,14 @@ def _inspect(survey: Survey, row: int, epoch: int) -> tuple[Decode, float]:
     try:
         reader, selection = _select(survey, row, plan.positions, in_one_go=on_gpu)
         wanted = [selection.shown[position] for position in plan.positions.tolist()]
-        starts = [number for number, packet in enumerate(reader.pictures) if packet.starts_group]
-        leading = frozenset(number for number in wanted if reader.pictures[number].is_leading)
+        starts = [number for number, packet in enumerate(reader.headers) if packet.starts_group]
+        leading = frozenset(number for number in wanted if reader.headers[number].is_leading)
         frames[START], frames[SEEK] = max(wanted) + 1, seeking_frames(starts, wanted, leading)
         if not on_gpu:
             frames[SELECTED], read = sum(map(len, selection.runs)), len(reader.packets)
     except UncertainError as error:
         fallback = str(error)
-    twice = _plan(survey, row, epoch, views=2 * survey.view.per_decode).positions
+    twice = _plan(survey, row, epoch, views=2 * survey.view.views_per_decode).positions
     try:
         frames[VIEWS] = sum(map(len, _select(survey, row, twice, in_one_go=on_gpu)[1].runs))
     except UncertainError:
@@ -210,18 +210,13 @@ def time_network(config: Config, classes: int) -> tuple[float, str, str]:
 
 
 def _plan(survey: Survey, row: int, epoch: int, views: int | None = None) -> SamplePlan:
-    view = survey.view if views is None else replace(survey.view, per_decode=views)
+    view = survey.view if views is None else replace(survey.view, views_per_decode=views)
     return plan_sample(survey.manifest[row], view, seed=survey.seed, epoch=epoch, sample_id=row)
 
 
 def _view(config: Config) -> View:
     settings = clip_settings(config.data, "train")
-    names = ("mode", "num_frames", "crop_size", "stride", "target_fps", "past_end", "flip")
-    return View(
-        **{name: settings[name] for name in names},
-        short_sides=_short_sides("train", settings["crop_size"], settings["short_side"]),
-        per_decode=settings["views_per_decode"],
-    )
+    return View(**{name: settings[name] for name in ViewSettings.__annotations__ if name in settings})
 
 
 def _clip_shape(config: Config) -> tuple[int, ...]:

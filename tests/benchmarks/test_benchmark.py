@@ -22,7 +22,7 @@ from benchmarks.train import LOADER, NETWORK, TOGETHER, Turn
 from benchmarks.videos import find_videos
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 from tests.commands import run
 from tests.videos import textured, write_video
 

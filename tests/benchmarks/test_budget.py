@@ -37,8 +37,9 @@ from dali_pipelines import InputError, Manifest
 from dali_pipelines.engines import estimate
 from dali_pipelines.gpus import GPUS, HD, Generation, Gpu, find_gpu
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
 from dali_pipelines.packets import PacketReader
+from dali_pipelines.probe import probe
 from preparation.transcode import copy_size
 from tests.commands import run
 from tests.videos import textured, write_video

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import probe
 from tests.bad_files import GOOD, Kind, copy_packets, flip_bits, make_kinds
 from tests.videos import decode_all, textured, write_video
 

@@ -5,15 +5,16 @@ import pytest
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import coded_size, probe
+from dali_pipelines.manifest import coded_size
 from dali_pipelines.packets import PacketReader
+from dali_pipelines.probe import probe
 from preparation.index import probe_file
 from tests.bad_files import copy_packets
 from tests.videos import cut_packets, decode_all, set_edits, textured, write_video
 
 FRAMES = textured(60, height=64, width=80)
 OPEN = "keyint=12:min-keyint=12:bframes=3:b-adapt=0:open-gop=1:b-pyramid=normal:scenecut=0"
-BEGINS_WITHIN = "the file does not begin with a picture that stands alone"
+BEGINS_WITHIN = "the file does not begin with a frame that can be decoded alone"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_frame_that_is_missing_further_on_is_a_fault_for_all(tmp_path, whole, 
         probe_file(video.path, True)
 
 
-REPEATS, LEAVES_OUT = "an edit list repeats frames", "an edit list leaves pictures out that others refer to"
+REPEATS, LEAVES_OUT = "an edit list repeats frames", "an edit list leaves frames out that others refer to"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.host_decoder import decode_all, decode_frames
-from dali_pipelines.manifest import coded_size, probe
+from dali_pipelines.manifest import coded_size
+from dali_pipelines.probe import probe
 
 FRAMES = 6
 SIZES = {"dnxhd": (720, 1280), "dvvideo": (576, 720)}

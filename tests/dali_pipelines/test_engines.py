@@ -22,7 +22,7 @@ VIEW = View(
     stride=32,
     target_fps=30,
     past_end="fit",
-    short_sides=(256, 320),
+    short_side=(256, 320),
     flip=True,
 )
 

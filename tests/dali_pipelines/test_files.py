@@ -23,7 +23,7 @@ import torch
 from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, InputError, Manifest, files
 from dali_pipelines.files import Source, check_reachable, fetch, is_url, join, open_video, read_bytes, size_of
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 from preparation.pack import pack
 from tests.videos import textured, write_video
 from tests.web import fill, serve

@@ -19,7 +19,7 @@ def fixed(samples):
 
 def host_sample(pictures, rectangles, *, transpose=False, sample_id=0):
     return Sample(
-        pictures=pictures,
+        frames=pictures,
         encoded=np.zeros(1, np.uint8),
         size=np.ones(2, np.int32),
         positions=np.zeros(1, np.int32),
@@ -39,7 +39,7 @@ def make_pipeline(samples, way, device_id=None, **cut):
     settings = dict(batch_size=len(samples), device_id=device_id, threads=1, prefetch=1)
     if way == "clips":
         return clip_pipeline(fixed(samples), cut=CUT._replace(**cut), workers=0, **settings)
-    frames = [sample.pictures if device_id is None else torch.from_numpy(sample.pictures).cuda() for sample in samples]
+    frames = [sample.frames if device_id is None else torch.from_numpy(sample.frames).cuda() for sample in samples]
     rest = [[sample.picks for sample in samples], [sample.rectangles for sample in samples]]
     rest.append([sample.transpose for sample in samples])
     return cut_pipeline(lambda number: frames, lambda number: rest, CUT._replace(**cut), **settings)

@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 
 import dali_pipelines.workers as workers_module
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import probe
 from dali_pipelines.plan import PADDING
+from dali_pipelines.probe import probe
 from dali_pipelines.sampling import frame_positions
 from tests.dali_pipelines.sources import CRASHES, HANGS, DyingSource, TroubledSource
 from tests.videos import decode_all, edit_packets, numbered, read_numbers, textured, write_video

@@ -11,7 +11,8 @@ import pytest
 from av.stream import Disposition
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, _gaps, frame_rate, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import _gaps, frame_rate, probe
 from preparation.index import probe_file
 from tests.videos import decode_all, numbered, read_numbers, textured, write_video
 
@@ -317,6 +318,6 @@ def test_the_video_is_the_stream_that_ffmpeg_takes(tmp_path, suffix, marked):
 def test_a_video_without_a_whole_frame_is_refused(tmp_path, monkeypatch):
     """A row of no frames would make the manifest unreadable. Found in MPEG-4 that claims another height."""
     path = write_video(tmp_path / "a.avi", textured(4, height=48, width=64), codec="mpeg4")
-    monkeypatch.setattr("dali_pipelines.manifest._count_frames", lambda *_, **__: 0)
+    monkeypatch.setattr("dali_pipelines.probe._count_frames", lambda *_, **__: 0)
     with pytest.raises(InputError, match="all frames of its video stream are damaged"):
         probe(path)

@@ -12,7 +12,7 @@ import torch
 
 from dali_pipelines import ClipLoader, InputError, Manifest, clip_source, workers
 from dali_pipelines.crops import Reducer
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 from preparation.index import probe_file
 from tests.dali_pipelines.sources import HUNGRY, HungrySource
 from tests.videos import textured, write_video
@@ -46,7 +46,7 @@ def small(tmp_path_factory):
 MEMORY = """
 import resource, sys, torch
 from dali_pipelines import ClipLoader, Manifest
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 
 def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -20,15 +20,16 @@ import pytest
 import torch
 
 from dali_pipelines import ClipLoader, InputError, Manifest, decode_stage, nvdec, routing
+from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.clip_source import ClipSource
 from dali_pipelines.engines import Limits, Routing
 from dali_pipelines.files import Source, open_video
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import coded_size, probe
+from dali_pipelines.manifest import coded_size
 from dali_pipelines.nvdec import DecodePool, UnavailableError, decode_file
-from dali_pipelines.packets import UncertainError, remux
-from dali_pipelines.plan import PADDING, Order
-from dali_pipelines.stream_format import uncrop
+from dali_pipelines.packets import remux
+from dali_pipelines.plan import PADDING, EntrySampler
+from dali_pipelines.probe import probe
 from tests.videos import join_packets, numbered, read_numbers, textured, write_video
 
 SETTINGS = dict(batch_size=4, num_frames=8, crop_size=32, workers=0, stride=8)
@@ -142,10 +143,10 @@ def test_streams_are_given_whole_blocks(tmp_path, codec, suffix, size):
     path = write_video(tmp_path / f"a.{suffix}", textured(10, height=size[0], width=size[1]), codec=codec)
     positions = np.array([0, 4, 9])
     with open_video(path) as container:
-        file = remux(container, positions, uncrop)
+        file = remux(container, positions, uncropped=True)
     assert file.size == tuple(-(-side // 16) * 16 for side in size)
     with open_video(Source("", data=file.encoded.tobytes())) as container:  # the stream's own headers, not the file's
-        assert uncrop(codec, remux(container, file.positions).parameter_sets) is None
+        assert remux(container, file.positions).parser.without_cropping() is None
     frames = decode_file(file.encoded, file.positions, file.size, CPU).numpy()[:, : size[0], : size[1]]
     assert (frames == decode_frames(path, positions, size=size).frames).all()
 
@@ -558,7 +559,7 @@ def test_without_torchcodec_or_nvdec(some, monkeypatch, reason):
     pretend_a_gpu(monkeypatch)
     made = loader(some, decode="auto", device="cuda")
     assert made.decode_note == f"the GPU does not decode: {reason}"
-    assert set(made.decoders.values()) == {"host"} and made._stage is None
+    assert set(made.decoders.values()) == {"host"} and made._workers.routing.engine == "host"
 
 
 def pretend_a_gpu(monkeypatch):
@@ -575,7 +576,7 @@ def test_auto_on_a_gpu_uses_both_and_says_so(monkeypatch):
     from tests.dali_pipelines.test_engines import manifest
 
     made = loader(manifest(250), "train", decode="auto", device="cuda", workers=16, crop_size=224, stride=32)
-    assert made._stage is not None and 0.2 < made.host_share < 0.4
+    assert made._workers.routing.engine == "nvdec" and 0.2 < made.host_share < 0.4
     assert re.fullmatch(
         r"by the manifest, NVDEC \(7 engines\) alone decodes about 1\d\d clips/s, together with 16 workers about "
         rf"2\d\d: host_share {made.host_share:g}",
@@ -615,7 +616,7 @@ def test_workers_give_what_hardware_does_not_take_to_the_host(some, tmp_path):
         index=None,
         cache=None,
         view=loader(manifest)._view,
-        order=Order(rows=4, training=False, seed=0, step_entries=1, rank=0, world_size=1),
+        sampler=EntrySampler(rows=4, training=False, seed=0, step_entries=1, rank=0, world_size=1),
         start=0,
         end=None,
         routing=rules,

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import coded_size, probe
+from dali_pipelines.manifest import coded_size
+from dali_pipelines.probe import probe
 from tests.videos import decode_all, filter_packets, set_matrix, textured, write_video
 
 MATRICES = {

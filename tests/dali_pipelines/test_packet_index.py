@@ -20,7 +20,7 @@ from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.cpu_cut import BatchMemory
 from dali_pipelines.files import Source, read_ranges
-from dali_pipelines.manifest import key_of, probe, probe_packets
+from dali_pipelines.manifest import key_of
 from dali_pipelines.packet_index import (
     IndexedVideo,
     PacketIndex,
@@ -33,6 +33,7 @@ from dali_pipelines.packet_index import (
     write_index,
 )
 from dali_pipelines.plan import plan_sample
+from dali_pipelines.probe import probe, probe_packets
 from preparation.index import check_overwritable, index
 from preparation.pack import pack
 from preparation.transcode import Job, Settings

@@ -12,11 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dali_pipelines import InputError, packets
-from dali_pipelines.files import Source
+from dali_pipelines.bitstream.bits import Bits
+from dali_pipelines.bitstream.codecs import make_parser
+from dali_pipelines.bitstream.parser import UncertainError
+from dali_pipelines.files import Source, open_video
 from dali_pipelines.host_decoder import decode_frames, decode_indexed
-from dali_pipelines.manifest import open_video, probe, probe_packets
 from dali_pipelines.packet_index import IndexedVideo, StaleIndexError, open_header
-from dali_pipelines.packets import PacketReader, UncertainError, remux, remux_packets
+from dali_pipelines.packets import PacketReader, remux, remux_packets
+from dali_pipelines.probe import probe, probe_packets
 from tests.videos import decode_all, edit_packets, join_packets, textured, write_video
 
 PICTURES = textured(60, height=64, width=80)
@@ -110,7 +113,8 @@ def check_indexed(path, positions, everything, entry):
     small = remux_packets(again, template, again.stream.context(), positions)
     assert list(map(bytes, demuxed(small))) == list(map(bytes, demuxed(expected)))
     assert (small.positions == expected.positions).all()
-    assert (small.size, small[4:]) == (expected.size, expected[4:])
+    assert small.parser.formats() == expected.parser.formats()
+    assert (small.size, small[4:-1]) == (expected.size, expected[4:-1])
 
 
 def demuxed(file):
@@ -204,12 +208,12 @@ def test_an_open_group_starts_where_the_codec_allows(tmp_path, codec, params):
     with av.open(path) as container:
         reader = PacketReader(container)
         selection = reader.select(np.array([59]))
-    starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
+    starts = [number for number, header in enumerate(reader.headers) if header.starts_group]
     if codec == "h264":
         assert starts == [0] and selection.runs[0][0] == 0
         return
     assert len(starts) > 4 and selection.runs[0][0] == starts[-1]
-    leading = [number for number, picture in enumerate(reader.pictures) if picture.is_leading]
+    leading = [number for number, header in enumerate(reader.headers) if header.is_leading]
     group = max(start for start in starts if start < leading[-1])
     runs = kept(path, [selection.shown.index(leading[-1])])
     assert len(runs) == 1 and runs[0][0] == starts[starts.index(group) - 1] and runs[0][-1] == leading[-1]
@@ -301,10 +305,10 @@ def test_packed_b_pictures_and_not_coded_ones(tmp_path):
             return not_coded(number)
         return data + parts[number + 1] if number + 1 < len(parts) and is_b[number + 1] else data
 
-    assert fallback(edit_packets(whole, tmp_path / "packed.avi", pack)) == "packets of several pictures"
+    assert fallback(edit_packets(whole, tmp_path / "packed.avi", pack)) == "packets of several frames"
     whole = write_video(tmp_path / "no_b.avi", PICTURES[:40], codec="mpeg4", options={"g": "30"})
     skips = edit_packets(whole, tmp_path / "skips.avi", lambda n, data: not_coded(n) if n % 10 == 8 else data)
-    assert fallback(skips) == "pictures that are not coded"
+    assert fallback(skips) == "frames that are not coded"
 
 
 def test_a_file_that_begins_in_the_middle(tmp_path):
@@ -379,7 +383,7 @@ def test_mpeg4_b_pictures_that_were_not_announced(tmp_path):
     whole = write_video(tmp_path / "a.m4v", PICTURES, codec="mpeg4", options={"bf": "2", "g": "100"})
     data = bytearray(Path(whole).read_bytes())
     start = data.index(b"\0\0\1\x20") + 4
-    bits = packets.Bits(bytes(data[start : start + 20]))
+    bits = Bits(bytes(data[start : start + 20]))
     bits.u(9)
     place = 10 + 7 * bits.u(1)
     bits.u(place - 10)
@@ -387,7 +391,7 @@ def test_mpeg4_b_pictures_that_were_not_announced(tmp_path):
     place += 4 + 1 + 2
     data[start + place // 8] |= 0x80 >> place % 8
     (tmp_path / "low_delay.m4v").write_bytes(data)
-    assert fallback(str(tmp_path / "low_delay.m4v")) == "pictures are held back for longer than the stream says"
+    assert fallback(str(tmp_path / "low_delay.m4v")) == "frames are held back for longer than the stream says"
 
 
 def test_pictures_that_are_held_back_for_longer_than_a_decoder_was_told(tmp_path):
@@ -425,7 +429,7 @@ def test_headers_of_any_bytes_are_read_or_refused(small_packets, codec, seed):
                 data[int(rng.integers(min(len(data), 60)))] = int(rng.integers(256))
     data = data[: int(rng.integers(1, len(data) + 1))]
     with contextlib.suppress(UncertainError, IndexError):  # what `PacketReader` expects
-        packets._CODECS[codec](bytes(extradata)).picture(memoryview(bytes(data)))
+        make_parser(codec, bytes(extradata)).read(memoryview(bytes(data)))
 
 
 @pytest.fixture(scope="session")

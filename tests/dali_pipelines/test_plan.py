@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dali_pipelines.manifest import Video
-from dali_pipelines.plan import PADDING, Order, View, plan_sample
+from dali_pipelines.plan import PADDING, EntrySampler, View, plan_sample
 
 VIDEO = Video("a.mp4", 0, 300, 30.0, 340, 256, "h264", 0)
 TRAIN = View(
@@ -14,7 +14,7 @@ TRAIN = View(
     stride=16,
     target_fps=30,
     past_end="fit",
-    short_sides=(256, 320),
+    short_side=(256, 320),
     flip=True,
 )
 
@@ -25,7 +25,7 @@ def plan(seed=0, epoch=0, sample_id=0, view=TRAIN, video=VIDEO):
 
 
 def order(rows, training=True, seed=0, step=4, rank=0, world=1):
-    return Order(rows=rows, training=training, seed=seed, step_entries=step, rank=rank, world_size=world)
+    return EntrySampler(rows=rows, training=training, seed=seed, step_entries=step, rank=rank, world_size=world)
 
 
 def test_equal_keys_give_equal_samples_and_others_differ():
@@ -51,13 +51,13 @@ def test_windows_scales_offsets_and_flips_vary_as_they_should():
 
 def test_evaluation_is_the_same_in_every_epoch_and_for_every_seed():
     for mode, views in (("validate", 1), ("test", 3)):
-        view = View(**{**TRAIN.__dict__, "mode": mode, "short_sides": (256, 256)})
-        assert view.count == views == len(plan(view=view)[1])
+        view = View(**{**TRAIN.__dict__, "mode": mode, "short_side": 256})
+        assert view.clips_per_entry == views == len(plan(view=view)[1])
         assert plan(1, 2, 3, view) == plan(4, 5, 6, view) and plan(view=view)[0][0] == 0
 
 
 def test_a_turned_video_is_planned_as_it_is_shown():
-    view = View(**{**TRAIN.__dict__, "mode": "validate", "short_sides": (256, 256)})
+    view = View(**{**TRAIN.__dict__, "mode": "validate", "short_side": 256})
     _, boxes, transpose = plan(view=view, video=VIDEO._replace(width=256, height=340, rotation=90))
     assert transpose
     assert np.ptp(np.array(boxes)[:, [0, 2]]) == pytest.approx(224)  # the coded picture is 256 high, scale 1

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dali_pipelines import ClipLoader, Manifest
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 from dali_pipelines.processes import TemporaryFolder, end_with_parent, semaphores_named_after
 from tests.videos import textured, write_video
 

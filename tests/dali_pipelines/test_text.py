@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from common.command_line import run_command
 from common.distributed import start_process
+from dali_pipelines.batches import Fault
 from dali_pipelines.errors import InputError
-from dali_pipelines.loader import Fault
 from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.text import ForPeople, cell_text, csv_writer, for_data
 from evaluation.result_files import read_results, write_results

@@ -20,7 +20,7 @@ from common.distributed import start_process
 from common.weights import Weights, build_network, load_weights, open_weights, save_weights
 from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, Manifest
-from dali_pipelines.manifest import probe
+from dali_pipelines.probe import probe
 from evaluation.evaluate import build_results, evaluate, predict_views
 from evaluation.result_files import FILES, read_results
 from evaluation.results import Protocol

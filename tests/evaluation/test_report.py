@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import probe
 from evaluation.report import write_report
 from tests.videos import textured, write_video
 

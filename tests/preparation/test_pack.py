@@ -24,7 +24,8 @@ from common.weights import Weights, build_network, save_weights
 from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.files import read_bytes
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import probe
 from preparation.pack import pack
 from tests.commands import CONFIG, PROJECT, run
 from tests.videos import textured, write_video

@@ -22,8 +22,9 @@ from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.files import open_video
 from dali_pipelines.host_decoder import decode_frames
-from dali_pipelines.manifest import Video, coded_size, probe
+from dali_pipelines.manifest import Video, coded_size
 from dali_pipelines.packets import PacketReader
+from dali_pipelines.probe import probe
 from preparation import transcode
 from preparation.transcode import CODECS, Job, Settings, copy_size, target_names
 from tests.commands import PROJECT, run
@@ -94,10 +95,10 @@ def test_every_codec_frames_one_to_one_in_closed_groups_that_selection_understan
         assert not container.streams.audio
         reader = PacketReader(container)
         assert len(reader.shown()) == 53
-    starts = [number for number, picture in enumerate(reader.pictures) if picture.starts_group]
-    assert np.diff([*starts, len(reader.pictures)]).max() == made.gop == (1 if codec == "mjpeg" else GOP)
-    assert not any(picture.is_leading or not picture.is_shown for picture in reader.pictures)
-    assert codec == "vp9" or np.mean([picture.is_disposable for picture in reader.pictures]) > 0.5
+    starts = [number for number, header in enumerate(reader.headers) if header.starts_group]
+    assert np.diff([*starts, len(reader.headers)]).max() == made.gop == (1 if codec == "mjpeg" else GOP)
+    assert not any(header.is_leading or not header.is_shown for header in reader.headers)
+    assert codec == "vp9" or np.mean([header.is_disposable for header in reader.headers]) > 0.5
     positions = np.array([0, 7, 8, 13, 30, 47, 51, 52])
     decoded = decode_frames(path, positions, size=coded_size(made))
     assert decoded.fallback == "" and decoded.packets_kept < (40 if codec == "vp9" else 30)
@@ -152,7 +153,7 @@ def test_frame_k_stays_frame_k(tmp_path, name, settings):
     with open_video(path) as container:
         reader = PacketReader(container)
         reader.shown()
-    assert [n for n, picture in enumerate(reader.pictures) if picture.starts_group] == list(range(0, count, GOP))
+    assert [n for n, header in enumerate(reader.headers) if header.starts_group] == list(range(0, count, GOP))
 
 
 def test_an_edit_list_cuts_what_it_cuts(tmp_path):

@@ -18,7 +18,8 @@ from common.config import clip_settings, load_config, preprocessing
 from common.distributed import start_process
 from common.weights import Weights, build_network, load_weights, save_weights
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, probe
+from dali_pipelines.manifest import Video
+from dali_pipelines.probe import probe
 from evaluation.evaluate import evaluate
 from model import attention_rollout
 from serving import prediction, video_arguments

@@ -38,9 +38,10 @@ import numpy as np
 import torch
 
 from dali_pipelines import ClipLoader, InputError, Manifest
-from dali_pipelines.manifest import Video, coded_size, key_of, probe, probe_packets
+from dali_pipelines.manifest import Video, coded_size, key_of
 from dali_pipelines.packet_index import write_index
 from dali_pipelines.packets import video_stream
+from dali_pipelines.probe import probe, probe_packets
 from dali_pipelines.processes import end_with_parent
 from preparation.index import probe_file
 from tests.bad_files import copy_packets

@@ -19,7 +19,8 @@ import psutil
 import torch
 
 from common.weights import read_safetensors
-from dali_pipelines.manifest import Manifest, probe
+from dali_pipelines.manifest import Manifest
+from dali_pipelines.probe import probe
 from tests.torture.observed import BOARD_BYTES, PHASES
 from tests.videos import textured, write_video
 from training.checkpoints import list_checkpoints, load_newest_checkpoint

@@ -7,7 +7,7 @@ import torch
 from common.config import load_config
 from common.distributed import start_process
 from common.weights import load_into
-from dali_pipelines.loader import Batch
+from dali_pipelines.batches import Batch
 from tests.conftest import DATA
 from training.engine import Trainer
 

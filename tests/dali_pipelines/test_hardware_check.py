@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from dali_pipelines import ClipLoader, Manifest
+from dali_pipelines.bitstream.parser import StreamFormat, UncertainError
 from dali_pipelines.files import open_video
-from dali_pipelines.manifest import probe
-from dali_pipelines.packets import UncertainError, remux, video_stream
-from dali_pipelines.stream_format import StreamFormat, _formats, check_hardware
+from dali_pipelines.hardware_check import check_hardware
+from dali_pipelines.packets import remux, video_stream
+from dali_pipelines.probe import probe
 from tests.videos import decode_all, filter_packets, numbered, read_numbers, write_video
 
 SIZE = {"height": 144, "width": 176}
@@ -19,7 +20,7 @@ def look(path):
     with open_video(path) as container:
         file = remux(container, np.arange(probe(path).frames))
         context = video_stream(container).codec_context
-        formats = _formats(context.codec.canonical_name, file.parameter_sets)
+        formats = file.parser.formats()
         try:
             check_hardware(file, context)
         except UncertainError as error:
