@@ -85,14 +85,17 @@ class TorchContestant(NetworkContestant, Generic[M]):
         self.module, self.clips, self.device = module.to(work.device), clips.to(work.device), work.device
 
     def logits(self) -> Tensor:
+        """Logits [B, K], float32 on the CPU."""
         with torch.no_grad():
             return self._run().float().cpu()
 
     def forward(self, precision: str) -> None:
+        """One forward pass without gradients."""
         with torch.no_grad():
             self._run(precision)
 
     def training(self, precision: str) -> None:
+        """One forward and backward pass."""
         self.module.zero_grad(set_to_none=False)
         self._run(precision).float().square().sum().backward()
 
@@ -162,14 +165,17 @@ class PaddleContestant(NetworkContestant):
             self.weights[name] = paddle.to_tensor(value.contiguous().numpy(), stop_gradient=False)
 
     def logits(self) -> Tensor:
+        """Logits [B, K], float32 on the CPU."""
         with self.paddle.no_grad():
             return torch.from_numpy(self._run().numpy())
 
     def forward(self, precision: str) -> None:
+        """One forward pass without gradients."""
         with self.paddle.no_grad():
             self._run().numpy()
 
     def training(self, precision: str) -> None:
+        """One forward and backward pass."""
         for weight in self.weights.values():
             weight.clear_gradient(True)
         self._run().square().sum().backward()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 
 def main() -> int:
+    """Runs evaluate.py; returns its exit status."""
     parser = argparse.ArgumentParser(description="Evaluate weights on the videos of a manifest.")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument(

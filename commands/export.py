@@ -19,6 +19,7 @@ from serving.export_formats import FORMATS, ExportRequest
 
 
 def main() -> int:
+    """Runs export.py; returns its exit status."""
     parser = argparse.ArgumentParser(description="Export weights, and check the export against the network.")
     parser.add_argument(
         "-w", "--weights", required=True, help="best.safetensors of a run, or with -c third-party weights"

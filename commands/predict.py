@@ -27,6 +27,7 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 def main() -> int:
+    """Runs predict.py; returns its exit status."""
     parser = argparse.ArgumentParser(description="Predict the classes of videos.")
     parser.add_argument(
         "-w", "--weights", required=True, help="best.safetensors of a run or an export, or with -c third-party weights"

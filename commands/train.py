@@ -13,6 +13,7 @@ from common.preemption import Preemption
 
 
 def main() -> None:
+    """Runs train.py."""
     parser = argparse.ArgumentParser(description="Train a TimeSformer.")
     parser.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
     parser.add_argument(
@@ -35,6 +36,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace, preemption: Preemption) -> None:
+    """Trains with the parsed arguments of train.py."""
     import torch
 
     from common.config import load_config

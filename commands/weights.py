@@ -11,6 +11,7 @@ from dali_pipelines.errors import InputError
 
 
 def main() -> None:
+    """Runs weights.py."""
     parser = argparse.ArgumentParser(description="Average or convert weights files.")
     commands = parser.add_subparsers(dest="command", required=True)
     average = commands.add_parser("average", help="average the weights of one network (SWA)")

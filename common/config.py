@@ -89,6 +89,8 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
+    """The optimizer and its schedule."""
+
     name: str = "sgd"
     """sgd (Nesterov), adamw or lamb."""
     implementation: str = "auto"
@@ -140,6 +142,8 @@ class DistillConfig:
 
 @dataclass
 class TrainConfig:
+    """The run: length, precision, starting weights, checkpoints."""
+
     epochs: int = 20
     max_steps: int | None = None
     """Stop after this number of steps; the schedule still spans `epochs`."""
@@ -169,6 +173,8 @@ class TrainConfig:
 
 @dataclass
 class Config:
+    """All settings of a run."""
+
     name: str = "timesformer"
     seed: int = 0
     output: str = "output/${name}"
@@ -222,6 +228,7 @@ def read_run_config(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
+    """The settings as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

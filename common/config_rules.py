@@ -11,6 +11,8 @@ from model.attention_types import ATTENTION_TYPES
 
 
 class Rule(NamedTuple):
+    """Which values of a key are good."""
+
     is_good: Callable[[Any], bool]
     expected: str
     """The good values, in words."""

@@ -33,6 +33,7 @@ class Heartbeat:
     """Grows with every update."""
 
     def update(self, activity: str, step: int | None = None) -> None:
+        """Records progress: what the process does now, and at which step."""
         self.step = self.step if step is None else step
         self.activity = activity
         self.count += 1
@@ -53,6 +54,7 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     @property
@@ -82,6 +84,7 @@ class DistributedContext:
         return values
 
     def barrier(self) -> None:
+        """Waits until all processes are here."""
         if self.world_size > 1:
             with self._waiting():
                 dist.barrier()

@@ -56,6 +56,7 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
+        """Releases the lock, if this process has it."""
         if self._file is not None:
             if not self.note:
                 self._path.unlink(missing_ok=True)

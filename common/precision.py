@@ -22,6 +22,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context that computes in `precision`; float32 leaves everything as it is."""
     return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
 
 
@@ -54,6 +55,7 @@ class LossScale:
         self._good_steps = 0
 
     def update(self, *, overflow: bool) -> None:
+        """Adapts the scale after a step: down on an overflow, up after many good steps."""
         if not self.enabled:
             return
         self._good_steps = 0 if overflow else self._good_steps + 1
@@ -64,9 +66,11 @@ class LossScale:
             self._good_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """The scale and the number of good steps since it changed."""
         return {"value": self.value, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from the `state_dict` of another run."""
         if self.enabled:
             self.value, self._good_steps = state["value"], state["good_steps"]
 
@@ -82,6 +86,7 @@ class TorchMultiTensor:
         return torch.nn.utils.get_total_norm(tensors, foreach=True).float()
 
     def scale_(self, tensors: Sequence[Tensor], factor: float) -> None:
+        """Multiplies all tensors by `factor` in place."""
         if tensors:
             torch._foreach_mul_(list(tensors), factor)
 
@@ -101,12 +106,14 @@ class ApexMultiTensor:
         self.norm([torch.ones(1, device=device)])  # raises RuntimeError if the kernels do not run here
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """L2 norm of all tensors together, a scalar."""
         if not tensors:  # Apex reads the first tensor before it checks how many there are
             return torch.zeros((), device=self._flag.device)
         self._flag.zero_()  # the kernels set it if a value is not finite, and may do nothing while it is set
         return self._apply(self._kernels.multi_tensor_l2norm, self._flag, [list(tensors)], False)[0].squeeze(0)
 
     def scale_(self, tensors: Sequence[Tensor], factor: float) -> None:
+        """Multiplies all tensors by `factor` in place."""
         if not tensors:
             return
         self._flag.zero_()

@@ -47,6 +47,7 @@ class Weights:
 
 
 def build_network(model: dict[str, Any] | ModelConfig, preprocessing: dict[str, Any], num_classes: int) -> TimeSformer:
+    """A new TimeSformer for these settings, with random weights."""
     settings = dataclasses.asdict(model) if isinstance(model, ModelConfig) else model
     return TimeSformer(
         **settings,

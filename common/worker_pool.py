@@ -31,9 +31,13 @@ class NotDone(Failed):
 
 
 class ProgressBar(Protocol):
-    def update(self) -> Any: ...
+    """What `WorkerPool.progress` makes, such as a tqdm bar."""
 
-    def close(self) -> Any: ...
+    def update(self) -> Any:
+        """Counts one more result."""
+
+    def close(self) -> Any:
+        """Ends the display."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class WorkerPool:
 
     @contextmanager
     def executor(self) -> Iterator[Executor]:
+        """A context with the threads or the dask client that do the work."""
         if self.scheduler:
             with _dask_executor(self.scheduler) as executor:
                 yield executor

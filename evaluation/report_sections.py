@@ -16,6 +16,7 @@ _MOST_CONFUSIONS = 50
 
 
 def class_table(results: Results, per_class: list[ClassResult]) -> str:
+    """The table of classes, the worst first, as HTML."""
     worst_first = sorted(per_class, key=lambda row: (row.accuracy is None, row.accuracy or 0, row.label))
     lines = "\n".join(_class_line(results.classes, row) for row in worst_first)
     return f"""<section id="classes">
@@ -62,6 +63,7 @@ def _class_line(classes: Sequence[str], row: ClassResult) -> str:
 
 
 def confusion_matrix(results: Results) -> str:
+    """The confusion matrix and its largest confusions, as HTML."""
     classes = results.classes
     items = "\n".join(
         f'<li><a href="#true={each.label}&amp;predicted={each.predicted}">{escape(classes[each.label])} '
@@ -156,6 +158,7 @@ def _card(results: Results, row: int, figures: str) -> str:
 
 
 def calibration_figure(results: Results) -> str:
+    """The reliability diagram as HTML; "" if no video could be read."""
     found = calibration(results)
     if found is None:
         return ""

@@ -25,6 +25,8 @@ def confusion_cells(results: Results) -> np.ndarray:
 
 
 class Confusion(NamedTuple):
+    """Videos of the class `label` that were taken for the class `predicted`."""
+
     label: int
     predicted: int
     videos: int

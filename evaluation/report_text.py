@@ -32,6 +32,7 @@ def file_name(path: str) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
+    """A share in percent for HTML; a dash for None."""
     return "&ndash;" if share is None else f"{100 * share:.{digits}f}&#8239;%"
 
 
@@ -51,6 +52,7 @@ def date(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
+    """A duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, whole_seconds = divmod(round(seconds), 60)

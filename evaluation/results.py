@@ -38,6 +38,7 @@ class Protocol:
 
     @property
     def name(self) -> str:
+        """The name of the top-1 accuracy of this protocol in results.json."""
         return f"test/top1_{self.windows}x{self.crops}_{self.average}"
 
 
@@ -67,6 +68,8 @@ class ConfigSummary(TypedDict):
 
 
 class ManifestSummary(TypedDict):
+    """The evaluated manifest in results.json."""
+
     path: str
     sha256: str
     root: str
@@ -126,10 +129,12 @@ class Results:
 
     @property
     def protocol(self) -> str:
+        """The protocol in words."""
         return self.summary["protocol"]
 
     @property
     def classes(self) -> list[str]:
+        """Class names in the order of their labels."""
         return self.summary["classes"]
 
     @property
@@ -149,6 +154,7 @@ def is_top1(top: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def is_top5(top: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether each label [N] is among the five best classes [N, 5]."""
     return (top == labels[:, None]).any(1)
 
 

@@ -43,12 +43,15 @@ class JointSpaceTime(AttentionType):
     """Every patch sees every other: a clip is one frame of N*T patches."""
 
     def arrange(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A clip becomes one frame."""
         return cls, x.flatten(1, 2).unsqueeze(2)  # [B, N*T, 1, D]
 
     def most_attended(self, num_frames: int, num_patches: int) -> int:
+        """All patches of the clip."""
         return num_frames * num_patches
 
     def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Undoes `arrange` for attention rollout."""
         return cls, patches.view(len(cls), -1, num_frames).transpose(1, 2)  # from [B, 1, N*T]
 
 
@@ -58,12 +61,15 @@ class SpaceOnly(AttentionType):
     has_time_embedding = False
 
     def arrange(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each frame becomes a clip."""
         return cls.repeat_interleave(x.shape[2], dim=0), x.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # [B*T, N, 1, D]
 
     def pool(self, cls: Tensor, batch: int) -> Tensor:
+        """The mean over the frames of a clip."""
         return torch.unflatten(cls, 0, (batch, -1)).mean(1)
 
     def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Undoes `arrange` for attention rollout; frames have equal shares."""
         return cls.view(-1, num_frames).mean(1), patches.view(-1, num_frames, patches.shape[2]) / num_frames
 
 

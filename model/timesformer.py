@@ -146,6 +146,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, clips: Tensor) -> Tensor:
+        """Clips [B, 3, T, S, S] -> patches [B, N, T, D]."""
         p = self.patch_size
         x = clips.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # [B, 3, T, rows, p, columns, p]
         x = x.permute(0, 3, 5, 2, 1, 4, 6).flatten(4)  # [B, rows, columns, T, 3*p*p]

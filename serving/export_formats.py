@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportRequest:
+    """One export: what to write, and where."""
+
     out: Path
     """The file or folder to write."""
     source: str
@@ -32,6 +34,8 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportFormat:
+    """A format of export.py."""
+
     description: str
     suffix: str
     """Of its files; "" if it writes a folder."""

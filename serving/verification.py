@@ -44,6 +44,7 @@ class Classifier(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, clips: Tensor) -> Tensor:
+        """Clips [B, 3, T, S, S], or [B, V, 3, T, S, S] with several views -> logits or probabilities [B, K]."""
         if self.views > 1:
             clips = clips.flatten(0, 1)
         logits = self.network.head(self.network.forward_features(clips.to(self.dtype)).float())

@@ -28,12 +28,15 @@ class WeightAverage:
         return self._averaged.module
 
     def update(self, network: TimeSformer) -> None:
+        """Adds the network's weights to the average."""
         self._averaged.update_parameters(network)
 
     def state_dict(self) -> dict[str, Any]:
+        """The averaged weights and their count."""
         return self._averaged.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from the `state_dict` of another run."""
         self._averaged.load_state_dict(state)
 
 

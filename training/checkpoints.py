@@ -26,6 +26,8 @@ class DamagedError(InputError):
 
 
 class Checkpoint(NamedTuple):
+    """A checkpoint that was read."""
+
     path: Path
     state: dict[str, Any]
     """What `RunState.state_dict` returned."""
@@ -148,6 +150,7 @@ class Writer:
         self._job: Future | None = None
 
     def submit(self, job: Callable[[], Any]) -> None:
+        """Starts `job` in the background thread."""
         self._job = self._pool.submit(job)
 
     def wait(self) -> bool:

@@ -80,6 +80,8 @@ def read_teacher(config: Config) -> Weights | None:
 
 
 class Data(NamedTuple):
+    """The loaders of a run."""
+
     train: ClipLoader
     val: ClipLoader
     classes: tuple[str, ...]

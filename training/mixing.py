@@ -15,6 +15,8 @@ from common.config import MixConfig
 
 
 class Mixed(NamedTuple):
+    """A mixed batch of clips."""
+
     clips: Tensor
     """[B, 3, T, S, S]"""
     partners: Tensor

@@ -31,19 +31,26 @@ class NullMonitor:
 
     size = 0
 
-    def open(self, config: Config, *, step: int, size: int) -> None: ...
+    def open(self, config: Config, *, step: int, size: int) -> None:
+        """Opens the logs at `step`, cutting metrics.jsonl to `size` bytes."""
 
-    def print(self, text: str) -> None: ...
+    def print(self, text: str) -> None:
+        """Prints a line."""
 
-    def advance(self, interval: Interval, *, epoch: int) -> None: ...
+    def advance(self, interval: Interval, *, epoch: int) -> None:
+        """Moves the progress bar on, with the results of an interval."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes values at a step."""
 
-    def log_interval(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log_interval(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of an interval that ends at a step."""
 
-    def log_clips(self, step: int, clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> None: ...
+    def log_clips(self, step: int, clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Draws the first clips [B, 3, T, S, S] of a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the logs."""
 
 
 class Monitor(NullMonitor):
@@ -164,6 +171,7 @@ class Monitor(NullMonitor):
         self._has_complained = True
 
     def close(self) -> None:
+        """Closes the logs."""
         self._bar.close()
         if self._writer is not None:
             try:

@@ -55,6 +55,7 @@ def _apex_missing(device: torch.device) -> str:
 
 
 def make_multi_tensor(implementation: str, device: torch.device) -> TorchMultiTensor | ApexMultiTensor:
+    """The kernels for norms and scaling that go with an implementation."""
     return ApexMultiTensor(device) if implementation == "apex" else TorchMultiTensor()
 
 

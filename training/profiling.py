@@ -26,6 +26,7 @@ class StepProfiler:
         )
 
     def start(self) -> None:
+        """Starts the profiler."""
         self._profile.start()
 
     def step(self) -> None:
@@ -33,6 +34,7 @@ class StepProfiler:
         self._profile.step()
 
     def stop(self) -> None:
+        """Ends the profiler; says so if the run was too short for a trace."""
         if not self._is_done:
             self._report(f"--profile: the run ended before {_SKIPPED + _WARMUP + _TRACED} steps; no trace was written")
             self._profile.on_trace_ready = None

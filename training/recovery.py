@@ -38,6 +38,7 @@ class Recovery:
         self._scored: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
 
     def begin_step(self) -> None:
+        """Forgets the scores of the step before."""
         self._scored.clear()
 
     def observe(self, batch: Batch, scores: Tensor) -> None:

@@ -43,6 +43,7 @@ class Interval:
         self._num_before = len(before)
 
     def add(self, result: StepResult) -> None:
+        """Adds the result of a step."""
         self._results.append(result)
 
     @property

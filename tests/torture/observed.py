@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train
+from commands import train
 from common.command_line import run_command
 
 PHASES = ("starting", "training", "end of epoch", "validation", "SWA")

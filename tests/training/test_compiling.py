@@ -125,7 +125,7 @@ def test_a_run_that_began_otherwise_says_so(config_file, capsys):
 @needs_compiler
 def test_a_compiled_run_with_the_order_of_sums_of_a_gpu(config_file, tmp_path, monkeypatch):
     """A compiled backward pass refuses another setting of deterministic algorithms than its forward pass had."""
-    monkeypatch.setattr("training.engine.make_deterministic", lambda device: make_deterministic(GPU))
+    monkeypatch.setattr("training.step.make_deterministic", lambda device: make_deterministic(GPU))
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     torch.compiler.reset()
