@@ -48,6 +48,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Gpu:
+    """What is known about a GPU."""
+
     name: str
     engines: int
     """Video decoders."""

@@ -32,6 +32,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a file without their ends."""
     return split_lines(decode(Path(path).read_bytes()))
 
 
@@ -88,6 +89,7 @@ class ForPeople:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Writes text, with control characters shown."""
         core = text.strip("\r")
         if not core.isprintable():
             start = text.index(core)
