@@ -132,7 +132,7 @@ def test_odd_files_alone_leave_dalis_decoder_at_work(kinds):
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts"])
-def test_a_lost_reference_picture_is_a_fault(tmp_path, suffix):
+def test_a_lost_reference_frame_is_a_fault(tmp_path, suffix):
     """The decoder puts something else in its place, which differs from run to run."""
     whole = write_video(tmp_path / "whole.mp4", textured(40, height=96, width=128))
     video = probe(copy_packets(whole, tmp_path / f"lost.{suffix}", lost=13))

@@ -86,7 +86,7 @@ def test_numbered_videos_of_every_kind_give_exactly_the_planned_frames(numbered_
 
 
 def not_coded_vop(number, data):
-    """Every tenth packet becomes an MPEG-4 picture that says "as before", and that decoders put nothing out for."""
+    """Every tenth packet becomes an MPEG-4 frame that says "as before", and that decoders put nothing out for."""
     if number % 10 != 8:
         return data
     bits = f"01{0:b}1{number % 25:05b}10" + "01111"  # type P, no more seconds, time within this one, vop_coded 0
@@ -94,12 +94,12 @@ def not_coded_vop(number, data):
 
 
 def hidden_picture(number, data):
-    """Every tenth VP8 picture is one that only others refer to."""
+    """Every tenth VP8 frame is one that only others refer to."""
     return bytes([data[0] & ~0x10]) + data[1:] if number % 10 == 8 else data
 
 
 @pytest.mark.parametrize("codec, suffix, edit", [("mpeg4", "avi", not_coded_vop), ("vp8", "webm", hidden_picture)])
-def test_packets_that_give_no_picture_are_not_counted(tmp_path, codec, suffix, edit):
+def test_packets_that_give_no_frame_are_not_counted(tmp_path, codec, suffix, edit):
     whole = write_video(tmp_path / f"whole.{suffix}", numbered(40, height=48, width=64), codec=codec)
     video = probe(edit_packets(whole, tmp_path / f"edited.{suffix}", edit))
     shown = read_numbers(np.moveaxis(decode_all(video.path), -1, 0) / 255)

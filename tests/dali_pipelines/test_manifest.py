@@ -90,7 +90,7 @@ def test_a_missing_file_is_named(tmp_path):
         Manifest.read(tmp_path / "gone.csv")
 
 
-def test_probe_counts_pictures_and_applies_rotation(numbered_videos):
+def test_probe_counts_frames_and_applies_rotation(numbered_videos):
     found = {numbered_videos[index].path: numbered_videos[index] for index in range(len(numbered_videos))}
     assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0, "yuv420p", 0, 100, "", 0, 0, 0)
     assert found["bframes.mkv"].frames == 100  # the header of a Matroska file claims 0
@@ -132,7 +132,7 @@ def test_probe_names_what_is_no_video(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["ts", "h264"])
-def test_a_file_that_begins_in_the_middle_has_the_pictures_that_come_out(tmp_path, suffix):
+def test_a_file_that_begins_in_the_middle_has_the_frames_that_come_out(tmp_path, suffix):
     options = {"x264-params": "keyint=20:scenecut=0:bframes=2"}
     whole = write_video(tmp_path / f"whole.{suffix}", textured(60, height=64, width=80), options=options)
     data = open(whole, "rb").read()

@@ -1,4 +1,4 @@
-"""Selected packets must give exactly the pictures that decoding everything gives, whatever the stream looks like."""
+"""Selected packets must give exactly the frames that decoding everything gives, whatever the stream looks like."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ IN_PIECES = {"ts"}
 
 @st.composite
 def streams(draw, codec):
-    """(suffix, encoder options, pictures, frames per second)."""
+    """(suffix, encoder options, frames, frames per second)."""
 
     def one_of(*values):
         return draw(st.sampled_from(values))
@@ -80,7 +80,7 @@ def streams(draw, codec):
 
 @st.composite
 def wanted(draw):
-    """Shares of the length at which pictures are wanted."""
+    """Shares of the length at which frames are wanted."""
     return draw(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 
 
@@ -123,7 +123,7 @@ def demuxed(file):
 
 
 @pytest.mark.parametrize("codec, examples", [(codec, 40 if codec in ("h264", "hevc") else 20) for codec in CONTAINERS])
-def test_any_pictures_of_any_stream(tmp_path_factory, codec, examples):
+def test_any_frames_of_any_stream(tmp_path_factory, codec, examples):
     folder = tmp_path_factory.mktemp("streams")
     encoded = 0
 
@@ -177,12 +177,12 @@ def kept(path, positions, **changes):
         return PacketReader(container).select(np.array(positions), **changes).runs
 
 
-def test_only_groups_with_a_wanted_picture_and_only_up_to_it(tmp_path):
+def test_only_groups_with_a_wanted_frame_and_only_up_to_it(tmp_path):
     path = write_video(tmp_path / "a.mp4", PICTURES, options={"x264-params": "keyint=10:bframes=0:scenecut=0"})
     assert kept(path, [12, 35]) == [[10, 11, 12], [30, 31, 32, 33, 34, 35]]
 
 
-def test_pictures_that_nothing_refers_to_are_left_out_unless_wanted(tmp_path):
+def test_frames_that_nothing_refers_to_are_left_out_unless_wanted(tmp_path):
     params = "keyint=100:bframes=2:b-adapt=0:b-pyramid=none:scenecut=0"
     path = write_video(tmp_path / "a.mp4", PICTURES, options={"x264-params": params})
     # In the file: I0 P3 b1 b2 P6 b4 b5 ...
@@ -201,7 +201,7 @@ def test_an_intra_refresh_file_is_one_group(tmp_path):
 
 @pytest.mark.parametrize("codec, params", [("h264", "x264-params"), ("hevc", "x265-params")])
 def test_an_open_group_starts_where_the_codec_allows(tmp_path, codec, params):
-    """x264's open GOPs have no IDR: one group. HEVC's begin with a CRA: a picture shown before it needs the group
+    """x264's open GOPs have no IDR: one group. HEVC's begin with a CRA: a frame shown before it needs the group
     before."""
     options = {params: "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0:b-adapt=0:log-level=none"}
     path = write_video(tmp_path / f"{codec}.mp4", PICTURES, codec=codec, options=options)
@@ -245,7 +245,7 @@ def raw_packets(path):
 @pytest.mark.parametrize("codec, suffix", [("h264", "mp4"), ("h264", "mkv"), ("mpeg4", "mkv"), ("hevc", "mp4")])
 @pytest.mark.parametrize("times", ["as decoded", "shuffled", "doubled"])
 def test_timestamps_play_no_part(tmp_path, codec, suffix, times):
-    """Remuxed without reordering (broken tools do), in any order, or all in pairs: the pictures stay what they are."""
+    """Remuxed without reordering (broken tools do), in any order, or all in pairs: the frames stay what they are."""
     options = {"h264": {}, "mpeg4": {"bf": "2"}, "hevc": {}}[codec]
     whole = write_video(tmp_path / f"whole.{suffix}", PICTURES, codec=codec, options=options)
     everything = decode_all(whole)
@@ -275,7 +275,7 @@ def test_streams_without_timestamps(tmp_path):
 
 
 def fallback(path, share=0.7):
-    """Why everything is decoded; the pictures are those of a decoder that decodes everything all the same."""
+    """Why everything is decoded; the frames are those of a decoder that decodes everything all the same."""
     everything = decode_all(path)
     positions = np.unique([0, round(share * (len(everything) - 1))])
     decoded = decode_frames(path, positions, size=everything.shape[1:3])
@@ -285,8 +285,8 @@ def fallback(path, share=0.7):
     return decoded.fallback
 
 
-def test_packed_b_pictures_and_not_coded_ones(tmp_path):
-    """As in DivX files: a P and a B picture in one packet, then a packet that says "nothing new"."""
+def test_packed_b_frames_and_not_coded_ones(tmp_path):
+    """As in DivX files: a P and a B frame in one packet, then a packet that says "nothing new"."""
     whole = write_video(
         tmp_path / "whole.avi", PICTURES[:40], codec="mpeg4", options={"bf": "1", "b_strategy": "0", "g": "30"}
     )
@@ -373,13 +373,13 @@ def test_an_hevc_sequence_that_ends_within_the_file(tmp_path):
     whole = write_video(tmp_path / "a.hevc", PICTURES, codec="hevc", options={"x265-params": params})
     units = [unit.rstrip(b"\0") for unit in Path(whole).read_bytes().split(b"\0\0\1")[1:]]
     third = [number for number, unit in enumerate(units) if unit[0] >> 1 == 21][2]
-    units.insert(third, bytes([36 << 1, 1]))  # end of sequence: the pictures before the next CRA have no references
+    units.insert(third, bytes([36 << 1, 1]))  # end of sequence: the frames before the next CRA have no references
     (tmp_path / "ended.hevc").write_bytes(b"".join(b"\0\0\0\1" + unit for unit in units))
     assert fallback(str(tmp_path / "ended.hevc")) == "a sequence ends within the file"
 
 
-def test_mpeg4_b_pictures_that_were_not_announced(tmp_path):
-    """Old encoders set low_delay in spite of them: FFmpeg then shows a reference before the B pictures that follow."""
+def test_mpeg4_b_frames_that_were_not_announced(tmp_path):
+    """Old encoders set low_delay in spite of them: FFmpeg then shows a reference before the B frames that follow."""
     whole = write_video(tmp_path / "a.m4v", PICTURES, codec="mpeg4", options={"bf": "2", "g": "100"})
     data = bytearray(Path(whole).read_bytes())
     start = data.index(b"\0\0\1\x20") + 4
@@ -394,7 +394,7 @@ def test_mpeg4_b_pictures_that_were_not_announced(tmp_path):
     assert fallback(str(tmp_path / "low_delay.m4v")) == "frames are held back for longer than the stream says"
 
 
-def test_pictures_that_are_held_back_for_longer_than_a_decoder_was_told(tmp_path):
+def test_frames_that_are_held_back_for_longer_than_a_decoder_was_told(tmp_path):
     """FFmpeg throws late ones away where a stream claims to need no such delay."""
     with av.open(write_video(tmp_path / "a.mp4", PICTURES)) as container:
         reader = PacketReader(container)
@@ -483,6 +483,6 @@ def test_probing_a_long_video_holds_little_of_it(numbered_videos, monkeypatch):
     with open_video(numbered_videos.file(number)) as container:
         reader = PacketReader(container)
         assert len(reader.shown()) == 100
-    assert sum(packet is not None for packet in reader.packets) <= 3 * 12  # the last groups, of at most 12 pictures
+    assert sum(packet is not None for packet in reader.packets) <= 3 * 12  # the last groups, of at most 12 frames
     probed = probe(numbered_videos.file(number))
     assert probed._replace(path="short_gop.mov", label=numbered_videos[number].label) == numbered_videos[number]
