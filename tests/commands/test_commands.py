@@ -162,7 +162,7 @@ def test_training_with_several_views_of_a_decode_logs_it(config_file):
 def test_threads_that_fail_because_of_ctrl_c_print_nothing(tmp_path):
     """DALI has one that watches its workers."""
     (tmp_path / "script.py").write_text(
-        "import threading, time\nfrom dali_pipelines.errors import run_command\n"
+        "import threading, time\nfrom common.command_line import run_command\n"
         "def fail():\n    time.sleep(0.3)\n    raise RuntimeError('its workers are gone')\n"
         "def main():\n    threading.Thread(target=fail).start()\n    raise KeyboardInterrupt\n"
         "run_command(main)\n"
