@@ -1,4 +1,4 @@
-"""Clips out of decoded frames on the CPU: what the graph does, by torch.
+"""Cuts clips out of decoded frames on the CPU with torch, as the graph does with DALI.
 
 DALI's resize takes 4 ms for 8 frames of 224 pixels on one core, and its normalisation another. torch's `grid_sample`
 takes half of that for the same values (docs/benchmarks.md).
@@ -14,19 +14,19 @@ from torch.nn.functional import grid_sample
 from dali_pipelines.graph import Cut
 
 _MOST_VALUES = 1 << 23
-"""Of frames as float32 at a time: 32 MiB."""
+"""Values of frames as float32 at a time: 32 MiB."""
 
 
 class BatchMemory:
-    """Memory for batches that is used again once nothing refers to a batch any more: new memory costs as much time as
-    the cut itself, as the system has to clear every page of it."""
+    """Memory for batches, which is reused once nothing refers to a batch any more: new memory costs as much time as the
+    cut itself, as the system has to clear every page of it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: type[np.floating]):
         self._shape, self._dtype = shape, dtype
         self._free: deque[np.ndarray] = deque(maxlen=2)
 
     def take(self) -> torch.Tensor:
-        """Not cleared."""
+        """Memory for a batch, not cleared."""
         memory = self._free.pop() if self._free else np.empty(self._shape, self._dtype)
         lent = memory.view()  # torch holds it as long as any tensor, also a view of one, needs its memory
         weakref.finalize(lent, self._free.append, memory).atexit = False

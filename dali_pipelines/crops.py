@@ -14,7 +14,7 @@ VALIDATION_SCALE = 8 / 7  # 256 at 224
 
 
 def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) after the short side became `short_side`; the long one is rounded down (PaddleVideo Scale)."""
+    """(height, width) once the short side is `short_side`; the long one is rounded down (PaddleVideo Scale)."""
     if width < height:
         return math.floor(height / width * short_side), short_side
     return short_side, math.floor(width / height * short_side)
@@ -76,7 +76,7 @@ _Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Reducer:
-    """Makes the crops themselves of a frame: for frames so large that handing them on would fill the memory.
+    """Cuts and resizes the crops of a frame: for frames so large that handing them on would fill the memory.
 
         reduce = Reducer(rectangles, crop_size=224, size=(4320, 7680))
         reduce(frame)           # uint8 [3 * 224, 224, 3]: one below the other

@@ -1,4 +1,4 @@
-"""Who decodes what: NVDEC (through torchcodec or through DALI), DALI's decoders on the CPU, or the host (PyAV).
+"""Chooses what decodes a video: NVDEC (through torchcodec or DALI), DALI's decoders on the CPU, or the host (PyAV).
 
 The table of codecs (`bitstream.codecs`) says which engines take a codec. What NVDEC takes of it is asked of the driver
 (`nvdec.driver_limits`) and handed to the workers as `Limits`. Nothing here imports torch.
@@ -85,7 +85,7 @@ class Routing:
     seed: int = 0
 
     def engine_for(self, video: Video, sample_id: int) -> Engine:
-        """By the manifest alone; `check` knows more once the file is open."""
+        """The engine for a video by the manifest alone; `check` knows more once the file is open."""
         codec = CODECS.get(video.codec)
         if codec is None or self.engine == "host":
             return "host"
@@ -155,27 +155,27 @@ _NO_WHOLE_BLOCKS = "torchcodec may mix up frames of NVDEC whose sides are not wh
 # -- how much of it the host decodes --
 
 _SURVEYED = 64  # videos, evenly over the manifest
-# Processor seconds, measured on 16 virtual cores of an H200 machine (docs/benchmarks.md).
+# Measured on 16 virtual cores of an H200 machine (docs/benchmarks.md).
 _HOST_CLIP_S, _HOST_PIXEL_S = 11e-3, 11.9e-9
-"""Of a clip that the host decodes: for the clip itself, and for each pixel of the frames fed."""
+"""Processor seconds of a clip that the host decodes: for the clip itself, and for each pixel of the frames fed."""
 _FEED_CLIP_S, _FEED_FRAME_S = 14e-3, 0.1e-3
-"""Of a clip that NVDEC decodes: for the clip (read, select, remux, open), and for each frame fed."""
+"""Processor seconds of a clip that NVDEC decodes: for the clip (read, select, remux, open), and for each frame fed."""
 
 
 class Estimate(NamedTuple):
-    """Clips/s, by the manifest and by measured costs: read to one digit."""
+    """Clips/s, by the manifest and by measured costs; trust one digit."""
 
     nvdec: float
-    """What the engines decode when nothing else holds them up."""
+    """Clips/s that the engines decode when nothing else holds them up."""
     together: float
-    """NVDEC, and the host with the cores that feeding NVDEC leaves."""
+    """Clips/s of NVDEC and the host, which has the cores that feeding NVDEC leaves."""
     host_share: float
-    """Of the videos that NVDEC takes."""
+    """Share of the videos that NVDEC takes which the host decodes."""
 
 
 def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, cores: float) -> Estimate:
-    """How much NVDEC and `cores` can decode of training or evaluation clips, and the share of the host with which both
-    are busy. Depends on nothing but its arguments."""
+    """Estimates how many training or evaluation clips NVDEC and `cores` decode, and the host's share that keeps
+    both busy. Depends on nothing but its arguments."""
     rows = np.linspace(0, len(manifest) - 1, min(len(manifest), _SURVEYED)).astype(int).tolist()
     host_s: list[float] = []
     feed_s: list[float] = []

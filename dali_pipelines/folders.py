@@ -1,4 +1,4 @@
-"""Which files of a folder are videos, and what is said of the others."""
+"""Finds the videos in a folder, and describes what it passes over."""
 
 import collections
 import os
@@ -17,13 +17,13 @@ _SUFFIXES = """
     ogv ogx pva qt rcv rm rmvb roq smk swf tod tp trp ts ty vc1 viv vob vro vvc webm wm wmv wtv xmv xvid y4m
 """
 VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""Those of FFmpeg's demuxers for video, and the names that cameras, recorders and discs give to the same formats. Not:
+"""Suffixes of FFmpeg's demuxers for video, and those that cameras, recorders and discs give to the same formats. Not:
 audio, images, subtitles, playlists, and formats without a header (.yuv)."""
 _KINDS_SHOWN, _FOLDERS_SHOWN = 6, 10
 
 
 def is_video_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is called as videos are; macOS puts others into archives, `._NAME` for every NAME."""
+    """Whether a file has the name of a video. The `._NAME` that macOS puts into archives for every NAME are none."""
     name = os.path.basename(path)
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("._")
 
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 def videos_below(root: str | os.PathLike[str]) -> Found:
-    """The videos in a folder, or below a URL, and in all folders below; links are followed. Raises `InputError`."""
+    """The videos in a folder and all folders below, or below a URL; follows links. Raises `InputError`."""
     notes: list[str] = []
     closed: list[str] = []
     files = find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes, closed)

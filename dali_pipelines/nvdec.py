@@ -209,7 +209,7 @@ def _black(task: Task, device: torch.device, fault: str) -> Decoded:
 def decode_file(
     encoded: np.ndarray, positions: np.ndarray, size: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
-    """Frames number `positions` (ascending) of what `remux` has made, by torchcodec, one thread.
+    """Decodes frames number `positions` (ascending) of a file made by `remux` with torchcodec, in one thread.
 
     encoded: uint8 [bytes]; size: (height, width) that the frames must have. Returns uint8 [N, H, W, 3] on the device.
     Raises RuntimeError, from torchcodec or for frames other than planned.
@@ -241,9 +241,9 @@ def decode_file(
 
 
 def prepare(device: torch.device) -> LimitsByFormat:
-    """Makes sure that a `DecodePool` can work on the device, and says what it takes there.
+    """Makes sure that a `DecodePool` can work on the device, and returns what it takes there.
 
-    It loads torchcodec and decodes a video made here: a library that is missing would else send every clip to the host,
+    It loads torchcodec and decodes a video made here: otherwise a missing library would send every clip to the host,
     slowly. Raises `UnavailableError`.
     """
     version = load_torchcodec().__version__

@@ -51,12 +51,12 @@ _MOST_BYTES = 1 << 28
 _IGNORED_SIDE_DATA = frozenset({"mpegts_stream_id"})
 """Of packets: no decoder looks at it. A video whose packets have other side data is not indexed."""
 _COLUMNS = {"gap": np.int64, "size": np.int32, "order": np.int32, "flags": np.uint8, "check": np.uint16}
-"""Of each packet: bytes between the end of the one before and its data; bytes; by how many places its frame is shown
-later than it is decoded; see `Flag`; the low bits of its CRC-32."""
+"""Numbers of each packet: bytes between the end of the one before and its data; bytes; places by which its frame is
+shown later than it is decoded; its `Flag`s; the low bits of its CRC-32."""
 
 
 class StaleIndexError(UncertainError):
-    """The index does not tell where the packets of a video are, or no longer does; the message is the reason."""
+    """The index does not say where the packets of a video are, or no longer does; the message is the reason."""
 
 
 class Stream(NamedTuple):
@@ -179,7 +179,7 @@ class Recorder:
             self._rows.append((offset, len(data), zlib.crc32(data)))
 
     def _find(self, place: int | None, data: bytes) -> int | None:
-        """Where in the video the packet's bytes are: a few after `place`, which FFmpeg gives."""
+        """The offset of the packet's bytes in the video: a few after `place`, which FFmpeg gives."""
         if place is None or place < 0:
             return None
         if self._read(place + self._before, len(data)) != data:  # mostly as the one before
@@ -233,7 +233,7 @@ def _pack(header: Mapping[str, Any], data: bytes = b"") -> bytes:
 
 
 class IndexedVideo:
-    """The packets of a video by its entry: what a `PacketReader` is for one that is read through.
+    """The packets of a video by its entry: a `PacketSource` that reads only the packets that are needed.
 
     Raises `StaleIndexError` if the entry has no packets, or is damaged.
     """
@@ -304,7 +304,7 @@ class IndexedVideo:
         return Selection(runs, shown)
 
     def _read(self, numbers: Sequence[int]) -> None:
-        """The packets, and with them what is checked of a file on a disk."""
+        """Reads the packets, and with them the checked ranges of a file on a disk."""
         places: list[tuple[int, int, int, int | None]] = list(
             zip(self._firsts[numbers].tolist(), self._ends[numbers].tolist(), self._checks[numbers].tolist(), numbers)
         )

@@ -1,4 +1,4 @@
-"""What a process leaves behind, however it ends: no worker processes, no temporary folders, no semaphores."""
+"""Leaves nothing behind however a process ends: no worker processes, no temporary folders, no semaphores."""
 
 import contextlib
 import ctypes
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Ends this worker when `parent`, the process that started it, is gone, however that ended, and not before.
+    """Ends this worker when `parent`, the process that started it, has ended in any way, and not before.
 
     Call it first of all. If the parent is gone by then, this does not return to any work. Workers of DALI and of
     concurrent.futures would wait for work for ever, and hold their shared memory. A signal to the parent's whole group,
@@ -111,7 +111,7 @@ def _remove_abandoned() -> None:
 
 @contextlib.contextmanager
 def semaphores_named_after(folder: str) -> Iterator[None]:
-    """Names the semaphores that are made within after a `TemporaryFolder`: if this process and multiprocessing's
+    """Names the semaphores that are made in its block after a `TemporaryFolder`: if this process and multiprocessing's
     resource tracker are killed together, they are removed with the folder."""
     settings: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
     before = settings["semprefix"]

@@ -1,4 +1,5 @@
-"""Text files as people have them: byte order marks, Windows line ends, and paths that are not UTF-8.
+"""Reads and writes text files as people have them: with byte order marks, Windows line ends, and paths that are not
+UTF-8.
 
 A line ends at a line feed, and nowhere else: class names and paths may hold any other character.
 """

@@ -111,7 +111,7 @@ class Workers:
         return outputs
 
     def note(self, sample_id: int, *, is_bad: bool) -> None:
-        """A sample has come: no worker dies at it, and whether it can be read is known."""
+        """Notes that a sample has come: no worker dies at it, and whether it can be read is known."""
         self._deaths.pop(sample_id, None)
         if is_bad:
             self._bad_ids.add(sample_id)
@@ -166,7 +166,7 @@ class Workers:
         return pipeline
 
     def _end_of_epoch(self, place: int) -> int:
-        """Evaluation stops its workers there."""
+        """The place of the first entry of the next epoch, where evaluation stops its workers."""
         return (place // self._sampler.rank_entries + 1) * self._sampler.rank_entries
 
     def _check_shared_memory(self) -> None:
@@ -227,8 +227,8 @@ def _free_shared_memory() -> int:
 
 @contextlib.contextmanager
 def _reserved_shared_memory() -> Iterator[None]:
-    """Reserves the first page of what DALI allocates in /dev/shm within, which this process writes to: an `OSError` if
-    it is full, in place of a SIGBUS that ends the process without a message."""
+    """Reserves, in its block, the first page of what DALI allocates in /dev/shm, which this process writes to: an
+    OSError if it is full, instead of a SIGBUS that ends the process without a message."""
 
     def reserve(cls: type[SharedMem], size: int) -> SharedMem:
         made = cls(None, size)
@@ -241,7 +241,7 @@ def _reserved_shared_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blocked_interrupt() -> Iterator[None]:
-    """Processes that start within never see Ctrl-C: it is for this one to handle, and theirs would be tracebacks."""
+    """Processes that start in its block never see Ctrl-C: this one handles it, and theirs would be tracebacks."""
     resource_tracker.ensure_running()  # its own start, within the first spawn, would lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
