@@ -29,6 +29,8 @@ def is_video_name(path: str | os.PathLike[str]) -> bool:
 
 
 class Found(NamedTuple):
+    """The videos found below a folder."""
+
     videos: list[str]
     """Paths relative to the folder, sorted."""
     note: str

@@ -48,6 +48,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Gpu:
+    """A GPU and the decoding rates of its NVDEC engines."""
+
     name: str
     engines: int
     """Video decoders."""

@@ -180,6 +180,7 @@ class Manifest:
 
     @property
     def labels(self) -> np.ndarray:
+        """Label of each video, [N]."""
         return self._rows["label"]
 
     def column(self, name: str) -> np.ndarray:
@@ -205,6 +206,7 @@ class Manifest:
 
     @property
     def listed(self) -> int:
+        """Number of videos listed when indexing, rejected ones included."""
         return len(self) + self.rejected
 
     @property
@@ -329,6 +331,7 @@ class Manifest:
 
     @classmethod
     def map_arrays(cls, folder: str | os.PathLike[str], root: str | os.PathLike[str]) -> "Manifest":
+        """Maps the arrays that another process saved in `folder`; they are shared, not copied."""
         manifest = cls((), root=root)
         manifest._rows = np.load(os.path.join(folder, "rows.npy"), mmap_mode="r")
         manifest._paths = np.load(os.path.join(folder, "paths.npy"), mmap_mode="r")

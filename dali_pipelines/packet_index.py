@@ -79,6 +79,7 @@ class Stream(NamedTuple):
 
     @classmethod
     def of(cls, context: av.VideoCodecContext) -> "Stream":
+        """The settings of an open decoder."""
         settings = {name: getattr(context, name) for name in _SETTINGS}
         settings |= {name: int(value) for name, value in settings.items() if not isinstance(value, (str, type(None)))}
         return cls(context.codec.name, bytes(context.extradata or b"").decode("latin-1"), **settings)
@@ -167,6 +168,7 @@ class Recorder:
             os.close(self._file)
 
     def __call__(self, packet: VideoPacket) -> None:
+        """Records one packet of the demuxer."""
         if self._refusal:
             return
         data = bytes(packet)
@@ -282,6 +284,7 @@ class IndexedVideo:
 
     @property
     def packets_read(self) -> int:
+        """Number of packets read so far."""
         return len(self._data)
 
     @functools.cached_property

@@ -119,10 +119,12 @@ class View:
 
     @property
     def entries_per_video(self) -> int:
+        """Samples that a video is spread over."""
         return -(-self.num_windows // (self.windows_at_once or self.num_windows))
 
     @property
     def windows_per_entry(self) -> int:
+        """Windows in each of these samples."""
         return self.views_per_decode * (self.windows_at_once or self.num_windows)
 
     @property

@@ -11,6 +11,8 @@ import numpy as np
 
 
 class Strategy(Protocol):
+    """How a window's frames are spaced."""
+
     def __call__(self, *, window: float, frames: int, num_frames: int, start: float) -> np.ndarray:
         """`num_frames` points, ascending, in units of frames; those past the last frame count as the last one.
 

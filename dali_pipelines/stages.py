@@ -21,6 +21,8 @@ from dali_pipelines.workers import Workers
 
 
 class Stage(Protocol):
+    """Turns the workers' samples into batches of clips."""
+
     def run(self, place: int) -> tuple[torch.Tensor, list[Outcome]]:
         """The clips [B, C, T, H, W], or [B, V, C, T, H, W] for several a sample, and the results of the batch whose
         first entry is at `place`. Raises `InputError`."""
@@ -38,6 +40,7 @@ class HostStage:
         self._memory = BatchMemory(shape, np.float16 if cut.half else np.float32)
 
     def run(self, place: int) -> tuple[torch.Tensor, list[Outcome]]:
+        """See `Stage.run`."""
         fields = Sample(*self._workers.run(place))
         cut, clips, outcomes = self._cut, self._memory.take(), []
         for index in range(self._batch_size):
@@ -49,6 +52,7 @@ class HostStage:
         return clips.squeeze(1) if cut.clips == 1 else clips, outcomes
 
     def close(self) -> None:
+        """Ends the workers."""
         self._workers.close()
 
 
@@ -68,6 +72,7 @@ class GraphStage:
         self._black = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1, 1)
 
     def run(self, place: int) -> tuple[torch.Tensor, list[Outcome]]:
+        """See `Stage.run`."""
         outputs, sample_ids, packets, faults, fallbacks, is_host, shapes, _ = self._workers.run(place)
         clips = to_torch(outputs, self._workers.pipeline, self._device)
         outcomes = []
@@ -84,4 +89,5 @@ class GraphStage:
         return clips, outcomes
 
     def close(self) -> None:
+        """Ends the workers."""
         self._workers.close()

@@ -32,6 +32,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file, whatever its encoding and line ends."""
     return split_lines(decode(Path(path).read_bytes()))
 
 

@@ -45,6 +45,8 @@ class _Pps(NamedTuple):
 
 
 class H264Parser(NalParser[_Sps, _Pps]):
+    """H.264 (ITU-T H.264)."""
+
     def __init__(self, extradata: bytes):
         super().__init__(extradata)
         self._count = 0
@@ -68,6 +70,7 @@ class H264Parser(NalParser[_Sps, _Pps]):
             self._pps[pic_parameter_set_id] = _Pps(bits.ue())
 
     def read(self, packet: memoryview) -> FrameHeader:
+        """See `Parser.read`."""
         starts_group = is_reference = self._follows_gap = False
         self._is_intra = True
         counts: list[int] = []
@@ -132,6 +135,7 @@ class H264Parser(NalParser[_Sps, _Pps]):
         return count, field_pic_flag
 
     def formats(self) -> list[StreamFormat]:
+        """See `Parser.formats`."""
         rare = "slice groups" if any(map(_has_slice_groups, self._parameter_sets())) else ""
         return [_format(unit)._replace(rare=rare) for unit in self._parameter_sets() if self._is_sps(unit)]
 

@@ -40,6 +40,8 @@ class _Pps(NamedTuple):
 
 
 class HevcParser(NalParser[_Sps, _Pps]):
+    """HEVC (ITU-T H.265)."""
+
     def __init__(self, extradata: bytes):
         super().__init__(extradata)
         self._ended = False
@@ -72,6 +74,7 @@ class HevcParser(NalParser[_Sps, _Pps]):
             )
 
     def read(self, packet: memoryview) -> FrameHeader:
+        """See `Parser.read`."""
         found = None
         for unit in self._units(packet):
             if len(unit) < 2 or _is_of_other_layer(unit):
@@ -136,6 +139,7 @@ class HevcParser(NalParser[_Sps, _Pps]):
         )
 
     def formats(self) -> list[StreamFormat]:
+        """See `Parser.formats`."""
         return [_format(unit) for unit in self._parameter_sets() if self._is_sps(unit)]
 
     @staticmethod

@@ -7,6 +7,8 @@ from dali_pipelines.bitstream.parser import FrameHeader, Parser, UncertainError
 
 
 class InOrderParser(Parser):
+    """A codec whose packets come in display order."""
+
     reorder = 0
     waits_for_start = True
 
@@ -29,6 +31,7 @@ class InOrderParser(Parser):
         self._size = size
 
     def read(self, packet: memoryview) -> FrameHeader:
+        """See `Parser.read`."""
         self._count += 1
         return self._read(packet)._replace(order=(0, self._count))
 

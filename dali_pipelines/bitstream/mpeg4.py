@@ -45,6 +45,7 @@ class Mpeg4Parser(Parser):
         self._times = (0, 0)  # of the last two references
 
     def read(self, packet: memoryview) -> FrameHeader:
+        """See `Parser.read`."""
         units = list(annex_b(bytes(packet)))
         vops = [unit for unit in units if unit[:1] == _VOP_START]
         if any(_is_layer(unit) and unit != self._unit for unit in units):
@@ -93,9 +94,11 @@ class Mpeg4Parser(Parser):
             raise UncertainError("frames are held back for longer than the stream says")
 
     def formats(self) -> list[StreamFormat]:
+        """See `Parser.formats`."""
         return [_format(self._unit)]
 
     def with_header(self, packet: bytes) -> bytes:
+        """See `Parser.with_header`."""
         return packet if any(map(_is_layer, annex_b(packet))) else self._extradata + packet
 
 

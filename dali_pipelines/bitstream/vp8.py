@@ -5,6 +5,8 @@ from dali_pipelines.bitstream.parser import UNSPECIFIED_MATRIX, FrameHeader, Str
 
 
 class Vp8Parser(InOrderParser):
+    """VP8 (RFC 6386)."""
+
     def _read(self, packet: memoryview) -> FrameHeader:
         is_key, show_frame = not packet[0] & 1, bool(packet[0] & 0x10)
         if is_key:
@@ -14,4 +16,5 @@ class Vp8Parser(InOrderParser):
         return FrameHeader(starts_group=is_key, is_shown=show_frame)
 
     def formats(self) -> list[StreamFormat]:
+        """See `Parser.formats`."""
         return [StreamFormat(matrix=UNSPECIFIED_MATRIX, full_range=False)]
