@@ -89,6 +89,7 @@ class ForPeople:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Writes text, with control characters escaped."""
         core = text.strip("\r")
         if not core.isprintable():
             start = text.index(core)
