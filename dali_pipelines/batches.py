@@ -63,7 +63,7 @@ class LoaderStats:
     faults: list[Fault] = field(default_factory=list)
 
     def count_fallback(self, reason: str, count: int = 1) -> None:
-        """Counts `count` samples that used a fallback for this reason."""
+        """Counts samples that used a fallback, by its reason."""
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + count
 
     def count(self, outcome: Outcome, *, epoch: int, path: str, is_valid: bool) -> None:
@@ -80,7 +80,7 @@ class LoaderStats:
 
     @property
     def clips_per_second(self) -> float:
-        """Clips a second, the time of the consumer included; 0 before the first batch."""
+        """Clips per second of the time that the loader was iterated."""
         return self.clips / self.seconds if self.seconds else 0.0
 
 

@@ -107,7 +107,7 @@ class ClipSource:
         self.__dict__.update(state)
 
     def __call__(self, info: Any) -> tuple[np.ndarray, ...]:
-        """The fields of the sample that DALI asks for; `info` is its SampleInfo."""
+        """The sample at DALI's position `info.idx_in_epoch`."""
         return tuple(self.sample(self._start + info.idx_in_epoch))  # DALI rebuilds what it gets: no named tuple
 
     def sample(self, place: int) -> Sample:

@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     """Pixels that the sides of coded frames must be multiples of."""
 
     def takes(self, height: int, width: int) -> bool:
-        """Whether NVDEC takes frames of this size."""
+        """Whether the engine decodes frames of this size, in pixels."""
         return (
             self.min_width <= width <= self.max_width
             and self.min_height <= height <= self.max_height
@@ -50,7 +50,7 @@ class Limits(NamedTuple):
         )
 
     def is_whole(self, size: tuple[int, int]) -> bool:
-        """Whether the sides of (height, width) `size` are multiples of `block`."""
+        """Whether both sides of the size are multiples of the block."""
         return not any(side % self.block for side in size)
 
 

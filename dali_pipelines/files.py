@@ -91,7 +91,7 @@ def absolute(root: str | os.PathLike[str]) -> str:
 
 
 def as_source(video: VideoLike) -> Source:
-    """The source of a path or URL."""
+    """The source of a path; a `Source` stays as it is."""
     return video if isinstance(video, Source) else Source(os.fspath(video))
 
 

@@ -29,7 +29,7 @@ def is_video_name(path: str | os.PathLike[str]) -> bool:
 
 
 class Found(NamedTuple):
-    """The videos of a folder."""
+    """The videos found below a folder."""
 
     videos: list[str]
     """Paths relative to the folder, sorted."""

@@ -48,7 +48,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What is known about a GPU."""
+    """A GPU and the decoding rates of its NVDEC engines."""
 
     name: str
     engines: int

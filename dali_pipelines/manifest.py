@@ -180,7 +180,7 @@ class Manifest:
 
     @property
     def labels(self) -> np.ndarray:
-        """The class number of each video, int64 [N]."""
+        """Label of each video, [N]."""
         return self._rows["label"]
 
     def column(self, name: str) -> np.ndarray:
@@ -206,7 +206,7 @@ class Manifest:
 
     @property
     def listed(self) -> int:
-        """Videos that the manifest was made from."""
+        """Number of videos listed when indexing, rejected ones included."""
         return len(self) + self.rejected
 
     @property
@@ -331,7 +331,7 @@ class Manifest:
 
     @classmethod
     def map_arrays(cls, folder: str | os.PathLike[str], root: str | os.PathLike[str]) -> "Manifest":
-        """Opens a table that `save_arrays` has written to `folder`."""
+        """Maps the arrays that another process saved in `folder`; they are shared, not copied."""
         manifest = cls((), root=root)
         manifest._rows = np.load(os.path.join(folder, "rows.npy"), mmap_mode="r")
         manifest._paths = np.load(os.path.join(folder, "paths.npy"), mmap_mode="r")

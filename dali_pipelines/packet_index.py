@@ -168,7 +168,7 @@ class Recorder:
             os.close(self._file)
 
     def __call__(self, packet: VideoPacket) -> None:
-        """Notes where a packet is, and its checksum."""
+        """Records one packet of the demuxer."""
         if self._refusal:
             return
         data = bytes(packet)
@@ -284,7 +284,7 @@ class IndexedVideo:
 
     @property
     def packets_read(self) -> int:
-        """See `PacketSource.packets_read`."""
+        """Number of packets read so far."""
         return len(self._data)
 
     @functools.cached_property

@@ -119,12 +119,12 @@ class View:
 
     @property
     def entries_per_video(self) -> int:
-        """Entries that the windows of a video make."""
+        """Samples that a video is spread over."""
         return -(-self.num_windows // (self.windows_at_once or self.num_windows))
 
     @property
     def windows_per_entry(self) -> int:
-        """Windows, each of `num_frames` frames, that an entry has."""
+        """Windows in each of these samples."""
         return self.views_per_decode * (self.windows_at_once or self.num_windows)
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Strategy(Protocol):
-    """Places the points of a clip over a window."""
+    """How a window's frames are spaced."""
 
     def __call__(self, *, window: float, frames: int, num_frames: int, start: float) -> np.ndarray:
         """`num_frames` points, ascending, in units of frames; those past the last frame count as the last one.

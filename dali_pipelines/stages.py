@@ -21,7 +21,7 @@ from dali_pipelines.workers import Workers
 
 
 class Stage(Protocol):
-    """Makes clips of the samples of a batch."""
+    """Turns the workers' samples into batches of clips."""
 
     def run(self, place: int) -> tuple[torch.Tensor, list[Outcome]]:
         """The clips [B, C, T, H, W], or [B, V, C, T, H, W] for several a sample, and the results of the batch whose
@@ -52,7 +52,7 @@ class HostStage:
         return clips.squeeze(1) if cut.clips == 1 else clips, outcomes
 
     def close(self) -> None:
-        """See `Stage.close`."""
+        """Ends the workers."""
         self._workers.close()
 
 
@@ -89,5 +89,5 @@ class GraphStage:
         return clips, outcomes
 
     def close(self) -> None:
-        """See `Stage.close`."""
+        """Ends the workers."""
         self._workers.close()

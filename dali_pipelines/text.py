@@ -32,7 +32,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a file without their ends."""
+    """The lines of a text file, whatever its encoding and line ends."""
     return split_lines(decode(Path(path).read_bytes()))
 
 
@@ -89,7 +89,7 @@ class ForPeople:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Writes text, with control characters shown."""
+        """Writes text, with control characters escaped."""
         core = text.strip("\r")
         if not core.isprintable():
             start = text.index(core)

@@ -71,12 +71,12 @@ class Watchdog:
         return [each for each in found if each[0] not in (None, 0, -signal.SIGTERM) and each[1] != NOTHING]
 
     def kill(self) -> None:
-        """Kills all workers."""
+        """Kills the workers."""
         for process in self._processes:
             process.kill()
 
     def stop(self) -> None:
-        """Ends the watch, and removes the workers' notes."""
+        """Ends the watching thread."""
         self._stop.set()
         if self._thread is not threading.current_thread():  # or it was started by the garbage collector
             self._thread.join()

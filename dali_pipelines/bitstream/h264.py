@@ -45,7 +45,7 @@ class _Pps(NamedTuple):
 
 
 class H264Parser(NalParser[_Sps, _Pps]):
-    """Reads slice headers; frames may be coded as two fields in one packet."""
+    """H.264 (ITU-T H.264)."""
 
     def __init__(self, extradata: bytes):
         super().__init__(extradata)

@@ -40,7 +40,7 @@ class _Pps(NamedTuple):
 
 
 class HevcParser(NalParser[_Sps, _Pps]):
-    """Reads slice headers of the base layer."""
+    """HEVC (ITU-T H.265)."""
 
     def __init__(self, extradata: bytes):
         super().__init__(extradata)

@@ -7,7 +7,7 @@ from dali_pipelines.bitstream.parser import FrameHeader, Parser, UncertainError
 
 
 class InOrderParser(Parser):
-    """Numbers the frames as they come."""
+    """A codec whose packets come in display order."""
 
     reorder = 0
     waits_for_start = True

@@ -8,7 +8,7 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class MjpegParser(InOrderParser):
-    """Every packet is a frame that refers to no other."""
+    """Motion JPEG: every packet is a frame of its own."""
 
     _place, _header = 0, b""  # of the last header of a frame: most packets have the same one at the same place
 

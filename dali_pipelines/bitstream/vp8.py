@@ -5,7 +5,7 @@ from dali_pipelines.bitstream.parser import UNSPECIFIED_MATRIX, FrameHeader, Str
 
 
 class Vp8Parser(InOrderParser):
-    """A group starts at each key frame."""
+    """VP8 (RFC 6386)."""
 
     def _read(self, packet: memoryview) -> FrameHeader:
         is_key, show_frame = not packet[0] & 1, bool(packet[0] & 0x10)

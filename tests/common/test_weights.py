@@ -192,7 +192,7 @@ def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
             [],
             "x.safetensors: not the weights that train.py writes; for other weights",
         ),
-        (tmp_path / "x.safetensors", golden_config, [], "not weights of a vision transformer that are known here"),
+        (tmp_path / "x.safetensors", golden_config, [], "not weights of a known vision transformer"),
         (path, golden_config, ["data.labels=null"], "tiny.pdparams: names no classes; name a file that does"),
         (
             path,
@@ -237,7 +237,7 @@ def test_the_commands_as_a_user_runs_them(golden_config, weights, tmp_path, smal
     assert ours.stdout == theirs.stdout and "class " in ours.stdout, theirs.stderr
     assert "63 tensors loaded" in theirs.stderr
     again = run("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)
-    assert again.returncode == 2 and "converted.safetensors: is there already" in again.stderr
+    assert again.returncode == 2 and "converted.safetensors: already exists" in again.stderr
     average = run("weights.py", "average", out, out, "--out", tmp_path / "mean.safetensors")
     assert average.returncode == 0 and "mean of 2 files" in average.stdout
     assert (
