@@ -180,7 +180,7 @@ class Manifest:
 
     @property
     def labels(self) -> np.ndarray:
-        """Label of each video, [N]."""
+        """The label of each video, int64 [N]."""
         return self._rows["label"]
 
     def column(self, name: str) -> np.ndarray:
