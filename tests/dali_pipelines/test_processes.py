@@ -297,12 +297,17 @@ def test_ends_with_the_parent_only(tmp_path):
 
 def test_ctrl_c_waits_until_the_workers_have_their_input():
     """Also if the signal comes to a thread that was there before: Python handles it in the main thread all the same."""
-    go, reached = threading.Event(), False
+    go, reached = threading.Event(), threading.Event()
     other = threading.Thread(target=lambda: (go.wait(), signal.raise_signal(signal.SIGINT)))
     other.start()
-    with pytest.raises(KeyboardInterrupt), _blocked_interrupt():
-        go.set()
-        other.join()
-        time.sleep(0.1)
-        reached = True
-    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def start_workers() -> None:
+        with _blocked_interrupt():
+            go.set()
+            other.join()
+            time.sleep(0.1)
+            reached.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        start_workers()
+    assert reached.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
