@@ -209,4 +209,6 @@ def _dask_executor(address: str) -> Iterator[Executor]:
         except Exception as error:
             if not type(error).__module__.startswith("distributed"):
                 raise
-            raise InputError(f"--scheduler {address}: {type(error).__name__}: {error}; run it again to continue") from None
+            raise InputError(
+                f"--scheduler {address}: {type(error).__name__}: {error}; run it again to continue"
+            ) from None

@@ -45,7 +45,7 @@ class Recovery:
         self._scored.append((batch.sample_ids, batch.valid, scores))
 
     def note_good_step(self) -> None:
-        """Note that this step updates the weights: past all steps that were left out, the count of rollbacks restarts."""
+        """Note that this step updates the weights: if it is past all steps left out, rollbacks are counted anew."""
         if self._state.step > max(self._state.left_out, default=-1):
             self._rollbacks = 0
 
