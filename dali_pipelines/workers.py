@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -244,10 +245,20 @@ def _blocked_interrupt() -> Iterator[None]:
     """Processes that start in its block never see Ctrl-C: this one handles it, and theirs would be tracebacks."""
     resource_tracker.ensure_running()  # its own start, within the first spawn, would lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # The signal may come to another thread. Python then runs the handler in this one, and an exception between the
+    # start of a process and the end of its input is a traceback there.
+    handler, came = signal.getsignal(signal.SIGINT), threading.Event()
+    is_ours = handler is not None and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        signal.signal(signal.SIGINT, lambda *_: came.set())
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_ours:
+            signal.signal(signal.SIGINT, handler)
+        if came.is_set():
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import pytest
 from dali_pipelines import ClipLoader, Manifest
 from dali_pipelines.probe import probe
 from dali_pipelines.processes import TemporaryFolder, end_with_parent, semaphores_named_after
+from dali_pipelines.workers import _blocked_interrupt
 from tests.videos import textured, write_video
 
 PROJECT = Path(__file__).parents[2]
@@ -292,3 +293,21 @@ def test_ends_with_the_parent_only(tmp_path):
     assert os.getpgid(0) == group
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         assert pool.submit(os.getpgid, 0).result() != group
+
+
+def test_ctrl_c_waits_until_the_workers_have_their_input():
+    """Also if the signal comes to a thread that was there before: Python handles it in the main thread all the same."""
+    go, reached = threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: (go.wait(), signal.raise_signal(signal.SIGINT)))
+    other.start()
+
+    def start_workers() -> None:
+        with _blocked_interrupt():
+            go.set()
+            other.join()
+            time.sleep(0.1)
+            reached.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        start_workers()
+    assert reached.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
