@@ -32,7 +32,7 @@ def export_torch(
 ) -> str:
     """Writes a .pt2 file, loads it and compares it; returns the result to print. Raises `MismatchError`."""
     if precision == "int8":
-        raise InputError("--precision int8 is for --format onnx; expected float32 or float16")
+        raise InputError("--precision int8 needs --format onnx; expected float32 or float16")
     network = Classifier(weights, views=views, precision=precision)
     metadata = write_header(weights, format=FORMAT, views=views, precision=precision)
     with verified(path) as unverified:
