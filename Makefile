@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Every target makes the environment in .venv first.
+# Two commands on a fresh machine: `make demo` and `make test`. Every target first creates the environment in .venv.
 # For contributors: `make quick` before a commit, `make docs`, and `make torture` (an hour: docs/torture.md).
 
 SHELL := /bin/bash
@@ -16,7 +16,7 @@ step = { $(2); } || { code=$$?; echo "make $@: failed at: $(1)" >&2; exit $$code
 
 demo: $(READY)
 	@echo "== 1/4 demo videos"
-	@$(call step,making the demo videos,test -f data/demo/val.csv || $(BIN)/python prepare.py demo --out data/demo)
+	@$(call step,rendering the demo videos,test -f data/demo/val.csv || $(BIN)/python prepare.py demo --out data/demo)
 	@echo "== 2/4 training"
 	@$(call step,training,$(BIN)/python train.py -c configs/demo.yaml --resume)
 	@echo "== 3/4 evaluation with three crops"
@@ -26,7 +26,7 @@ demo: $(READY)
 	@$(call step,prediction,$(BIN)/python predict.py -w $(OUTPUT)/best.safetensors $(VIDEO) \
 	    --picture $(OUTPUT)/prediction.png)
 	@echo
-	@echo "make demo: done. On videos that it was never trained on: $$(tail -n 1 $(OUTPUT)/evaluation.txt)"
+	@echo "make demo: done. On videos that it never trained on: $$(tail -n 1 $(OUTPUT)/evaluation.txt)"
 	@echo "  best weights   $(OUTPUT)/best.safetensors"
 	@echo "  TensorBoard    $(BIN)/tensorboard --logdir $(OUTPUT)/tensorboard"
 	@echo "  prediction     $(OUTPUT)/prediction.png"
@@ -56,11 +56,11 @@ environment: $(READY)
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "make: Python 3.11 or newer is needed as '$(PYTHON)': apt install python3 (or make PYTHON=python3.12 ...)" >&2; \
+	    echo "make: '$(PYTHON)' must be Python 3.11 or newer: apt install python3 (or make PYTHON=python3.12 ...)" >&2; \
 	    exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "make: Python's venv module is missing: apt install python3-venv" >&2; exit 1; }
-	@echo "== environment in .venv (once)"
-	@$(call step,making the environment in .venv,$(PYTHON) -m venv .venv && \
+	@echo "== creating the environment in .venv (once)"
+	@$(call step,creating the environment in .venv,$(PYTHON) -m venv .venv && \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt)
 	@touch $@

@@ -1,4 +1,4 @@
-"""Installs the packages and the command `dali-timesformer`. The lower bounds are the oldest tested versions."""
+"""Installs the packages and the command `dali-timesformer`. Lower bounds are the oldest versions tested."""
 
 import runpy
 

@@ -1,1 +1,1 @@
-"""The command lines: they parse arguments, call the other packages and report. Top-level scripts only start them."""
+"""The command lines: parse arguments, call the other packages and report. The top-level scripts only start them."""

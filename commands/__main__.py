@@ -14,7 +14,7 @@ _USAGE = f"usage: dali-timesformer {{{','.join(COMMANDS)}}} ...\n       dali-tim
 
 
 def main() -> None:
-    """Runs the command that the first argument names; exits with its status."""
+    """Runs the command named by the first argument and exits with its status."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name == "--version":
         print(VERSION)

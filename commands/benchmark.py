@@ -1,4 +1,4 @@
-"""Measures the speed of the loader, the network and training, beside peers that do the same.
+"""Measures the speed of the loader, the network and training, and compares it with alternatives.
 
 python benchmark.py loader my_videos
 python benchmark.py loader a.mp4 b.webm train.csv --workers 8 --clips 512 --out output/benchmark
@@ -22,23 +22,23 @@ def main() -> None:
     """Parses the command line and runs a benchmark."""
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
     commands = parser.add_subparsers(dest="command", required=True)
-    loader = commands.add_parser("loader", help="clips per second of the loader, its peers and the floor")
+    loader = commands.add_parser("loader", help="clips per second of our loader, other loaders and decoding alone")
     loader.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
     loader.add_argument("--contestants", nargs="+", metavar="NAME", help="contestants to time (default: all)")
     loader.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is a GPU")
-    loader.add_argument("--workers", type=int, help="processes that decode (default: 2; on a GPU one per core)")
+    loader.add_argument("--workers", type=int, help="worker processes (default: 2; on a GPU one per core)")
     loader.add_argument("--clips", type=int, default=96, help="CPU: clips to time per run, rounded up (default 96)")
     loader.add_argument("--rounds", type=int, help="runs of each contestant (default 5; on a GPU 3)")
     loader.add_argument("--num-frames", type=int, default=8, help="frames per clip (default 8)")
     loader.add_argument("--crop-size", type=int, default=224, help="side of a clip in pixels (default 224)")
     loader.add_argument("--batch-size", type=int, help="clips per batch (default 8; on a GPU 32)")
-    loader.add_argument("--gop", type=int, help="CPU: make and measure copies with groups of N frames", metavar="N")
+    loader.add_argument("--gop", type=int, help="CPU: measure copies of the videos with GOP N", metavar="N")
     loader.add_argument("--threads", type=int, default=16, help="GPU: threads that feed NVDEC (default 16)")
     loader.add_argument(
         "--sizes", type=int, default=24, help="GPU: number of frame sizes in the third set (default 24)"
     )
-    loader.add_argument("--seconds", type=float, default=10, help="GPU: seconds of a run (default 10)")
-    loader.add_argument("--quick", action="store_true", help="GPU: a single run of 3 seconds each, about three minutes")
+    loader.add_argument("--seconds", type=float, default=10, help="GPU: length of a run in seconds (default 10)")
+    loader.add_argument("--quick", action="store_true", help="GPU: one run of 3 seconds each, three minutes in all")
     loader.add_argument(
         "--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON and PNG"
     )
@@ -47,22 +47,22 @@ def main() -> None:
     )
     soak.add_argument("videos", nargs="+", metavar="PATH", help="videos, folders of videos, manifests (.csv)")
     soak.add_argument("--clips", type=int, default=10_000, help="clips to load (default 10000)")
-    soak.add_argument("--workers", type=int, default=2, help="processes that decode (default 2)")
+    soak.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
     soak.add_argument("--batch-size", type=int, default=8, help="clips per batch (default 8)")
     soak.add_argument("--crop-size", type=int, default=224, help="side of a clip in pixels (default 224)")
-    soak.add_argument("--sizes", type=int, metavar="N", help="make and load copies of N frame sizes")
-    model = commands.add_parser("model", help="time and memory of the network and its peers")
+    soak.add_argument("--sizes", type=int, metavar="N", help="load copies of the videos in N frame sizes")
+    model = commands.add_parser("model", help="time and memory of our network and of other implementations")
     model.add_argument("--size", default="base", help="base (default), small or tiny")
     model.add_argument("--batch-size", type=int, help="clips per batch (default 2; on a GPU 8 and 32)")
     model.add_argument("--num-frames", type=int, default=8, help="frames per clip (default 8)")
     model.add_argument("--image-size", type=int, default=224, help="side of a clip in pixels (default 224)")
-    model.add_argument("--rounds", type=int, help="turns of each contestant (default 5)")
+    model.add_argument("--rounds", type=int, help="runs of each contestant (default 5)")
     model.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
     model.add_argument(
         "--compile", action="store_true", help="CPU: also time our network under torch.compile (takes minutes)"
     )
-    model.add_argument("--quick", action="store_true", help="GPU: two turns of two seconds each, about four minutes")
-    model.add_argument("--fit", action="store_true", help="instead, determine how many clips fit into a GPU's memory")
+    model.add_argument("--quick", action="store_true", help="GPU: two runs of 2 seconds each, four minutes in all")
+    model.add_argument("--fit", action="store_true", help="only determine how many clips fit in a GPU's memory")
     model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON")
     train = commands.add_parser("train", help="clips per second of a run's loader, its network, and both together")
     train.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
@@ -75,9 +75,11 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="override values of the file",
     )
-    train.add_argument("--steps", type=int, default=30, help="optimizer steps to time per turn (default 30)")
-    train.add_argument("--rounds", type=int, default=5, help="turns of each contestant (default 5)")
-    train.add_argument("--split-cores", action="store_true", help="CPU: half for the loader, half for the network")
+    train.add_argument("--steps", type=int, default=30, help="optimizer steps per run (default 30)")
+    train.add_argument("--rounds", type=int, default=5, help="runs of each contestant (default 5)")
+    train.add_argument(
+        "--split-cores", action="store_true", help="CPU: give half the cores to the loader, half to the network"
+    )
     train.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON")
     arguments = vars(parser.parse_args())
     for name, value in arguments.items():

@@ -1,4 +1,4 @@
-"""Evaluates weights on a manifest: three crops a video, mean of their probabilities, every video exactly once.
+"""Evaluates weights on a manifest: averages the probabilities of three crops per video; each video counts once.
 
 python evaluate.py -w output/demo/best.safetensors -c configs/demo.yaml
 python evaluate.py -w best.safetensors -o data.test=my_videos.csv --windows 4 --average score
@@ -26,8 +26,8 @@ def main() -> int:
         action="append",
         help="best.safetensors of a run, or with -c third-party weights; several -w: an ensemble",
     )
-    mode.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, or their results.json")
-    mode.add_argument("--report", type=Path, metavar="DIR", help="only rewrite report.html in a folder of results")
+    mode.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results folders, or their results.json")
+    mode.add_argument("--report", type=Path, metavar="DIR", help="only rewrite report.html in a results folder")
     parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
     parser.add_argument(
         "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
@@ -43,7 +43,10 @@ def main() -> int:
         "--average", default="prob", metavar="prob|score", help="average probabilities or logits (default prob)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the results (default: `evaluation` beside the first weights)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: `evaluation` beside the first weights)",
     )
     arguments = parser.parse_args()
 
@@ -76,8 +79,8 @@ def main() -> int:
     out = arguments.out or results_folder(names[0])
     with start_process(config.device) as process:
         if process.is_main:
-            prepare_folder(out)  # before hours of work
-            lock = FolderLock(out, remedy="wait until it has ended, or name another folder with --out")
+            prepare_folder(out)  # fails before hours of work
+            lock = FolderLock(out, remedy="wait until it ends, or name another folder with --out")
             for _, _, adapted in opened:
                 if adapted:
                     print(adapted, flush=True)
@@ -94,7 +97,7 @@ def main() -> int:
                 write_report(out)
                 lock.release()
                 print(f"{out}: {', '.join((*FILES, REPORT))}")
-            finally:  # a full disk must not cost the numbers
+            finally:  # a full disk must not lose the numbers
                 print(results_text(results), flush=True)
             if failed:
                 remedy = "makes it 0" if predictions.valid.any() else "does not help if none can"
@@ -103,5 +106,5 @@ def main() -> int:
                     f"and count as wrong; --allow-missing {remedy}",
                     file=sys.stderr,
                 )
-        process.barrier()  # torchrun ends all processes once one fails: not before everything is printed
+        process.barrier()  # torchrun ends all processes once one fails, so first print everything
     return int(failed)

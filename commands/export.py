@@ -1,4 +1,4 @@
-"""Exports weights to files that other software runs, and checks each against the network before it is saved.
+"""Exports weights to formats that other software runs, and checks each export before it is saved.
 
 python export.py -w best.safetensors --format onnx --out best.onnx
 python export.py -w best.safetensors --format onnx --views 3 --precision float16 --out best.onnx --videos *.mp4
@@ -33,16 +33,18 @@ def main() -> int:
     precisions = dict.fromkeys(itertools.chain.from_iterable(each.precisions for each in FORMATS.values()))
     parser.add_argument("--precision", choices=tuple(precisions), default="float32")
     parser.add_argument(
-        "--views", type=int, choices=(1, 3), default=1, help="3: the export averages over a video's three crops"
+        "--views", type=int, choices=(1, 3), default=1, help="3: the export averages the three crops of a video"
     )
     parser.add_argument(
         "--videos",
         nargs="+",
         default=[],
         metavar="VIDEO",
-        help="files or a manifest to compare on (default: those of the run)",
+        help="files or a manifest to compare on (default: the run's validation videos)",
     )
-    parser.add_argument("--triton", type=Path, metavar="DIR", help="also, or only, write a model repository for Triton")
+    parser.add_argument(
+        "--triton", type=Path, metavar="DIR", help="write a Triton model repository; --out is then optional"
+    )
     parser.add_argument("--tensorrt", action="store_true", help="also build an engine, with onnxruntime's provider")
     arguments = parser.parse_args()
     _check_arguments(arguments)
@@ -85,31 +87,31 @@ def main() -> int:
 
 
 def _outputs() -> str:
-    """The files and folders that --out names."""
+    """Says what --out names for each format."""
     return "; ".join(
         f"{name}: {each.description}" + (f" ({each.suffix})" if each.suffix else "") for name, each in FORMATS.items()
     )
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises `InputError` for everything that is wrong before weights are loaded."""
+    """Checks the arguments before weights are loaded. Raises `InputError`."""
     chosen = FORMATS[arguments.format]
     for name in ("triton", "tensorrt"):
         if arguments.format != "onnx" and getattr(arguments, name):
-            raise InputError(f"--{name} is for --format onnx; here it is {arguments.format}")
+            raise InputError(f"--{name} needs --format onnx, not {arguments.format}")
     if arguments.precision not in chosen.precisions:
         formats = [name for name, each in FORMATS.items() if arguments.precision in each.precisions]
         raise InputError(
-            f"--precision {arguments.precision} is for --format {' and '.join(formats)}; here only "
-            f"{' and '.join(chosen.precisions)}"
+            f"--precision {arguments.precision} needs --format {' or '.join(formats)}; {arguments.format} supports "
+            f"only {' and '.join(chosen.precisions)}"
         )
     if arguments.views not in chosen.views:
         formats = [name for name, each in FORMATS.items() if arguments.views in each.views]
-        raise InputError(f"--views {arguments.views} is for --format {' and '.join(formats)}")
+        raise InputError(f"--views {arguments.views} needs --format {' or '.join(formats)}")
     if arguments.tensorrt and arguments.precision == "int8":
-        raise InputError("--tensorrt takes float32 or float16: TensorRT does not read dynamic int8")
+        raise InputError("--tensorrt needs --precision float32 or float16: TensorRT cannot read dynamic int8")
     if arguments.out is None and arguments.triton is None:
-        raise InputError(f"--out is missing: name what to write. {_outputs()}")
+        raise InputError(f"--out is missing: name the output. {_outputs()}")
     if arguments.out is None:
         return
     if chosen.suffix and arguments.out.suffix != chosen.suffix:

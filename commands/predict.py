@@ -4,7 +4,7 @@ python predict.py -w output/demo/best.safetensors video.mp4
 python predict.py -w best.safetensors folder 'more/*.mp4' val.csv --json
 find . -name '*.mp4' | python predict.py -w best.safetensors - --csv > predictions.csv
 python predict.py -w best.safetensors long.mp4 --windows 20 --picture timeline.png
-python predict.py -w best.safetensors video.mp4 --explain where.png
+python predict.py -w best.safetensors video.mp4 --explain attention.png
 python predict.py -w best.safetensors val.csv --features val.npz
 python predict.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml video.mp4
 
@@ -40,12 +40,12 @@ def main() -> int:
         "videos",
         nargs="+",
         metavar="VIDEO",
-        help="files, folders, quoted globs, manifests (.csv); - for paths on stdin, one a line",
+        help="files, folders, quoted globs, manifests (.csv); - for paths on stdin, one per line",
     )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to print (default 5)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a JSON object per video, one a line")
-    form.add_argument("--csv", action="store_true", help="print a row per video, and per window with --windows")
+    form.add_argument("--json", action="store_true", help="print one JSON object per video and line")
+    form.add_argument("--csv", action="store_true", help="print one row per video and, with --windows, one per window")
     parser.add_argument(
         "--windows", type=int, default=1, metavar="N", help="predict N windows of each video, as a timeline"
     )
@@ -59,12 +59,12 @@ def main() -> int:
         "--explain",
         type=Path,
         metavar="PATH",
-        help="plot the attention: an image file for one video, or a folder with one for each",
+        help="plot attention maps: an image file for one video, or a folder for several",
     )
     parser.add_argument(
-        "--features", type=Path, metavar="FILE.npz", help="write the features of each video: the inputs of the head"
+        "--features", type=Path, metavar="FILE.npz", help="write the features of each video (the inputs of the head)"
     )
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the config's, auto)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: from the config, where it is auto)")
     arguments = parser.parse_args()
     _check_arguments(arguments)
 
@@ -117,7 +117,7 @@ def main() -> int:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises `InputError` for everything that is wrong before weights are loaded."""
+    """Checks the arguments before weights are loaded. Raises `InputError`."""
     from serving.video_arguments import count, find_videos
 
     for name, value in (("--top-k", arguments.top_k), ("--windows", arguments.windows)):
@@ -134,7 +134,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         if path.suffix.lower() not in _IMAGE_SUFFIXES:
             raise InputError(f"{name} {path}: expected a name that ends in {', '.join(_IMAGE_SUFFIXES)}")
     if arguments.explain and arguments.windows > 1:
-        raise InputError("--explain draws the first window; leave out --windows")
+        raise InputError("--explain draws only the first window; omit --windows")
     if arguments.features and arguments.features.suffix != ".npz":
         raise InputError(f"--features {arguments.features}: expected a name that ends in .npz")
     if arguments.features and not arguments.features.parent.is_dir():
@@ -142,14 +142,14 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 class _Plots:
-    """Draws the plots that --picture and --explain ask for."""
+    """Draws the plots for --picture and --explain."""
 
     def __init__(self, arguments: argparse.Namespace, classes: Sequence[str], preprocessing: Mapping[str, Any]):
         self._picture: Path | None = arguments.picture
         self._explain: Path | None = arguments.explain
         self._classes = classes
         self._normalisation = {key: preprocessing[key] for key in ("mean", "std")}
-        self._names: dict[str, int] = {}  # name -> number of plots in the folder with it
+        self._names: dict[str, int] = {}  # name -> number of plots with it in the folder
         if self._explain and self._explain.suffix.lower() not in _IMAGE_SUFFIXES:
             self._explain.mkdir(exist_ok=True)
 
@@ -179,7 +179,7 @@ class _Plots:
     def _draw_explanation(self, path: Path, prediction: "Prediction") -> None:
         from serving.pictures import save_explanation
 
-        assert prediction.attention is not None  # --explain asks for it
+        assert prediction.attention is not None  # --explain computes it
         best = self._best(prediction)
         title = f"{Path(prediction.video).name}: {best['class']} {best['probability']:.2f}"
         save_explanation(path, prediction.views[1], prediction.attention, title=title, **self._normalisation)
@@ -190,7 +190,7 @@ class _Plots:
         return top_classes(prediction.probabilities, 1, self._classes)[0]
 
     def _path_in(self, explain: Path, video: str) -> Path:
-        """`explain` itself if it names an image file, otherwise a new name in that folder."""
+        """Returns `explain` if it names an image file, otherwise a new name in that folder."""
         if explain.suffix.lower() in _IMAGE_SUFFIXES:
             return explain
         name = Path(video).stem

@@ -55,11 +55,11 @@ from preparation.pack import pack
 from preparation.transcode import CODECS as ENCODERS
 from preparation.transcode import Job, Settings, size_text
 
-_SHOWN = 10  # rejected videos that are printed; the file lists all
+_SHOWN = 10  # rejected videos to print; the file lists all
 
 
 def main() -> None:
-    """Parses the command line and runs a verb."""
+    """Parses the command line and runs a subcommand."""
     parser = argparse.ArgumentParser(description="Make the manifests that training reads.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     workers = argparse.ArgumentParser(add_help=False)
@@ -72,9 +72,11 @@ def main() -> None:
         metavar="S",
         help="reject a file that takes longer (default %(default)g s)",
     )
-    pool.add_argument("--executor", choices=["processes", "dask"], default="processes", help="what runs the work")
-    pool.add_argument("--scheduler", metavar="ADDRESS", help="of the dask scheduler, such as tcp://node1:8786")
-    pool.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="only part i (from 0) of n")
+    pool.add_argument(
+        "--executor", choices=["processes", "dask"], default="processes", help="run on this machine, or on dask workers"
+    )
+    pool.add_argument("--scheduler", metavar="ADDRESS", help="the dask scheduler's, such as tcp://node1:8786")
+    pool.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="process only part i (from 0) of n")
     probing = argparse.ArgumentParser(add_help=False, parents=[pool])
     probing.add_argument(
         "--max-pixels",
@@ -94,20 +96,20 @@ def main() -> None:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo, **vars(probing.parse_args([])) | {"workers": None})
 
-    listed = verbs.add_parser("index", parents=[probing], help="a manifest from a list of `path label` lines")
-    listed.add_argument("--list", type=Path, required=True, help="lines `path label`, as for PaddleVideo")
+    listed = verbs.add_parser("index", parents=[probing], help="make a manifest from a list of `path label` lines")
+    listed.add_argument("--list", type=Path, required=True, help="file of `path label` lines, as for PaddleVideo")
     listed.add_argument("--root", default=".", metavar="DIR", help="folder or URL that paths are relative to")
     listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     listed.add_argument(
         "--classes",
         "--labels",
         metavar="FROM",
-        help="class names: a file with one per line, or a manifest with these classes",
+        help="class names: a file with one per line, or a manifest with the same classes",
     )
     listed.set_defaults(run=_index)
 
     folder = verbs.add_parser(
-        "folder", parents=[probing], help="manifests from a folder that holds one folder of videos per class"
+        "folder", parents=[probing], help="make manifests from a folder with one folder of videos per class"
     )
     folder.add_argument("folder", type=Path, metavar="DIR")
     folder.add_argument(
@@ -117,13 +119,13 @@ def main() -> None:
     folder.add_argument(
         "--classes",
         metavar="FROM",
-        help="for further splits: a manifest, or a file of class names, that defines the labels (default: the folders)",
+        help="for more splits: a manifest, or a file of class names, that defines the labels (default: the folders)",
     )
     folder.set_defaults(run=_folder)
 
     for count, name in ((400, "k400"), (600, "k600"), (700, "k700")):
         kinetics = verbs.add_parser(
-            f"kinetics{count}", parents=[probing], help=f"manifests of Kinetics-{count} from its annotations"
+            f"kinetics{count}", parents=[probing], help=f"make manifests of Kinetics-{count} from its annotations"
         )
         kinetics.add_argument(
             "--annotations",
@@ -140,34 +142,34 @@ def main() -> None:
         kinetics.add_argument("--labels", metavar="FILE", help="class names, one per line")
         kinetics.set_defaults(run=_kinetics, classes=count)
 
-    ucf101 = verbs.add_parser("ucf101", parents=[probing], help="manifests of UCF101 from its splits")
+    ucf101 = verbs.add_parser("ucf101", parents=[probing], help="make manifests of UCF101 from its splits")
     ucf101.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder ucfTrainTestlist")
     ucf101.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
-    ucf101.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="which of the three (default 1)")
+    ucf101.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="split to use (default 1)")
     ucf101.add_argument(
         "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
     )
     ucf101.set_defaults(run=_ucf101)
 
-    budget = verbs.add_parser("budget", help="will decoding starve the training, and what would help")
+    budget = verbs.add_parser("budget", help="estimate whether decoding keeps up with training, and what would help")
     budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="manifest of the training videos")
-    budget.add_argument("-c", "--config", metavar="FILE", help="YAML of the experiment (default: ViT-B, 8 frames)")
+    budget.add_argument("-c", "--config", metavar="FILE", help="YAML file of the run (default: ViT-B, 8 frames)")
     budget.add_argument(
         "-o", "--override", nargs="+", default=[], metavar="KEY=VALUE", help="override values of the config"
     )
-    budget.add_argument("--gpu", metavar="NAME", help="GPU that trains: a100, h100, h200, ... (default: measure here)")
-    budget.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many of them (default 1)")
+    budget.add_argument("--gpu", metavar="NAME", help="training GPU: a100, h100, h200, ... (default: measure here)")
+    budget.add_argument("--gpus", type=_count, default=1, metavar="N", help="number of GPUs (default 1)")
     budget.add_argument(
-        "--cores", type=_count, metavar="N", help="CPU cores of the training machine (default: those here)"
+        "--cores", type=_count, metavar="N", help="CPU cores of the training machine (default: as here)"
     )
-    budget.add_argument("--network-clips", type=_positive, metavar="N", help="clips/s that one GPU trains, if measured")
+    budget.add_argument("--network-clips", type=_positive, metavar="N", help="measured clips/s of training on one GPU")
     budget.add_argument("--samples", type=_count, default=200, metavar="N", help="videos to sample (default 200)")
     budget.add_argument("--json", action="store_true", help="print the numbers as JSON")
     budget.set_defaults(run=_budget)
 
     patient = copy.deepcopy(pool)
     patient.set_defaults(timeout=600)
-    transcode = verbs.add_parser("transcode", parents=[patient], help="copies of a manifest's videos that decode fast")
+    transcode = verbs.add_parser("transcode", parents=[patient], help="make copies of the videos that decode fast")
     transcode.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
     transcode.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the copies and their manifest"
@@ -177,17 +179,17 @@ def main() -> None:
         type=_count,
         default=256,
         metavar="PIXELS",
-        help="short side of the copies at most (default 256)",
+        help="largest short side of the copies (default 256)",
     )
-    transcode.add_argument("--gop", type=_count, default=16, metavar="N", help="frames per group (default 16)")
+    transcode.add_argument("--gop", type=_count, default=16, metavar="N", help="frames per GOP (default 16)")
     transcode.add_argument("--codec", choices=list(ENCODERS), default="h264")
     crfs = ", ".join(f"{name} {codec.crf}" for name, codec in ENCODERS.items())
-    transcode.add_argument("--crf", type=int, metavar="N", help=f"lower is better and larger (default: {crfs})")
+    transcode.add_argument(
+        "--crf", type=int, metavar="N", help=f"quality; lower is better, with larger files (default: {crfs})"
+    )
     transcode.set_defaults(run=_transcode)
 
-    packing = verbs.add_parser(
-        "pack", parents=[pool], help="a manifest's videos in a few large files, for shared disks"
-    )
+    packing = verbs.add_parser("pack", parents=[pool], help="pack the videos into a few large files, for shared disks")
     packing.add_argument("-m", "--manifest", type=Path, required=True, metavar="FILE")
     packing.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the shards and their manifest"
@@ -244,7 +246,7 @@ def _folder(arguments: argparse.Namespace) -> None:
 def _kinetics(arguments: argparse.Namespace) -> None:
     classes = kinetics_classes(arguments.classes, arguments.annotations, arguments.labels)
     expected = [each for path in arguments.annotations for each in read_annotations(path, classes)]
-    _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # clips of Kinetics have 10
+    _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # Kinetics clips last 10 s
 
 
 def _ucf101(arguments: argparse.Namespace) -> None:
@@ -260,7 +262,7 @@ def _write_splits(
     arguments: argparse.Namespace,
     longest_s: float = math.inf,
 ) -> None:
-    """Finds the expected videos and writes a manifest per split, with lists of missing and of duplicated videos. Raises
+    """Finds the expected videos and writes a manifest per split, with lists of missing and duplicated videos. Raises
     `InputError` if a split has no videos at all."""
     store = Store(arguments.videos)
     if store.passed_over:
@@ -349,7 +351,7 @@ def _transcode(arguments: argparse.Namespace) -> None:
             f"decoding 8 frames: {before_ms:.1f} ms before, {after_ms:.1f} ms now, {before_ms / after_ms:.1f} times "
             f"as fast (CPU time, mean of {compared} videos)"
         )
-    remove_journals(journal)  # of the comparison
+    remove_journals(journal)  # left by the comparison
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -368,7 +370,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 def _worker_pool(arguments: argparse.Namespace, name: str, unit: str = "video") -> WorkerPool:
     if arguments.scheduler and arguments.executor != "dask":
-        raise InputError("--scheduler is for --executor dask")
+        raise InputError("--scheduler needs --executor dask")
     if arguments.executor == "dask" and not arguments.scheduler:
         raise InputError("--executor dask needs --scheduler ADDRESS, such as tcp://node1:8786")
     return WorkerPool(
@@ -391,8 +393,8 @@ def _write_manifest(
 ) -> None:
     """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
 
-    found: the split that the listed videos are from; its missing videos count as rejected.
-    longest_s: videos that are longer, in seconds, are reported.
+    found: the split of the listed videos; its missing videos count as rejected.
+    longest_s: longer videos (in seconds) are reported.
     """
     found = found or FoundSplit()
     check_overwritable(out)
@@ -418,12 +420,12 @@ def _write_manifest(
     print(f"  {summary(manifest)}")
     longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
     if longer:
-        print(f"  {longer} are longer than {longest_s:g} s: not cut to their clip?")
+        print(f"  {longer} are longer than {longest_s:g} s: never trimmed?")
 
 
 def _print_part_done(out: Path, pool: WorkerPool) -> None:
     part, parts = pool.shard
-    print(f"{out}: part {part} of {parts} is done; once all are, run the same command without --shard to write it")
+    print(f"{out}: part {part} of {parts} is done; when all are, run the same command without --shard to write it")
 
 
 def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: Path | None, *, nothing: str) -> None:
@@ -436,7 +438,7 @@ def _save(manifest: Manifest, rejected: Sequence[Rejected], out: Path, journal: 
         print(f"... and {len(rejected) - _SHOWN} more, in {rejected_file}")
     if not len(manifest):
         if journal:
-            remove_journals(journal)  # so that the videos are tried again
+            remove_journals(journal)  # so that the next run tries the videos again
         raise InputError(f"{nothing}; nothing written")
     manifest.made_by = _command()
     manifest.write(out)

@@ -4,7 +4,7 @@ python train.py -c configs/demo.yaml
 python train.py -c configs/pptimesformer_k400.yaml -o data.train=train.csv data.val=val.csv output=runs/one
 torchrun --nproc-per-node 8 train.py -c configs/pptimesformer_k400.yaml --amp
 
-The exit status is 75 if SIGTERM or SIGUSR1 (Slurm) has asked it to end: everything is saved, and --resume continues.
+On SIGTERM or SIGUSR1 (Slurm) it saves everything and exits with 75; --resume continues.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in the output folder"
     )
-    parser.add_argument("--amp", action="store_true", help="mixed precision: bf16, or fp16 on a GPU without it")
-    parser.add_argument("--profile", action="store_true", help="write a torch.profiler trace of some steps")
+    parser.add_argument("--amp", action="store_true", help="mixed precision: bf16, or fp16 on a GPU without bf16")
+    parser.add_argument("--profile", action="store_true", help="write a torch.profiler trace of four steps")
     arguments = parser.parse_args()
     with Preemption() as preemption:
         train(arguments, preemption)

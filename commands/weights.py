@@ -16,10 +16,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     average = commands.add_parser("average", help="average the weights of one network (SWA)")
     average.add_argument("weights", nargs="+", metavar="FILE", help="weights files of train.py, all of one network")
-    convert = commands.add_parser(
-        "convert", help="save third-party weights in one file with what a config says about them"
-    )
-    convert.add_argument("weights", metavar="FILE", help="weights as for train.pretrained, with their head")
+    convert = commands.add_parser("convert", help="save third-party weights and their config in one file")
+    convert.add_argument("weights", metavar="FILE", help="weights as for train.pretrained, including the head")
     convert.add_argument("-c", "--config", required=True, help="YAML file; needs data.labels")
     convert.add_argument(
         "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
@@ -40,5 +38,5 @@ def main() -> None:
     else:
         weights, _, origin = open_weights(arguments.weights, arguments.config, arguments.override)
     save_weights(arguments.out, weights)
-    print(origin or "already a weights file of train.py")
+    print(origin or "already in the format of train.py")
     print(f"saved to {arguments.out}: {len(weights.classes)} classes")

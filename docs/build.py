@@ -1,4 +1,4 @@
-"""Builds the API reference from the docstrings with pdoc, and fails on a link that leads nowhere.
+"""Builds the API reference from the docstrings with pdoc, and fails on broken links.
 
 python -m docs.build output/docs
 
@@ -37,7 +37,7 @@ class _Page(HTMLParser):
 
 
 def broken_links(pages: list[Path]) -> list[str]:
-    """`page: link` for each relative link to a missing file or anchor."""
+    """Returns `page: link` for each relative link to a missing file or anchor."""
     parsed = {page.resolve(): _parse(page) for page in pages}
     broken = []
     for page, (links, _) in parsed.items():
@@ -63,7 +63,7 @@ def _parse(page: Path) -> tuple[list[str], set[str]]:
 
 
 def build(out: Path) -> list[str]:
-    """Writes the pages below `out`; returns the broken links of all pages."""
+    """Writes the pages below `out`; returns the broken links in all pages."""
     pdoc.render.configure(docformat="markdown", show_source=False, search=False)
     packages = [importlib.import_module(name) for name in PACKAGES]
     modules = [  # pdoc documents only `__all__` of a package that has it

@@ -1,4 +1,4 @@
-"""Compares two evaluations: which videos and classes differ, and whether by more than chance. Does not import torch."""
+"""Compares two evaluations by video and class, with a significance test. Does not import torch."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Comparison:
 
     @property
     def right(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the videos A gets right, and which B: bool [M] each."""
+        """Which videos A and B get right: bool [M] each."""
         return self.a.right[self.rows_a], self.b.right[self.rows_b]
 
     @property
@@ -49,14 +49,14 @@ class Comparison:
 def compare(a: Results, b: Results, *, names: Sequence[str] = ("A", "B")) -> Comparison:
     """Pairs the videos of two evaluations: row by row if they list the same paths, otherwise by path.
 
-    Raises `InputError` if their classes differ, if they have no video in common, or if a video has two labels; `names`
-    are for the message.
+    Raises `InputError` if their classes differ, if they have no video in common, or if the labels of a video differ;
+    the message uses `names`.
     """
     if a.classes != b.classes:
         pairs = enumerate(zip(a.classes, b.classes, strict=False))
         different = [f"class {k} is {one!r} and {two!r}" for k, (one, two) in pairs if one != two]
         counts = f"{len(a.classes)} and {len(b.classes)} classes"
-        raise InputError(f"{names[0]} and {names[1]} do not have the same classes: {(different or [counts])[0]}")
+        raise InputError(f"{names[0]} and {names[1]} have different classes: {(different or [counts])[0]}")
     if a.paths == b.paths:
         rows_a = rows_b = np.arange(len(a.paths))
     else:
@@ -84,8 +84,8 @@ def _shared_rows(a: Results, b: Results, names: Sequence[str]) -> tuple[np.ndarr
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The two-sided exact p value of McNemar's test: the probability that `only_a + only_b` coin tosses split at least
-    as unevenly. Computed in integers, so it is exact for any count."""
+    """The exact two-sided p value of McNemar's test: the probability that `only_a + only_b` coin tosses split at
+    least as unevenly. Computed in integers, so it is exact for any count."""
     count = only_a + only_b
     term = total = 1
     for k in range(min(only_a, only_b)):
@@ -95,7 +95,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def paired_interval(only_a: int, only_b: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of the difference of accuracies, B - A, over `count` videos that both evaluated: the adjusted
+    """The 95% interval of the difference of accuracies, B - A, over `count` videos that both evaluated: the adjusted
     Wald interval for paired data (Bonett and Price 2012)."""
     a, b = (only_a + 1) / (count + 2), (only_b + 1) / (count + 2)
     half = Z_95 * math.sqrt((a + b - (b - a) ** 2) / (count + 2))
@@ -103,7 +103,7 @@ def paired_interval(only_a: int, only_b: int, count: int) -> tuple[float, float]
 
 
 def comparison_text(comparison: Comparison, *, names: Sequence[str] = ("A", "B")) -> str:
-    """A few lines about the comparison for a terminal."""
+    """Summarises the comparison for a terminal."""
     a, b, gains = comparison.a, comparison.b, comparison.gains
     count, only_a, only_b = len(comparison.rows_a), len(comparison.only_a), len(comparison.only_b)
     lines = []
@@ -111,7 +111,7 @@ def comparison_text(comparison: Comparison, *, names: Sequence[str] = ("A", "B")
         weights = " + ".join(member["path"] for member in each.summary["weights"])
         lines.append(f"{letter}: {each.protocol} {right.mean():.4f} ({right.sum()} of {count})  {name}: {weights}")
     if len(a.paths) != count or len(b.paths) != count:
-        lines.append(f"compared on the {count} videos that both have: A has {len(a.paths)}, B {len(b.paths)}")
+        lines.append(f"compared on the {count} videos in both: A has {len(a.paths)}, B {len(b.paths)}")
     lines.append(f"only A is right: {_some([a.paths[row] for row in comparison.only_a])}")
     lines.append(f"only B is right: {_some([b.paths[row] for row in comparison.only_b])}")
     order = np.argsort(gains, kind="stable").tolist()
@@ -127,13 +127,13 @@ def comparison_text(comparison: Comparison, *, names: Sequence[str] = ("A", "B")
     p = mcnemar(only_a, only_b)
     verdict = "more than chance" if p < 0.05 else "may be chance"
     lines.append(
-        f"B - A {(only_b - only_a) / count:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; McNemar's exact test: "
-        f"p = {p:.3g}, {verdict} (at 5 %)"
+        f"B - A {(only_b - only_a) / count:+.4f}, 95% interval {low:+.4f} to {high:+.4f}; McNemar's exact test: "
+        f"p = {p:.3g}, {verdict} (at 5%)"
     )
     return "\n".join(lines)
 
 
 def _some(paths: Sequence[str]) -> str:
-    """Their number and the first five."""
+    """The number of paths, and the first five."""
     listed = ": " + ", ".join(paths[:5]) if paths else ""
     return f"{len(paths)}{listed}{', ...' if len(paths) > 5 else ''}"

@@ -1,5 +1,5 @@
-"""Predicts every video of a manifest: three crops a video, as PaddleVideo and the TimeSformer paper do, or another
-`results.Protocol`."""
+"""Predicts every video of a manifest with three crops per video, as PaddleVideo and the TimeSformer paper do, or with
+another `results.Protocol`."""
 
 import dataclasses
 import datetime
@@ -44,16 +44,16 @@ class Predictions:
     faults: list[Fault]
     members: Tensor
     """float64 [M, 2]: for each of the M weights alone, the number of videos whose label is its most likely class, and
-    is among its first five."""
+    is among its five most likely."""
 
 
 def check_members(members: Sequence[Weights], names: Sequence[str]) -> None:
-    """Raises `InputError` if the weights of an ensemble differ in their classes or in how their clips are cut."""
+    """Raises `InputError` if the weights of an ensemble differ in classes or preprocessing."""
     for weights, name in zip(members[1:], names[1:], strict=True):
         if weights.classes != members[0].classes:
             raise InputError(
-                f"{name}: its classes are not those of {names[0]}; the members of an ensemble need the same classes in "
-                "the same order"
+                f"{name}: its classes differ from those of {names[0]}; the members of an ensemble need the same "
+                "classes in the same order"
             )
         for key, value in members[0].preprocessing.items():
             if weights.preprocessing[key] != value:
@@ -64,7 +64,7 @@ def check_members(members: Sequence[Weights], names: Sequence[str]) -> None:
 
 
 def manifest_path(config: Config) -> str:
-    """The manifest to evaluate: `data.test`, else `data.val`. Raises `InputError` if neither is set."""
+    """Returns the manifest to evaluate: `data.test`, else `data.val`. Raises `InputError` if neither is set."""
     path = config.data.test or config.data.val
     if path is None:
         raise InputError("data.test is not set: name a manifest with -o data.test=FILE; prepare.py makes one")
@@ -72,7 +72,7 @@ def manifest_path(config: Config) -> str:
 
 
 def manifest_for(config: Config, weights: Weights) -> Manifest:
-    """Reads the manifest to evaluate. Raises `InputError` if its classes are not those of the weights."""
+    """Reads the manifest to evaluate. Raises `InputError` if its classes differ from those of the weights."""
     path = manifest_path(config)
     manifest = read_manifest(path, key="data.test")
     check_labels(manifest, weights.classes, name=path, of="the weights")
@@ -88,8 +88,8 @@ def evaluate(
     protocol: Protocol | None = None,
     progress: bool = False,
 ) -> Predictions:
-    """Predicts every video of the manifest once, split among the processes; each of them gets all predictions. Several
-    weights form an ensemble: each clip is decoded once for all of them, and their predictions are averaged."""
+    """Predicts every video of the manifest once, split among the processes; each process returns all predictions.
+    Several weights form an ensemble: each clip is decoded once, and the predictions are averaged."""
     protocol = protocol or Protocol()
     if process.world_size > 1:
         facts = shared_facts(config) | {"protocol": protocol.name, "the manifest": manifest.summary()}
@@ -118,7 +118,7 @@ def evaluate(
             [predict_views(network, views, precision, average=protocol.average).cpu() for network in networks]
         )  # [M, B, K]
         mean = predicted.mean(0)
-        if protocol.average == "score":  # an infinite logit is no prediction: its probability is NaN
+        if protocol.average == "score":  # an infinite logit becomes NaN, so it counts as no prediction
             predicted, mean = predicted.softmax(2), mean.softmax(1)
         ids.append(batch.sample_ids[batch.valid])
         rows.append(mean[batch.valid])
@@ -150,7 +150,7 @@ def predict_views(
     network: Callable[[Tensor], Tensor], clips: Tensor, precision: str, *, average: str = "prob"
 ) -> Tensor:
     """Averages the predictions for views [B, V, 3, T, S, S]: their probabilities (average "prob") or their logits
-    ("score"), float32 [B, K]. Three views at a time: many windows take no more memory than one."""
+    ("score"), float32 [B, K]. Runs three views at a time, so many windows take no more memory than one."""
     parts = []
     for views in clips.split(3, dim=1):
         with autocast(clips.device, precision):
@@ -171,7 +171,7 @@ def build_results(
     protocol: Protocol,
     started: float,
 ) -> Results:
-    """The predictions with the facts of results.json; `started` is the `time.monotonic()` when the command began."""
+    """Adds the facts of results.json to the predictions; `started` is the `time.monotonic()` when the command began."""
     path = manifest_path(config)
     settings = dataclasses.asdict(config)
     settings["device"] = str(process.device)
@@ -215,7 +215,7 @@ def build_results(
 
 
 def weights_sha256(name: str, weights: Weights) -> str:
-    """SHA-256 of the file called `name`; of the tensors, if that is a folder or a name on the Hugging Face Hub."""
+    """SHA-256 of the file `name`, or of the tensors if that is a folder or a name on the Hugging Face Hub."""
     if Path(name).is_file():
         with open(name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -223,7 +223,7 @@ def weights_sha256(name: str, weights: Weights) -> str:
 
 
 def results_text(results: Results) -> str:
-    """A few lines about the results for a terminal."""
+    """Summarises the results for a terminal."""
     summary, classes = results.summary, results.classes
     root = summary["manifest"]["root"]
     lines = [f"{join(root, fault['path'])}: {fault['reason']}; counted as wrong" for fault in summary["faults"]]
@@ -248,6 +248,6 @@ def results_text(results: Results) -> str:
     (low, high), (low5, high5) = summary["top1_interval"], summary["top5_interval"]
     lines.append(
         f"{name} {summary['top1']:.4f}, top-5 {summary['top5']:.4f} "
-        f"(95 % intervals {low:.4f} to {high:.4f}, {low5:.4f} to {high5:.4f})"
+        f"(95% intervals {low:.4f} to {high:.4f}, {low5:.4f} to {high5:.4f})"
     )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """report.html: an evaluation on one page, written from the files in its folder.
 
-The page contains everything that it shows, frames included: it opens from disk, and its content policy forbids the
-browser to fetch anything. Its looks are in report.css, its behaviour in report.js.
+The page is self-contained, frames included: it opens from disk, and its content policy forbids the browser from
+fetching anything. report.css has its styles, report.js its behaviour.
 """
 
 import json
@@ -28,15 +28,15 @@ from evaluation.results import (
 
 REPORT = "report.html"
 
-_MOST_LISTED = 20_000  # mistakes whose paths are in the page, 1.5 MB: the most confident ones
+_MOST_LISTED = 20_000  # mistakes whose paths are in the page (1.5 MB), the most confident first
 _MOST_UNREADABLE = 1_000
 
 
 def write_report(folder: str | Path, *, most_cards: int = 24) -> Path:
     """Writes report.html into `folder`, from the results there; returns its path.
 
-    The `most_cards` most confident mistakes are shown with frames of their videos, decoded again; a video or manifest
-    that no longer exists only costs its frames. Raises `InputError` if the folder does not hold an evaluation.
+    The `most_cards` most confident mistakes are shown with frames of their videos, decoded again; if a video or the
+    manifest no longer exists, only the frames are missing. Raises `InputError` if the folder holds no evaluation.
     """
     folder = Path(folder)
     page = _page(read_results(folder), most_cards)
@@ -91,7 +91,7 @@ def _asset(name: str) -> str:
 
 
 def _data(results: Results, wrong: np.ndarray) -> str:
-    """The data for report.js, as JSON that cannot end its element; probabilities in thousandths."""
+    """The data for report.js, as JSON that cannot close its script element; probabilities in thousandths."""
     listed = wrong[:_MOST_LISTED]
     labels = results.labels[listed]
     data = {
@@ -212,8 +212,8 @@ def _unreadable(faults: list[FaultSummary]) -> str:
     more = f"; the first {_MOST_UNREADABLE:,} are listed" if len(faults) > _MOST_UNREADABLE else ""
     return f"""<section id="unreadable">
 <h2>Unreadable videos</h2>
-<p class="note">{counted(len(faults), "video")}{more}. Each counts as wrong,
- and appears in no cell of the confusion matrix.</p>
+<p class="note">{counted(len(faults), "video")}{more}. Each counts as wrong
+ and is not in the confusion matrix.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Unreadable videos">
 <table>
 <thead><tr><th scope="col">Row</th><th scope="col">Video</th><th scope="col">Reason</th></tr></thead>

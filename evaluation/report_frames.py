@@ -16,7 +16,7 @@ _THUMBNAIL = 112  # pixels a side
 
 
 def first_window(summary: Summary) -> View:
-    """How the clips of the evaluation were cut."""
+    """How the evaluation cut its clips."""
     data = summary["config"]["data"]
     return View(
         mode="test",
@@ -33,7 +33,7 @@ def first_window(summary: Summary) -> View:
 
 def thumbnails(manifest: Manifest, row: int, path: str, view: View) -> list[tuple[float, bytes]]:
     """Up to 8 frames of the first window of the video at `row`: (seconds, JPEG of the middle crop). Raises `InputError`
-    if that video is no longer the one at `path`."""
+    if that row now has another video than `path`."""
     video = manifest[row] if row < len(manifest) else None
     if video is None or path not in (video.path, manifest.file(row)):
         raise InputError("the manifest has changed since then")
@@ -50,7 +50,7 @@ def thumbnails(manifest: Manifest, row: int, path: str, view: View) -> list[tupl
 
 
 def _crop(frame: np.ndarray, rectangle: np.ndarray, transpose: bool) -> np.ndarray:
-    """The part of a frame, uint8 [H, W, 3], in `rectangle`, to whole pixels, turned as it is displayed."""
+    """Crops a frame, uint8 [H, W, 3], to `rectangle`, in whole pixels and displayed orientation."""
     ends = np.round(rectangle).astype(int).reshape(2, 2).T
     for axis, (start, end) in enumerate(ends.tolist()):
         low = min(start, end, frame.shape[axis] - 1)

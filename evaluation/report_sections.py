@@ -16,7 +16,7 @@ _MOST_CONFUSIONS = 50
 
 
 def class_table(results: Results, per_class: list[ClassResult]) -> str:
-    """The table of classes, the worst first, as HTML."""
+    """Returns the table of classes as HTML, the worst class first."""
     worst_first = sorted(per_class, key=lambda row: (row.accuracy is None, row.accuracy or 0, row.label))
     lines = "\n".join(_class_line(results.classes, row) for row in worst_first)
     return f"""<section id="classes">
@@ -63,7 +63,7 @@ def _class_line(classes: Sequence[str], row: ClassResult) -> str:
 
 
 def confusion_matrix(results: Results) -> str:
-    """The confusion matrix and its largest confusions, as HTML."""
+    """Returns the confusion matrix and its largest confusions as HTML."""
     classes = results.classes
     items = "\n".join(
         f'<li><a href="#true={each.label}&amp;predicted={each.predicted}">{escape(classes[each.label])} '
@@ -87,7 +87,7 @@ def confusion_matrix(results: Results) -> str:
 <span style="left:0">0</span><span style="left:22.4%">5</span><span style="left:50%">25</span>
 <span style="left:70.7%">50</span><span style="left:100%">100&#8239;%</span></div>
 </div>
-<p class="note" id="help">Colours: share of the readable videos of a true class. Click the matrix, then turn the wheel
+<p class="note" id="help">Colours: share of the readable videos of a true class. Click the matrix, then scroll
  or press + and &minus; to zoom; drag or press the arrow keys to move; click a cell or press Enter for its videos.</p>
 </div>
 <div class="side">
@@ -102,7 +102,7 @@ def confusion_matrix(results: Results) -> str:
 
 
 def mistake_cards(results: Results, mistakes: np.ndarray, *, most: int) -> str:
-    """The first `most` of the rows `mistakes`, with frames of their videos if these can still be decoded."""
+    """Returns the first `most` of the rows `mistakes` as HTML, with frames of the videos that can still be decoded."""
     if not len(mistakes) or not most:
         return ""
     view, manifest, note = first_window(results.summary), None, "Middle crop of the first window."
@@ -117,7 +117,7 @@ def mistake_cards(results: Results, mistakes: np.ndarray, *, most: int) -> str:
         if manifest is not None:
             try:
                 figures = _figures(thumbnails(manifest, row, results.paths[row], view))
-            except Exception as error:  # whatever is wrong with the video by now only costs its frames
+            except Exception as error:  # an unreadable video costs only its frames
                 figures = f'<p class="gone">No frames: {escape(error)}.</p>'
         cards.append(_card(results, row, figures))
     return f"""<section id="mistakes">
@@ -158,7 +158,7 @@ def _card(results: Results, row: int, figures: str) -> str:
 
 
 def calibration_figure(results: Results) -> str:
-    """The reliability diagram as HTML; "" if no video could be read."""
+    """Returns the reliability diagram as HTML; "" if no video could be read."""
     found = calibration(results)
     if found is None:
         return ""
@@ -191,7 +191,7 @@ def calibration_figure(results: Results) -> str:
 <div>
 <p class="big"><data id="ece" value="{found.error!r}">{percent(found.error)}</data></p>
 <p>Expected calibration error: the mean distance between confidence and accuracy,
-in {BINS} bins of the confidence.</p>
+in {BINS} bins of confidence.</p>
 <p>Mean confidence {percent(found.confidence)}, accuracy of the readable videos {percent(found.accuracy)}:
 on average the network is {verdict}. On the line, confidence equals accuracy.</p>
 </div>

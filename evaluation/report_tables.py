@@ -7,11 +7,11 @@ import numpy as np
 
 from evaluation.results import Results
 
-BINS = 15  # of the confidence: as in Guo et al. 2017, On Calibration of Modern Neural Networks
+BINS = 15  # as in Guo et al. 2017, On Calibration of Modern Neural Networks
 
 
 def mistakes(results: Results) -> np.ndarray:
-    """Rows of the readable videos whose prediction is not their label, the most confident first: int64 [M]."""
+    """Rows of the readable videos with a wrong prediction, the most confident first: int64 [M]."""
     wrong = np.flatnonzero(results.valid & ~results.right)
     return wrong[np.argsort(-results.confidences[wrong], kind="stable")]
 
@@ -25,17 +25,17 @@ def confusion_cells(results: Results) -> np.ndarray:
 
 
 class Confusion(NamedTuple):
-    """Videos of the class `label` that were taken for the class `predicted`."""
+    """Videos of the class `label` that were mistaken for the class `predicted`."""
 
     label: int
     predicted: int
     videos: int
     share: float
-    """Of the readable videos with this label: 0 to 1."""
+    """Share of the readable videos with this label, 0 to 1."""
 
 
 def confusions(results: Results, *, most: int) -> list[Confusion]:
-    """The `most` frequent confusions of two classes; equally frequent ones by their share."""
+    """The `most` frequent confusions of two classes; ties are ordered by share."""
     cells = confusion_cells(results)
     totals = np.bincount(cells[:, 0], cells[:, 2], len(results.classes))
     wrong = cells[cells[:, 0] != cells[:, 1]]
@@ -47,12 +47,12 @@ def confusions(results: Results, *, most: int) -> list[Confusion]:
 
 
 class Bin(NamedTuple):
-    """The videos whose confidence is from number / BINS to (number + 1) / BINS."""
+    """The videos with a confidence from number / BINS to (number + 1) / BINS."""
 
     number: int
     videos: int
     confidence: float
-    """Mean over its videos: 0 to 1, as `accuracy`."""
+    """Mean over the videos, 0 to 1, like `accuracy`."""
     accuracy: float
 
 
@@ -61,15 +61,15 @@ class Calibration:
     """Confidence against accuracy over the readable videos; all shares are 0 to 1."""
 
     bins: list[Bin]
-    """Those that are not empty, in ascending order."""
+    """The non-empty bins, in ascending order."""
     error: float
-    """Expected calibration error: the mean distance of confidence and accuracy, weighted by the videos of a bin."""
+    """Expected calibration error: the mean distance between confidence and accuracy, weighted by videos per bin."""
     confidence: float
     accuracy: float
 
 
 def calibration(results: Results) -> Calibration | None:
-    """None if no video is readable."""
+    """Computes the calibration; None if no video is readable."""
     valid = results.valid
     if not valid.any():
         return None

@@ -1,4 +1,4 @@
-"""Text of the report: escaped names, and numbers with their units."""
+"""Formats text for the report: escaped names, and numbers with units."""
 
 import html
 import re
@@ -7,8 +7,7 @@ from pathlib import Path
 
 
 def printable(text: object) -> str:
-    """`text` with escape sequences for bytes that are not UTF-8, control characters, and changes of the writing
-    direction."""
+    """Escapes bytes that are not UTF-8, control characters, and changes of the writing direction in `text`."""
     return re.sub(
         "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
         lambda match: _escape_sequence(ord(match[0])),
@@ -22,27 +21,27 @@ def _escape_sequence(code: int) -> str:
 
 
 def escape(text: object) -> str:
-    """`text` as HTML."""
+    """Returns `text` as HTML."""
     return html.escape(printable(text))
 
 
 def file_name(path: str) -> str:
-    """The last part of `path` as HTML."""
+    """Returns the last part of `path` as HTML."""
     return escape(Path(path).name)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share in percent for HTML; a dash for None."""
+    """Formats a share in percent as HTML, None as a dash."""
     return "&ndash;" if share is None else f"{100 * share:.{digits}f}&#8239;%"
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """1 video, 2,000 videos."""
+    """Formats a count: 1 video, 2,000 videos."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def date(text: str) -> str:
-    """A date in ISO format, spelled out; other text as it is."""
+    """Spells out an ISO date as HTML; other text is only escaped."""
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
@@ -52,7 +51,7 @@ def date(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration in seconds, minutes or hours."""
+    """Formats a duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, whole_seconds = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""The files of an evaluation: written atomically, and read back by `read_results`. Does not import torch."""
+"""Writes the files of an evaluation atomically, and reads them. Does not import torch."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ from evaluation.results import TOP, Results, Summary, class_results
 SUMMARY, PREDICTIONS, PER_CLASS = FILES = ("results.json", "predictions.csv", "per_class.csv")
 _BEFORE_TOP = ("row", "path", "label", "class", "reason")
 _BEFORE_PROBABILITIES = (*_BEFORE_TOP, *(f"top{k + 1}" for k in range(TOP)))
-"""Columns of predictions.csv before p0, p1, ..., which are the probabilities of the classes."""
+"""Columns of predictions.csv before the class probabilities p0, p1, ..."""
 _PER_CLASS_COLUMNS = (
     "label",
     "class",
@@ -38,8 +38,8 @@ def _open(path: Path, mode: str = "r") -> IO[str]:
 
 
 def results_folder(weights: str) -> Path:
-    """The folder for the results of weights: `evaluation` beside their file; in the working directory for a name on the
-    Hugging Face Hub."""
+    """Returns the default results folder of weights: `evaluation` beside their file, or in the working directory for a
+    name on the Hugging Face Hub."""
     return (Path(weights).resolve().parent if Path(weights).exists() else Path()) / "evaluation"
 
 
@@ -47,19 +47,19 @@ def results_folder(weights: str) -> Path:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Creates `folder`, or checks that it is empty or holds an evaluation, which may be replaced. Raises `InputError`
-    otherwise."""
+    """Creates `folder`, or checks that it is empty or holds an evaluation, which will be replaced. Otherwise raises
+    `InputError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = set(os.listdir(folder))
         writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be the folder of results: {error.strerror}; name one with --out") from None
+        raise InputError(f"{folder}: cannot be the results folder: {error.strerror}; name one with --out") from None
     if not writable:
-        raise InputError(f"{folder}: cannot be written to; name another folder with --out")
+        raise InputError(f"{folder}: not writable; name another folder with --out")
     if names <= {LOCK, *(f"{name}.part" for name in FILES)}:
         return
-    for name in (SUMMARY, f"{SUMMARY}.part"):  # the latter: a run that was killed between two renames
+    for name in (SUMMARY, f"{SUMMARY}.part"):  # .part: a run was killed between two renames
         with contextlib.suppress(InputError):
             read_summary(folder / name)
             return
@@ -67,8 +67,8 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Writes the three files. All are complete and on disk before the first is renamed; results.json, without which the
-    folder holds no evaluation, comes last. Raises `InputError` if they cannot be written."""
+    """Writes the three files. All are complete and on disk before the first is renamed. results.json comes last:
+    without it, the folder holds no evaluation. Raises `InputError` if they cannot be written."""
     contents: dict[str, Iterable[str]] = {
         PER_CLASS: _per_class_csv(results),
         PREDICTIONS: _predictions_csv(results),
@@ -96,7 +96,7 @@ def _predictions_csv(results: Results) -> Iterator[str]:
     classes = results.classes
     reasons = {fault["row"]: fault["reason"] for fault in results.summary["faults"]}
     yield ",".join([*_BEFORE_PROBABILITIES, *(f"p{k}" for k in range(len(classes)))]) + "\n"
-    form = ",%.7g" * len(classes) + "\n"  # one format a row: 20,000 videos of 400 classes are eight million numbers
+    form = ",%.7g" * len(classes) + "\n"  # per row, for speed: 20,000 videos of 400 classes are eight million numbers
     blanks = "," * len(classes) + "\n"
     out = io.StringIO()
     writer = csv_writer(out)
@@ -126,8 +126,8 @@ def _per_class_csv(results: Results) -> Iterator[str]:
 
 
 def read_results(path: str | os.PathLike[str]) -> Results:
-    """Reads the results that `write_results` wrote into the folder `path`, or beside the results.json `path`. Raises
-    `InputError`, which names the file, and the line if one is wrong."""
+    """Reads the results that `write_results` wrote. `path` is the folder, or its results.json. Raises `InputError` that
+    names the file and, if one is wrong, the line."""
     path = Path(path)
     summary_file = path / SUMMARY if path.is_dir() else path
     summary = read_summary(summary_file)
@@ -151,11 +151,11 @@ def read_results(path: str | os.PathLike[str]) -> Results:
 
 
 def read_summary(file: Path) -> Summary:
-    """Reads results.json alone. Raises `InputError`, which says what is wrong."""
+    """Reads only results.json. Raises `InputError` with the reason."""
     try:
         return _parsed(json.loads(file.read_bytes()), Summary, "the file")
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; evaluate.py writes it into the folder of results") from None
+        raise InputError(f"{file}: {error.strerror}; evaluate.py writes it into the results folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise InputError(f"{file}: not JSON; expected the {SUMMARY} that evaluate.py wrote") from None
     except ValueError as error:
@@ -163,8 +163,8 @@ def read_summary(file: Path) -> Summary:
 
 
 def _parsed(value: Any, kind: Any, name: str) -> Any:
-    """`value` from JSON as the type `kind`, with tuples for lists; `ValueError` if it is none. `name` says which value
-    it is. There may be more keys than `kind` has."""
+    """Converts `value` from JSON to the type `kind`, which may turn lists into tuples; extra keys are kept. Raises
+    `ValueError` with `name` if the value does not fit."""
     if is_typeddict(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{name} is {str(value)[:60]!r}")
@@ -208,7 +208,7 @@ def _read_predictions(results: Results, lines: Iterable[str], file: Path) -> Non
             results.labels[row] = _label(label, num_classes)
             if not reason:
                 if not best[0]:
-                    raise ValueError("neither a prediction nor a reason why there is none")
+                    raise ValueError("neither a prediction nor a reason for its absence")
                 results.valid[row] = True
                 results.top[row] = [_label(each, num_classes) if each else -1 for each in best]
                 probabilities = map(float, values[len(_BEFORE_PROBABILITIES) :])

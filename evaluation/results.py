@@ -1,4 +1,4 @@
-"""The results of an evaluation, with the accuracies, intervals and confusions that follow. Does not import torch."""
+"""The results of an evaluation: accuracies, intervals and confusions. Does not import torch."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from dali_pipelines.errors import InputError
 AVERAGES = ("prob", "score")
 TOP = 5
 Z_95 = 1.959963984540054
-"""Quantile of the normal distribution that leaves 2.5 % above it."""
+"""Quantile of the normal distribution that leaves 2.5% above it."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which clips of a video the network sees, and how their predictions are averaged. Raises `InputError` for
-    combinations that do not exist."""
+    """Which clips of a video the network sees, and how their predictions are averaged. Raises `InputError` for invalid
+    combinations."""
 
     windows: int = 1
     """Temporal windows, the first at the start of the video, the last at its end."""
@@ -43,7 +43,7 @@ class Protocol:
 
 
 class WeightsSummary(TypedDict):
-    """One of the weights evaluated, with its accuracies when used alone."""
+    """One of the evaluated weights files, with the accuracies of that network alone."""
 
     path: str
     sha256: str
@@ -52,7 +52,7 @@ class WeightsSummary(TypedDict):
 
 
 class ClipSummary(TypedDict):
-    """The part of a config's section `data` that says how clips are cut; the file holds the whole section."""
+    """The part of a config's `data` section that defines the clips; the file holds the whole section."""
 
     num_frames: int
     crop_size: int
@@ -117,7 +117,7 @@ class Results:
 
     summary: Summary
     paths: list[str]
-    """As in the manifest: relative to its root, or absolute."""
+    """Paths as in the manifest: relative to its root, or absolute."""
     labels: np.ndarray
     """int64 [N]"""
     probabilities: np.ndarray
@@ -129,7 +129,7 @@ class Results:
 
     @property
     def protocol(self) -> str:
-        """The protocol in words."""
+        """The name of the protocol."""
         return self.summary["protocol"]
 
     @property
@@ -139,7 +139,7 @@ class Results:
 
     @property
     def right(self) -> np.ndarray:
-        """bool [N]: the most likely class is the label."""
+        """bool [N]: True if the most likely class is the label."""
         return is_top1(self.top, self.labels)
 
     @property
@@ -149,12 +149,12 @@ class Results:
 
 
 def is_top1(top: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """bool [N] for most likely classes [N, 5] and labels [N]."""
+    """Whether each label [N] is the first of the five best classes [N, 5]: bool [N]."""
     return top[:, 0] == labels
 
 
 def is_top5(top: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether each label [N] is among the five best classes [N, 5]."""
+    """Whether each label [N] is among the five best classes [N, 5]: bool [N]."""
     return (top == labels[:, None]).any(1)
 
 
@@ -167,10 +167,10 @@ def make_results(
     valid: np.ndarray,
     reasons: dict[int, str],
 ) -> Results:
-    """The arrays are those of `Results`; `reasons` are those of the rows that are not valid; `facts` are the keys of
-    `Summary` that do not follow from the arrays."""
+    """Computes the summary. The arrays are those of `Results`; `reasons` has an entry for each row that is not valid;
+    `facts` has the keys of `Summary` that do not follow from the arrays."""
     top = np.full((len(labels), TOP), -1)
-    # A stable sort: equal probabilities stay in the order of their classes, as in argmax.
+    # The sort is stable: equal probabilities keep the order of their classes, as in argmax.
     top[:, : probabilities.shape[1]] = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
     top[~valid] = -1
     right, right5 = is_top1(top, labels), is_top5(top, labels)
@@ -203,7 +203,7 @@ def make_results(
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) for a proportion measured as right / count."""
+    """The 95% interval of Wilson (1927) for a proportion measured as right / count."""
     share, extra = right / count, Z_95**2 / count
     middle = (share + extra / 2) / (1 + extra)
     half = math.sqrt(extra * share * (1 - share) + extra**2 / 4) / (1 + extra)
@@ -224,7 +224,7 @@ class ClassResult(NamedTuple):
 
 
 def class_results(results: Results) -> list[ClassResult]:
-    """One for each class, in the order of labels."""
+    """Returns one entry per class, in the order of labels."""
     num_classes, labels = len(results.classes), results.labels
     wrong = results.valid & ~results.right
     confusion = np.zeros((num_classes, num_classes), int)

@@ -1,1 +1,1 @@
-"""Turns folders and lists of videos into the manifests that training reads. Nothing here needs torch."""
+"""Turns folders and lists of videos into the manifests that training reads. Does not import torch."""

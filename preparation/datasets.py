@@ -1,5 +1,5 @@
-"""Kinetics and UCF101: reads their official annotations, or the lists of other projects, and finds the video files,
-whatever their names and folders are."""
+"""Reads the annotations of Kinetics and UCF101, official or from other projects, and finds the video files under any
+common naming scheme."""
 
 import csv
 import difflib
@@ -38,7 +38,7 @@ Clip = tuple[str, int, int]
 
 
 class Expected(NamedTuple):
-    """A video of the annotations."""
+    """A video listed in the annotations."""
 
     name: str
     """A path, or a file name without its suffix."""
@@ -49,10 +49,10 @@ class Expected(NamedTuple):
 
 @dataclass
 class FoundSplit:
-    """The videos of one split that were found, and those that are missing."""
+    """The found and the missing videos of one split."""
 
     listed: list[Listed] = field(default_factory=list)
-    """Paths relative to the folder of the videos, and labels. If a video has several files, the best one."""
+    """Labels and paths relative to the video folder. If a video has several files, the best one is listed."""
     copies: dict[str, list[str]] = field(default_factory=dict)
     """Listed path -> the other files of the same video, best first."""
     missing: list[Expected] = field(default_factory=list)
@@ -64,8 +64,8 @@ class FoundSplit:
 
 
 def kinetics_classes(classes: int, annotations: Sequence[Path], labels: str | None) -> tuple[str, ...]:
-    """Names of the 400, 600 or 700 classes in alphabetical order: from the file `labels` if given, the known ones for
-    400, otherwise from the annotations. Raises `InputError` if the annotations have another number of classes."""
+    """Names of the 400, 600 or 700 classes in alphabetical order: from the file `labels` if given, for 400 from our own
+    list, otherwise from the annotations. Raises `InputError` if the annotations have another number of classes."""
     if labels is not None:
         return read_labels(labels)
     if classes == 400:
@@ -99,7 +99,7 @@ def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
         except (AttributeError, TypeError, ValueError):
             raise InputError(f"{where}: expected label, youtube_id, time_start and time_end in seconds") from None
         if not row["label"]:
-            raise InputError(f"{where}: no label; annotations without labels are no use here")
+            raise InputError(f"{where}: no label; expected annotations with labels")
         label = _look_up(_plain(row["label"]), labels, where)
         split = _look_up(row["split"].strip().lower(), _SPLITS, where) if row.get("split") else _split_of_name(path)
         expected.append(Expected(_clip_name(clip), label, split))
@@ -111,12 +111,12 @@ def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
 def _look_up(name: str, known: Mapping[str, T], where: str) -> T:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0)
-        raise InputError(f"{where}: {name!r} is not known; the nearest that is: {near[0]!r}")
+        raise InputError(f"{where}: {name!r} is unknown; the nearest known name is {near[0]!r}")
     return known[name]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]] | None:
-    """The rows of an official CSV file; None for another file."""
+    """The rows of an official CSV file; None for any other file."""
     reader = csv.DictReader(io.StringIO(decode(path.read_bytes()), newline=""))
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
@@ -130,7 +130,7 @@ def _read_rows(path: Path) -> list[dict[str, str]] | None:
 
 
 def _read_lines(path: Path) -> list[Listed]:
-    """Lines `path label`, or `path,label` as some projects write them."""
+    """Reads lines `path label`, or `path,label` as some projects write them."""
     lines = read_lines(path)
     if lines and re.fullmatch(r".*,[ \t]*\d+[ \t]*", lines[0]):
         rows = [(number, *line.rpartition(",")) for number, line in enumerate(lines, 1) if line.strip()]
@@ -145,12 +145,12 @@ def _split_of_name(path: Path) -> str:
     words = re.split(r"[^a-z]+", path.stem.lower())
     splits = {_SPLITS[word] for word in words if word in _SPLITS}
     if len(splits) != 1:
-        raise InputError(f"{path}: of which split are these? Expected train, val or test in the file name")
+        raise InputError(f"{path}: unknown split; expected train, val or test in the file name")
     return splits.pop()
 
 
 def _plain(name: str) -> str:
-    """A class name without the differences between projects: case, quotes, and _ instead of a space."""
+    """Normalises the case, quotes and underscores of a class name, which differ between projects."""
     return " ".join(re.sub(r"[_\"']", " ", name.lower()).split())
 
 
@@ -179,9 +179,9 @@ def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[
 
 
 class Store:
-    """All videos below a folder or a URL, to be found by path, by file name, or by the clip that the name encodes.
+    """All videos below a folder or a URL. Finds them by path, by file name, or by the clip that the name encodes.
 
-    `passed_over` describes the other files, "" if there are none. Raises `InputError` if there are no videos."""
+    `passed_over` describes the other files; "" if there are none. Raises `InputError` if there are no videos."""
 
     def __init__(self, root: str | os.PathLike):
         self.root = root
@@ -207,8 +207,8 @@ class Store:
             )
 
     def find(self, expected: Sequence[Expected]) -> dict[str, FoundSplit]:
-        """Finds the files of each split. Of several files of one video, those in a folder `replacement...` (CVDF's, for
-        damaged ones) are preferred, then those in a folder named after the split."""
+        """Finds the files of each split. If a video has several files, those in a folder `replacement...` (CVDF's
+        replacements of damaged files) are preferred, then those in a folder named after the split."""
         splits: dict[str, FoundSplit] = {}
         ids: dict[str, int] = {}
         for each in expected:
@@ -234,7 +234,7 @@ class Store:
         paths = list(self._by_name.get(stem, ()))
         if clip := _CLIP.fullmatch(stem):
             paths += self._by_clip.get((clip["id"], int(clip["start"]), int(clip["end"])), ())
-            if ids[clip["id"]] == 1:  # stored by id alone: ambiguous if there are two clips of it
+            if ids[clip["id"]] == 1:  # named by id only: ambiguous if the id has two clips
                 paths += self._by_id.get(clip["id"], ())
         return paths
 
@@ -246,14 +246,14 @@ def _is_replacement(path: str) -> bool:
 def _rank(path: str, split: str) -> int:
     if _is_replacement(path):
         return 0
-    if len(PurePosixPath(path).stem) == 11:  # the id alone: the clip, or the whole video
+    if len(PurePosixPath(path).stem) == 11:  # only the id: the clip, or the whole video
         return 3
     folders = [folder.lower() for folder in PurePosixPath(path).parts[:-1]]
     return 1 if any(split in re.split(r"[^a-z]+", folder) for folder in folders) else 2
 
 
 def check_class_order(found: FoundSplit, classes: Sequence[str], name: str) -> None:
-    """Raises `InputError` if the folders of most videos name other classes than their labels: the list then numbers the
+    """Raises `InputError` if most videos are in the folder of another class than their label: then the list numbers the
     classes in another order."""
     labels = {_plain(known): label for label, known in enumerate(classes)}
     pairs = [(path, labels.get(_plain(PurePosixPath(path).parent.name)), label) for path, label in found.listed]
@@ -261,6 +261,6 @@ def check_class_order(found: FoundSplit, classes: Sequence[str], name: str) -> N
     if 2 * len(others) > sum(of_folder is not None for _, of_folder, _ in pairs):
         path, of_folder, label = others[0]
         raise InputError(
-            f"{name}: numbers the classes in another order: {path} has label {label} ({classes[label]!r}), and its "
-            f"folder is label {of_folder}; {len(others)} of {len(pairs)} differ. Expected alphabetical order, from 0"
+            f"{name}: numbers the classes in another order: {path} has label {label} ({classes[label]!r}), but its "
+            f"folder has label {of_folder}; {len(others)} of {len(pairs)} differ. Expected alphabetical order, from 0"
         )

@@ -5,13 +5,13 @@
     videos/train/00002_up.webm ...  and so on, for every pair of opposites in CLASSES
 
 Everything else (colours, textures, shape, frame size, length, frame rate, codec) is drawn independently of the
-class, and each class is its opposite with time reversed. So neither a frame nor a set of frames without their order
-tells "left" from "right": a network that ignores time stays at 0.5, however long it trains.
+class, and each class is its opposite with time reversed. So neither a frame nor an unordered set of frames
+distinguishes "left" from "right": a network that ignores time never exceeds 0.5.
 
 The motion spans the whole video: 8 frames sampled from 5 frames or from 300 show the same path.
 
 Coordinates are in units of the frame's short side, from its centre, x to the right, y downwards.
-This module imports no torch: its functions run in worker processes.
+This module does not import torch, because its functions run in worker processes.
 """
 
 import colorsys
@@ -49,13 +49,13 @@ class _Encoding:
     container: str
     codec: str
     side_multiple: int
-    """Both sides are a multiple of this, in pixels."""
+    """Both sides are a multiple of this number of pixels."""
     options: dict[str, str]
 
 
 _ENCODINGS = {
-    # Like a file of Kinetics: B-frames, and a keyframe every 250 frames.
-    # b-adapt=0 places B-frames by position: the adaptive choice may leave a video of 5 frames without any.
+    # Like Kinetics files: B-frames, and a keyframe every 250 frames.
+    # b-adapt=0 places B-frames by position: adaptive placement may give a video of 5 frames none.
     # mbtree=0: with it, x264's assembly gives different bytes from run to run for frames this small
     # (tried: 8 of 11 videos differed within 8 runs; none without mbtree, none without assembly).
     ".mp4": _Encoding(
@@ -84,7 +84,7 @@ _ENCODINGS = {
 
 @dataclass(frozen=True)
 class _Scene:
-    """All random choices for one video, except its noise."""
+    """All random choices for one video except its noise."""
 
     label: int
     suffix: str
@@ -119,15 +119,15 @@ def render_demo(
     """Writes out/videos/train/00000_left.mp4 and so on.
 
     Returns {"train": [(path relative to out, label), ...], "val": [...]}. Video i of a split has label i % 8, so
-    every prefix is balanced. A video depends only on (seed, split, i): neither the number of videos nor the number
-    of workers changes a byte of it. `progress` gets (videos done, total).
+    every prefix is balanced. A video depends only on (seed, split, i): the number of videos and of workers
+    does not change a byte of it. `progress` gets (videos done, total).
     """
     tasks = [("train", index) for index in range(train_videos)]
     tasks += [("val", index) for index in range(val_videos)]
     listed: dict[str, list[tuple[str, int]]] = {split: [] for split in _SPLITS}
     for split in _SPLITS:
         (out / "videos" / split).mkdir(parents=True, exist_ok=True)
-        for unfinished in (out / "videos" / split).glob("*.part"):  # left by a run that was killed
+        for unfinished in (out / "videos" / split).glob("*.part"):  # left by a killed run
             if time.time() - unfinished.stat().st_mtime > 3600:
                 unfinished.unlink(missing_ok=True)
     paths = _render_all(partial(_render_video, out, seed), tasks, workers=workers)
@@ -145,10 +145,10 @@ def _render_all(
     if workers == 1:
         yield from map(render, tasks)
         return
-    # numpy reads it when a worker imports it. The workers fill the cores, so their threads would wait for each other
-    # (tried: 1.4 times slower, and far worse beside other programs).
+    # numpy reads it when a worker imports it. The workers already fill the cores, so more threads would wait for each
+    # other (measured: 1.4 times slower, and far worse beside other programs).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Not "fork": the caller may have threads (torch, CUDA) that do not survive it.
+    # Not "fork": the caller may have threads (torch, CUDA), which do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         yield from pool.map(render, tasks, chunksize=8)
 
@@ -159,7 +159,7 @@ def _render_video(out: Path, seed: int, task: tuple[str, int]) -> str:
     rng = _generator(seed=seed, split=split, index=index)
     scene = _draw_scene(rng, label=index % len(CLASSES))
     path = f"videos/{split}/{index:05d}_{CLASSES[scene.label]}{scene.suffix}"
-    # A killed run leaves a file of this name, never half a video under the final name. Each process has its own names.
+    # A killed run leaves a file with this name, never half a video under the final name. Names are unique per process.
     unfinished = out / f"{path}.{os.getpid()}.part"
     _encode(unfinished, scene, _render_frames(rng, scene))
     os.replace(unfinished, out / path)
@@ -238,7 +238,7 @@ def _draw_path(rng: np.random.Generator, *, label: int, frames: int, room: np.nd
         columns = [x + across * time, y + still, 0.9 * radius * growth, still + turn]
     else:
         # Half a turn at most, over the top of the circle. The two directions of a full turn look so alike that a
-        # small network stays at chance for this pair, which an accuracy of 0.875 hides.
+        # small network stays at chance for this pair, and an accuracy of 0.875 hides that.
         angle = 1.25 * np.pi * travel * time + 2 * across
         orbit = 0.5 * travel
         columns = [x + orbit * np.sin(angle), y + orbit * (0.5 - np.cos(angle)), still + radius, turn + angle]

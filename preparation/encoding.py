@@ -9,8 +9,8 @@ from av.video.stream import VideoStream
 def add_video_stream(
     container: OutputContainer, encoder: str, *, rate: Fraction, options: dict[str, str]
 ) -> VideoStream:
-    """Adds a video stream that is encoded in one thread: videos are encoded side by side, and the bytes of a video do
-    not depend on the number of cores."""
+    """Adds a video stream that is encoded in one thread: videos are encoded in parallel, and their bytes do not depend
+    on the number of cores."""
     stream = container.add_stream(encoder, rate=rate, options=options)
     assert isinstance(stream, VideoStream)
     stream.codec_context.thread_count = 1

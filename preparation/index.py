@@ -1,4 +1,4 @@
-"""Probes every video of a list or a folder and makes a manifest of the readable ones."""
+"""Probes every video of a list or folder and makes a manifest of the readable ones."""
 
 import base64
 import difflib
@@ -31,7 +31,7 @@ Listed = tuple[str, int]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A listed video that cannot be used, and why."""
+    """A listed video that cannot be used, and the reason."""
 
     path: str
     label: int
@@ -61,13 +61,13 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Li
 
 
 def _problem(file: str, label: str, root: str | os.PathLike) -> str:
-    """What is wrong with a line of a list, or "". Odd paths are accepted if the file exists."""
+    """Describes the problem with a line of a list; "" if there is none. Odd paths are accepted if the file exists."""
     if not label.isdecimal() or int(label) > _LARGEST_LABEL:
         if is_video_name(label):
             return "found no label after the path"
         if re.search(r"[^,;]*[,;][ \t]*\d+$", label):
             return "found a comma or semicolon"
-        return f"found {label[:40]!r} for the label"
+        return f"found the label {label[:40]!r}"
     if not file:
         return "found a single number"
     if not is_url(file) and not is_url(root) and os.path.lexists(join(root, file)):
@@ -77,12 +77,12 @@ def _problem(file: str, label: str, root: str | os.PathLike) -> str:
     if file[0] in "\"'`" and file[-1] == file[0]:
         return "found a path in quotes"
     if re.search(r"[ \t][+-]?\d+(\.\d*)?[,;]?$", file):
-        return "found more than one number (several labels, or a count of frames?)"
+        return "found more than one number (several labels, or a frame count?)"
     if "\r" in file or "\n" in file:
         return "found a line end within the path"
     first = re.match(r"(.*?\.\w+)[ \t,;]", file)
     if first and is_video_name(first[1]) and not is_video_name(file):
-        return f"found more than a label after {first[1]!r}"
+        return f"found more than one field after {first[1]!r}"
     return ""
 
 
@@ -92,18 +92,18 @@ class Folder(NamedTuple):
     listed: list[Listed]
     classes: tuple[str, ...]
     note: str
-    """The files that were passed over, "" if there are none."""
+    """Describes the files that were passed over; "" if there are none."""
 
 
 def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
-    """Lists the videos of a folder that holds one folder per class, with videos in it or below it. Paths are relative
-    to `root`.
+    """Lists the videos of a folder that holds one folder per class, with videos at any depth. Paths are relative to
+    `root`.
 
     The folders are labels 0, 1, ... in alphabetical order. With `classes`, labels are positions in it, and a class
     may have no folder. Raises `InputError`, also for a folder that `classes` does not name."""
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; expected one that holds a folder of videos for each class")
+        raise InputError(f"{root}: no such folder; expected a folder with one folder of videos per class")
     entries = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     folders = sorted(entry.name for entry in entries if not leads_back(root, entry))
     if folders and _SPLITS.issuperset(name.lower() for name in folders):
@@ -124,7 +124,7 @@ def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
             outside += 1
     notes = [found.note] if found.note else []
     if outside:
-        notes.append(f"{outside} {'video is' if outside == 1 else 'videos are'} in no folder of a class")
+        notes.append(f"{outside} {'video is' if outside == 1 else 'videos are'} not in a class folder")
     note = "; ".join(notes)
     if not any(by_folder.values()):
         raise InputError(
@@ -139,15 +139,15 @@ def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
         if unknown:
             near = difflib.get_close_matches(unknown[0], classes, 1, 0)[0]
             raise InputError(
-                f"{root / unknown[0]}: not one of the {len(classes)} classes that --classes names (the nearest: "
+                f"{root / unknown[0]}: not one of the {len(classes)} classes in --classes (the nearest is "
                 f"{near!r}); rename or remove this folder"
             )
     else:
         empty = [name for name, videos in by_folder.items() if not videos]
         if empty:
             raise InputError(
-                f"{root / empty[0]}: no videos in this folder; fill it or, if this is one of several splits, give the "
-                "classes of the training manifest with --classes, so that labels stay the same; else remove it"
+                f"{root / empty[0]}: no videos in this folder; fill or remove it or, if this is one of several splits, "
+                "pass the training manifest as --classes, so that the labels stay the same"
                 + (f" ({note})" if note else "")
             )
         classes = folders
@@ -166,11 +166,11 @@ def index(
     decode: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Manifest, list[Rejected]]:
-    """Probes every listed video. Returns the manifest of the good ones, in the order of the list, and the others.
+    """Probes every listed video. Returns the manifest of the readable ones, in the order of the list, and the others.
 
-    copies: other files of a listed video, which are tried in order if it cannot be read.
+    copies: other files of a listed video, tried in order if it cannot be read.
     decode: decode each file completely, and reject those with a damaged frame.
-    max_pixels: the largest frame that is accepted.
+    max_pixels: the largest accepted frame.
     journal: see `worker_pool.run`.
 
     Raises `InputError`.
@@ -180,7 +180,7 @@ def index(
             raise InputError(
                 f"{path}: label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})"
             )
-    home = absolute(root)  # remote workers have another working folder
+    home = absolute(root)  # remote workers have a different working directory
 
     def probe_all(paths: Sequence[str]) -> list[Any]:
         tasks = [(join(home, path), decode, None, max_pixels) for path in paths]
@@ -220,11 +220,11 @@ class Probed(NamedTuple):
 
     video: Video
     entry: str
-    """Entry of the packet index, in base64."""
+    """The packet index entry, in base64."""
 
 
 def probe_file(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Probed:
-    """Probes a file, in a child process; `decode`: also decode it completely. `cache`: see `files.fetch`. Raises
+    """Probes a file; runs in a child process. `decode`: also decode it completely. `cache`: see `files.fetch`. Raises
     `InputError`."""
     source = fetch(path, cache)
     video, entry = probe_packets(source, max_pixels=max_pixels)
@@ -235,8 +235,8 @@ def probe_file(path: str, decode: bool, cache: str | None = None, max_pixels: in
 
 
 def split_train_val(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:
-    """(train, val): every class gives the same share, 0 to 1, but keeps at least one video for training. The choice is
-    the same every time."""
+    """Splits into (train, val): every class gives the same share (0 to 1) to val, but keeps at least one video for
+    train. The choice is always the same."""
     train: list[Listed] = []
     val: list[Listed] = []
     by_label: dict[int, list[Listed]] = {}
@@ -269,7 +269,7 @@ def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[
 
 
 def check_overwritable(path: str | os.PathLike) -> None:
-    """Raises `InputError` if a file at `path` is not a manifest, so that it is not overwritten."""
+    """Raises `InputError` if `path` exists and is not a manifest."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder; expected the name of a file to write")
@@ -277,13 +277,15 @@ def check_overwritable(path: str | os.PathLike) -> None:
         try:
             Manifest.read(path)
         except InputError:
-            raise InputError(f"{path}: exists, and is no manifest; it is not overwritten: name another --out") from None
+            raise InputError(
+                f"{path}: exists and is not a manifest, so it is not overwritten; name another --out"
+            ) from None
     if index_path(path).exists() and not is_index(index_path(path)):
-        raise InputError(f"{index_path(path)}: exists, and would be overwritten, but is no packet index; remove it")
+        raise InputError(f"{index_path(path)}: would be overwritten, but is not a packet index; remove it")
 
 
 def summary(manifest: Manifest) -> str:
-    """Codecs, sizes, lengths and peculiarities of the videos, in one line."""
+    """Summarises codecs, sizes, lengths and unusual properties of the videos in one line."""
 
     def spread(values: np.ndarray) -> str:
         low, middle, high = np.percentile(values, [0, 50, 100]).round().astype(int).tolist()
@@ -297,7 +299,7 @@ def summary(manifest: Manifest) -> str:
         codecs,
         f"short side {spread(sides)}",
         f"{spread(manifest.column('frames') / manifest.column('fps'))} s",
-        f"longest groups of frames {spread(manifest.column('gop'))}",
+        f"longest GOP {spread(manifest.column('gop'))}",
     ]
     for count, what in (
         ((manifest.column("vfr") > 0).sum(), "with a variable frame rate"),

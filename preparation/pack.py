@@ -1,7 +1,7 @@
 """Packs the videos of a manifest into tar shards in WebDataset's layout: few large files suit shared file systems.
 
-Each video is three members of a shard: KEY.mp4 (or the suffix it has), KEY.cls and KEY.json. The assignment of videos
-to shards, and their order, are random but the same every time, so that each shard holds a mixture of classes.
+Each video is three members of a shard: KEY.mp4 (or its own suffix), KEY.cls and KEY.json. Videos are spread over the
+shards in a random order, which is always the same, so each shard holds a mixture of classes.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from dali_pipelines.manifest import Manifest, Video, key_of
 from dali_pipelines.packet_index import StaleIndexError, open_index
 from preparation.index import Rejected
 
-_OVERHEAD = 4096  # bytes of a shard for each video, beside its own: three headers, padding, label and JSON
-_ROWS = 1000  # rows whose sizes are read by one task
+_OVERHEAD = 4096  # bytes per video besides its own: three headers, padding, label and JSON
+_ROWS = 1000  # rows per task that reads sizes
 _THREADS = 16  # threads that read sizes at once: shared file systems have a high latency
 
 
@@ -44,15 +44,15 @@ class Shard(NamedTuple):
     file: str
     rows: list[int]
     sizes: list[int]
-    """Bytes of each row's video."""
+    """Size of each row's video in bytes."""
 
 
 Member = list[int] | str
-"""[offset, size] of a video in its shard, or why it could not be packed."""
+"""[offset, size] of a video in its shard, or the reason that it could not be packed."""
 
 
 class Written(TypedDict):
-    """The result of `write`, as it is kept in the journal."""
+    """The result of `write`, as stored in the journal."""
 
     file: str
     bytes: int
@@ -65,13 +65,13 @@ def pack(
     """Packs the videos of the manifest NAME.csv at `path` into `out`/NAME-000000.tar and so on.
 
     Returns the manifest of the shards, with `out` as its root, and the videos that could not be packed; (None, []) if
-    `pool` does only a part of the work. `out`/NAME.journal records what is done, so that later runs write only missing
-    shards. Raises `InputError`.
+    `pool` does only a part of the work. `out`/NAME.journal records progress, so later runs write only missing shards.
+    Raises `InputError`.
     """
     path, out = Path(path).resolve(), Path(out).resolve()
     manifest = Manifest.read(path)
     if path.parent == out or any(os.path.dirname(manifest.place(shard)) == str(out) for shard in manifest.shards):
-        raise InputError(f"{out}: holds the videos to pack, which would be overwritten: name another folder with --out")
+        raise InputError(f"{out}: holds the videos to pack, which would be overwritten; name another folder with --out")
     if not len(manifest):
         raise InputError(f"{path}: no videos in it")
     check_reachable(manifest.source(0), timeout_s=pool.timeout_s)
@@ -121,7 +121,7 @@ def pack(
             rejected.append(Rejected(video.path, video.label, member))
         else:
             videos.append(video._replace(shard=os.path.basename(file), offset=member[0], size=member[1]))
-            with contextlib.suppress(StaleIndexError):  # its offsets count from the start of the video
+            with contextlib.suppress(StaleIndexError):  # its offsets are relative to the video
                 if manifest.index is not None:
                     entries[key_of(videos[-1])] = open_index(str(manifest.index)).entry(key_of(video))
     packed = Manifest(videos, root=out, classes=manifest.classes, rejected=manifest.rejected + len(rejected))
@@ -133,7 +133,7 @@ def pack(
 
 
 def sizes(path: str, digest: str, first: int, last: int) -> list[int | str]:
-    """Bytes of the video of each row from `first` to before `last` of a manifest, or why it cannot be read."""
+    """Size in bytes of the video of each row in range(first, last) of a manifest, or the reason it cannot be read."""
     manifest = _read(path, digest)
 
     def size(row: int) -> int | str:
@@ -147,8 +147,8 @@ def sizes(path: str, digest: str, first: int, last: int) -> list[int | str]:
 
 
 def write(path: str, digest: str, file: str, rows: Sequence[int], sizes: Sequence[int]) -> Written:
-    """Writes the videos of these rows of a manifest, of `sizes` bytes, to the shard `file`, completely or not at all. A
-    complete shard that exists is kept. Raises `InputError`."""
+    """Writes the videos of these rows of a manifest, of `sizes` bytes, to the shard `file`, atomically. An existing
+    complete shard is kept. Raises `InputError`."""
     manifest = _read(path, digest)
     members = _read_members(file, manifest, rows, sizes)
     if members is None:
@@ -190,18 +190,18 @@ def _fill(shard: BinaryIO, manifest: Manifest, rows: Sequence[int], sizes: Seque
     for offset, size, checksum in written:
         shard.seek(offset)
         if hashlib.sha256(shard.read(size)).hexdigest() != checksum:
-            raise InputError(f"the data written at byte {offset} differs when read back: is the disk in order?")
+            raise InputError(f"the data written at byte {offset} differs when read back; check the disk")
     return members
 
 
 def _read_members(file: str, manifest: Manifest, rows: Sequence[int], sizes: Sequence[int]) -> list[Member] | None:
-    """The members of a shard that a run wrote but did not record, as it was killed; None if the shard is not what
-    `write` would make."""
+    """Reads the members of a shard that a killed run wrote but did not record; None if the shard is not what `write`
+    would make."""
     if not os.path.isfile(file):  # a pipe would block for ever
         return None
     members: list[Member] = []
     try:
-        with tarfile.open(file, "r:") as tar:  # not compressed: offsets must be those of the file
+        with tarfile.open(file, "r:") as tar:  # uncompressed, so that offsets are file offsets
             infos = list(tar)
             found = {info.name: info for info in infos}
             if len(found) < len(infos) or any(not info.isreg() or info.issparse() for info in infos):
@@ -227,12 +227,12 @@ def _read_members(file: str, manifest: Manifest, rows: Sequence[int], sizes: Seq
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(info)
-    assert file is not None  # of regular files only
+    assert file is not None  # never None for regular files
     return file.read()
 
 
 def _names_and_facts(manifest: Manifest, row: int) -> tuple[str, str, dict[str, Any]]:
-    """(key, suffix, content of the JSON file without the checksum) of a video."""
+    """Returns (key, suffix, content of the JSON file without the checksum) of a video."""
     video = manifest[row]
     stem, suffix = os.path.splitext(os.path.basename(video.path))
     # WebDataset ends a key at the first dot; names that are too long for a tar header would need another format.
@@ -253,8 +253,7 @@ def _read_video(manifest: Manifest, row: int, size: int) -> bytes:
 
 
 def _add(shard: BinaryIO, name: str, data: bytes) -> int:
-    """Appends a member and returns the offset of its data. It has no time and no owner: equal videos give equal
-    shards."""
+    """Appends a member and returns the offset of its data. Without time and owner, equal videos give equal shards."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     shard.write(info.tobuf(tarfile.GNU_FORMAT))
@@ -265,7 +264,8 @@ def _add(shard: BinaryIO, name: str, data: bytes) -> int:
 
 
 def _all_sizes(path: Path, digest: str, count: int, journal: Path, pool: WorkerPool) -> list[int | str]:
-    """Sizes of all rows, even if `pool` does only a part. Each part has its own journal, as parts may run at once."""
+    """Sizes of all rows, even if `pool` does only a part. Each part has its own journal, as parts may run in
+    parallel."""
     results = run(
         sizes,
         [(str(path), digest, first, min(first + _ROWS, count)) for first in range(0, count, _ROWS)],
@@ -281,7 +281,8 @@ def _all_sizes(path: Path, digest: str, count: int, journal: Path, pool: WorkerP
 
 
 def _plan(sizes: Sequence[int | str], shard_bytes: float) -> list[dict[int, int]]:
-    """Row -> size of the videos of each shard, in their order there; at least one, however large."""
+    """Plans the shards: row -> size of the videos in each, in order. A shard holds at least one video, however
+    large."""
     shards: list[dict[int, int]] = []
     room = 0.0
     for row in np.random.default_rng(0).permutation(len(sizes)).tolist():

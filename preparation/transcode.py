@@ -1,6 +1,6 @@
-"""Makes copies of videos that decode fast: small frames in short closed groups, few of them reference frames.
+"""Makes copies of videos that decode fast: small frames in short closed GOPs with few reference frames.
 
-Frame k of a copy is frame k that a decoder puts out for the original, turned as it is shown; frames are evenly spaced.
+Frame k of a copy is frame k of the decoded original, in displayed orientation; frames are evenly spaced.
 """
 
 import base64
@@ -37,9 +37,9 @@ from dali_pipelines.sampling import frame_positions
 from preparation.encoding import add_video_stream
 from preparation.index import Rejected
 
-_SAMPLED = 16  # videos from which size and time of the others are estimated
-_COMPARED = 32  # videos whose decoding is timed, original and copy
-_SPARE = 1.1  # free space required, times the estimated size: the sample may be off
+_SAMPLED = 16  # videos to estimate size and time from
+_COMPARED = 32  # videos to time, original and copy
+_SPARE = 1.1  # required free space / estimated size, as the estimate may be off
 _DISK_FULL = "no space is left on the disk"
 _UNFINISHED = ".transcode-*.part"
 _MADE_BY = "prepare.py transcode"
@@ -52,11 +52,11 @@ class _Codec(NamedTuple):
     suffix: str
     container: str
     crf: int
-    """Default: about the same quality for every codec."""
+    """The default, with about the same quality for every codec."""
     crfs: tuple[int, int]
-    """The lowest and the highest allowed."""
+    """The lowest and highest allowed value."""
     options: Callable[[int, int], dict[str, str]]
-    """(frames per group, crf) -> options of the encoder."""
+    """(frames per GOP, crf) -> options of the encoder."""
     pixel_format: str = "yuv420p"
 
 
@@ -73,7 +73,7 @@ def _x265(gop: int, crf: int) -> dict[str, str]:
 
 
 def _vp9(gop: int, crf: int) -> dict[str, str]:
-    # Alternate reference frames are hidden, but would have to be decoded as well.
+    # Alternate reference frames are hidden but still have to be decoded.
     groups = {"g": str(gop), "keyint_min": str(gop), "auto-alt-ref": "0"}
     return groups | {"crf": str(crf), "b": "0", "deadline": "good", "cpu-used": "4"}
 
@@ -93,12 +93,12 @@ CODECS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Size and coding of the copies."""
+    """Size and encoding of the copies."""
 
     short_side: int = 256
-    """Pixels at most. Videos are never enlarged; odd sides are rounded down to even."""
+    """Maximum in pixels. Videos are never enlarged; odd sides are rounded down to even."""
     gop: int = 16
-    """Frames per group; mjpeg has no groups."""
+    """Frames per GOP; mjpeg has no GOPs."""
     codec: str = "h264"
     crf: int = CODECS["h264"].crf
     """Quality on the encoder's own scale, lower is better; for mjpeg, the quantizer."""
@@ -117,18 +117,18 @@ class Task(NamedTuple):
     source: Source
     video: Video
     out: str
-    """Absolute path of the folder of the copies."""
+    """Absolute path of the folder for the copies."""
     name: str
     """Path of the copy within `out`."""
     settings: Settings
 
     @classmethod
     def from_json(cls, source: Sequence, video: Sequence, out: str, name: str, settings: Mapping) -> "Task":
-        """The task whose `to_json` is (source, video, out, name, settings)."""
+        """Builds a task from the fields of `to_json`."""
         return cls(Source(*source), Video(*video), out, name, Settings(**settings))
 
     def to_json(self) -> list[Any]:
-        """The arguments of the functions here that run in a child process."""
+        """The arguments of the functions below that run in a child process."""
         return [*self[:-1], asdict(self.settings)]
 
     @property
@@ -138,13 +138,13 @@ class Task(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Pixels of all frames of the copy."""
+        """Number of pixels of all frames of the copy."""
         height, width = copy_size(self.video, self.settings.short_side)
         return self.video.frames * height * width
 
     @property
     def work(self) -> int:
-        """Pixels to read and to write."""
+        """Number of pixels to read and write."""
         return self.video.frames * self.video.height * self.video.width + self.pixels
 
 
@@ -156,23 +156,23 @@ class Copy(NamedTuple):
     source_bytes: int
     copy_bytes: int
     modified_ns: int
-    """Modification time of the file: it differs if the journal is out of date."""
+    """Modification time of the file; it differs if the journal is out of date."""
     seconds: float
-    """Time it took; 0 if the copy already existed."""
+    """Time to make it; 0 if the copy already existed."""
     entry: str = ""
-    """Entry of the packet index, in base64; "" from a journal of earlier versions."""
+    """The packet index entry, in base64; "" from a journal of earlier versions."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the missing copies need."""
+    """Estimated size and time of the missing copies."""
 
     needed_bytes: int
     seconds: float
     sampled: int
     """Number of videos transcoded for the estimate."""
     workers: int
-    """Processes that `seconds` assumes; 1 with dask, which does not tell how many it will have."""
+    """Number of processes that `seconds` assumes; 1 with dask, where it is unknown."""
 
 
 class Job:
@@ -186,11 +186,11 @@ class Job:
         paths = [_path_below(video.path, manifest.root) for video in manifest]
         shards = [video.shard for video in manifest]
         names = target_names(zip(shards, paths), CODECS[settings.codec].suffix)
-        tasks: dict[tuple[str, str], Task] = {}  # a video that is listed twice is transcoded once
+        tasks: dict[tuple[str, str], Task] = {}  # a video listed twice is transcoded once
         for row, (video, path) in enumerate(zip(manifest, paths)):
             key = video.shard, path
             place, offset, size, *_ = manifest.source(row)
-            source = Source(absolute(place), offset, size)  # remote workers have another working folder
+            source = Source(absolute(place), offset, size)  # remote workers have a different working directory
             original = video._replace(path=path, label=0)
             tasks.setdefault(key, Task(source, original, os.path.abspath(out), names[key], settings))
         self._tasks = [tasks[key] for key in zip(shards, paths)]
@@ -222,7 +222,7 @@ class Job:
         for task in self._own:
             (existing if task.target.exists() else todo).append(task)
         if not all(self._is_done(task) for task in existing[:: max(len(existing) // 4, 1)]):
-            todo += existing  # made with other settings, so they are made again
+            todo += existing  # made with other settings, so make them again
         todo.sort(key=lambda task: task.pixels)
         if not todo:
             return Estimate(0, 0.0, 0, 0)
@@ -249,13 +249,14 @@ class Job:
             return False
 
     def check_disk(self, estimate: Estimate) -> int:
-        """Free space in bytes on the disk of the copies. Raises `InputError` if it is not enough."""
+        """Returns the free space in bytes on the disk of the copies. Raises `InputError` if it is not enough."""
         free = shutil.disk_usage(self._out).free
         needed = estimate.needed_bytes * _SPARE
         if needed > free:
             raise InputError(
-                f"{self._out}: about {size_text(needed)} are needed, {size_text(free)} are free; make room, or name "
-                "another --out, a smaller --short-side or a larger --crf. The copies made for this estimate are kept"
+                f"{self._out}: needs about {size_text(needed)}, but only {size_text(free)} are free; make room, "
+                "or choose another --out, a smaller --short-side or a larger --crf. Copies made for the estimate "
+                "are kept"
             )
         return free
 
@@ -267,12 +268,12 @@ class Job:
         """
         copies = _transcode_all(self._tasks, self._journal, self._pool)
         if self._pool.is_whole and any(_is_stale(task, copy) for task, copy in zip(self._tasks, copies)):
-            remove_journals(self._journal)  # copies were changed or removed since; the run below finds the good ones
+            remove_journals(self._journal)  # copies have changed or gone since; the run below finds the good ones
             copies = _transcode_all(self._tasks, self._journal, self._pool)
         if any(_DISK_FULL in copy for copy in copies if isinstance(copy, Failed)):
-            remove_journals(self._journal)  # it would remember the failures
+            remove_journals(self._journal)  # it would keep the failures
             raise InputError(
-                f"{self._out}: {_DISK_FULL}; make room and run the command again: finished copies are kept"
+                f"{self._out}: {_DISK_FULL}; make room and run the command again; finished copies are kept"
             )
         if self._pool.is_whole:
             self._remove_unfinished()
@@ -298,7 +299,7 @@ class Job:
         return manifest, rejected, good
 
     def compare(self) -> tuple[float, float, int]:
-        """(CPU ms to decode a clip of 8 frames of the originals, the same for the copies, number of videos timed)."""
+        """Returns (CPU ms to decode a clip of 8 frames of the originals, of the copies, number of videos timed)."""
         tasks = [task for task in self._tasks if task.target.exists()]
         tasks = [tasks[number] for number in np.linspace(0, len(tasks) - 1, min(_COMPARED, len(tasks))).astype(int)]
         results = run(time_decoding, [task.to_json() for task in tasks], journal=self._journal, pool=self._pool)
@@ -307,7 +308,7 @@ class Job:
         return before, after, len(times)
 
     def _remove_unfinished(self) -> None:
-        """Removes files that killed runs have left; a run still under way holds a lock on its own."""
+        """Removes files that killed runs left; a run still in progress holds a lock on its own."""
         for path in self._out.rglob(_UNFINISHED):
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -320,9 +321,9 @@ def _transcode_all(tasks: Sequence[Task], journal: Path, pool: WorkerPool) -> li
 
 
 def target_names(sources: Iterable[tuple[str, str]], suffix: str) -> dict[tuple[str, str], str]:
-    """(shard, path) of every video -> the path of its copy. `suffix` replaces the suffix of the video, or is appended
-    if two copies would otherwise have the same path."""
-    names = dict.fromkeys(sources, 0)  # -> how much of the old name is kept
+    """Maps (shard, path) of every video to the path of its copy. `suffix` replaces that of the video, or is appended if
+    two copies would otherwise have the same path."""
+    names = dict.fromkeys(sources, 0)  # -> how much of the old name to keep
     while True:
         made = {source: _target_name(*source, suffix, kept) for source, kept in names.items()}
         taken = Counter(made.values())
@@ -366,14 +367,14 @@ def _is_stale(task: Task, copy: Copy | Failed) -> bool:
 
 
 def copy_size(video: Video, short_side: int) -> tuple[int, int]:
-    """(height, width) of the copy in pixels, as shown: even, and not larger than the video."""
+    """Displayed (height, width) of the copy in pixels: even, and not larger than the video."""
     side = min(short_side, video.height, video.width)
     height, width = (max(each // 2 * 2, 2) for each in resized_size(video.height, video.width, side))
     return height, width
 
 
 def size_text(size: float) -> str:
-    """A number of bytes in MiB or GiB."""
+    """Formats a number of bytes in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -389,9 +390,9 @@ def transcode(*task: Any) -> Copy:
     if target.exists():
         found = _read_tag(target)
         if found.get("made_by") != _MADE_BY:
-            raise InputError(f"{target} exists, and is no copy made by {_MADE_BY}; it is not overwritten")
+            raise InputError(f"{target} exists and was not made by {_MADE_BY}, so it is not overwritten")
         if found.get("source") != tag["source"]:
-            raise InputError(f"{target} exists, and is a copy of {found.get('source')}; name another --out")
+            raise InputError(f"{target} exists and is a copy of {found.get('source')}; name another --out")
         is_there = found == tag
     if not is_there:
         _write_copy(source, video, target, settings, json.dumps(tag))
@@ -400,7 +401,7 @@ def transcode(*task: Any) -> Copy:
     height, width = copy_size(video, settings.short_side)
     if (copy.frames, copy.height, copy.width, copy.rotation, copy.mirrored) != (video.frames, height, width, 0, 0):
         target.unlink()
-        raise InputError(f"the copy has {copy.frames} of {video.frames} frames, or they are turned or cut")
+        raise InputError(f"the copy has {copy.frames} of {video.frames} frames, or their size or orientation is wrong")
     status = target.stat()
     seconds = 0.0 if is_there else time.monotonic() - started
     packed = base64.b64encode(entry).decode()
@@ -414,7 +415,7 @@ def is_done(*task: Any) -> bool:
 
 
 def _tag(task: Task) -> dict[str, Any]:
-    """How a copy was made; written into its metadata."""
+    """Describes how a copy was made; written into its metadata."""
     video = task.video
     return {
         "made_by": _MADE_BY,
@@ -423,7 +424,7 @@ def _tag(task: Task) -> dict[str, Any]:
         "frames": video.frames,
         "fps": video.fps,
         "rotation": video.rotation,
-        **({"mirrored": 1} if video.mirrored else {}),  # omitted if 0: copies by versions without this key stay valid
+        **({"mirrored": 1} if video.mirrored else {}),  # omitted if 0, so that copies from older versions stay valid
         **asdict(task.settings),
     }
 
@@ -442,7 +443,7 @@ def _read_tag(path: Path) -> dict[str, Any]:
 def _write_copy(source: Source, video: Video, target: Path, settings: Settings, tag: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(_UNFINISHED.replace("*", uuid.uuid4().hex))
-    frames = decode_all(source, frames=video.frames, size=coded_size(video))  # raises `InputError` for a damaged one
+    frames = decode_all(source, frames=video.frames, size=coded_size(video))  # raises `InputError` for a damaged frame
     try:
         with open(unfinished, "wb") as lock:  # see `_remove_unfinished`
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -473,13 +474,13 @@ def _encode(frames: Iterable[av.VideoFrame], path: Path, video: Video, settings:
                 encoder.color_range, encoder.colorspace = frame.color_range, frame.colorspace
                 encoder.color_primaries, encoder.color_trc = frame.color_primaries, frame.color_trc
             frame.pts, frame.time_base, frame.duration = number, 1 / fps, 1
-            frame.pict_type = av.video.frame.PictureType.NONE  # the encoder would keep the original's type
+            frame.pict_type = av.video.frame.PictureType.NONE  # otherwise the encoder would keep the original's type
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
 class _Scaler:
-    """Converts decoded frames to the size, the pixel format and the orientation of the copy; colours do not change."""
+    """Converts decoded frames to the size, pixel format and orientation of the copy; colours do not change."""
 
     def __init__(self, video: Video, settings: Settings):
         shown = copy_size(video, settings.short_side)
@@ -528,8 +529,8 @@ class _Scaler:
 
 @functools.cache
 def _range_tables(to_full: bool) -> list[np.ndarray]:
-    """Lookup tables for Y, U and V from limited to full range, or back. FFmpeg's own conversion rounds down: it is half
-    a level of chroma off, one of green."""
+    """Lookup tables for Y, U and V from limited to full range, or back. FFmpeg's own conversion rounds down, which
+    shifts chroma by half a level and green by one."""
     old = np.arange(256.0)
     luma, chroma = ((old - 16) / 219, (old - 128) / 224) if to_full else (old / 255, (old - 128) / 255)
     luma, chroma = (luma * 255, chroma * 255 + 128) if to_full else (luma * 219 + 16, chroma * 224 + 128)
@@ -537,7 +538,7 @@ def _range_tables(to_full: bool) -> list[np.ndarray]:
 
 
 def time_decoding(*task: Any) -> tuple[float, float]:
-    """CPU ms to decode a clip of 8 frames, as training draws them: (from the original, from its copy)."""
+    """CPU ms to decode a clip of 8 frames as in training: (from the original, from its copy)."""
     parsed = Task.from_json(*task)
     original, video, target = fetch(parsed.source), parsed.video, parsed.target
     decodes: list[tuple[Source | Path, Video]] = [(original, video), (target, probe(target))]
@@ -547,7 +548,7 @@ def time_decoding(*task: Any) -> tuple[float, float]:
             frames=video.frames, fps=video.fps, num_frames=8, stride=32, target_fps=30, past_end="fit", start=start
         )
         positions = np.unique(window)
-        for _ in range(3):  # in turn, so that other load on the machine affects both
+        for _ in range(3):  # alternately, so that other load on the machine affects both
             for which, (file, each) in enumerate(decodes):
                 began = time.process_time()
                 decode_frames(file, positions, size=coded_size(each))

@@ -1,1 +1,1 @@
-"""Takes weights to users: predictions for videos, their formats and plots, and exports to other runtimes."""
+"""Uses trained weights: predicts videos, formats and plots the predictions, and exports to other runtimes."""

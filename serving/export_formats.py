@@ -1,5 +1,5 @@
-"""The formats of export.py. A new one is a module that writes it, and opens it if predict.py takes it, and an entry in
-`FORMATS`: the command's options and checks and `open_exported` follow. Imports torch only when a format is used."""
+"""The formats of export.py. To add one, write a module that writes it (and opens it, if predict.py supports it), and
+add an entry to `FORMATS`. Imports torch only when a format is used."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """One export: what to write, and where."""
+    """One export to write."""
 
     out: Path
     """The file or folder to write."""
     source: str
-    """The weights as they were named: a file, or a repository on the Hugging Face Hub."""
+    """The weights as named on the command line: a file, or a repository on the Hugging Face Hub."""
     weights: Weights
     clips: Clips
-    """To compare on."""
+    """Clips to compare on."""
     views: int
     """1: clips in, logits out; 3: three views of a video in, the mean of their probabilities out."""
     precision: Precision
@@ -38,11 +38,11 @@ class ExportFormat:
 
     description: str
     suffix: str
-    """Of its files; "" if it writes a folder."""
+    """Suffix of the file; "" if the format is a folder."""
     write: Callable[[ExportRequest], str]
-    """Writes and compares; returns the result to print. Raises `MismatchError` and `InputError`."""
+    """Writes the export and compares it; returns the result to print. Raises `MismatchError` and `InputError`."""
     open: Callable[[Path], Exported] | None = None
-    """Raises `InputError` for other or damaged files."""
+    """Opens an exported file. Raises `InputError` for other or damaged files."""
     precisions: tuple[Precision, ...] = ("float32",)
     views: tuple[int, ...] = (1,)
 
@@ -105,15 +105,15 @@ FORMATS = {
 
 
 def is_exported(path: str) -> bool:
-    """Whether the name ends as those of the files that `open_exported` opens."""
+    """Whether `path` has a suffix that `open_exported` supports."""
     return path.endswith(tuple(each.suffix for each in FORMATS.values() if each.open))
 
 
 def open_exported(path: str | Path) -> Exported:
-    """Opens a file of export.py, on the CPU.
+    """Opens a file that export.py wrote, on the CPU.
 
-    Raises `InputError` for any other file, a damaged one, and if its runtime is not installed. Files that could run
-    code are refused: docs/export.md.
+    Raises `InputError` for any other file, a damaged one, or if its runtime is not installed. Files that could run code
+    are refused: docs/export.md.
     """
     path = Path(path)
     openers = {each.suffix: each.open for each in FORMATS.values() if each.open}

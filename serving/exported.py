@@ -1,4 +1,4 @@
-"""An exported network: one call from clips to probabilities, whichever runtime is behind it."""
+"""An exported network, with one interface for all runtimes: clips in, probabilities out."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class ExportHeader:
     model: dict[str, Any]
     """Arguments of `TimeSformer`."""
     preprocessing: dict[str, Any]
-    """How clips are cut: keys of the section `data` of a config."""
+    """Preprocessing of clips: keys of the `data` section of a config."""
     classes: tuple[str, ...]
     views: int
     """1: clips in, logits out; 3: three views of a video in, the mean of their probabilities out."""
@@ -28,7 +28,7 @@ class ExportHeader:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """3, T, S, S without the batch; the views come first if the file takes several."""
+        """Input shape without the batch: (3, T, S, S), or (views, 3, T, S, S) if the file takes several views."""
         frames, side = self.preprocessing["num_frames"], self.preprocessing["crop_size"]
         return (*([self.views] if self.views > 1 else []), 3, frames, side, side)
 
@@ -69,10 +69,10 @@ def read_header(path: Path, metadata: Mapping[str, str], *, format: str) -> Expo
         if header.views not in (1, 3):
             raise ValueError(f"views is {header.views}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its metadata is not what export.py writes ({error})") from None
+        raise InputError(f"{path}: its metadata is invalid ({error})") from None
     return header
 
 
 def first_line(error: Exception) -> str:
-    """Of a runtime's error, to quote in ours."""
+    """The first line of a runtime's error, for our own message."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

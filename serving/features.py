@@ -1,4 +1,4 @@
-"""Features of videos in one .npz file: the inputs of the network's head, for retrieval and linear probes."""
+"""Writes features of videos to an .npz file: the inputs of the network's head, for retrieval and linear probes."""
 
 import json
 from pathlib import Path
@@ -21,15 +21,15 @@ class Features:
         self._labels: list[int | None] = []
 
     def add(self, prediction: Prediction | Unreadable) -> None:
-        """Ignores videos that cannot be read."""
+        """Adds the features of a video; ignores videos that cannot be read."""
         if isinstance(prediction, Prediction) and prediction.features is not None:
             self._rows.append(prediction.features.numpy())
             self._videos.append(prediction.video)
             self._labels.append(prediction.label)
 
     def save(self, weights: Weights | Exported) -> None:
-        """Writes arrays: features float32 [M, D], paths [M], labels int64 [M] if all videos are from manifests, classes
-        [K] and, as JSON, model and preprocessing. Raises `InputError` if there are no features."""
+        """Writes the arrays features float32 [M, D], paths [M], labels int64 [M] if all videos are from manifests,
+        classes [K] and, as JSON, model and preprocessing. Raises `InputError` if there are no features."""
         if not self._rows:
             raise InputError(f"{self._path}: not written: none of the videos can be read")
         arrays = {

@@ -6,11 +6,11 @@ from typing import Any
 
 from serving.prediction import Prediction, TopClass, Unreadable, top_classes
 
-_CLASSES_PER_WINDOW = 3  # in the text
+_CLASSES_PER_WINDOW = 3  # in text output
 
 
 def as_text(prediction: Prediction, k: int, classes: Sequence[str], *, windows: bool) -> str:
-    """The video, a line for each of its k most likely classes and, with `windows`, a line for each window."""
+    """Lines for the video, for each of its k most likely classes and, with `windows`, for each window."""
     lines = [prediction.video]
     for entry in top_classes(prediction.probabilities, k, classes):
         lines.append(f"    {entry['probability']:.4f}  {entry['class']} ({entry['label']})")
@@ -21,7 +21,7 @@ def as_text(prediction: Prediction, k: int, classes: Sequence[str], *, windows: 
 
 
 def as_json(prediction: Prediction | Unreadable, k: int, classes: Sequence[str], *, windows: bool) -> str:
-    """A JSON object on one line: video, error, top and, with `windows`, start, end (in seconds) and top of each."""
+    """A JSON object on one line: video, error, top and, with `windows`, start, end (seconds) and top per window."""
     entry: dict[str, Any] = {
         "video": prediction.video,
         "error": prediction.reason,

@@ -22,14 +22,14 @@ from serving.verification import Clips, MismatchError, compare_with_original, ve
 def export_hugging_face(folder: Path, weights: Weights, clips: Clips, *, evaluation: Summary | None = None) -> str:
     """Writes the folder, and compares it in transformers if that is installed; returns the result to print.
 
-    evaluation: its numbers go into the model card. Raises `InputError` if the folder is not empty or if transformers
-    has no such network, and `MismatchError`.
+    evaluation: results for the model card. Raises `InputError` if the folder is not empty or if transformers has no
+    such network, and `MismatchError`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--out {folder}: already exists; name a new folder")
     if weights.model.get("attention") == "space_only":
         raise InputError(
-            "model.attention is space_only: transformers' TimeSformer gives the logits of every frame then, and not "
+            "model.attention is space_only: transformers' TimeSformer then returns the logits of every frame, not "
             "their mean; expected divided_space_time or joint_space_time"
         )
     with verified(folder) as unverified:
@@ -99,7 +99,7 @@ def _config(network: TimeSformer, weights: Weights) -> dict[str, Any]:
         "layer_norm_eps": LAYER_NORM_EPS,
         "qkv_bias": "blocks.0.attn.qkv.bias" in network.state_dict(),
         "attention_type": network.attention,
-        "drop_path_rate": 0,  # transformers takes integers only; it matters in training only
+        "drop_path_rate": 0,  # transformers accepts only integers; only training uses it
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
         "dtype": "float32",
@@ -107,7 +107,7 @@ def _config(network: TimeSformer, weights: Weights) -> dict[str, Any]:
 
 
 def _processor(weights: Weights) -> dict[str, Any]:
-    """The centre crop of validation: transformers' processor cannot take three."""
+    """The processor for validation's centre crop; transformers' cannot take three crops."""
     data = weights.preprocessing
     return {
         "image_processor_type": "VideoMAEImageProcessor",

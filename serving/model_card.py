@@ -11,8 +11,8 @@ from evaluation.results import Summary
 
 
 def evaluation_of(source: str, weights: Weights) -> Summary | None:
-    """The summary that evaluate.py wrote for the weights called `source`, into its default folder; None if there is
-    none, or if it is about other weights, an ensemble, or clips of another length. Raises `InputError` if results.json
+    """Reads the summary that evaluate.py wrote for the weights `source` into its default folder. None if there is none,
+    or if it is for other weights, an ensemble, or clips of another length. Raises `InputError` if results.json
     cannot be read."""
     file = results_folder(source) / SUMMARY
     if not file.is_file():
@@ -24,7 +24,7 @@ def evaluation_of(source: str, weights: Weights) -> Summary | None:
 
 
 def short_side(preprocessing: dict[str, Any]) -> int:
-    """Pixels of the short side before the centre crop, as in validation."""
+    """The short side in pixels before the centre crop, as in validation."""
     if preprocessing.get("short_side"):
         return preprocessing["short_side"][0]
     return round(preprocessing["crop_size"] * VALIDATION_SCALE)
@@ -53,19 +53,19 @@ tags:
 # {name}
 
 A TimeSformer ({attention.replace("_", " ")} attention) that classifies videos into {len(weights.classes)} classes,
-trained by a system for video classifiers around NVIDIA DALI and exported by its `export.py --format huggingface`.
+trained with TimeSformer on DALI and exported by its `export.py --format huggingface`.
 
 ## Preprocessing
 
 {data["num_frames"]} frames, equally spaced over {window}. The short side is resized to {short_side(data)} pixels
-(bilinear, without antialiasing), and the middle {crop} x {crop} pixels are cropped. Values are divided by 255; then the
-mean {data["mean"]} is subtracted, and the result is divided by {data["std"]}.
+(bilinear, without antialiasing), then cropped to the middle {crop} x {crop} pixels. Values are divided by 255, then
+normalised with mean {data["mean"]} and standard deviation {data["std"]}.
 
-The evaluation takes three crops instead: the short side is {crop} pixels, the crops are at the beginning, the middle
-and the end of the long side, and their probabilities are averaged.
+The evaluation takes three crops instead: the short side is {crop} pixels, the crops are at the start, middle and end
+of the long side, and their probabilities are averaged.
 
-`preprocessor_config.json` describes the same as far as it can: transformers' processor resizes with antialiasing, and
-takes the frames that it is given.
+`preprocessor_config.json` matches this as far as possible: transformers' processor resizes with antialiasing, and
+does not choose frames.
 
 ```python
 import av
@@ -91,12 +91,12 @@ print(model.config.id2label[label])
 
 ## License
 
-Apache-2.0, as the system that trained it. The videos of the training set have licenses of their own.
+Apache-2.0, like the code that trained it. The training videos have their own licenses.
 """
 
 
 def _evaluation_table(evaluation: Summary | None) -> str:
-    """The numbers and short texts of results.json."""
+    """The numbers and short texts of results.json as a table; "" without an evaluation."""
     if evaluation is None:
         return ""
     rows = [

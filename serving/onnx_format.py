@@ -1,4 +1,4 @@
-"""ONNX files: written, quantized, and opened in onnxruntime."""
+"""Writes and quantizes ONNX files, and opens them in onnxruntime."""
 
 import mmap
 import os
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT = "dali-timesformer onnx 1"
 OPSET = 20
-"""The first with GELU as one operator."""
-_LARGEST = 1536 * 2**20  # bytes: above this torch writes a second file, because one file cannot exceed 2 GiB
+"""The first opset with GELU as one operator."""
+_LARGEST = 1536 * 2**20  # bytes: above this torch writes a second file, as one file cannot exceed 2 GiB
 
 
 def export_onnx(path: Path, weights: Weights, clips: Clips, *, views: int = 1, precision: Precision = "float32") -> str:
@@ -82,13 +82,13 @@ def _write(path: Path, weights: Weights, views: int, precision: Precision) -> No
 
 
 def _quantize(path: Path, metadata: dict[str, str]) -> None:
-    """Computes products with weights in int8, with dynamically quantized activations; attention and the head stay
+    """Quantizes products with weights to int8, with dynamically quantized activations; attention and the head stay
     float32."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # Folds the split of the qkv weights, which the quantizer would not take for constants.
+    # Folds the split of the qkv weights, which the quantizer would not recognise as constants.
     quant_pre_process(path, path, skip_symbolic_shape=True)
     # 7 bits: with 8, CPUs without VNNI saturate. Each column of a weight has its own scale.
     quantize_dynamic(
@@ -103,7 +103,7 @@ def _quantize(path: Path, metadata: dict[str, str]) -> None:
 
 
 def open_onnx(path: Path) -> Exported:
-    """Opens the file in onnxruntime, on the CPU. Raises `InputError` for other or damaged files."""
+    """Opens an ONNX file in onnxruntime, on the CPU. Raises `InputError` for other or damaged files."""
     try:
         import onnxruntime
     except ImportError:
@@ -111,13 +111,13 @@ def open_onnx(path: Path) -> Exported:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             may_loop = _may_loop(content)
-    except (ValueError, IndexError):  # an empty file, or no protocol buffer
+    except (ValueError, IndexError):  # an empty file, or not a protocol buffer
         raise InputError(f"{path}: not an ONNX file, or a damaged one") from None
     if may_loop:
         raise InputError(f"{path}: refused, because export.py never writes loops or functions")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors, which are also raised
+    options.log_severity_level = 3  # only errors, which are also raised
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base
@@ -126,12 +126,12 @@ def open_onnx(path: Path) -> Exported:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     found = [[each.name for each in inputs], *(each.shape[1:] for each in (*inputs, *outputs))]
     if found != [["clips"], list(header.input_shape), [len(header.classes)]]:
-        raise InputError(f"{path}: damaged: its network is not the one that its metadata describes")
+        raise InputError(f"{path}: damaged: its network does not match its metadata")
     return Exported(**vars(header), run=runner(session))
 
 
 def runner(session: "onnxruntime.InferenceSession") -> Callable[[Tensor], Tensor]:
-    """`Exported.run` for an onnxruntime session."""
+    """Returns `Exported.run` for an onnxruntime session."""
 
     def run(clips: Tensor) -> Tensor:
         try:
@@ -162,8 +162,8 @@ def _may_loop(model: mmap.mmap) -> bool:
 
 
 def _messages(data: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yields (field number, start, end) of each length-delimited field in data[place:end], a protocol buffer message.
-    Raises ValueError and IndexError if it is none."""
+    """Yields (field number, start, end) of each length-delimited field of the protocol buffer message data[place:end].
+    Raises ValueError and IndexError if it is not one."""
 
     def varint() -> int:
         nonlocal place

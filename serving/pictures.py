@@ -12,7 +12,7 @@ from serving.formats import clock
 
 
 def _literal(text: str) -> str:
-    """Escapes `text` for matplotlib, which reads dollar signs as mathematics and refuses names that are not UTF-8."""
+    """Escapes `text` for matplotlib, which reads dollar signs as maths and refuses names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
@@ -65,8 +65,8 @@ def save_prediction_picture(
 def save_explanation(
     path: str | Path, clip: Tensor, attention: Tensor, *, title: str, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Draws the frames of a normalised clip [3, T, S, S] and, below, the same frames under the attention of the network
-    [T, rows, columns], resized, with each frame's share of the total. All frames have the same scale: 1 is the mean."""
+    """Draws the frames of a normalised clip [3, T, S, S] and, below, the same frames overlaid with the network's
+    attention [T, rows, columns], resized, with each frame's share of the total. All share one scale: 1 is the mean."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Predictions for videos. Clips are decoded and cut exactly as in an evaluation."""
+"""Predicts videos. Clips are decoded and cut exactly as in an evaluation."""
 
 import contextlib
 import dataclasses
@@ -27,21 +27,21 @@ from serving.exported import Exported
 from serving.video_arguments import Chunk, chunks, count, find_videos
 
 _MOST_BYTES, _MOST_FRAMES = 128 << 20, 128
-"""Limits for the decoded frames of one sample, which decide how many windows of a video it holds. Each frame may need a
-group of pictures of its own in memory."""
+"""Limits for the decoded frames of one sample, and so for its number of windows. Each frame may need its own GOP in
+memory."""
 _MOST_PROBES = 4  # processes that probe files
 _ALONE_AREA, _ALONE_PIXELS = 1 << 23, 1 << 31
 """Largest number of pixels of a frame, and of all frames, of a single video that this process decodes itself. A decoder
-may hold 17 frames, and nothing here could stop it if it took too long."""
+may hold 17 frames, and nothing here could stop a decoder that takes too long."""
 _WINDOWS_AT_ONCE = 4
-"""Windows, three crops each, in a batch of the network."""
+"""Windows (three crops each) in a batch of the network."""
 
 Classify = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unreadable:
-    """A video without prediction."""
+    """A video without a prediction."""
 
     video: str
     label: int | None = None
@@ -57,7 +57,7 @@ class Prediction:
     label: int | None = None
     """From the manifest, if the video was named by one."""
     probabilities: Tensor
-    """float32 [K]: mean over all views, which are three crops of each window."""
+    """float32 [K]: mean over all views (three crops per window)."""
     views: Tensor
     """float32 [3, 3, T, S, S]: the three crops of the first window as the network saw them, normalised."""
     seconds: np.ndarray
@@ -67,11 +67,11 @@ class Prediction:
     window_frames: Tensor | None = None
     """float32 [N, 3, S, S]: the middle crop of the middle frame of each window, normalised; None for one window."""
     features: Tensor | None = None
-    """float32 [D]: the input of the head, mean over all views; None unless asked for."""
+    """float32 [D]: the input of the head, mean over all views; None unless requested."""
     attention: Tensor | None = None
-    """float32 [T, rows, columns]: attention rollout of the middle crop of the first window; None unless asked for."""
+    """float32 [T, rows, columns]: attention rollout of the middle crop of the first window; None unless requested."""
     reason: ClassVar[None] = None
-    """Why there is no prediction, as in `Unreadable`."""
+    """None; `Unreadable` has the reason here."""
 
 
 TopClass = TypedDict("TopClass", {"class": str, "label": int, "probability": float})
@@ -88,8 +88,8 @@ def top_classes(probabilities: Tensor, k: int, classes: Sequence[str]) -> list[T
 
 
 def open_model(path: str, config_path: str | None, overrides: Sequence[str]) -> tuple[Weights | Exported, Config, str]:
-    """`common.weights.open_weights`, also for the files of export.py: (weights or exported network, config, how the
-    weights were adapted). Raises `InputError`."""
+    """Extends `common.weights.open_weights` to files of export.py. Returns (weights or exported network, config, how
+    the weights were adapted). Raises `InputError`."""
     if not is_exported(path):
         return open_weights(path, config_path, overrides)
     exported = open_exported(path)
@@ -114,19 +114,19 @@ def predict(
     features: bool = False,
     explain: bool = False,
 ) -> Iterator[Prediction | Unreadable]:
-    """Yields a prediction for each video as soon as it is there, in the order of the input; `weights` and `config` are
-    those of `open_model`.
+    """Yields a prediction for each video as soon as it is available, in input order; `weights` and `config` come from
+    `open_model`.
 
     videos: files, folders, globs, manifests, "-" for a list on stdin: see `find_videos`, whose `InputError` it raises.
-    num_windows: temporal windows over each video; 1 is the test of an evaluation.
-    features, explain: compute `Prediction.features`, `Prediction.attention`; an exported network gives neither, and
+    num_windows: temporal windows over each video; 1, as in an evaluation by default.
+    features, explain: compute `Prediction.features`, `Prediction.attention`; an exported network has neither and
         raises `InputError`.
     """
     found = find_videos(videos)
     network: TimeSformer | None = None
     if isinstance(weights, Exported):
         if features or explain:
-            raise InputError("an exported network gives probabilities only; name the weights it was exported from")
+            raise InputError("an exported network gives only probabilities; name the weights it was exported from")
         classify = _classifier_of_exported(weights)
     else:
         network = weights.build(process.device)
@@ -137,7 +137,7 @@ def predict(
         for chunk in chunks(found):
             probed = list(executor.map(partial(_probe, chunk, config.data), chunk.videos))
             readable = Manifest([video for _, _, video in probed if isinstance(video, Video)], root=chunk.root)
-            # Closed, with its processes, before the next chunk is waited for.
+            # Close it and its processes before waiting for the next chunk.
             with contextlib.closing(
                 _predict_readable(readable, config, classify, process, num_windows, is_alone=is_alone)
             ) as predicted:
@@ -153,8 +153,8 @@ def predict(
 
 
 def _probe(chunk: Chunk, data: DataConfig, video: str | Video) -> tuple[str, int | None, Video | InputError]:
-    """(path to show, label, the probed video or why it cannot be read). Files are probed in a process that may hang or
-    die."""
+    """Returns (path to show, label, the probed video or why it cannot be read). Files are probed in a process that may
+    hang or die."""
     if isinstance(video, Video):
         return place_for_people(video, chunk.root), video.label, video
     try:
@@ -165,8 +165,8 @@ def _probe(chunk: Chunk, data: DataConfig, video: str | Video) -> tuple[str, int
 
 
 def _classifier(network: TimeSformer, precision: str, *, features: bool) -> Classify:
-    """Windows of three crops [M, 3, 3, T, S, S] -> float32 probabilities [M, K] and, if asked for, features [M, D]:
-    means over the crops, on the CPU."""
+    """Maps windows of three crops [M, 3, 3, T, S, S] to float32 probabilities [M, K] and, if requested, features
+    [M, D]: means over the crops, on the CPU."""
     seen: list[Tensor] = []
     if features:
         network.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
@@ -193,8 +193,8 @@ def _predict_readable(
     *,
     is_alone: bool,
 ) -> Generator[Prediction | Unreadable, None, None]:
-    """Yields the prediction, without label, for each video of the manifest in its order. A small video that `is_alone`
-    in the whole input is decoded in this process, which is faster."""
+    """Yields a prediction without label for each video of the manifest, in order. If the input is one small video
+    (`is_alone`), this process decodes it, which is faster."""
     if not len(manifest):
         return
     settings = clip_settings(config.data, "test")
@@ -233,7 +233,7 @@ def _predict_readable(
                 # The last part may repeat the last window.
                 joined = {name: torch.cat([each[name] for each in parts])[:num_windows] for name in parts[0]}
                 if not reasons and not joined["probabilities"].isfinite().all():
-                    reasons = ["the network's answer is not finite; try -o train.precision=float32"]
+                    reasons = ["the network's output is not finite; try -o train.precision=float32"]
                 if reasons:
                     yield Unreadable(video=manifest[row].path, reason=reasons[0])
                 else:

@@ -1,4 +1,4 @@
-"""TensorRT engines, built by onnxruntime's TensorRT provider."""
+"""Builds TensorRT engines with onnxruntime's TensorRT provider."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ def require_tensorrt() -> None:
     available = onnxruntime.get_available_providers()
     if "TensorrtExecutionProvider" not in available:
         raise InputError(
-            f"--tensorrt: onnxruntime {onnxruntime.__version__} here has {', '.join(available)}, and not "
+            f"--tensorrt: onnxruntime {onnxruntime.__version__} here has {', '.join(available)}, but not "
             "TensorrtExecutionProvider, which needs onnxruntime-gpu and TensorRT"
         )
 
 
 def build_tensorrt(path: Path, weights: Weights, clips: Clips, *, views: int, precision: Precision) -> str:
-    """Builds an engine from an .onnx file, for 1 to 8 clips, in a folder beside it, and compares it; returns the result
+    """Builds an engine for 1 to 8 clips from an .onnx file, in a folder beside it, and compares it; returns the result
     to print. TensorRT computes float32 in TF32, so the limits are those of float16. Raises `MismatchError`."""
     import onnxruntime
 

@@ -1,4 +1,4 @@
-"""Files of torch.export (.pt2): written, and opened if nothing in them could run code."""
+"""Writes files of torch.export (.pt2), and opens them if nothing in them could run code."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from serving.verification import (
 
 FORMAT = "dali-timesformer torch 1"
 METADATA_FILE = "dali-timesformer.json"
-"""Inside a .pt2 file, which is a zip archive: in its folder `extra`."""
+"""The name in the folder `extra` of a .pt2 file, which is a zip archive."""
 
 
 def export_torch(
@@ -32,7 +32,7 @@ def export_torch(
 ) -> str:
     """Writes a .pt2 file, loads it and compares it; returns the result to print. Raises `MismatchError`."""
     if precision == "int8":
-        raise InputError("--precision int8 is for --format onnx; expected float32 or float16")
+        raise InputError("--precision int8 needs --format onnx; expected float32 or float16")
     network = Classifier(weights, views=views, precision=precision)
     metadata = write_header(weights, format=FORMAT, views=views, precision=precision)
     with verified(path) as unverified:
@@ -53,13 +53,13 @@ def export_torch(
 def open_torch(path: Path) -> Exported:
     """Opens the file in torch, on the CPU. Raises `InputError` for other or damaged files.
 
-    torch unpickles and evaluates much of a .pt2 file; one with anything of that kind is refused first: docs/export.md.
+    torch unpickles and evaluates much of a .pt2 file, so a file with such content is refused first: docs/export.md.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}")]
             metadata = json.loads(archive.read(names[0])) if names else {}
-            # Before torch opens it: a file that export.py did not write is not opened at all.
+            # Check before torch opens it; torch never opens a file that export.py did not write.
             header = read_header(path, metadata, format=FORMAT)
             if problem := _forbidden_content(archive, path.stat().st_size):
                 raise InputError(f"{path}: refused, because export.py never writes {problem}")
@@ -67,11 +67,11 @@ def open_torch(path: Path) -> Exported:
                 raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
     except InputError:
         raise
-    except Exception as error:  # zipfile's, zlib's and json's
+    except Exception as error:  # from zipfile, zlib or json
         raise InputError(f"{path}: not a .pt2 file, or a damaged one ({first_line(error)})") from None
     try:
         network = torch.export.load(path).module()
-    except Exception as error:  # mostly from another version of torch; it raises a dozen kinds
+    except Exception as error:  # usually a file of another torch version; torch raises a dozen types
         raise InputError(f"{path}: torch {torch.__version__} cannot open it ({first_line(error)})") from None
 
     def run(clips: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ _MEMBERS = re.compile(
 )
 _SYMBOLS = r"Symbol\('[su]\d+'(, \w+=True)*\)|Integer\(-?\d+\)|(Mul|Add|Mod|FloorDiv|Max|Min)\(|[ ,)]"
 _SPECIFICATION = r'(\w|[][{}:, ]|"(type|context|children_spec|null|\[\]|builtins\.(tuple|list|dict))")*'
-_TEXTS = {  # patterns for the values of these keys, at any depth; all others are words
+_TEXTS = {  # patterns for the values of these keys, at any depth; other values are words
     "target": r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|_operator\.(add|sub|mul|neg|mod|floordiv|eq|ne|ge|le|gt|lt)",
     "expr_str": f"({_SYMBOLS})*",
     "nn_module_stack": r"[\w.,;@]*",
@@ -101,9 +101,9 @@ _WORD = r"[\w.+-]*"
 
 
 def _forbidden_content(archive: zipfile.ZipFile, size: int) -> str:
-    """What in a .pt2 file of `size` bytes could make torch 2.13 run code or fill the memory; "" if nothing could. torch
-    unpickles entries marked as pickles, looks functions up by name, generates Python from the names of values, and
-    evaluates expressions and guards."""
+    """Names the content of a .pt2 file of `size` bytes that could make torch 2.13 run code or fill the memory; "" if
+    there is none. torch unpickles entries marked as pickles, looks up functions by name, generates Python from the
+    names of values, and evaluates expressions and guards."""
     members = archive.infolist()
     names = [member.filename.lower() for member in members]  # as torch looks them up
     if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) > 1:
@@ -125,7 +125,7 @@ def _forbidden_content(archive: zipfile.ZipFile, size: int) -> str:
 
 
 def _suspicious_text(value: Any, key: str = "") -> str:
-    """The first string in `value`, or key of it, that may be more than a name; "" if there is none."""
+    """Returns the first string in `value`, or key, that may be more than a name; "" if there is none."""
     if isinstance(value, str):
         return "" if re.fullmatch(_TEXTS.get(key, _WORD), value) else f"{key or 'a key'} {value[:80]!r}"
     if isinstance(value, dict):

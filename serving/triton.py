@@ -1,4 +1,4 @@
-"""A model repository for NVIDIA Triton."""
+"""Writes a model repository for NVIDIA Triton."""
 
 import contextlib
 import json
@@ -13,12 +13,12 @@ MAX_BATCH = 8
 
 
 def triton_name(config: Config, *, beside: Path) -> str:
-    """The model's name: that of the config, otherwise of the run whose config.yaml is beside the weights."""
+    """The model's name: from the config, otherwise from the config.yaml beside the weights."""
     if config.name == Config.name and (run := beside.with_name("config.yaml")).is_file():
         with contextlib.suppress(InputError):
             config = read_run_config(run)
     if Path(config.name).name != config.name or config.name == "..":
-        raise InputError(f"name is {config.name!r}, which is the name of a folder in --triton; expected no / in it")
+        raise InputError(f"name is {config.name!r}, which becomes a folder in --triton; expected no / in it")
     return config.name
 
 
@@ -50,7 +50,7 @@ output [
 ]
 dynamic_batching {{ }}
 """
-    labels = "".join(f"{' '.join(each.split())}\n" for each in weights.classes)  # one line each, whatever they contain
+    labels = "".join(f"{' '.join(each.split())}\n" for each in weights.classes)  # one line each
     for path, text in ((model / "labels.txt", labels), (model / "config.pbtxt", config)):
         with atomic_write(path) as file:
             file.write(text.encode(errors="backslashreplace"))

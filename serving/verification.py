@@ -23,17 +23,17 @@ from dali_pipelines.probe import probe
 from serving.exported import Precision
 
 _MOST_VIDEOS = 16
-"""Of a manifest; three views of each are compared."""
+"""Videos of a manifest to compare on, with three views each."""
 
 
 class MismatchError(Exception):
-    """The exported network differs from the original: says on which clip, by how much, and where the file is."""
+    """The exported network differs from the original. The message names the clip, the difference and the kept file."""
 
 
 class Classifier(nn.Module):
     """The network to export. views 1: clips [B, 3, T, S, S] -> logits [B, K]; 3: views [B, 3, 3, T, S, S] -> mean of
-    their probabilities [B, K]. Input and output are float32; with precision float16, everything in between is float16
-    except the head."""
+    their probabilities [B, K]. Input and output are float32; with precision float16, everything else except the head is
+    float16."""
 
     def __init__(self, weights: Weights, *, views: int, precision: Precision):
         super().__init__()
@@ -62,19 +62,20 @@ class Clips:
     """float32 [N, 3, 3, T, S, S]: three views of each of N videos, normalised."""
     names: list[str]
     origin: str
-    """Where they come from, to print."""
+    """A description of their origin, to print."""
 
     def inputs(self, num_views: int) -> Tensor:
-        """As a network that takes `num_views` views of a video expects them."""
+        """Reshapes the clips for a network that takes `num_views` views of a video."""
         return self.views if num_views > 1 else self.views.flatten(0, 1)
 
 
 def clips_to_compare(
     weights: Weights, config: Config, videos: Sequence[str], process: DistributedContext, *, beside: Path
 ) -> Clips:
-    """Three views of each of `videos` (files, or a manifest); by default of the run's validation videos, or synthetic.
+    """Returns three views each of `videos` (files or a manifest), by default of the run's validation videos.
 
-    beside: the weights file; config.yaml in its folder names the manifest if `config` does not. Raises `InputError` if
+    beside: the weights file; config.yaml in its folder names the manifest if `config` does not. Without a manifest, the
+    clips are synthetic. Raises `InputError` if
     no video can be read.
     """
     manifest, origin = _manifest_of(config, videos, beside)
@@ -94,13 +95,13 @@ def clips_to_compare(
         names += [manifest[row].path for row in batch.sample_ids[batch.valid].tolist()]
     if not names:
         fault = loader.stats.faults[0]
-        raise InputError(f"{fault.path}: {fault.reason}; nor can any other of {origin} be read: use --videos")
+        raise InputError(f"{fault.path}: {fault.reason}; none of {origin} can be read: use --videos")
     unreadable = f" ({len(manifest) - len(names)} of them unreadable)" if len(names) < len(manifest) else ""
     return Clips(torch.cat(views), names, f"compared on {origin}{unreadable}")
 
 
 def _manifest_of(config: Config, videos: Sequence[str], beside: Path) -> tuple[Manifest | None, str]:
-    """(the videos to compare on, what they are); (None, why not) if there are none."""
+    """Returns (the videos to compare on, their description), or (None, the reason) if there are none."""
     if videos and not videos[0].endswith(".csv"):
         return Manifest([_probe(path) for path in videos]), f"{len(videos)} video{'s' if len(videos) > 1 else ''}"
     if len(videos) > 1:
@@ -139,12 +140,12 @@ def synthetic_views(weights: Weights) -> Tensor:
 
 
 def example_input(weights: Weights, views: int) -> Tensor:
-    """A batch of two to trace a network with: from a batch of one, exporters would conclude that it is always one."""
+    """A batch of two to trace a network with: exporters would fix a batch size of one."""
     return synthetic_views(weights)[:2] if views > 1 else synthetic_views(weights)[:2, 0]
 
 
 def any_batch_size() -> tuple[dict[int, torch.export.Dim]]:
-    """The dynamic shapes for torch's exporters."""
+    """Dynamic shapes with any batch size, for torch's exporters."""
     return ({0: torch.export.Dim("batch", min=1)},)
 
 
@@ -172,11 +173,11 @@ def compare(
     views: int,
     precision: Precision,
 ) -> str:
-    """Runs both on all clips, first on one alone, then on batches of three. Returns the result to print; raises
-    `MismatchError` if they differ.
+    """Runs both networks on all clips, first on one alone, then on batches of three. Returns the result to print;
+    raises `MismatchError` if they differ.
 
-    float32: no value may differ by more than 1e-3; float16: by more than a hundredth of the clip's largest logit, or of
-    1 if that is larger; int8: values may differ. The top-1 must be the same in all of them.
+    float32: no value may differ by more than 1e-3. float16: by more than a hundredth of the clip's largest logit, or of
+    1 if that is larger. int8: values may differ. The top-1 must always be the same.
     """
     inputs = clips.inputs(views)
     unit = "probability" if views > 1 else "logit"
@@ -189,10 +190,10 @@ def compare(
         for number, original, copy in zip(batch, expected, found, strict=True):
             difference, limit = (original - copy).abs().max().item(), _limit(precision, original)
             largest = max(largest, difference)
-            if not difference <= limit:  # NaN is not
+            if not difference <= limit:  # also true for NaN
                 wrong.setdefault(number, f"a {unit} differs by {difference:.2g}, more than {limit:.2g}")
             elif original.argmax() != copy.argmax():
-                top = f"the top-1 is class {copy.argmax()}, that of the network is {original.argmax()}"
+                top = f"the top-1 is class {copy.argmax()}, but {original.argmax()} in the original network"
                 wrong.setdefault(number, f"{top}; a {unit} differs by {difference:.2g}")
     if wrong:
         number, difference_text = next(iter(wrong.items()))
@@ -208,8 +209,8 @@ def _limit(precision: Precision, expected: Tensor) -> float:
 
 
 def time_in_turn(runs: Sequence[Callable[[Tensor], Tensor]], inputs: Tensor) -> list[float]:
-    """Milliseconds per input of each of `runs`, called on all inputs at once: the best of three, after a warm-up. They
-    are timed in turn, so that other load on the machine slows all of them."""
+    """Milliseconds per input of each of `runs`, called on all inputs at once: the best of three, after a warm-up.
+    They alternate, so that other load on the machine slows all of them."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(4):
         for run, its_seconds in zip(runs, seconds, strict=True):
@@ -249,8 +250,8 @@ def compare_with_original(
 
 @contextlib.contextmanager
 def verified(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to. It is renamed to `path` when the block ends, to NAME.mismatch if that
-    raises `MismatchError`, and deleted if it raises anything else. Until then `path` stays as it is."""
+    """Yields a path beside `path` to write to. It is renamed to `path` when the block ends, to NAME.mismatch if the
+    block raises `MismatchError`, and deleted if it raises anything else. Until then, `path` does not change."""
     unverified, mismatch = (path.with_name(f"{path.stem}.{word}{path.suffix}") for word in ("unverified", "mismatch"))
     _delete(unverified)
     try:

@@ -1,4 +1,4 @@
-"""The VIDEO arguments of predict.py: files, folders, globs, manifests and stdin, as videos in the order of naming."""
+"""Resolves the VIDEO arguments of predict.py (files, folders, globs, manifests and stdin) to videos, in order."""
 
 import codecs
 import glob
@@ -18,15 +18,15 @@ from dali_pipelines.text import MARKS, UTF16_MARKS
 T = TypeVar("T")
 STDIN = "-"
 _CHUNK, _ROWS = 64, 1024
-"""Videos for one loader, which takes a moment to start: files, which are all probed before the first is decoded, and
+"""Videos per loader, which takes a moment to start: of files, which are all probed before the first is decoded, and of
 rows of manifests, which need no probing."""
 
 
 class Chunk(NamedTuple):
-    """Some of the videos, in order."""
+    """Consecutive videos for one loader."""
 
     root: str | os.PathLike[str]
-    """The folder that the paths of rows are relative to."""
+    """The folder that the rows' paths are relative to."""
     videos: Sequence[str | Video]
     """Paths of files to probe, or rows of a manifest."""
 
@@ -43,13 +43,12 @@ def find_videos(arguments: Sequence[str], warn: Callable[[str], None] = _warn) -
     """Resolves the arguments to files, manifests and `STDIN`, which is not read yet. Raises `InputError` if an argument
     matches nothing.
 
-    A file that does not exist is kept: its prediction says so. `warn` is called with a message about files passed over
-    in folders.
+    A missing file is kept: its prediction is `Unreadable`. `warn` gets a message about files passed over in folders.
     """
     found: list[Found] = []
     files: list[str] = []  # the last of `found`, while arguments name files
     if arguments.count(STDIN) > 1:
-        raise InputError(f"{STDIN} (stdin) is named {arguments.count(STDIN)} times; it can be read once")
+        raise InputError(f"{STDIN} (stdin) is named {arguments.count(STDIN)} times, but can only be read once")
     for argument in arguments:
         if argument == STDIN:
             found.append(STDIN)
@@ -83,20 +82,18 @@ def _files(argument: str, warn: Callable[[str], None]) -> list[str]:
         except OSError as error:
             below, note = [], (error.strerror or "cannot be read").lower()
         paths += below
-        if note and "**" not in argument:  # `**` itself matches the files in folders
+        if note and "**" not in argument:  # `**` matches the files in folders by itself
             warn(f"{match}: {note}")
     note = _closed(argument)
     if not paths:
-        raise InputError(
-            f"{argument}: no such file, and no file matches it as a pattern" + (f" ({note})" if note else "")
-        )
+        raise InputError(f"{argument}: no such file, and no match as a pattern" + (f" ({note})" if note else ""))
     if note:
         warn(f"{argument}: {note}")
-    return list(dict.fromkeys(paths))  # `**` finds a folder and its files
+    return list(dict.fromkeys(paths))  # `**` finds a folder and also its files
 
 
 def _closed(pattern: str) -> str:
-    """Says which folders a glob has passed over because they cannot be read; "" if there are none."""
+    """Names the folders that a glob skipped because they cannot be read; "" if there are none."""
     parts = pattern.split("/")
     closed = {}
     for count in (n for n, part in enumerate(parts) if glob.has_magic(part)):
@@ -110,7 +107,7 @@ def _closed(pattern: str) -> str:
 
 
 def _below(folder: str) -> tuple[list[str], str]:
-    """(paths of the videos in and below a folder, a note about files passed over)."""
+    """Returns (paths of the videos in and below a folder, a note about files passed over)."""
     found = videos_below(folder)
     return [str(Path(folder, path)) for path in found.videos], found.note
 
@@ -121,7 +118,7 @@ def count(found: Sequence[Found]) -> int | None:
 
 
 def chunks(found: Sequence[Found]) -> Iterator[Chunk]:
-    """Yields the videos in chunks; those from stdin as soon as they arrive, however few."""
+    """Yields the videos in chunks; paths from stdin are yielded as soon as they arrive."""
     for each in found:
         if isinstance(each, str):
             yield from _chunks_from_stdin()
@@ -139,26 +136,26 @@ def _split(videos: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _chunks_from_stdin() -> Iterator[Chunk]:
-    """Yields paths as they arrive, one a line or each with a zero byte at its end (`find -print0`)."""
+    """Yields paths as they arrive, one per line or each ended by a zero byte (`find -print0`)."""
     is_empty = True
     for entries in _stdin_entries():
         for paths in _split((os.fsdecode(entry) for entry in entries), _CHUNK):
             is_empty = False
             yield Chunk(".", paths)
     if is_empty:
-        raise InputError("no path came on stdin; expected one a line")
+        raise InputError("no path on stdin; expected one per line")
 
 
 def _stdin_entries() -> Iterator[list[bytes]]:
-    """Yields lists of entries as they arrive: `os.read` returns the bytes that are there, while reading by lines would
-    wait for more."""
+    """Yields lists of entries as they arrive: `os.read` returns the available bytes, while reading lines would wait for
+    more."""
     rest, end = b"", b"\n"
-    recode: Callable[[bytes], bytes] | None = None  # from the encoding of stdin to UTF-8, once its first bytes are here
+    recode: Callable[[bytes], bytes] | None = None  # from stdin's encoding to UTF-8, known after the first bytes
     while data := os.read(0, 1 << 16):
         rest += data if recode is None else recode(data)
         if recode is None:
             if rest not in MARKS and any(mark.startswith(rest) for mark in MARKS):
-                continue  # the byte order mark is not complete yet
+                continue  # the byte order mark is still incomplete
             recode, rest = _recoder(rest)
         if b"\0" in rest:
             end = b"\0"
@@ -169,7 +166,7 @@ def _stdin_entries() -> Iterator[list[bytes]]:
 
 
 def _recoder(start: bytes) -> tuple[Callable[[bytes], bytes], bytes]:
-    """(a function that recodes the following bytes as UTF-8, the first bytes as UTF-8 without a byte order mark)."""
+    """Returns (a function that recodes later bytes as UTF-8, the first bytes as UTF-8 without a byte order mark)."""
     if not start.startswith(UTF16_MARKS):
         return lambda data: data, start.removeprefix(codecs.BOM_UTF8)
     decoder = codecs.getincrementaldecoder("utf-16")("replace")
@@ -177,7 +174,7 @@ def _recoder(start: bytes) -> tuple[Callable[[bytes], bytes], bytes]:
 
 
 def _stripped(entry: bytes, end: bytes) -> bytes:
-    """Removes the carriage return of Windows; b"" for a blank line."""
+    """Removes a Windows carriage return; b"" for a blank line."""
     if end == b"\n":
         entry = entry.removesuffix(b"\r")
     return entry if entry.strip() else b""

@@ -62,7 +62,7 @@ CASES = [
     ("predict.py -w two.safetensors text.mp4 file --picture p.png", "--picture draws one video, but 2 are named"),
     ("predict.py -w two.safetensors text.mp4 --top-k 0", "--top-k is 0"),
     ("predict.py -w two.safetensors text.mp4 --windows 0", "--windows is 0"),
-    ("predict.py -w two.safetensors *.avi", "*.avi: no such file, and no file matches it as a pattern"),
+    ("predict.py -w two.safetensors *.avi", "*.avi: no such file, and no match as a pattern"),
     ("predict.py -w two.safetensors - --explain p.png", "--explain draws one video, but a list is named"),
     ("predict.py -w two.safetensors text.mp4 --features f.csv", "--features f.csv: expected a name that ends in .npz"),
     ("prepare.py index --list gone.txt --out out.csv", "gone.txt: No such file or directory"),

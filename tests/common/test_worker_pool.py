@@ -183,7 +183,7 @@ def test_a_scheduler_that_is_not_there_is_named(tmp_path):
     (tmp_path / "videos" / "a" / "a.mp4").touch()
     for settings, message in (
         (["--executor", "dask"], "--executor dask needs --scheduler"),
-        (["--scheduler", "tcp://x:1"], "--scheduler is for --executor dask"),
+        (["--scheduler", "tcp://x:1"], "--scheduler needs --executor dask"),
         (["--executor", "dask", "--scheduler", f"tcp://127.0.0.1:{free_port()}"], "no dask scheduler answers there"),
     ):
         done = command("prepare.py", "folder", "videos", *settings, cwd=tmp_path)

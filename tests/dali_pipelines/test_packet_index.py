@@ -292,7 +292,7 @@ def test_a_header_tells_colours_that_only_the_container_knows(indexed):
 def test_a_file_that_is_no_index_is_not_overwritten(indexed, tmp_path):
     path = tmp_path / "some.packets"
     path.write_text("somebody's notes")
-    with pytest.raises(InputError, match=r"some\.packets: exists, and would be overwritten"):
+    with pytest.raises(InputError, match=r"some\.packets: would be overwritten"):
         check_overwritable(tmp_path / "some.csv")
     path.write_bytes(indexed.index.read_bytes().replace(b"packets 2", b"packets 1"))  # of an earlier version
     with pytest.raises(StaleIndexError, match="another version"):

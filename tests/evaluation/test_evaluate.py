@@ -164,7 +164,7 @@ def test_evaluate_as_a_user_runs_it(weights_file, small_data):
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     whole = result_of(weights_file, small_data / "train.csv")
-    assert last.startswith(f"test/top1_1x3_prob {whole.top1:.4f}, top-5 1.0000 (95 % intervals ")
+    assert last.startswith(f"test/top1_1x3_prob {whole.top1:.4f}, top-5 1.0000 (95% intervals ")
     folder = weights_file.parent / "evaluation"
     written = read_results(folder)
     np.testing.assert_allclose(written.probabilities, whole.probabilities, atol=1e-6)
@@ -269,7 +269,7 @@ def test_members_of_an_ensemble_that_do_not_fit_are_named(weights_file, small_da
     preprocessed = weights.preprocessing
     settings = ["-w", weights_file, "-w", other, "-o", f"data.test={small_data}/val.csv", *IN_PROCESS]
     for changes, message in (
-        ({"classes": ("birch", "ash", "cedar")}, f"its classes are not those of {weights_file}"),
+        ({"classes": ("birch", "ash", "cedar")}, f"its classes differ from those of {weights_file}"),
         (
             {"preprocessing": preprocessed | {"stride": 2.0}},
             f"trained with data.stride=2.0, {weights_file} with None",

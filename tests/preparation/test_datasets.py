@@ -65,13 +65,13 @@ def test_official_annotations(tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.csv", HEADER + "archry,-3B32lodo2M,59,69,train,0\n", "a.csv:2: 'archry' is not known; .* 'archery'"),
-        ("a.csv", HEADER + "archery,-3B32lodo2M,59,69,trian,0\n", "a.csv:2: 'trian' is not known; .* 'train'"),
+        ("a.csv", HEADER + "archry,-3B32lodo2M,59,69,train,0\n", "a.csv:2: 'archry' is unknown; .* 'archery'"),
+        ("a.csv", HEADER + "archery,-3B32lodo2M,59,69,trian,0\n", "a.csv:2: 'trian' is unknown; .* 'train'"),
         ("a.csv", HEADER + "archery,-3B32lodo2M,x,69,train,0\n", "a.csv:2: expected label, youtube_id, time_start"),
         ("a.csv", HEADER + ",-3B32lodo2M,59,69,test,0\n", "a.csv:2: no label"),
         ("a.csv", HEADER, "a.csv: no videos"),
         ("train.list", "x.mp4 400\n", "x.mp4 has label 400; expected 0 to 399"),
-        ("list.txt", "x.mp4 4\n", "of which split"),
+        ("list.txt", "x.mp4 4\n", "unknown split"),
         ("train.txt", "x.mp4,1\ny.mp4 2\n", "train.txt:2: expected `path,label`"),
         ("train.txt", "nothing\n", "train.txt:1: expected `path label`"),
     ],
@@ -203,7 +203,7 @@ def test_kinetics_as_a_user_runs_it(kinetics):
 
     shutil.copy(kinetics / "k400_train.csv", out / "train.csv")
     done = run(*command, cwd=kinetics)
-    assert done.returncode == 2 and "train.csv: exists, and is no manifest" in done.stderr
+    assert done.returncode == 2 and "train.csv: exists and is not a manifest" in done.stderr
 
 
 def test_killed_and_started_again_it_writes_the_same(kinetics):

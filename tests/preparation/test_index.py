@@ -55,9 +55,9 @@ def test_paths_hold_any_character_and_need_not_be_utf8(tmp_path):
     "line, found",
     [
         ("a.mp4", "no label"),
-        ("a.mp4 x", "'x' for the label"),
-        ("a.mp4 -1", "'-1' for the label"),
-        ("a.mp4 99999999999999999999", "'99999999999999999999' for the label"),
+        ("a.mp4 x", "the label 'x'"),
+        ("a.mp4 -1", "the label '-1'"),
+        ("a.mp4 99999999999999999999", "the label '99999999999999999999'"),
         ("3", "a single number"),
         ("0 a.mp4", "no label"),
         ("a.mp4 0 1", "more than one number"),
@@ -70,7 +70,7 @@ def test_paths_hold_any_character_and_need_not_be_utf8(tmp_path):
         ("a.mp4; 0", "a comma or semicolon"),
         ('"a b.mp4" 0', "a path in quotes"),
         ("'a b.mp4' 0", "a path in quotes"),
-        ("a.mp4 archery 1", "more than a label after 'a.mp4'"),
+        ("a.mp4 archery 1", "more than one field after 'a.mp4'"),
         ("a.mp4 0\rb.mp4 1", "a line end within the path"),
     ],
 )
@@ -111,7 +111,7 @@ def test_folders_without_videos_are_named(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.mp4").touch()
     (tmp_path / "bare").mkdir()
-    with pytest.raises(InputError, match="bare: no videos in this folder; fill it or, .* --classes"):
+    with pytest.raises(InputError, match="bare: no videos in this folder; fill or remove it or, .* --classes"):
         read_folder(tmp_path)
     assert read_folder(tmp_path, ("bare", "full")).listed == [("full/a.mp4", 1)]
 
@@ -152,7 +152,7 @@ def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folde
     (tmp_path / "names.txt").write_text("jump\nrunfast\nswim\n")
     done = run("prepare.py", "folder", "val", "--classes", "names.txt", "--out", "w.csv", cwd=tmp_path)
     assert done.returncode == 2 and "val/run fast: not one of the 3 classes" in done.stderr
-    assert "the nearest: 'runfast'" in done.stderr and not (tmp_path / "w.csv").exists()
+    assert "the nearest is 'runfast'" in done.stderr and not (tmp_path / "w.csv").exists()
 
 
 def test_a_class_that_is_named_twice_is_refused(folder):
@@ -168,8 +168,7 @@ def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path
     listed, classes, note = read_folder(tmp_path)
     assert listed == [("a/x.mp4", 0)] and classes == ("a",)
     assert note == (
-        f"1 file passed over: 1 .srt; loop: not followed, leads back to {tmp_path}; "
-        "2 videos are in no folder of a class"
+        f"1 file passed over: 1 .srt; loop: not followed, leads back to {tmp_path}; 2 videos are not in a class folder"
     )
 
 

@@ -316,7 +316,9 @@ def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
     estimate = job.estimate()
     assert estimate.sampled == 2 and 1000 < estimate.needed_bytes < 100_000 and estimate.seconds > 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, estimate.needed_bytes))
-    with pytest.raises(InputError, match=r"out: about 0\.0 MiB are needed, 0\.0 MiB are free; make room, or name"):
+    with pytest.raises(
+        InputError, match=r"out: needs about 0\.0 MiB, but only 0\.0 MiB are free; make room, or choose"
+    ):
         job.check_disk(estimate)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 2 * estimate.needed_bytes))
     assert job.check_disk(estimate) == 2 * estimate.needed_bytes
@@ -405,13 +407,13 @@ def test_originals_and_other_files_are_never_overwritten(folder):
     (folder / "b" / "1.avi").write_bytes((folder / "a" / "2, b.avi").read_bytes())
     write_manifest(folder, ["b/1.avi"])
     done = command(folder, out="full")
-    assert done.returncode == 2 and "b/1.mp4 exists, and is a copy of b/1.webm; name another --out" in done.stdout
+    assert done.returncode == 2 and "b/1.mp4 exists and is a copy of b/1.webm; name another --out" in done.stdout
     write_manifest(folder, ["c.mp4"])
     shutil.copy(folder / "c.mp4", folder / "full" / "c.mp4")
     before |= {"full/b/1.mp4": files(folder)["full/b/1.mp4"]}
     before |= {"full/c.mp4": files(folder)["full/c.mp4"]}
     done = command(folder, out="full")
-    assert "c.mp4 exists, and is no copy made by prepare.py transcode; it is not overwritten" in done.stdout
+    assert "c.mp4 exists and was not made by prepare.py transcode, so it is not overwritten" in done.stdout
     now = files(folder)
     assert {name: now[name] for name in before} == before
 

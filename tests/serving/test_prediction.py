@@ -163,7 +163,7 @@ def test_a_glob_follows_links_but_no_loops(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gone*.mp4"], r"gone\*.mp4: no such file, and no file matches it as a pattern"),
+        (["gone*.mp4"], r"gone\*.mp4: no such file, and no match as a pattern"),
         (["empty"], "empty: no videos in this folder or below it"),
         (["empty.csv"], "empty.csv: no videos in it"),
         (["gone.csv"], "gone.csv: no such manifest"),
@@ -191,7 +191,7 @@ def test_a_producer_that_waits_for_its_prediction_gets_it(weights_file, small_da
     assert json.loads(rest)["video"] == str(small_data / "val_2.mp4")
     assert process.returncode == 1 and b"1 of 4 videos cannot be read" in errors
     none = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert none.returncode == 2 and none.stderr == "predict.py: error: no path came on stdin; expected one a line\n"
+    assert none.returncode == 2 and none.stderr == "predict.py: error: no path on stdin; expected one per line\n"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, tmp_path
     weights.state["head.weight"].fill_(3e38)
     save_weights(tmp_path / "w.safetensors", weights)
     (found,) = predictions(tmp_path / "w.safetensors", [small_data / "val_1.webm"])
-    assert isinstance(found, Unreadable) and "the network's answer is not finite" in found.reason
+    assert isinstance(found, Unreadable) and "the network's output is not finite" in found.reason
 
 
 def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
@@ -440,7 +440,7 @@ def test_an_exported_network_predicts_as_its_weights_do(weights_file, mixed, exp
 
 def test_features_of_an_exported_network_are_errors(mixed, exported_files):
     for wish in ("features", "explain"):
-        with pytest.raises(InputError, match="gives probabilities only"):
+        with pytest.raises(InputError, match="gives only probabilities"):
             next(predictions(exported_files["onnx"], [mixed], **{wish: True}))
     for override, message in (
         ("data.crop_size=48", "data.crop_size is 48, but these weights were trained with 32"),
