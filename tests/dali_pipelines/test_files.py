@@ -323,10 +323,10 @@ def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypat
     [
         (206, {"Content_Range": "bytes 0-999/5000"}, "sends a part of the shard that was not requested"),
         (206, {}, "sends a part of the shard that was not requested"),
-        (200, {}, "sends whole files and no parts"),
+        (200, {}, "sends only whole files"),
         (302, {"Location": "/a.tar"}, "tried 3 times: .*a.tar"),
     ],
-    ids=["another range", "no range", "as long as asked for", "redirects for ever"],
+    ids=["another range", "no range", "full length, status 200", "redirects forever"],
 )
 def test_other_bytes_than_those_asked_for_are_not_taken(web, no_pause, status, headers, reason):
     web.instead = answer(bytes(1000), status, **headers)

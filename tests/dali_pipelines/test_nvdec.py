@@ -520,11 +520,11 @@ def test_threads_that_cannot_start_end_the_run(some, monkeypatch):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         pool.result(pool.submit(sample, (1, 1)))
     pool.close()
-    with pytest.raises(RuntimeError, match="the threads that decode have ended"):
+    with pytest.raises(RuntimeError, match="the decoding threads have ended"):
         pool.result(pool.submit(sample, (1, 1)))
 
 
-# -- what must be there --
+# -- what must be installed --
 
 
 def test_torchcodec_takes_the_ffmpeg_of_pyav():
@@ -544,7 +544,7 @@ def test_torchcodec_takes_the_ffmpeg_of_pyav():
     "reason",
     [
         "torchcodec is not installed: pip install 'torchcodec>=0.11'",
-        "the driver says that this GPU has no NVDEC engine",
+        "the driver reports no NVDEC engine on this GPU",
     ],
 )
 def test_without_torchcodec_or_nvdec(some, monkeypatch, reason):
