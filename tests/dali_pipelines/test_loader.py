@@ -507,7 +507,7 @@ def test_workers_in_trouble_do_not_stop_the_run(textured_videos, trouble):
 
 def test_workers_that_cannot_live_end_the_run(textured_videos, monkeypatch):
     monkeypatch.setattr(workers_module, "ClipSource", DyingSource)
-    with pytest.raises(InputError, match="the loader's processes end again and again"):
+    with pytest.raises(InputError, match="the loader's processes keep ending"):
         next(iter(loader(textured_videos, workers=2)))
 
 

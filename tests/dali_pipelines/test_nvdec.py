@@ -578,7 +578,7 @@ def test_auto_on_a_gpu_uses_both_and_says_so(monkeypatch):
     made = loader(manifest(250), "train", decode="auto", device="cuda", workers=16, crop_size=224, stride=32)
     assert made._workers.routing.engine == "nvdec" and 0.2 < made.host_share < 0.4
     assert re.fullmatch(
-        r"by the manifest, NVDEC \(7 engines\) alone decodes about 1\d\d clips/s, together with 16 workers about "
+        r"estimated from the manifest: NVDEC \(7 engines\) alone decodes about 1\d\d clips/s, with 16 workers about "
         rf"2\d\d: host_share {made.host_share:g}",
         made.decode_note,
     )
