@@ -217,7 +217,7 @@ class Workers:
                 self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
                 if self._deaths[sample_id] > 1:
                     end = f"signal {-status}" if status < 0 else f"status {status}"
-                    self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
+                    self._given_up[sample_id] = f"the process that decodes it ended with {end}, twice"
         self._watchdog.kill()  # DALI would wait for workers that cannot end
         return len(self._given_up) > known
 
