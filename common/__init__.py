@@ -1,1 +1,1 @@
-"""What several packages need: settings, processes, weights files, labels, locks and the command-line harness."""
+"""Shared by several packages: settings, processes, weights files, labels, locks and the command-line harness."""

@@ -1,4 +1,4 @@
-"""Checking that all processes of a job use the same code, settings, data and weights."""
+"""Checks that all processes of a job use the same code, settings, data and weights."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ _OWN = (
     "train.pretrained",
     "distill.teacher",
 )
-"""Keys that may differ between processes: paths to what is compared itself, and resources of a machine."""
+"""Keys that may differ between processes: paths whose contents are compared instead, and resources of a machine."""
 
 _PACKAGES = ("common", "dali_pipelines", "model", "training")
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What decides the numbers that a run computes: a checksum of this program, and the versions of its libraries."""
+    """Everything that affects a run's numbers: a checksum of this program, and the versions of its libraries."""
     root = Path(__file__).parents[1]
     code = hashlib.sha256()
     for path in sorted(path for name in _PACKAGES for path in (root / name).rglob("*.py")):
@@ -62,7 +62,7 @@ def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def check_agreement(process: DistributedContext, facts: Mapping[str, Any]) -> None:
-    """Raises `InputError` on all processes unless `facts` are equal on all of them; its message names the first rank
+    """Raises `InputError` on all processes unless `facts` are equal on all of them; the message gives the first rank
     that differs from rank 0, and the values. Every process must call it."""
     everywhere = process.gather(dict(facts))
     for rank, theirs in enumerate(everywhere):

@@ -1,8 +1,8 @@
-"""Calls functions in a child process: a video can make FFmpeg hang or crash.
+"""Calls functions in a child process, because a video can make FFmpeg hang or crash.
 
-A thread that calls `in_child` keeps one process for all its calls, and replaces it if it had to be ended. Functions are
-passed by name, so they must be at the top level of a module; arguments and results are passed as JSON. The threads of a
-dask worker can call it as well.
+A thread that calls `in_child` keeps one process for all its calls, and replaces it if it has to be ended. Functions are
+passed by name, so they must be at the top level of a module; arguments and results are passed as JSON. Threads of a
+dask worker can call it too.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ _children: weakref.WeakSet["_Child"] = weakref.WeakSet()
 
 
 def name_of(function: Callable) -> str:
-    """The function as "module:function", by which another process finds it."""
+    """The function as "module:function", for `find_function` in another process."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
 def find_function(name: str) -> Callable:
-    """The function that `name_of` named."""
+    """The function with a name from `name_of`."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
 def in_child(function: Callable, arguments: Sequence, timeout_s: float, *, setting: str = "--timeout") -> Any:
-    """Call `function(*arguments)` in a child process. The result has gone through JSON: tuples become lists.
+    """Call `function(*arguments)` in a child process. The result is converted to JSON and back: tuples become lists.
 
-    setting: the name by which users set `timeout_s`. Raises `InputError` if the function does, if it takes longer than
-    `timeout_s`, or if its process crashes twice.
+    setting: the option with which users set `timeout_s`. Raises `InputError` if the function does, if it takes longer
+    than `timeout_s`, or if its process crashes twice.
     """
     try:
         return _call(function, arguments, timeout_s, setting)
@@ -52,7 +52,7 @@ def in_child(function: Callable, arguments: Sequence, timeout_s: float, *, setti
     try:
         return _call(function, arguments, timeout_s, setting)
     except _EndedError as error:
-        raise InputError(f"the process that reads it ends with {error}, twice") from None
+        raise InputError(f"the process that reads it ended with {error}, twice") from None
 
 
 def _call(function: Callable, arguments: Sequence, timeout_s: float, setting: str) -> Any:
@@ -74,7 +74,7 @@ def end_children() -> None:
 
 
 class _EndedError(Exception):
-    """The process has ended; the message is its signal or status."""
+    """The process has ended; the message gives its signal or status."""
 
 
 class _Child:
@@ -85,7 +85,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            process_group=0,  # Ctrl-C is for the parent
+            process_group=0,  # only the parent handles Ctrl-C
         )
         assert self._process.stdin and self._process.stdout  # both are pipes
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
@@ -132,11 +132,11 @@ class _Child:
 
 
 def _main() -> None:
-    """Answer every line of stdin with a line on stdout, until the parent ends, which closes stdin."""
+    """Answer every line of stdin with a line on stdout, until stdin closes because the parent ends."""
     end_with_parent(int(sys.argv[-1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    os.dup2(2, 1)  # output of libraries must not be taken for an answer
     for line in sys.stdin.buffer:
         function, arguments = json.loads(line)
         try:

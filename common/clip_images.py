@@ -1,4 +1,4 @@
-"""Turning normalised clips back into pixels."""
+"""Turns normalised clips back into pixels."""
 
 from collections.abc import Sequence
 

@@ -11,12 +11,12 @@ from dali_pipelines.text import ForPeople
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: with 0 or what it returned, 2 for bad input, 130 for Ctrl-C.
+    """Run a command's `main` and exit with its result or 0, with 2 for bad input, or 130 for Ctrl-C.
 
-    An `InputError` or an operating-system error (no such file, disk full) is one line on stderr. Anything else is a bug
-    of this program and keeps its traceback.
+    An `InputError` or an operating-system error (no such file, disk full) is printed as one line on stderr. Anything
+    else is a bug in this program and keeps its traceback.
     """
-    # Waiting threads of torch yield their core to the loader's processes: docs/demo.md has the gain.
+    # Idle torch threads then yield their core to the loader's processes: docs/demo.md shows the gain.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -46,12 +46,12 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def _silence_threads() -> None:
-    """Silence errors of other threads, which this end causes: DALI's thread sees the workers go that it watches."""
+    """Silence errors in other threads caused by exiting: a thread of DALI sees the workers that it watches end."""
     threading.excepthook = lambda _: None
 
 
 def _is_ctrl_c(error: BaseException | None) -> bool:
-    """Whether Ctrl-C caused `error`: DALI's own clean-up fails if it comes while a graph is being defined."""
+    """Whether Ctrl-C caused `error`: if it comes while a graph is being defined, DALI's own clean-up fails."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

@@ -1,7 +1,7 @@
-"""The settings of a run: a YAML file over these dataclasses, and `-o KEY=VALUE` over that.
+"""The settings of a run: the defaults in these dataclasses, overridden by a YAML file, and that by `-o KEY=VALUE`.
 
-Precedence: `-o` > file > the file that it names as its `base` > defaults here. An unknown key is an error. Every value
-is set in one place: the network's num_frames, image_size and num_classes follow from `data`.
+Precedence: `-o` > file > the file's `base` > defaults. An unknown key is an error. Every value is set in one place: the
+network's num_frames, image_size and num_classes follow from `data`.
 """
 
 import contextlib
@@ -42,18 +42,18 @@ class DataConfig:
     """The videos, and how clips are cut out of them; see `dali_pipelines.ClipLoader`."""
 
     train: str | None = None
-    """Manifest, made by prepare.py."""
+    """Manifest made by prepare.py."""
     val: str | None = None
     test: str | None = None
-    """Manifest for evaluate.py; default: that of `val`."""
+    """Manifest for evaluate.py; default: `val`."""
     labels: str | None = None
     """File with one class name per line; default: the names in the training manifest."""
     num_frames: int = 8
     crop_size: int = 224
     """Side of the square crop in pixels."""
     short_side: list[int] | None = None
-    """Range [low, high] in pixels from which training draws the short side; validation uses the low end, the test the
-    crop size. Default: 8/7 and 10/7 of the crop size."""
+    """Range [low, high] in pixels from which training draws the short side; validation uses the low end, the test uses
+    the crop size. Default: 8/7 and 10/7 of the crop size."""
     stride: float | None = 32
     """A clip spans stride * num_frames / target_fps seconds; null: the whole video."""
     target_fps: float = 30
@@ -68,20 +68,20 @@ class DataConfig:
     workers: int | None = None
     """Processes that read and decode, per training process; default: its share of the CPU cores."""
     decode: str = "auto"
-    """auto: on a GPU, NVDEC and the workers (PyAV) side by side; on the CPU, the workers. nvdec: NVDEC alone, for the
-    videos that it supports. dali: DALI's own decoder, slow on a GPU. host: the workers."""
+    """auto: on a GPU, NVDEC and the workers (PyAV) together; on the CPU, the workers. nvdec: NVDEC for all videos that
+    it supports. dali: DALI's own decoder, slow on a GPU. host: the workers."""
     host_share: float | None = None
-    """Share (0 to 1) of the videos that NVDEC supports which the workers decode; default: what keeps both busy."""
+    """Share (0 to 1) of the videos NVDEC supports that the workers decode instead; default: what keeps both busy."""
     decode_threads: int | None = None
     """Threads that feed NVDEC, per training process; default: one per worker, 4 to 16."""
     views_per_decode: int = 1
     """Training clips cut out of each decoded video, each with its own window, crop and flip."""
     timeout_s: float = 60
-    """Seconds that a worker may take for one video; one that takes longer is unreadable."""
+    """Seconds that a worker may take for one video; one that takes longer counts as unreadable."""
     cache: str | None = None
-    """Folder on a local disk that keeps files read from URLs for the next epochs; null: they are read again."""
+    """Folder on a local disk that keeps files read from URLs for later epochs; null: every epoch reads them again."""
     max_pixels: int = MAX_PIXELS
-    """Largest number of pixels of a frame, by default twice that of 8K; a video with more is unreadable. See
+    """Largest number of pixels in a frame, by default twice that of 8K; a video with more counts as unreadable. See
     --max-pixels of prepare.py."""
     max_fault_fraction: float = 0.05
     """Training stops when more than this share of an epoch's videos, 0 to 1, cannot be read."""
@@ -94,8 +94,8 @@ class OptimConfig:
     name: str = "sgd"
     """sgd (Nesterov), adamw or lamb."""
     implementation: str = "auto"
-    """auto: torch's fused kernels; for LAMB, Apex's kernels on a GPU where they run, else torch's multi-tensor
-    (foreach) functions. apex, fused, foreach: that one, or an error."""
+    """auto: torch's fused kernels; for LAMB, Apex's kernels on a GPU if they run, else torch's multi-tensor
+    (foreach) functions. apex, fused, foreach: exactly that, or an error."""
     lr: float = 0.0025
     """Learning rate at the end of the warm-up, for the global batch."""
     warmup_start_lr: float = 0.00025
@@ -103,13 +103,13 @@ class OptimConfig:
     final_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     decay_epochs: list[float] = field(default_factory=list)
-    """If given, the rate does not follow a cosine, but falls to a tenth after each of these epochs."""
+    """If given, the rate falls to a tenth after each of these epochs instead of following a cosine."""
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 7e-5
     """Not applied to the class token, the position and time embeddings and the head's bias."""
     clip_norm: float | None = 40.0
-    """Largest norm of all gradients together; null: no clipping."""
+    """Largest norm of all gradients combined; null: no clipping."""
     global_batch_size: int = 64
     """Clips per optimizer step, over all processes."""
 
@@ -119,9 +119,9 @@ class MixConfig:
     """VideoMix: see `training.mixing`."""
 
     cutmix_prob: float = 0.0
-    """Share of micro-batches, 0 to 1, with CutMix; the others have Mixup."""
+    """Share of micro-batches, 0 to 1, with CutMix; the rest use Mixup."""
     cutmix_alpha: float = 1.0
-    """The share of a clip that is kept is drawn from Beta(alpha, alpha)."""
+    """Parameter of CutMix: the share of a clip that is kept is drawn from Beta(alpha, alpha)."""
     mixup_alpha: float = 0.0
     """The same for Mixup; 0: no Mixup."""
     cutmix_box: str = "space"
@@ -137,7 +137,7 @@ class DistillConfig:
     multiple of it."""
     temperature: float = 3.0
     weight: float = 0.5
-    """Weight of the teacher, 0 to 1; the labels have the rest."""
+    """Weight of the teacher, 0 to 1; the rest is the weight of the labels."""
 
 
 @dataclass
@@ -148,27 +148,27 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this number of steps; the schedule still spans `epochs`."""
     precision: str = "auto"
-    """float32, bf16, fp16 (with dynamic loss scaling); auto: bf16 on a GPU that has it, float32 elsewhere; amp (as
-    --amp): bf16, fp16 on a GPU without it."""
+    """float32, bf16, fp16 (with dynamic loss scaling); auto: bf16 on a GPU that supports it, otherwise float32; amp
+    (same as --amp): bf16, or fp16 on a GPU without it."""
     label_smoothing: float = 0.1
     pretrained: str | None = None
     """Initial weights: a file, folder or name on the Hugging Face Hub, see `model.load_pretrained`."""
     swa_epochs: int = 0
-    """Number of last epochs whose weights are averaged, into swa.safetensors; 0: none."""
+    """Number of final epochs whose weights are averaged into swa.safetensors; 0: none."""
     activation_checkpointing: bool = False
-    """Compute the activations of a block again when they are needed: less memory for a third more computing."""
+    """Activation checkpointing: recompute a block's activations when needed. Saves memory for a third more compute."""
     compile: bool | str = "auto"
-    """Use torch.compile. auto: on a GPU with a working compiler, for a run of 1,000 forward passes or more."""
+    """Use torch.compile. auto: on a GPU with a working compiler, for runs of 1,000 forward passes or more."""
     cuda_graphs: bool = False
     """Launch the compiled network as one CUDA graph."""
     checkpoint_every_steps: int | None = None
-    """Steps between checkpoints, in addition to the one at the end of every epoch; null: none."""
+    """Steps between checkpoints, in addition to one at the end of every epoch; null: no others."""
     log_every_steps: int = 10
     on_nan: str = "stop"
-    """What follows a loss or gradient that is not finite: stop, or rollback (to the last checkpoint; the clips of that
-    step are then left out). In fp16 such steps are skipped, as long as the loss scale can still fall."""
+    """What to do if a loss or gradient is not finite: stop, or rollback (to the last checkpoint; the clips of that step
+    are then left out). In fp16 such steps are skipped, as long as the loss scale can still fall."""
     hang_timeout_s: float = 600
-    """Seconds without progress after which a run of several processes ends, and names the one that hangs."""
+    """Seconds without progress after which a run of several processes ends, reporting the one that hangs."""
 
 
 @dataclass
@@ -192,7 +192,7 @@ class Config:
 def load_config(path: str | None, overrides: Sequence[str] = (), *, defaults: dict[str, Any] | None = None) -> Config:
     """The settings in file `path` (None: no file) with `KEY=VALUE` overrides, over `defaults`.
 
-    Raises `InputError` that names the key and, for an unknown one, the nearest that exists.
+    Raises `InputError` that names the key and, for an unknown key, the closest known one.
     """
     layers = [("defaults", OmegaConf.create(defaults or {}))]
     if path is not None:
@@ -209,7 +209,7 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, defaults: di
             merged = OmegaConf.merge(merged, layer)
     with _reporting_errors("the config"):
         config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)  # what `merged` is structured like
+    assert isinstance(config, Config)  # the structure of `merged`
     _check_values(config)
     return config
 
@@ -217,13 +217,13 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, defaults: di
 def read_run_config(path: Path) -> Config:
     """The config.yaml of a run, found beside its weights.
 
-    Anybody may have written it, so it may hold only what train.py writes. Raises `InputError` if it names another file
-    (`base`) or has values to fill in (`${oc.env:HOME}`).
+    The file is not trusted, so it may only contain what train.py writes. Raises `InputError` if it refers to another
+    file (`base`) or has interpolations (`${oc.env:HOME}`).
     """
     if "base" in (content := _read_yaml(str(path))):
-        raise InputError(f"{path}: names another file, which train.py never does; it is not read")
+        raise InputError(f"{path}: refers to another file, which train.py never writes; it is refused")
     if "${" in OmegaConf.to_yaml(content):
-        raise InputError(f"{path}: has a value to be filled in, which train.py never writes; it is not read")
+        raise InputError(f"{path}: has an interpolation (${{...}}), which train.py never writes; it is refused")
     return load_config(str(path))
 
 
@@ -233,7 +233,7 @@ def to_yaml(config: Config) -> str:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a nested config by their keys with the section, such as optim.lr."""
+    """The values of a nested config, keyed by section and key, such as optim.lr."""
     keys = {}
     for name, value in config.items():
         keys.update(
@@ -244,12 +244,12 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 def _to_dict(config: DictConfig) -> dict[Any, Any]:
     content = OmegaConf.to_container(config)
-    assert isinstance(content, dict)  # as every DictConfig
+    assert isinstance(content, dict)  # true for every DictConfig
     return content
 
 
 def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
-    """The file, preceded by the file that its key `base` names (relative to its own folder), and so on."""
+    """The file, preceded by its `base` (relative to the file's own folder), and so on."""
     layers: list[tuple[str, DictConfig]] = []
     while True:
         if path in [name for name, _ in layers]:
@@ -284,7 +284,7 @@ def _reporting_errors(source: str) -> Iterator[None]:
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not YAML: {error}") from None
     except UnicodeEncodeError:
-        raise InputError(f"{source}: not UTF-8; a path that is not needs a link with another name") from None
+        raise InputError(f"{source}: not UTF-8; for such a path, make a link with another name") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"{source}: {key}{str(error).splitlines()[0]}") from None
@@ -315,7 +315,7 @@ def _hint(prefix: str, key: str, known: list[str]) -> str:
 
 
 def _check_values(config: Config) -> None:
-    """Raises `InputError` for values of the right type that cannot work."""
+    """Raises `InputError` for values that have the right type but cannot work."""
     for key, value in flat(dataclasses.asdict(config)).items():
         check_value(key, value)
     data, model = config.data, config.model
@@ -361,7 +361,7 @@ def clip_settings(data: DataConfig, mode: str) -> dict[str, Any]:
 
 
 PREPROCESSING = ("num_frames", "crop_size", "short_side", "stride", "target_fps", "past_end", "mean", "std")
-"""Keys of `data` that weights depend on; a weights file holds their values."""
+"""Keys of `data` that weights depend on; a weights file stores their values."""
 
 
 def preprocessing(data: DataConfig) -> dict[str, Any]:
@@ -369,15 +369,15 @@ def preprocessing(data: DataConfig) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(data).items() if key in PREPROCESSING}
 
 
-# For a clip and network whose sizes come from a file.
+# Limits for a clip and network with sizes from an untrusted file.
 _MAX_CLIP_PIXELS = 1 << 25  # 400 MB in float32
 _MAX_PATCH_VALUES = 1 << 25  # of all patches of a clip; TimeSformer-L has 19 million
 _MAX_ATTENDED = 1 << 15  # patches that attend to each other; time grows with the square
 
 
 def check_header(model: Any, preprocessing: Any) -> None:
-    """Raises `InputError` unless these sections of a weights file's header hold only keys that weights depend on, with
-    plain values within bounds. Anybody may have written the file: it can set nothing else, and nothing is expanded."""
+    """Raises `InputError` unless these sections of a weights file's header contain only keys that weights depend on,
+    with plain values within bounds. The file is not trusted: it can set nothing else, and nothing is interpolated."""
     for section, values, kind, known in (
         ("model", model, ModelConfig, [each.name for each in dataclasses.fields(ModelConfig)]),
         ("data", preprocessing, DataConfig, PREPROCESSING),

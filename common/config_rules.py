@@ -11,11 +11,11 @@ from model.attention_types import ATTENTION_TYPES
 
 
 class Rule(NamedTuple):
-    """Which values of a key are good."""
+    """Which values of a key are allowed."""
 
     is_good: Callable[[Any], bool]
     expected: str
-    """The good values, in words."""
+    """The allowed values, in words."""
 
 
 def _one_of(*allowed: str) -> Rule:
@@ -97,10 +97,10 @@ RULES = {
     "train.on_nan": _one_of("stop", "rollback"),
     "train.hang_timeout_s": _POSITIVE,
 }
-"""Keys with their section -> the rule for their values, beyond their type."""
+"""Section and key, such as data.stride -> the rule for its values, beyond their type."""
 
 
 def check_value(key: str, value: Any) -> None:
-    """Raises `InputError` if `key` may not have this value, of the right type."""
+    """Raises `InputError` if `key` may not have this value, which has the right type."""
     if key in RULES and not RULES[key].is_good(value):
         raise InputError(f"{key} is {value}; expected {RULES[key].expected}")

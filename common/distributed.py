@@ -1,4 +1,4 @@
-"""This process among those that torchrun has started, and noticing when one of them hangs."""
+"""The processes of a torchrun job, and how to notice that one of them hangs."""
 
 import contextlib
 import datetime
@@ -20,12 +20,12 @@ from dali_pipelines.errors import InputError
 T = TypeVar("T")
 
 WAITING = "waiting for the others"
-_GRACE_S = 3  # for torchrun to end this process because of the one that failed first
+_GRACE_S = 3  # for torchrun to end this process after another one failed first
 
 
 @dataclass
 class Heartbeat:
-    """What this process is doing, for those that wait for it."""
+    """What this process is doing, for the processes that wait for it."""
 
     step: int = 0
     activity: str = "starting"
@@ -41,7 +41,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process: number `rank` of `world_size`, and `local_rank` of `local_world_size` on this machine."""
+    """This process: rank `rank` of `world_size`, and `local_rank` of `local_world_size` on this machine."""
 
     rank: int
     world_size: int
@@ -84,7 +84,7 @@ class DistributedContext:
         return values
 
     def barrier(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes have called it."""
         if self.world_size > 1:
             with self._waiting():
                 dist.barrier()
@@ -101,9 +101,9 @@ class DistributedContext:
 def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[DistributedContext]:
     """Join the processes that torchrun has started, if any; `device` is auto, cpu, cuda or cuda:N.
 
-    timeout_s: seconds after which a collective operation fails. Raises `InputError` if the device is missing, the
-    processes do not find each other, or another process ends: then torchrun first gets a moment to end this one too,
-    and the message refers to the other's error.
+    timeout_s: seconds after which a collective operation fails. Raises `InputError` if the device is missing, if the
+    processes cannot find each other, or if another process ends: then torchrun first gets a moment to end this one too,
+    and the message points to the other's error.
     """
     try:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +158,7 @@ def start_process(device: str, *, timeout_s: float = 1800) -> Iterator[Distribut
             raise
         time.sleep(_GRACE_S)
         raise InputError("another process has ended; its own error, or torchrun's report, says why") from None
-    # Not in a `finally`: if this process fails, the others must not notice before it has reported why.
+    # Not in a `finally`: if this process fails, the others must not notice before it has reported the reason.
     dist.destroy_process_group()
 
 
@@ -173,7 +173,7 @@ def _agree_on_name(store: dist.Store, rank: int, world_size: int, timeout_s: flo
         return mine
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        root = store.get("root").decode()  # it may be the old processes': then this one is not among its members
+        root = store.get("root").decode()  # if it is left from the old processes, this one is not among its members
         store.set(f"{root}/{rank}", mine)
         if store.check([f"{root}/members"]) and mine in store.get(f"{root}/members").decode():
             return root
@@ -192,10 +192,10 @@ class HangWatch:
     """Ends this process if it makes no progress for `timeout_s`, and reports which process hangs, and where. torchrun
     then ends the others.
 
-    A process that hangs in its own work reports that, with the stacks of its threads. One that waits for the others
-    gives them a quarter more time, and then names those that are furthest behind, which may not be able to report
-    anything themselves. Each checks its own heartbeat, and counts the checks instead of reading the clock: a job that
-    was suspended as a whole does not count as hanging. `save` is called before the end, and returns a message.
+    A process that hangs in its own work reports that, with the stacks of its threads. A process that waits for others
+    gives them a quarter more time, and then names those furthest behind, which may be unable to report anything
+    themselves. Each process checks its own heartbeat, and counts checks instead of seconds: a job that was suspended as
+    a whole is not taken for hanging. `save` is called before the end, and returns a message.
     """
 
     def __init__(self, process: DistributedContext, timeout_s: float, save: Callable[[], str]):
@@ -241,7 +241,7 @@ class HangWatch:
             for rank in places:
                 if self._process.store.check([str(rank)]):
                     places[rank] = json.loads(self._process.store.get(str(rank)))
-        # Ranks that are waiting too are not the ones to blame.
+        # Ranks that are waiting too are not to blame.
         late = {rank: place for rank, place in places.items() if place[1] != WAITING} or places
         step = min(place[0] for place in late.values())
         return ", ".join(

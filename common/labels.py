@@ -1,4 +1,4 @@
-"""Class names, the manifests of a config, and whether the two fit."""
+"""Class names, the manifests of a config, and checks that they fit together."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from dali_pipelines.manifest import Manifest
 from dali_pipelines.text import decode, split_lines
 
 _MAX_UNNAMED = 10_000  # classes without names: a larger label is a mistake
-_EXPECTED = "expected a class name a line, label 0 first; or lines `0 name`, JSON, or a manifest"
+_EXPECTED = "expected one class name per line, label 0 first; or lines `0 name`, JSON, or a manifest"
 _NUMBERED = (
     re.compile(r"(?P<label>\d+)[ \t]*[,;:.)\t ][ \t]*(?P<name>.*[^ \t])"),  # 0 archery; 0,archery
     re.compile(r"(?P<name>.*[^ \t,;:])[ \t]*[,;\t][ \t]*(?P<label>\d+)"),  # archery,0
@@ -37,8 +37,8 @@ def read_manifest(path: str | None, *, key: str) -> Manifest:
 def read_labels(path: str) -> tuple[str, ...]:
     """Class names from a text file, one per line; line 1 is label 0.
 
-    A manifest, a JSON list, a JSON object of names and labels, and lines with a name and its label are read too. Raises
-    `InputError`, which says what was found, for other files, and if labels are not 0, 1, 2, ...
+    Also reads a manifest, a JSON list, a JSON object of names and labels, and lines with a name and its label. Raises
+    `InputError`, which says what was found, for any other file, and if labels are not 0, 1, 2, ...
     """
     text = decode(Path(path).read_bytes())
     if "\0" in text:
@@ -71,7 +71,7 @@ def read_labels(path: str) -> tuple[str, ...]:
 
 
 def _from_json(path: str, text: str) -> tuple[str, ...] | None:
-    """Class names in a JSON text; None if it is not JSON, but names in brackets."""
+    """Class names in a JSON text; None for names in brackets, which are not JSON."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -125,7 +125,7 @@ def _in_order(path: str, pairs: Iterable[tuple[int, str]]) -> tuple[str, ...]:
 
 
 def class_names(labels: str | None, manifest: Manifest) -> tuple[str, ...]:
-    """Class names from the file `labels`, else from the manifest's header, else numbers up to the largest label."""
+    """Class names from the file `labels`, else from the manifest's header, else the numbers up to the largest label."""
     if labels is not None:
         return read_labels(labels)
     largest = int(manifest.labels.max())
@@ -137,11 +137,11 @@ def class_names(labels: str | None, manifest: Manifest) -> tuple[str, ...]:
 
 
 def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: str, renamed: bool = False) -> None:
-    """Raises `InputError` if the manifest `name` has other classes than `classes`, or a label beyond them.
+    """Raises `InputError` if the manifest `name` has classes other than `classes`, or a label beyond them.
 
-    of: the source of `classes`, for the message. renamed: whether they come from `data.labels`. The names in the
-    manifest may then be fewer and spelled differently, but not be names of other labels. They are not compared with
-    `classes` that are only numbers.
+    of: the source of `classes`, for the message. renamed: whether they come from `data.labels`; the manifest's names
+    may then be fewer and spelled differently, but may not belong to other labels. `classes` that are only numbers are
+    not compared.
     """
     theirs, classes = manifest.classes, tuple(classes)
     unnamed = classes == tuple(map(str, range(len(classes))))

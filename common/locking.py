@@ -1,4 +1,4 @@
-"""A lock for a folder that only one process may write to: a run's output, or an evaluation's results."""
+"""A lock for a folder to which only one process may write: a run's output, or an evaluation's results."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FolderLock:
-    """Keeps other processes that lock `folder` out of it until `release`, or until this process ends in any way.
+    """Keeps other processes from locking `folder` until `release`, or until this process ends for any reason.
 
-    Child processes do not hold the lock. A killed process leaves the file, which then locks nothing. Raises
+    Child processes do not hold the lock. A killed process leaves the file behind, but not the lock. Raises
     `InputError` if another process has the lock, or its file is a symbolic link. It is a POSIX lock, which NFS servers
     support too; two locks within one process do not exclude each other.
     """
@@ -26,7 +26,7 @@ class FolderLock:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / LOCK
         self.note = ""
-        """Why other processes are not kept out; "" if the lock is held."""
+        """Why the folder could not be locked; "" if the lock is held."""
         self._file: IO[str] | None = None
         while self._file is None:
             try:
@@ -34,20 +34,22 @@ class FolderLock:
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-                raise InputError(f"{self._path} is a link to a file that would be overwritten: remove it") from None
+                raise InputError(
+                    f"{self._path} is a link; the file it points to would be overwritten: remove it"
+                ) from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     file.seek(0)
                     holder = file.read(200).strip() or "unknown"
-                    raise InputError(f"{folder}: another process writes there ({holder}): {remedy}") from None
+                    raise InputError(f"{folder}: another process is writing there ({holder}): {remedy}") from None
                 if error.errno not in _UNSUPPORTED:
                     raise
                 self.note = (
-                    f"note: {folder}: its file system has no locks ({error.strerror}): start no second run there"
+                    f"note: {folder}: its file system has no locks ({error.strerror}): do not start a second run there"
                 )
-            # The last holder may have removed the file in between: then the lock is on a file without a name.
+            # The last holder may have removed the file in between: then the lock is on a deleted file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
                     self._file = file
@@ -56,7 +58,7 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Releases the lock, if this process has it."""
+        """Releases the lock, if this process holds it."""
         if self._file is not None:
             if not self.note:
                 self._path.unlink(missing_ok=True)

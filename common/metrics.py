@@ -1,26 +1,26 @@
-"""The names of the metrics that a run logs, and counting correct predictions."""
+"""The names of the metrics that a run logs, and counts of correct predictions."""
 
 import torch
 from torch import Tensor
 
 
 class Metric:
-    """Names of the scalars in TensorBoard and in metrics.jsonl, and of the one image. A share is 0 to 1."""
+    """Names of the scalars in TensorBoard and metrics.jsonl, and of the one image. Shares are 0 to 1."""
 
     LOSS = "train/loss"
-    """Mean over the readable clips of the steps since the last line; steps that fp16 skipped are left out."""
+    """Mean over the readable clips of the steps since the last line, without steps that fp16 skipped."""
     TOP1 = "train/top1"
-    """Share of the training clips, as mixed and augmented, whose label has the highest score."""
+    """Share of the training clips, mixed and augmented, whose label has the highest score."""
     TOP5 = "train/top5"
     GRAD_NORM = "train/grad_norm"
-    """Of the last step, before clipping."""
+    """Gradient norm of the last step, before clipping."""
     LEARNING_RATE = "train/lr"
     LOSS_SCALE = "train/loss_scale"
     SKIPPED_STEPS = "train/skipped_steps"
     EPOCH = "train/epoch"
-    """Epochs done, with a fraction."""
+    """Number of epochs done, including the fraction of the current one."""
     FAULTS = "train/faults"
-    """Unreadable training clips of this epoch so far."""
+    """Unreadable training clips in this epoch so far."""
     CLIPS = "train/clips"
     """An image: some clips of each epoch's first batch, as the network sees them."""
 
@@ -32,16 +32,16 @@ class Metric:
 
     PACKETS_READ = "data/packets_read"
     PACKETS_KEPT = "data/packets_kept"
-    """Packets that were decoded, of those read."""
+    """Share of the packets read that were decoded."""
 
     HOST_MEMORY_GIB = "host/memory_gib"
     """Memory (PSS) of the main process and its workers."""
     GPU_TORCH_MEMORY_GIB = "gpu/torch_memory_gib"
-    """The peak that torch has allocated since the last line."""
+    """Peak memory allocated by torch since the last line."""
     GPU_MEMORY_GIB = "gpu/memory_gib"
-    """Memory in use on the GPU, DALI's included."""
+    """Memory in use on the GPU, including DALI's."""
     GPU_DECODER_SHARE = "gpu/decoder_share"
-    """How busy NVDEC is."""
+    """Utilisation of NVDEC."""
     GPU_COMPUTE_SHARE = "gpu/compute_share"
 
     VALIDATION = ("val/top1", "val/top5", "val/loss")
@@ -56,7 +56,7 @@ def top_k_counts(scores: Tensor, labels: Tensor, *, ks: tuple[int, ...] = (1, 5)
     """
     index = labels.clamp(min=0)[:, None]
     target = scores.gather(1, index)
-    # Of equal scores the lower class comes first, as in argmax.
+    # Among equal scores the lower class comes first, as in argmax.
     before = (scores > target) | ((scores == target) & (torch.arange(scores.shape[1], device=scores.device) < index))
     rank = before.sum(1)
     counts = (labels >= 0) & ~target.isnan()[:, 0]

@@ -22,29 +22,29 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context that computes in `precision`; float32 leaves everything as it is."""
+    """A context that computes in `precision`; float32 changes nothing."""
     return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
 
 
 def make_deterministic(device: torch.device) -> None:
-    """On a GPU, let this process add up gradients in the same order each time, so that runs can be repeated exactly.
+    """On a GPU, make this process sum gradients in the same order each time, so that runs can be repeated exactly.
 
-    By default, fused attention adds up the contributions of blocks of keys in any order. Setting this around the
-    backward pass only is not enough: the forward pass chooses the kernels, and a compiled backward pass refuses another
-    setting than its forward pass had.
+    By default, fused attention sums the contributions of blocks of keys in any order. Setting this only around the
+    backward pass is not enough: the forward pass chooses the kernels, and a compiled backward pass rejects a setting
+    that differs from its forward pass.
     """
     if device.type == "cuda":
-        # Otherwise every new tensor is written once more.
+        # Otherwise every new tensor is filled first.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stub
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
 
 
 class LossScale:
-    """The factor on the loss in its backward pass that keeps small gradients from vanishing in fp16; 1 if not enabled.
+    """The loss factor in the backward pass that keeps small gradients from vanishing in fp16; 1 if not enabled.
 
     It changes as in `torch.amp.GradScaler`: halved at an overflow, doubled after 2,000 steps without one. It is a
-    number on the host, since the step's only synchronisation brings the gradient norm anyway, which shows an overflow.
+    number on the host, as the step's only synchronisation fetches the gradient norm anyway, which shows an overflow.
     """
 
     _GROWTH_INTERVAL = 2000
@@ -55,7 +55,7 @@ class LossScale:
         self._good_steps = 0
 
     def update(self, *, overflow: bool) -> None:
-        """Adapts the scale after a step: down on an overflow, up after many good steps."""
+        """Adapts the scale after a step: down after an overflow, up after many good steps."""
         if not self.enabled:
             return
         self._good_steps = 0 if overflow else self._good_steps + 1
@@ -76,12 +76,12 @@ class LossScale:
 
 
 class TorchMultiTensor:
-    """Norm and scaling of many tensors in a few kernel launches, by torch's foreach functions."""
+    """Norm and scaling of many tensors in a few kernel launches, with torch's foreach functions."""
 
     name = "torch foreach"
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The Euclidean norm of all tensors together, a float32 scalar on their device; not finite if any value is not.
+        """The Euclidean norm of all tensors combined, a float32 scalar on their device; not finite if any value is not.
         Does not wait for the device."""
         return torch.nn.utils.get_total_norm(tensors, foreach=True).float()
 
@@ -93,7 +93,7 @@ class TorchMultiTensor:
 
 class ApexMultiTensor:
     """The same with Apex's kernels (csrc/multi_tensor_l2norm_kernel.cu, multi_tensor_scale_kernel.cu), for float32 or
-    fp16 tensors. The tests compare it with a double of them in torch; docs/running.md has the results on a GPU."""
+    fp16 tensors. The tests run it on a test double in torch; docs/running.md has the results on a GPU."""
 
     name = "Apex multi_tensor_applier"
 
@@ -106,8 +106,8 @@ class ApexMultiTensor:
         self.norm([torch.ones(1, device=device)])  # raises RuntimeError if the kernels do not run here
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """L2 norm of all tensors together, a scalar."""
-        if not tensors:  # Apex reads the first tensor before it checks how many there are
+        """L2 norm of all tensors combined, a scalar."""
+        if not tensors:  # Apex reads the first tensor before it checks the number of tensors
             return torch.zeros((), device=self._flag.device)
         self._flag.zero_()  # the kernels set it if a value is not finite, and may do nothing while it is set
         return self._apply(self._kernels.multi_tensor_l2norm, self._flag, [list(tensors)], False)[0].squeeze(0)
@@ -121,10 +121,10 @@ class ApexMultiTensor:
 
 
 def gradient_factor(norm: float, *, clip_norm: float | None, mean: float) -> tuple[float, float]:
-    """(norm of the gradients times `mean`, factor for the gradients that gives them that norm, or `clip_norm` if it is
-    smaller); not finite if `norm` is not.
+    """Returns the norm of the gradients times `mean`, and the factor that gives the gradients that norm, or `clip_norm`
+    if that is smaller; not finite if `norm` is not.
 
-    The 1e-6 is that of `torch.nn.utils.clip_grads_with_norm_`.
+    The 1e-6 comes from `torch.nn.utils.clip_grads_with_norm_`.
     """
     norm *= mean
     clip = 1.0 if clip_norm is None or not math.isfinite(norm) else min(clip_norm / (norm + 1e-6), 1.0)

@@ -1,6 +1,6 @@
 """SIGTERM and SIGUSR1 (Slurm) ask a run to save and end, so that it can be resumed later.
 
-This module imports nothing that takes long, because a command sets it up in its first lines.
+This module imports nothing slow, because commands set it up in their first lines.
 """
 
 import contextlib
@@ -21,21 +21,21 @@ _SAVING_S = 60
 
 
 class Preemption:
-    """Within `with`, stores either signal in `signal`, for the training loop to end in an orderly way.
+    """A context that stores either signal in `signal`, so that the training loop can end in an orderly way.
 
-    If the loop does not `handle` it within 5 s, it ends the process itself, with status `REQUEUE`: training may be in a
-    long step, in a validation, or waiting for a process that has ended. Without `save`, it ends the process at once.
+    If the loop does not `handle` it within 5 s, this ends the process itself, with status `REQUEUE`: training may be in
+    a long step, in a validation, or waiting for a process that has ended. Without `save`, it ends the process at once.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """SIGTERM or SIGUSR1, once it has come."""
+        """SIGTERM or SIGUSR1, once received."""
         self.save: Callable[[], str] | None = None
-        """Saves what is not saved yet, from a thread, and returns a message."""
+        """Saves unsaved work, from a thread, and returns a message."""
         self._handled = threading.Event()
 
     def __enter__(self) -> "Preemption":
-        # Through the wake-up descriptor a thread learns of a signal even while this one waits in C code.
+        # With the wake-up descriptor, a thread learns of a signal even while the main thread waits in C code.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -54,7 +54,7 @@ class Preemption:
         self._reader.close()
 
     def handle(self) -> None:
-        """Tell the thread that the loop has seen the signal, and ends the process itself."""
+        """Tell the thread that the loop has seen the signal and will end the process itself."""
         self._handled.set()
 
     def _watch(self) -> None:
@@ -64,7 +64,7 @@ class Preemption:
             return
         self.signal = signal.Signals(number[0]).name
         if self.save is None:
-            end(f"{self.signal}: ended before training began", REQUEUE)
+            end(f"{self.signal}: ended before training started", REQUEUE)
         if not self._handled.wait(_PATIENCE_S):
             end(f"{self.signal}: training ends within a step, a validation or a save", REQUEUE, save=self.save)
 
@@ -72,8 +72,7 @@ class Preemption:
 def end(message: str, status: int, *, stacks: bool = False, save: Callable[[], str] | None = None) -> None:
     """End this process, from any of its threads, with a `message` on stderr.
 
-    stacks: print the stacks of all threads too. save: called before the end; it may take a minute, and its result is
-    printed.
+    stacks: also print the stacks of all threads. save: called first; it may take a minute, and its result is printed.
     """
     _print(message)
     if stacks:
@@ -83,7 +82,7 @@ def end(message: str, status: int, *, stacks: bool = False, save: Callable[[], s
         results: list[str] = []
         thread = threading.Thread(target=lambda: results.append(save()), daemon=True)
         thread.start()
-        thread.join(_SAVING_S)  # a file system, or a GPU, may hang as well
+        thread.join(_SAVING_S)  # saving may hang too, in the file system or on the GPU
         _print(results[0] if results else f"nothing could be saved within {_SAVING_S} s; the last checkpoint is kept")
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

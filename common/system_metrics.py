@@ -1,4 +1,4 @@
-"""Memory of a run's processes, and memory and load of its GPU."""
+"""Memory of a run's processes, and memory and utilisation of its GPU."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ def proportional_mib(process: int) -> float:
     usage = Path(f"/proc/{process}/smaps_rollup").read_text()
     kilobytes = re.search(r"^Pss: +(\d+) kB", usage, re.M)
     if kilobytes is None:
-        raise ProcessLookupError(f"process {process} has no memory any more")
+        raise ProcessLookupError(f"process {process} has ended")
     return int(kilobytes[1]) / 1024
 
 
@@ -54,8 +54,8 @@ def gpu_metrics(device: torch.device) -> dict[str, float]:
 
 
 def nvml_metrics(uuid: str) -> dict[str, float]:
-    """How busy NVDEC and the rest of the GPU are, 0 to 1; empty if NVML does not know the GPU, as in some containers
-    and MIG slices."""
+    """Utilisation of NVDEC and of the rest of the GPU, 0 to 1; empty if NVML does not know the GPU, as in some
+    containers and MIG slices."""
     nvml = _nvml()
     if nvml is None:
         return {}

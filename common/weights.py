@@ -1,4 +1,4 @@
-"""Weights files, which hold all that is needed to use them, and loading pretrained weights in other formats."""
+"""Self-contained weights files, and loading of pretrained weights in other formats."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ class Weights:
     model: dict[str, Any]
     """Arguments of `TimeSformer`, as in the section `model` of a config."""
     preprocessing: dict[str, Any]
-    """How clips were cut: keys of the section `data` of a config."""
+    """How clips were cut: keys in the section `data` of a config."""
     classes: tuple[str, ...]
     state: dict[str, torch.Tensor]
 
@@ -66,18 +66,18 @@ def save_weights(path: str | os.PathLike, weights: Weights) -> None:
 
 
 def to_metadata(weights: Weights, format: str) -> dict[str, str]:
-    """The metadata of a file in `format` (safetensors, ONNX or .pt2): everything but the tensors, as texts."""
+    """The metadata of a file in `format` (safetensors, ONNX or .pt2): everything but the tensors, as strings."""
     return {
         "format": format,
         "model": json.dumps(weights.model),
         "preprocessing": json.dumps(weights.preprocessing),
-        "classes": json.dumps(weights.classes),  # as ASCII: names of folders need not be UTF-8
+        "classes": json.dumps(weights.classes),  # ASCII, as folder names need not be UTF-8
     }
 
 
 def from_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """(model, preprocessing, classes) from what `to_metadata` made, checked. Raises KeyError, TypeError, ValueError,
-    RecursionError or `InputError` for anything else."""
+    """(model, preprocessing, classes) from the output of `to_metadata`, checked. Raises KeyError, TypeError,
+    ValueError, RecursionError or `InputError` for anything else."""
     model, preprocessing, classes = (json.loads(metadata[key]) for key in ("model", "preprocessing", "classes"))
     check_header(model, preprocessing)
     if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
@@ -87,8 +87,8 @@ def from_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which appears at `path` once it is complete and on disk, and not at all otherwise. Raises
-    `InputError` if it cannot be written."""
+    """A file to write to, which appears at `path` only once it is complete and on disk. Raises `InputError` if it
+    cannot be written."""
     part = unfinished(path)
     try:
         with open(part, "wb") as file:
@@ -113,7 +113,7 @@ def atomic_rename(file: Path, path: Path) -> None:
 
 
 def has_weights_header(path: str | os.PathLike) -> bool:
-    """Whether the header of a file says that `save_weights` wrote it."""
+    """Whether a file's header says that `save_weights` wrote it."""
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
             return (file.metadata() or {}).get("format") == _FORMAT
@@ -130,7 +130,7 @@ def load_weights(path: str | os.PathLike) -> Weights:
     except WeightsError as error:
         raise InputError(str(error)) from None
     if metadata.get("format") != _FORMAT:
-        raise InputError(f"{path}: not the weights that train.py writes; for other weights, name a config with -c")
+        raise InputError(f"{path}: not weights written by train.py; for other weights, give a config with -c")
     try:
         model, preprocessing, classes = from_metadata(metadata)
         with torch.device("meta"):
@@ -145,11 +145,11 @@ def load_weights(path: str | os.PathLike) -> Weights:
 
 
 def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = ()) -> tuple[Weights, Config, str]:
-    """Weights to evaluate or predict with, the config for that, and a report of how they were adapted ("" if not).
+    """Weights to evaluate or predict with, their config, and a report of how they were adapted ("" if they were not).
 
-    A file that train.py wrote needs no config. A given one may not contradict it, except for `data.num_frames`, to
-    which the time embedding is resized. Other formats that `model.load_pretrained` reads need a config, with
-    `data.labels`. Raises `InputError` if the weights cannot be used.
+    A file written by train.py needs no config; one that is given may not contradict the file, except for
+    `data.num_frames`, to which the time embedding is resized. Other formats that `model.load_pretrained` reads need a
+    config with `data.labels`. Raises `InputError` if the weights cannot be used.
     """
     is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
     if has_weights_header(path):
@@ -161,11 +161,11 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     elif config_path is None or is_other_file:
         if path.endswith(".safetensors") or is_other_file:
             load_weights(path)  # raises an error that says what is wrong with it
-        raise InputError(f"{path}: does not say how clips are cut and which classes there are; name a config with -c")
+        raise InputError(f"{path}: does not say how clips are cut, or what the classes are; give a config with -c")
     else:
         config = load_config(config_path, overrides)
         if config.data.labels is None:
-            raise InputError(f"{path}: names no classes; name a file that does, a name a line: -o data.labels=FILE")
+            raise InputError(f"{path}: has no class names; give a file with one per line: -o data.labels=FILE")
         model, classes = dataclasses.asdict(config.model), read_labels(config.data.labels)
     network = build_network(model, preprocessing(config.data), len(classes))
     report = load_into(network, path, classes=classes)
@@ -178,13 +178,14 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
 
 
 def agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]) -> Config:
-    """The config at `path` over the settings of the weights, with overrides. Raises `InputError` if they disagree."""
+    """The settings of the weights, overridden by the config at `path` and by overrides. Raises `InputError` if they
+    disagree."""
     config = load_config(path, overrides, defaults=weights.config())
     theirs = load_config(None, defaults=weights.config())
     keys = [("data", key) for key in PREPROCESSING] + [("model", key) for key in weights.model]
     for section, key in keys:
         given, expected = (getattr(getattr(each, section), key) for each in (config, theirs))
-        # Drop path and the initial spread only matter in training.
+        # Drop path and the initial standard deviation only matter in training.
         if given != expected and key not in ("num_frames", "drop_path", "embed_init_std"):
             raise InputError(f"{section}.{key} is {given}, but these weights were trained with {expected}")
     return config
@@ -204,13 +205,15 @@ def average_weights(paths: Sequence[str]) -> Weights:
     Raises `InputError` for fewer than two files, or files of different networks.
     """
     if len(paths) < 2:
-        raise InputError(f"{paths[0]}: one file cannot be averaged; name several")
+        raise InputError(f"{paths[0]}: one file cannot be averaged; give several")
     first = load_weights(paths[0])
     average = AveragedModel(first.build())
     for path in paths:
         weights = load_weights(path)
         for what in ("model", "preprocessing", "classes"):
             if getattr(weights, what) != getattr(first, what):
-                raise InputError(f"{path}: its {what} is not that of {paths[0]}; only weights of one network average")
+                raise InputError(
+                    f"{path}: its {what} differs from {paths[0]}; only weights of one network can be averaged"
+                )
         average.update_parameters(weights.build())
     return dataclasses.replace(first, state=average.module.state_dict())

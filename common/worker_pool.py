@@ -1,4 +1,4 @@
-"""Work on many files, by several workers, with a journal of the results: a run that was killed resumes from it."""
+"""Processes many files with several workers, and keeps a journal of the results, from which a killed run resumes."""
 
 import glob
 import json
@@ -15,7 +15,7 @@ from common.child_process import end_children, find_function, in_child, name_of
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import read_lines
 
-_MAX_SUBMITTED = 1024  # unfinished tasks that an executor has at a time
+_MAX_SUBMITTED = 1024  # unfinished tasks in an executor at a time
 
 
 class Failed(str):
@@ -25,13 +25,13 @@ class Failed(str):
 
 
 class NotDone(Failed):
-    """The task belongs to another part of the work (`WorkerPool.shard`)."""
+    """The task belongs to another shard of the work (`WorkerPool.shard`)."""
 
     is_done = False
 
 
 class ProgressBar(Protocol):
-    """What `WorkerPool.progress` makes, such as a tqdm bar."""
+    """The result of `WorkerPool.progress`, such as a tqdm bar."""
 
     def update(self) -> Any:
         """Counts one more result."""
@@ -42,9 +42,9 @@ class ProgressBar(Protocol):
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """Who does the work, and how.
+    """What does the work, and how.
 
-    workers: threads, each of which gives its tasks to a process of its own (`in_child`); None: one per CPU core.
+    workers: threads, each of which runs its tasks in its own child process (`in_child`); None: one per CPU core.
     scheduler: address of a dask scheduler, whose workers do the work instead.
     timeout_s: seconds for one task.
     shard: (i, n), i from 0: do only every n-th task, starting at the i-th; their results stay in the journal.
@@ -59,18 +59,18 @@ class WorkerPool:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it does all tasks, not only a part of them."""
+        """Whether it does all tasks, not only one shard of them."""
         return self.shard[1] == 1
 
     def journal(self, whole: Path, kind: str = "") -> Path:
-        """The journal of this part of the tasks, beside the journal `whole` of all tasks, where `run` finds it; `whole`
-        itself if there is only one part. kind: tells journals of different tasks apart."""
+        """The journal of this shard, beside the journal `whole` of all tasks, where `run` finds it; `whole` itself if
+        there is only one shard. kind: distinguishes journals of different tasks."""
         part, parts = self.shard
         return whole if self.is_whole else whole.with_name(f"{whole.name}.{kind}{part}-of-{parts}")
 
     @contextmanager
     def executor(self) -> Iterator[Executor]:
-        """A context with the threads or the dask client that do the work."""
+        """A context with the threads or the dask client that does the work."""
         if self.scheduler:
             with _dask_executor(self.scheduler) as executor:
                 yield executor
@@ -94,13 +94,13 @@ def run(
     timeout_s: float | None = None,
     is_good: Callable[[Any], bool] = lambda result: True,
 ) -> list[Any]:
-    """Call `function(*task)` for every task, in child processes. Returns the results in the order of the tasks: each as
-    JSON gives it back, or a `Failed`.
+    """Call `function(*task)` for every task, in child processes. Returns the results in the order of the tasks, each
+    converted to JSON and back, or a `Failed`.
 
-    Every result becomes a line of the file `journal` at once, and later runs do not compute it again; equal tasks are
-    done once. The journals of the parts of a `pool.shard` are beside it, and are read as well; when all is done, the
-    caller removes them all with `remove_journals`. Tasks of other parts that are not done yet are `NotDone`.
-    is_good: whether the result of an earlier run still holds.
+    Every result is written to the file `journal` immediately, and later runs do not compute it again; equal tasks are
+    done once. The journals of other shards (`pool.shard`) are beside it, and are read too; at the end, the caller
+    removes them all with `remove_journals`. Tasks of other shards that are not done yet are `NotDone`.
+    is_good: whether the result of an earlier run is still valid.
     """
     keys = [_key(function, task) for task in tasks]
     wanted = dict.fromkeys(keys)
@@ -114,7 +114,7 @@ def run(
         path.parent.mkdir(parents=True, exist_ok=True)
         with pool.executor() as executor, open(path, "a", encoding="utf-8") as file:
             if file.tell():
-                file.write("\n")  # after a line that a kill has cut
+                file.write("\n")  # in case a kill cut off the last line
             bar = pool.progress(total=len(own), initial=len(own) - len(missing)) if pool.progress else None
             try:
                 for key, result in _results(executor, missing, timeout_s):
@@ -131,13 +131,13 @@ def run(
 
 
 def remove_journals(journal: Path) -> None:
-    """Remove the journals of a run and its parts, once its results are written elsewhere."""
+    """Remove the journals of a run and its shards, once its results are written elsewhere."""
     for path in _journals(journal):
         path.unlink(missing_ok=True)
 
 
 def _results(executor: Executor, keys: Iterable[str], timeout_s: float) -> Iterator[tuple[str, Any]]:
-    """Keys and results in the order in which they are done; only some tasks are with the executor at a time."""
+    """Keys and results as they complete; only some tasks are submitted at a time."""
     ready: queue.SimpleQueue[Future] = queue.SimpleQueue()
     waiting = iter(keys)
     submitted: dict[Future, str] = {}
@@ -186,7 +186,7 @@ def _read_journals(journal: Path) -> Iterator[tuple[str, Any]]:
                 entry = json.loads(line)
                 yield entry["key"], Failed(entry["failed"]) if "failed" in entry else entry["is"]
             except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # cut by a kill
+                continue  # cut off by a kill
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def _dask_executor(address: str) -> Iterator[Executor]:
         except ImportError as error:
             raise InputError(
                 f"--scheduler {address}: its workers cannot import this project ({error}): start them in its folder, "
-                "with PYTHONPATH naming it, or after pip install"
+                "with it on PYTHONPATH, or after pip install"
             ) from None
         try:
             yield client.get_executor(pure=False)

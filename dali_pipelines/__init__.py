@@ -1,7 +1,7 @@
 """From a video file to a batch of clips.
 
 `ClipLoader` is imported on first use: DALI's worker processes import modules of this package, and each of them
-would otherwise carry torch (about 200 MB and two seconds) for nothing.
+would otherwise load torch for nothing (about 200 MB and two seconds).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a loader gives its user: batches, and what was counted while they were made."""
+"""What a loader returns: batches, and statistics of the loading."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 
 class Batch(NamedTuple):
-    """Clips are on the loader's device, the rest in host memory."""
+    """One batch. Clips are on the loader's device, everything else is in host memory."""
 
     clips: torch.Tensor
     """[B, C, T, H, W]; mode "test": [B, V, C, T, H, W], V = 3 crops of each window. float32 or float16,
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
     sample_id: int
     engine: str
     packets: tuple[int, int]
-    """Read, and kept."""
+    """Packets read, and packets kept."""
     fault: str
     fallback: str
 
@@ -45,25 +45,25 @@ class Fault(NamedTuple):
 
 @dataclass
 class LoaderStats:
-    """What a loader has done since it was made."""
+    """What a loader has done since it was created."""
 
     clips: int = 0
     seconds: float = 0.0
-    """Between the first request of each epoch and its last batch, the consumer's own time included."""
+    """Seconds from the first request of each epoch to its last batch, including the consumer's own time."""
     wait_seconds: float = 0.0
-    """Of these, spent waiting for a batch."""
+    """Part of `seconds` spent waiting for a batch."""
     packets_read: int = 0
     packets_kept: int = 0
-    """Fed to a decoder, of those read."""
+    """Packets fed to a decoder, out of `packets_read`."""
     fallbacks: dict[str, int] = field(default_factory=dict)
-    """Reason -> how many samples used a fallback: all of a file decoded instead of some packets, host decoding instead
-    of a GPU's or DALI's, workers started again, a cache that cannot be written."""
+    """Reason -> number of samples that used a fallback: the whole file decoded instead of some packets, decoding on the
+    host instead of the GPU or DALI, workers restarted, a cache that cannot be written."""
     engines: dict[str, int] = field(default_factory=dict)
-    """Engine ("nvdec", "dali", "host") -> how many readable samples it has decoded."""
+    """Engine ("nvdec", "dali", "host") -> number of readable samples it has decoded."""
     faults: list[Fault] = field(default_factory=list)
 
     def count_fallback(self, reason: str, count: int = 1) -> None:
-        """Counts samples that used a fallback, by its reason."""
+        """Counts samples that used a fallback, by reason."""
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + count
 
     def count(self, outcome: Outcome, *, epoch: int, path: str, is_valid: bool) -> None:
@@ -80,12 +80,12 @@ class LoaderStats:
 
     @property
     def clips_per_second(self) -> float:
-        """Clips per second of the time that the loader was iterated."""
+        """Clips per second while the loader was being iterated."""
         return self.clips / self.seconds if self.seconds else 0.0
 
 
 def to_torch(clips: Any, pipeline: Any, device: torch.device) -> torch.Tensor:
-    """An output of a DALI pipeline. On the CPU it keeps DALI's memory; on a GPU, a copy spares it from knowing DALI's
-    streams."""
+    """An output of a DALI pipeline as a tensor: it shares DALI's memory on the CPU; on a GPU it is a copy, so that
+    nobody has to know about DALI's streams."""
     made: torch.Tensor = to_torch_tensor(clips.as_tensor(), copy=device.type != "cpu" or not pipeline.exec_dynamic)
     return made

@@ -1,6 +1,6 @@
-"""What DALI's worker processes run for one sample: read it, decode it if DALI does not, say what went wrong.
+"""What DALI's worker processes do for one sample: read it, decode it if DALI does not, report what went wrong.
 
-Nothing here imports torch, and nothing random happens here: the sample is decided by `plan`.
+Nothing here imports torch, and nothing here is random: `plan` decides the sample.
 """
 
 import contextlib
@@ -26,29 +26,29 @@ from dali_pipelines.processes import end_with_parent
 from dali_pipelines.watch import NOTHING, Progress
 
 MOST_BYTES = 64 << 20
-"""Bytes of a clip's frames that the graph is given and repeats: 24 frames of 720p, 2 of 4K. Of larger ones the workers
-make the crops, so that a batch of any videos fits into memory."""
+"""Bytes of a clip's frames up to which the graph crops them: 24 frames of 720p, 2 of 4K. The workers crop larger ones,
+so that a batch fits into memory whatever its videos."""
 _MOST_BYTES_ON_GPU = 1 << 30
-"""Bytes of a clip's frames that NVDEC decodes: 32 frames of 4K, or 8 of 8K."""
+"""Bytes of a clip's frames up to which NVDEC decodes them: 32 frames of 4K, or 8 of 8K."""
 
 
 class Sample(NamedTuple):
-    """What the graph is fed for one sample; each field is an array. N frames; W windows of T frames; V clips."""
+    """The graph's input for one sample; each field is an array. N frames; W windows of T frames; V clips."""
 
     frames: np.ndarray
     """uint8 [N, H, W, 3], decoded here; one black pixel if `is_host` is false."""
     encoded: np.ndarray
-    """uint8 [bytes]: a small file of the needed packets; one zero byte if `is_host` is true."""
+    """uint8 [bytes]: a small file with the packets it needs; one zero byte if `is_host` is true."""
     size: np.ndarray
-    """int32 [2]: height and width of the frames in it, of which the video's may be a part, from the top left."""
+    """int32 [2]: height and width of the frames in that file; the video's frame may be a part of them, top left."""
     positions: np.ndarray
-    """int32 [N]: which frames of that file."""
+    """int32 [N]: which frames of that file to decode."""
     picks: np.ndarray
     """int32 [W, T]: see `SamplePlan`."""
     rectangles: np.ndarray
     """float32 [V, 4]: y0, x0, y1, x1 in pixels of the frames."""
     is_host: np.ndarray
-    """bool: the frames are decoded already."""
+    """bool: the frames are already decoded."""
     transpose: np.ndarray
     """bool: swap height and width after the resize."""
     sample_id: np.ndarray
@@ -56,20 +56,24 @@ class Sample(NamedTuple):
     packets: np.ndarray
     """int64 [2]: packets read and packets kept (fed to a decoder)."""
     fault: np.ndarray
-    """uint8 [bytes]: why the sample cannot be read, UTF-8; empty for a good one."""
+    """uint8 [bytes]: why the sample cannot be read, UTF-8; empty if it can."""
     fallback: np.ndarray
     """uint8 [bytes]: why it used a fallback, UTF-8; empty if it did not."""
 
 
 class ClipSource:
-    """DALI's external source: called with a running number, it returns the fields of a `Sample`; never raises, never
-    ends.
+    """DALI's external source: called with a running number, it returns the fields of a `Sample`. It never raises and
+    never ends.
 
-    `table` is a folder written by `Manifest.save_arrays`, where notes for the `Watchdog` go too; `index` the file of
-    its packet index, or None; `cache` see `files.fetch`; `start` the place in `sampler` of the first call, `end` the
-    first one that nobody will ask for (DALI works ahead: from there on it gets padding), or None; `routing` decides
-    which samples are decoded here; `host_ids` samples that DALI has failed on and that are decoded here instead;
-    `given_up` samples that are not tried (again), and why; `max_pixels` those that a frame may have.
+    table: a folder written by `Manifest.save_arrays`, which also gets the notes for the `Watchdog`.
+    index: the packet index file, or None.
+    cache: see `files.fetch`.
+    start, end: the first call's place in `sampler`, and the first place that nobody will ask for, or None (DALI works
+        ahead; from `end` on it gets padding).
+    routing: decides which samples are decoded here.
+    host_ids: samples that DALI failed on, and that are decoded here instead.
+    given_up: samples that are not tried (again), and why.
+    max_pixels: the most pixels that a frame may have.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class ClipSource:
         self._opened_index: PacketIndex | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A worker begins here: maybe nobody ever asks it for a sample."""
+        """A worker starts here, and may never be asked for a sample."""
         end_with_parent()
         self.__dict__.update(state)
 
@@ -111,7 +115,7 @@ class ClipSource:
         return tuple(self.sample(self._start + info.idx_in_epoch))  # DALI rebuilds what it gets: no named tuple
 
     def sample(self, place: int) -> Sample:
-        """The sample at `place`; a black one with its fault if it cannot be read."""
+        """The sample at `place`; black, with its fault, if it cannot be read."""
         epoch, entry = self._sampler.sample(place)
         if self._end is not None and place >= self._end:
             entry = PADDING
@@ -126,7 +130,7 @@ class ClipSource:
         except InputError as error:
             return self._black(sample_id, str(error))
         except MemoryError:
-            return self._black(sample_id, "out of memory while it is read")
+            return self._black(sample_id, "out of memory while reading it")
         except Exception as error:  # an exception here would end the pipeline: see `Sample.fault`
             return self._black(sample_id, f"{type(error).__name__}: {error}")
         finally:
@@ -161,7 +165,7 @@ class ClipSource:
                 return self._make(indexed, video, plan, sample_id, note=source.note)
             except (UncertainError, InputError) as error:
                 note = f"read without the packet index: {error}"
-            except Exception as error:  # whatever an index holds, it must not be a fault of the video
+            except Exception as error:  # nothing in an index may become a fault of the video
                 note = f"read without the packet index: {type(error).__name__}: {error}"
         source = self._fetch(source, video)
         return self._make(source, video, plan, sample_id, note=note or source.note)
@@ -172,7 +176,7 @@ class ClipSource:
     def _make(
         self, source: Source | IndexedVideo, video: Video, plan: SamplePlan, sample_id: int, *, note: str
     ) -> Sample:
-        """`note` is the `fallback` if there is no other. Raises also `UncertainError` for an indexed video: then the
+        """`note` is the `fallback` if there is no other. Also raises `UncertainError` for an indexed video: then the
         demuxer must find its packets."""
         fallback = ""
         engine = self._routing.engine_for(video, sample_id)
@@ -180,7 +184,7 @@ class ClipSource:
             refusal = self._routing.refusal(video.codec, video.pixel_format, coded_size(video))
             most = _MOST_BYTES_ON_GPU if self._routing.on_gpu else MOST_BYTES
             if not refusal and _decoded_bytes(plan, coded_size(video)) > most:
-                refusal = "its frames would fill the memory"
+                refusal = "its frames would take too much memory"
             if not refusal:
                 try:
                     file = self._remux(source, video, plan.positions)

@@ -14,12 +14,12 @@ from torch.nn.functional import grid_sample
 from dali_pipelines.graph import Cut
 
 _MOST_VALUES = 1 << 23
-"""Values of frames as float32 at a time: 32 MiB."""
+"""Frame values converted to float32 at a time: 32 MiB."""
 
 
 class BatchMemory:
-    """Memory for batches, which is reused once nothing refers to a batch any more: new memory costs as much time as the
-    cut itself, as the system has to clear every page of it."""
+    """Memory for batches, reused once nothing refers to a batch any more: new memory costs as much time as the cut
+    itself, as the system has to clear every page of it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: type[np.floating]):
         self._shape, self._dtype = shape, dtype
@@ -28,7 +28,7 @@ class BatchMemory:
     def take(self) -> torch.Tensor:
         """Memory for a batch, not cleared."""
         memory = self._free.pop() if self._free else np.empty(self._shape, self._dtype)
-        lent = memory.view()  # torch holds it as long as any tensor, also a view of one, needs its memory
+        lent = memory.view()  # torch holds it as long as any tensor, or a view of one, needs its memory
         weakref.finalize(lent, self._free.append, memory).atexit = False
         return torch.from_numpy(lent)
 
@@ -36,7 +36,7 @@ class BatchMemory:
 def cut_clips(
     frames: np.ndarray, picks: np.ndarray, rectangles: np.ndarray, transpose: bool, cut: Cut, out: torch.Tensor
 ) -> None:
-    """Fills `out`, [V, C, T, S, S], from frames of uint8 [N, H, W, 3]; the others see `Sample`.
+    """Fills `out`, [V, C, T, S, S], from frames, uint8 [N, H, W, 3]; for the other arguments, see `Sample`.
 
     The values are (value / 255 - mean) / std, each within 1e-4 of the graph's.
     """
@@ -50,7 +50,7 @@ def cut_clips(
     for window, numbers in enumerate(torch.from_numpy(picks).long().split(1)):
         for first in range(0, picks.shape[1], at_once):
             some = numbers[0, first : first + at_once]
-            # `grid_sample` takes each channel out of whole pixels: faster than to make planes of them first.
+            # `grid_sample` reads each channel out of interleaved pixels: faster than splitting them into planes first.
             values = pixels.index_select(0, some).float()
             for clip in range(window * crops, (window + 1) * crops):
                 for channel in range(3):
@@ -62,7 +62,7 @@ def cut_clips(
 
 
 def _grid(rectangle: np.ndarray, transpose: bool, size: int, height: int, width: int) -> torch.Tensor:
-    """float32 [1, S, S, 2]: where in the frame each pixel is taken, as `grid_sample` counts."""
+    """float32 [1, S, S, 2]: where in the frame each pixel is taken from, in `grid_sample`'s coordinates."""
     steps = (np.arange(size) + 0.5) / size
     y0, x0, y1, x1 = rectangle.tolist()
     y = torch.from_numpy(2 * (y0 + steps * (y1 - y0)) / height - 1)

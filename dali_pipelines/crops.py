@@ -1,8 +1,8 @@
-"""Which pixels of a frame make a view: "resize the short side, then crop a square" as one rectangle.
+"""Which pixels of a frame make up a view: "resize the short side, then crop a square" as one rectangle.
 
-A rectangle is float64 [4]: y0, x0, y1, x1 in source pixels, the continuous kind (the first pixel spans 0..1).
-Resizing it to crop_size x crop_size gives what resize-then-crop gives (bilinear, half-pixel centres, no
-antialias). Ends that are swapped flip: x0 > x1 is a horizontal flip.
+A rectangle is float64 [4]: y0, x0, y1, x1 in continuous source-pixel coordinates (the first pixel spans 0..1).
+Resizing it to crop_size x crop_size gives the same result as resize-then-crop (bilinear, half-pixel centres, no
+antialiasing). Swapped ends flip: x0 > x1 is a horizontal flip.
 """
 
 import math
@@ -14,7 +14,7 @@ VALIDATION_SCALE = 8 / 7  # 256 at 224
 
 
 def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) once the short side is `short_side`; the long one is rounded down (PaddleVideo Scale)."""
+    """(height, width) with the short side resized to `short_side`; the long one is rounded down (PaddleVideo Scale)."""
     if width < height:
         return math.floor(height / width * short_side), short_side
     return short_side, math.floor(width / height * short_side)
@@ -54,8 +54,8 @@ def to_coded(
 ) -> tuple[np.ndarray, bool]:
     """Rectangles in the frame as shown -> rectangles in the frame as coded, and whether to transpose after.
 
-    The coded frame (`height` x `width`) is mirrored left to right if `mirrored`, then turned anticlockwise by
-    `rotation` degrees, to be shown.
+    To be shown, the coded frame (`height` x `width`) is mirrored left to right if `mirrored`, then rotated
+    anticlockwise by `rotation` degrees.
     """
     y0, x0, y1, x1 = rectangles.T
     if rotation == 90:
@@ -76,14 +76,14 @@ _Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Reducer:
-    """Cuts and resizes the crops of a frame: for frames so large that handing them on would fill the memory.
+    """Cuts and resizes the crops of a frame, for frames too large to be passed on whole.
 
         reduce = Reducer(rectangles, crop_size=224, size=(4320, 7680))
-        reduce(frame)           # uint8 [3 * 224, 224, 3]: one below the other
-        reduce.rectangles       # where each crop is in that, [V, 4]
+        reduce(frame)           # uint8 [3 * 224, 224, 3]: the crops, one below the other
+        reduce.rectangles       # [V, 4]: where each crop is in that
 
-    The pixels are those of the graph's resize, rounded to 8 bits: at most 0.5/255 off. In numpy, unlike `cpu_cut`, as
-    the workers do without torch.
+    The pixels are those of the graph's resize, rounded to 8 bits: at most 0.5/255 off. Written in numpy, unlike
+    `cpu_cut`, because the workers do not load torch.
     """
 
     def __init__(self, rectangles: np.ndarray, *, crop_size: int, size: tuple[int, int]):
@@ -110,7 +110,7 @@ class Reducer:
 
 
 def _taps(start: float, end: float, count: int, length: int) -> _Taps:
-    """(first pixel, second pixel, share of the second) of each of `count` pixels that are spread from start to end."""
+    """(first pixel, second pixel, weight of the second) for each of `count` pixels spread from start to end."""
     places = start + (np.arange(count) + 0.5) * (end - start) / count - 0.5
     first = np.floor(places)
     pixels = np.clip(np.stack([first, first + 1]), 0, length - 1).astype(int)

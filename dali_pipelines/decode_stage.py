@@ -4,7 +4,7 @@
     plan, packets        NVDEC; or what the workers          one resize from each rectangle,
     and remux            have decoded, onto the device       normalise
 
-DALI's own decoder makes a hardware decoder for every clip, and maps every decoded frame (docs/benchmarks.md).
+DALI's own decoder creates a hardware decoder for every clip, and maps every decoded frame (docs/benchmarks.md).
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from dali_pipelines.plan import PADDING
 from dali_pipelines.workers import PREFETCH, Workers
 
 _AHEAD = 2
-"""Samples in the pool for each of its threads, so that none is idle while the last one of a batch is decoded."""
+"""Samples in the pool per thread, so that no thread is idle while the last sample of a batch is decoded."""
 _AHEAD_BYTES = 1 << 30
-"""Bytes of decoded frames in the pool, from which on no other batch is begun."""
+"""Bytes of decoded frames in the pool above which no further batch is started."""
 
 
 class _Batch(NamedTuple):
@@ -43,11 +43,11 @@ class _Running:
     pipeline: Pipeline
     feed: "_Feed"
     place: int | None
-    """Of the next entry that `run` gives; None if it is not known."""
+    """Place of the next entry that `run` returns; None if unknown."""
 
 
 class DecodeStage:
-    """Runs workers, pool and graph so that all are busy: workers and pool are as many batches ahead as the pool can
+    """Runs workers, pool and graph so that all stay busy: workers and pool are as many batches ahead as the pool can
     use, the graph is `PREFETCH` ahead.
 
     `workers` must run a `source_pipeline`. Everything starts at the first `run`.
@@ -67,7 +67,8 @@ class DecodeStage:
         self._workers, self._cut, self._manifest, self._device = workers, cut, manifest, device
         self._batch_size, self._threads, self._timeout_s = batch_size, threads, timeout_s
         self._running: _Running | None = None
-        # DALI's pipelines hold themselves, and the feed: workers and threads must not wait for the garbage collector.
+        # DALI's pipelines are reference cycles that hold the feed: ending workers and threads cannot be left to the
+        # garbage collector.
         self._closers: list[Callable[[], None]] = [workers.close]
         weakref.finalize(self, _call, self._closers).atexit = False
 
@@ -76,8 +77,8 @@ class DecodeStage:
         running = self._running
         if running is None or running.place != place:
             running = self._start(place)
-        running.place = None  # an interrupt leaves it unknown
-        # DALI is fed on the stream that is torch's current one, of the current device.
+        running.place = None  # unknown if this is interrupted
+        # DALI takes its input on torch's current stream, of the current device.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             (clips,) = running.pipeline.run()
         running.place = place + self._batch_size
@@ -136,7 +137,7 @@ class _Feed:
         on_gpu: bool,
     ):
         self._workers, self._pool, self._manifest, self._on_gpu = workers, pool, manifest, on_gpu
-        self._place = place  # of the next entry that the workers are asked for
+        self._place = place  # of the next entry to request from the workers
         self._batch_size, self._batches_ahead = batch_size, batches_ahead
         self._under_way: deque[_Batch] = deque()  # in the pool
         self._in_graph: deque[list[tuple[Sample, Decoded]]] = deque()  # frames stay alive until the graph is done
@@ -150,7 +151,7 @@ class _Feed:
     def frames(self, iteration: int) -> Sequence[torch.Tensor | np.ndarray]:
         """For the graph: the frames of each sample of a batch."""
         frames = [decoded.frames for _, decoded in self._batch(iteration)]
-        # On the CPU as arrays: DALI would ask torch for a CUDA stream.
+        # As arrays on the CPU: for tensors, DALI would ask torch for a CUDA stream.
         return frames if self._on_gpu else [each.numpy() for each in frames]
 
     def rest(self, iteration: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
@@ -163,7 +164,7 @@ class _Feed:
         )
 
     def _batch(self, iteration: int) -> list[tuple[Sample, Decoded]]:
-        """Batch number `iteration` of the graph, once all of it is decoded. DALI calls `frames` and `rest` in any
+        """The graph's batch number `iteration`, once all of it is decoded. DALI calls `frames` and `rest` in any
         order."""
         while len(self._in_graph) <= iteration - self._taken:
             while not self._under_way or (
@@ -178,7 +179,7 @@ class _Feed:
     def _submit(self) -> _Batch:
         fields = self._workers.run(self._place)
         self._place += self._batch_size
-        # Copies: the next run of the workers' pipeline may write over what this one has given.
+        # Copies: the next run of the workers' pipeline may overwrite the output of this one.
         samples = [Sample(*(np.array(field.at(index)) for field in fields)) for index in range(self._batch_size)]
         tasks = [self._pool.submit(sample, self._size(sample)) for sample in samples]
         return _Batch(tasks, sum(map(_decoded_bytes, tasks)))

@@ -1,7 +1,7 @@
 """Chooses what decodes a video: NVDEC (through torchcodec or DALI), DALI's decoders on the CPU, or the host (PyAV).
 
-The table of codecs (`bitstream.codecs`) says which engines take a codec. What NVDEC takes of it is asked of the driver
-(`nvdec.driver_limits`) and handed to the workers as `Limits`. Nothing here imports torch.
+The table of codecs (`bitstream.codecs`) says which engines take a codec. The driver reports NVDEC's limits for it
+(`nvdec.driver_limits`), which the workers get as `Limits`. Nothing here imports torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ Engine = Literal["nvdec", "dali", "host"]
 
 
 DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
-"""FFmpeg's pixel formats that hardware decodes to NV12 -> bits a sample. All are 4:2:0."""
+"""FFmpeg pixel formats that hardware decodes to NV12 -> bits per sample. All are 4:2:0."""
 
 
 class Limits(NamedTuple):
@@ -37,9 +37,9 @@ class Limits(NamedTuple):
     max_height: int
     max_macroblocks: int
     engines: int = 1
-    """NVDEC engines of the GPU that take it."""
+    """Number of the GPU's NVDEC engines that take it."""
     block: int = 1
-    """Pixels that the sides of coded frames must be multiples of."""
+    """Both sides of coded frames must be multiples of this many pixels."""
 
     def takes(self, height: int, width: int) -> bool:
         """Whether the engine decodes frames of this size, in pixels."""
@@ -55,17 +55,17 @@ class Limits(NamedTuple):
 
 
 LimitsByFormat = Mapping[tuple[str, int], Limits]
-"""(codec, bits a sample) -> limits; NVDEC takes nothing else."""
+"""(codec, bits per sample) -> limits; NVDEC takes nothing else."""
 
 
 def cpu_limits() -> LimitsByFormat:
-    """Limits of torchcodec's CPU decoder in place of NVDEC: 8 bits, as it rounds deeper ones otherwise than PyAV."""
+    """Limits of torchcodec's CPU decoder in place of NVDEC: 8 bits, as it rounds deeper ones differently from PyAV."""
     limits = Limits(1, 1, 1 << 16, 1 << 16, 1 << 24)
     return {(name, 8): limits for name, codec in CODECS.items() if codec.nvdec is not None}
 
 
 def general_limits(*, decodes_av1: bool) -> LimitsByFormat:
-    """What every generation of NVDEC takes (Video Codec SDK, decode support matrix), if no driver can be asked."""
+    """What every generation of NVDEC takes (Video Codec SDK, decode support matrix), for use without a driver."""
     return {
         (name, 8): Limits(144, 144, 4096, 4096, 65536, block=codec.nvdec_block)
         for name, codec in CODECS.items()
@@ -75,19 +75,19 @@ def general_limits(*, decodes_av1: bool) -> LimitsByFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Which engine decodes a video: the part of `decode` that the workers need to know."""
+    """Which engine decodes a video: all that the workers need to know of `decode`."""
 
     engine: Engine
-    """For what it takes; the host decodes everything else."""
+    """Decodes what it takes; the host decodes everything else."""
     on_gpu: bool
     limits: LimitsByFormat | None = None
-    """None if there are none: for the host, and for DALI on the CPU."""
+    """None if there are none, as for the host, and for DALI on the CPU."""
     host_share: float = 0.0
-    """With "nvdec": share of the videos that it could take which the host decodes instead."""
+    """With "nvdec": share of the videos NVDEC could decode that the host decodes instead."""
     seed: int = 0
 
     def engine_for(self, video: Video, sample_id: int) -> Engine:
-        """The engine for a video by the manifest alone; `check` knows more once the file is open."""
+        """The engine for a video, judged by the manifest alone; `check` knows more once the file is open."""
         codec = CODECS.get(video.codec)
         if codec is None or self.engine == "host":
             return "host"
@@ -110,7 +110,7 @@ class Routing:
             return "NVDEC here does not take frames of this size"
         if self.engine == "nvdec" and not known.uncrops and not limits.is_whole(size):
             return _NO_WHOLE_BLOCKS
-        if self.engine == "nvdec" and (size[0] % 2 or size[1] % 2):  # an error with NVDEC, other chroma on the CPU
+        if self.engine == "nvdec" and (size[0] % 2 or size[1] % 2):  # fails with NVDEC; wrong chroma on the CPU
             return "torchcodec does not convert frames with odd sides as FFmpeg does"
         return ""
 
@@ -119,7 +119,7 @@ class Routing:
         return self.limits.get((codec, depth)) if self.limits is not None and depth is not None else None
 
     def check(self, file: Remuxed, context: av.VideoCodecContext) -> None:
-        """Raises `UncertainError` if the engine does not take this stream, or may not give FFmpeg's frames."""
+        """Raises `UncertainError` if the engine does not take this stream, or may give other frames than FFmpeg."""
         if self.engine == "dali" and not self.on_gpu:
             if matrix_of(context) != "BT.601":
                 raise UncertainError("DALI converts all colours as BT.601 on the CPU")
@@ -134,7 +134,7 @@ class Routing:
         matrix = matrix_of(context)
         is_known = matrix == "BT.601" or (matrix == "BT.709" and CODECS[codec].has_h273_matrix)
         if self.engine == "nvdec" and self.on_gpu and not is_known:
-            raise UncertainError(f"torchcodec may convert {matrix} otherwise from {codec} by NVDEC")
+            raise UncertainError(f"torchcodec may convert {matrix} differently from {codec} by NVDEC")
 
     def takes_codec(self, codec: str) -> bool:
         """Whether the engine takes some videos of this codec."""
@@ -147,37 +147,37 @@ class Routing:
         return self.engine == "nvdec" and known.nvdec is not None and has_limits
 
     def takes(self, video: Video) -> bool:
-        """Whether the engine decodes it, as far as the manifest tells."""
+        """Whether the engine decodes the video, as far as the manifest can tell."""
         return self.takes_codec(video.codec) and not self.refusal(video.codec, video.pixel_format, coded_size(video))
 
 
 _NO_WHOLE_BLOCKS = "torchcodec may mix up frames of NVDEC whose sides are not whole blocks"
 
 
-# -- how much of it the host decodes --
+# -- the host's share --
 
-_SURVEYED = 64  # videos, evenly over the manifest
+_SURVEYED = 64  # videos, spread evenly over the manifest
 # Measured on 16 virtual cores of an H200 machine (docs/benchmarks.md).
 _HOST_CLIP_S, _HOST_PIXEL_S = 11e-3, 11.9e-9
-"""Processor seconds of a clip that the host decodes: for the clip itself, and for each pixel of the frames fed."""
+"""CPU seconds to decode a clip on the host: for the clip itself, and for each pixel of the frames fed."""
 _FEED_CLIP_S, _FEED_FRAME_S = 14e-3, 0.1e-3
-"""Processor seconds of a clip that NVDEC decodes: for the clip (read, select, remux, open), and for each frame fed."""
+"""CPU seconds for a clip that NVDEC decodes: for the clip (read, select, remux, open), and for each frame fed."""
 
 
 class Estimate(NamedTuple):
-    """Clips/s, by the manifest and by measured costs; trust one digit."""
+    """Clips/s, estimated from the manifest and measured costs; only the first digit is reliable."""
 
     nvdec: float
-    """Clips/s that the engines decode when nothing else holds them up."""
+    """Clips/s of the NVDEC engines if nothing else holds them up."""
     together: float
-    """Clips/s of NVDEC and the host, which has the cores that feeding NVDEC leaves."""
+    """Clips/s of NVDEC and the host, which gets the cores not busy feeding NVDEC."""
     host_share: float
-    """Share of the videos that NVDEC takes which the host decodes."""
+    """Share of the videos NVDEC could decode that the host decodes instead."""
 
 
 def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, cores: float) -> Estimate:
     """Estimates how many training or evaluation clips NVDEC and `cores` decode, and the host's share that keeps
-    both busy. Depends on nothing but its arguments."""
+    both busy. Depends only on its arguments."""
     rows = np.linspace(0, len(manifest) - 1, min(len(manifest), _SURVEYED)).astype(int).tolist()
     host_s: list[float] = []
     feed_s: list[float] = []
@@ -193,7 +193,7 @@ def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, core
         is_taken = rate is not None and routing.takes(video)
         taken.append(is_taken)
         engine_s.append(frames / rate / gpu.engines if rate is not None and is_taken else 0.0)
-    share = float(np.mean(taken))  # of the clips that NVDEC takes
+    share = float(np.mean(taken))  # of the clips: those that NVDEC takes
     if not share:
         return Estimate(0.0, cores / float(np.mean(host_s)), 0.0)
     host, feed, engine = float(np.mean(host_s)), _mean(feed_s, taken), _mean(engine_s, taken)
@@ -206,8 +206,8 @@ def estimate(manifest: Manifest, view: View, routing: Routing, *, gpu: Gpu, core
 def share_of_nvdec(*, nvdec: float, host: float, feed: float, cores: float, most: float) -> float:
     """Share of all clips to give to NVDEC, at most `most`, so that it and the cores are both busy.
 
-    nvdec: clips/s that its engines decode; host, feed: core seconds of a clip that the host decodes, and of one that
-    NVDEC is fed; most: share of the clips that NVDEC takes. 0 if a clip costs the cores less to decode than to feed.
+    nvdec: clips/s of its engines; host, feed: core seconds to decode a clip on the host, and to feed one to NVDEC;
+    most: share of the clips that NVDEC takes. 0 if decoding a clip costs the cores less than feeding it.
     """
     if feed >= host:
         return 0.0
@@ -221,7 +221,7 @@ def _mean(values: Sequence[float], taken: Sequence[bool]) -> float:
 
 
 def _frames_fed(video: Video, positions: Sequence[int]) -> float:
-    """Frames that a decoder is fed for those at `positions`, if all groups are as long as the longest."""
+    """Frames fed to a decoder for those at `positions`, if all groups are as long as the longest."""
     gop = video.gop or video.frames
     last = {position // gop: position % gop for position in positions}  # ascending: the last one stays
     codec = CODECS.get(video.codec)

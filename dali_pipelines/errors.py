@@ -1,4 +1,4 @@
-"""The one kind of error that is meant for the person who typed the command."""
+"""The one kind of error meant for the user."""
 
 
 class InputError(ValueError):
@@ -6,11 +6,11 @@ class InputError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """The words of the system or of FFmpeg for an error, in lower case."""
+    """The system's or FFmpeg's message for an error, in lower case."""
     return str(getattr(error, "strerror", None) or error).lower()
 
 
 def check(holds: bool, message: str) -> None:
-    """Raises `InputError` with the message unless something holds."""
+    """Raises `InputError` with the message unless `holds`."""
     if not holds:
         raise InputError(message)

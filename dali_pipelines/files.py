@@ -1,8 +1,7 @@
 """Where the bytes of a video are, and how to open them: a file, a part of a file (a member of a tar shard), or either
-of these below a URL of fsspec (s3://, gs://, https://, ...), with a cache on the local disk.
+of these below an fsspec URL (s3://, gs://, https://, ...), with a cache on the local disk.
 
-fsspec is imported when a URL is met: it is an extra, and its file systems, which have threads, are made in the process
-that uses them.
+fsspec is an extra, imported on the first URL. Its file systems have threads, so each process creates its own.
 """
 
 import asyncio
@@ -32,19 +31,19 @@ _REFUSED = {
     "reference": "it is a list of other files, made of templates",
     **dict.fromkeys(("blockcache", "cached", "filecache", "simplecache"), "set data.cache instead"),
 }
-"""Protocols of fsspec that do more than read bytes, and why a manifest must not name them: anybody may have written
-it. Caches write what a server sends to the disk, however much it is."""
+"""fsspec protocols that do more than read bytes, and why they are refused: manifests are not trusted. Caches write
+whatever a server sends to the disk, however much it is."""
 _URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
 _LISTS = ("concat", "dash", "hls", "imf", "sdp")
-"""FFmpeg's formats that name what they are made of."""
-_ATTEMPTS = 3  # to read from a URL
-_REQUESTS = 8  # of one video under way at the same time
+"""FFmpeg formats that refer to other files."""
+_ATTEMPTS = 3  # at reading from a URL
+_REQUESTS = 8  # in flight at a time for one video
 _PAUSE_S = 0.5  # before the second attempt; four times as long before the third
-_RESERVE = 1 << 30  # bytes of the disk that the cache leaves free
-_MOST_BYTES = 1 << 30  # of a video below a URL: all of it is read into memory
+_RESERVE = 1 << 30  # bytes that the cache leaves free on the disk
+_MOST_BYTES = 1 << 30  # of a video below a URL, which is read into memory as a whole
 _LOCAL_GAP, _REMOTE_GAP = 1 << 12, 1 << 14
-"""Bytes between two ranges that are read with them, as that costs less than to read twice: a page of a disk; what a
-server sends in the time of a request, of those that are under way at the same time."""
+"""Gaps of up to this many bytes between two ranges are read along with them, which costs less than a second read: a
+page of a disk; what a server sends in the time of a request, with several in flight."""
 
 
 class Source(NamedTuple):
@@ -53,9 +52,9 @@ class Source(NamedTuple):
     path: str
     """A local file, or a URL."""
     offset: int = 0
-    """Where in the file the video starts, in bytes."""
+    """Start of the video in the file, in bytes."""
     size: int | None = None
-    """Bytes of the video; None: all of the file."""
+    """Size of the video in bytes; None: the whole file."""
     data: bytes | None = None
     """The bytes themselves, once they have been fetched from a URL."""
     note: str = ""
@@ -63,11 +62,11 @@ class Source(NamedTuple):
 
 
 VideoLike: TypeAlias = str | os.PathLike[str] | Source
-"""A path, a URL, or where the bytes are."""
+"""A path, a URL, or a `Source`."""
 
 
 def is_url(path: str | os.PathLike[str]) -> TypeGuard[str]:
-    """Whether it is for fsspec to open; also chained ones such as zip://a.mp4::s3://bucket/file.zip."""
+    """Whether fsspec opens it; includes chained URLs such as zip://a.mp4::s3://bucket/file.zip."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 
@@ -86,12 +85,12 @@ def join(root: str | os.PathLike[str], path: str) -> str:
 
 
 def absolute(root: str | os.PathLike[str]) -> str:
-    """The same root for other processes, whatever folder they run in."""
+    """The same root as an absolute path, for processes that run in another folder."""
     return root if is_url(root) else os.path.abspath(root)
 
 
 def as_source(video: VideoLike) -> Source:
-    """The source of a path; a `Source` stays as it is."""
+    """The source of a path; a `Source` is returned unchanged."""
     return video if isinstance(video, Source) else Source(os.fspath(video))
 
 
@@ -116,7 +115,7 @@ def open_video(video: VideoLike) -> av.container.InputContainer:
         raise InputError(reason(error)) from None
     try:
         check(container.format.name not in _LISTS, "a list of other files")
-        # Whatever PyAV's stubs say: there is none for a codec that FFmpeg does not know.
+        # PyAV's stubs are wrong: there is none for a codec that FFmpeg does not know.
         is_known = getattr(video_stream(container), "codec_context", None) is not None
         check(is_known, "FFmpeg does not know the codec of its video stream")
     except InputError:
@@ -126,7 +125,7 @@ def open_video(video: VideoLike) -> av.container.InputContainer:
 
 
 def _what_it_is(source: Source) -> str:
-    """Describes a file that is not a video, as people know it; "" if nothing tells."""
+    """Describes a file that is not a video in everyday words; "" if unknown."""
     with io.BytesIO(source.data) if source.data is not None else open(source.path, "rb") as file:
         file.seek(0 if source.data is not None else source.offset)
         start = file.read(512)
@@ -143,15 +142,15 @@ def _what_it_is(source: Source) -> str:
             size = int.from_bytes(header[:4])
             if size == 1:
                 size = int.from_bytes(header[8:])
-            if not 8 <= size < 1 << 62:  # `seek` takes no more
+            if not 8 <= size < 1 << 62:  # the limit of `seek`
                 break
             file.seek(size - len(header), io.SEEK_CUR)
-        return "cut off: it has no index, the moov box"
+        return "cut off: it has no index (moov box)"
 
 
 def unfinished(path: str | os.PathLike[str]) -> Path:
-    """A name beside `path`, unique to this call, for a file that replaces it once it is complete. Removes those that
-    killed calls left more than an hour ago."""
+    """A name beside `path`, unique to this call, for a file that replaces it once complete. Removes files that killed
+    calls left behind more than an hour ago."""
     path = Path(path)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError):
@@ -166,13 +165,13 @@ def find_below_url(root: str) -> Iterator[str]:
     try:
         for path in system.find(place):
             yield os.path.relpath(path, place)
-    except Exception as error:  # every file system has its own
+    except Exception as error:  # every file system has its own errors
         raise InputError(f"{root}: {_text(error)}; check the address, the network and credentials") from None
 
 
 def ffmpeg_url(video: VideoLike) -> str:
-    """The URL by which FFmpeg opens this local file, or this part of it, and nothing else: "a:b.mp4" alone would be a
-    protocol."""
+    """The URL with which FFmpeg opens exactly this local file, or this part of it: it would take a plain "a:b.mp4" for
+    a protocol."""
     source = as_source(video)
     if source.size is None:
         return f"file:{source.path}"
@@ -180,7 +179,7 @@ def ffmpeg_url(video: VideoLike) -> str:
 
 
 def size_of(video: VideoLike) -> int:
-    """Bytes of the video, without reading them. Raises `InputError`."""
+    """Size of the video in bytes, without reading it. Raises `InputError`."""
     source = as_source(video)
     if source.data is not None:
         return len(source.data)
@@ -196,12 +195,12 @@ def size_of(video: VideoLike) -> int:
     except OSError as error:
         raise InputError(reason(error)) from None
     if size is None:
-        raise InputError("its server does not say how large it is")
+        raise InputError("its server does not report its size")
     return size
 
 
 def read_bytes(video: VideoLike) -> bytes:
-    """All of the video. Raises `InputError`."""
+    """All bytes of the video. Raises `InputError`."""
     source = fetch(video)
     if source.data is not None:
         return source.data
@@ -217,10 +216,10 @@ def read_bytes(video: VideoLike) -> bytes:
 def read_ranges(
     video: VideoLike, ranges: Sequence[tuple[int, int]], *, size: int | None = None
 ) -> tuple[list[bytes], int]:
-    """The bytes of the video in each of `ranges`, (first, end) ascending, and how many bytes were read for that.
+    """The bytes of the video in each of `ranges`, (first, end) ascending, and the number of bytes read for them.
 
-    Below a URL only those travel, several requests side by side. Raises `InputError`, also if the video ends before a
-    range does, or if a web server says that its file does not have `size` bytes.
+    Below a URL, only these are transferred, in parallel requests. Raises `InputError`, also if the video ends before a
+    range does, or if a web server reports a size other than `size` bytes.
     """
     source = as_source(video)
     is_remote = source.data is None and is_url(source.path)
@@ -236,7 +235,7 @@ def read_ranges(
     if source.data is not None:
         data = [source.data[first:end] for first, end in spans]
     elif is_remote:
-        size = size if source.size is None else None  # of a shard nobody knows it
+        size = size if source.size is None else None  # unknown for a shard
         data = _download(source.path, [_Span(source.offset + first, source.offset + end) for first, end in spans], size)
     else:
         data = _read_local(source, spans)
@@ -269,12 +268,12 @@ def fetch(
     *,
     problem: Callable[[Source], str] | None = None,
 ) -> Source:
-    """A source that opens without the network: local files as they are; files below a URL from the folder `cache`, or
+    """A source that opens without the network: local files unchanged; files below a URL from the folder `cache`, or
     read into memory. Raises `InputError`.
 
-    `problem` returns why the file is not the one that was indexed, "" if it is. Only then is it kept in `cache`, for
-    the next time: a server may answer with a login page, or with half of the file. Any number of processes may share a
-    cache. `Source.note` says why a file is not kept.
+    `problem` returns why the file is not the one that was indexed, or "" if it is. Only an indexed file is kept in
+    `cache`: a server may answer with a login page, or with half of the file. Any number of processes may share a cache.
+    `Source.note` says why a file is not kept.
     """
     source = as_source(video)
     if source.data is not None or not is_url(source.path):
@@ -296,15 +295,15 @@ def fetch(
 
 
 def check_reachable(source: Source, cache: str | None = None, *, timeout_s: float = 60) -> None:
-    """Raises `InputError` if nothing below the URL of `source` can be read, as without a package or credentials, or if
-    its server does not answer within `timeout_s`. A missing file is not an error."""
+    """Raises `InputError` if nothing below the URL of `source` can be read (a package or credentials are missing), or
+    if its server does not answer within `timeout_s`. A missing file is not an error."""
     if not is_url(source.path) or (cache and os.path.isfile(_place(cache, source))):
         return
     system, path = _file_system(source.path)
     try:
         _within(timeout_s, lambda: system.info(path))
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, FileNotFoundError) else error  # HTTP: whatever it was
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) else error  # HTTP raises it for any failure
         is_missing = isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404
         if cause is not None and not is_missing:
             raise InputError(f"{source.path}: {_text(cause)}; check the address, the network and credentials") from None
@@ -334,12 +333,12 @@ def _check_file(source: Source) -> int:
     if "\0" in source.path:
         raise InputError("a zero byte in its name")
     state = os.stat(source.path)
-    if not stat.S_ISREG(state.st_mode):  # a pipe would block for ever
+    if not stat.S_ISREG(state.st_mode):  # a pipe would block forever
         raise InputError("a folder" if stat.S_ISDIR(state.st_mode) else "not a regular file")
     if source.size is not None and state.st_size < source.offset + source.size:
         raise InputError(
-            f"the shard ends at byte {state.st_size}, the video at {source.offset + source.size}: the shard is cut, or "
-            "not the one that the manifest speaks of"
+            f"the shard ends at byte {state.st_size}, the video at {source.offset + source.size}: the shard is cut "
+            "off, or not the one in the manifest"
         )
     return state.st_size
 
@@ -348,7 +347,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     """(fsspec's file system, the path in it)."""
     for link in url.split("::"):
         if refusal := _REFUSED.get(link.partition("://")[0].lower()):
-            raise InputError(f"{url}: {link.partition('://')[0]} is not opened: {refusal}")
+            raise InputError(f"{url}: {link.partition('://')[0]} is refused: {refusal}")
     try:
         import fsspec
     except ImportError:
@@ -386,8 +385,8 @@ def _download(url: str, spans: Sequence[_Span], size: int | None = None) -> list
         except FileNotFoundError:
             raise InputError("no such file on its server") from None
         except PermissionError:
-            raise InputError("its server gives no permission to read it") from None
-        except Exception as error:  # every file system has its own
+            raise InputError("its server denies permission to read it") from None
+        except Exception as error:  # every file system has its own errors
             problem = _text(error)
             continue
         wanted = [len(some) if end is None else end - first for some, (first, end) in zip(data, spans, strict=True)]
@@ -395,12 +394,12 @@ def _download(url: str, spans: Sequence[_Span], size: int | None = None) -> list
             return data
         if any(len(some) > count for some, count in zip(data, wanted)):
             raise _no_parts()
-        problem = f"{sum(map(len, data))} of {sum(wanted)} bytes came: the file is cut, or the connection was"
+        problem = f"{sum(map(len, data))} of {sum(wanted)} bytes arrived: the file is cut off, or the connection was"
     raise InputError(f"cannot be read from its server, tried {_ATTEMPTS} times: {problem}")
 
 
 def _read(system: Any, path: str, spans: Sequence[_Span], size: int | None) -> list[bytes]:
-    """The bytes of each span, if they are not too many. No more is read, whatever is sent."""
+    """The bytes of each span, if there are not too many. Reads no more than that, whatever the server sends."""
     if sum(end - first for first, end in spans if end is not None) > _MOST_BYTES:
         raise _too_large()
     from fsspec.asyn import sync
@@ -421,13 +420,11 @@ def _too_large() -> InputError:
 
 
 def _no_parts() -> InputError:
-    return InputError(
-        "its server sends whole files and no parts of them (HTTP Range), which shards and packet indexes need"
-    )
+    return InputError("its server sends only whole files; shards and packet indexes need parts of files (HTTP Range)")
 
 
 async def _read_http(system: Any, url: str, spans: Sequence[_Span], size: int | None) -> list[bytes]:
-    """Reads all spans, some at a time."""
+    """Reads all spans, a few at a time."""
     slots = asyncio.Semaphore(_REQUESTS)
 
     async def read(span: _Span) -> bytes:
@@ -438,8 +435,7 @@ async def _read_http(system: Any, url: str, spans: Sequence[_Span], size: int | 
 
 
 async def _read_http_span(system: Any, url: str, span: _Span, size: int | None) -> bytes:
-    """Reads at most one byte more than asked for. fsspec would read the body to its end, and unpack what is
-    compressed."""
+    """Reads at most one byte more than asked for. fsspec would read the whole body, and decompress it."""
     start, end = span
     most = _MOST_BYTES if end is None else end - start
     options = dict(system.kwargs)
@@ -452,9 +448,9 @@ async def _read_http_span(system: Any, url: str, span: _Span, size: int | None) 
         if end is not None and response.status == 206:
             sent = response.headers.get("Content-Range", "")
             if not sent.startswith(f"bytes {start}-"):
-                raise InputError(f"its server sends another part of the shard than was asked for ({sent[:80]!r})")
+                raise InputError(f"its server sends a part of the shard that was not requested ({sent[:80]!r})")
             if size is not None and sent.rpartition("/")[2] not in ("*", str(size)):
-                raise InputError(f"its server has a file of another size than {size} bytes ({sent[:80]!r})")
+                raise InputError(f"the file on its server does not have {size} bytes ({sent[:80]!r})")
         elif start:
             raise _no_parts()
         data = bytearray()
@@ -475,7 +471,7 @@ def _place(cache: str, source: Source) -> str:
 
 
 def _keep(place: str, data: bytes) -> None:
-    """Writes all of it or nothing, whatever else writes there at the same time."""
+    """Writes all of it or nothing, even if others write there at the same time."""
     folder = os.path.dirname(place)
     os.makedirs(folder, exist_ok=True)
     if shutil.disk_usage(folder).free < _RESERVE + len(data):
@@ -485,7 +481,7 @@ def _keep(place: str, data: bytes) -> None:
         with open(unfinished, "xb") as file:
             file.write(data)
             file.flush()
-            os.fdatasync(file.fileno())  # after a power cut, too
+            os.fdatasync(file.fileno())  # survives a power cut
         os.replace(unfinished, place)
     finally:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Finds the videos in a folder, and describes what it passes over."""
+"""Finds the videos in a folder, and describes the files it skips."""
 
 import collections
 import os
@@ -17,13 +17,13 @@ _SUFFIXES = """
     ogv ogx pva qt rcv rm rmvb roq smk swf tod tp trp ts ty vc1 viv vob vro vvc webm wm wmv wtv xmv xvid y4m
 """
 VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""Suffixes of FFmpeg's demuxers for video, and those that cameras, recorders and discs give to the same formats. Not:
+"""Suffixes of FFmpeg's video demuxers, and those that cameras, recorders and discs use for the same formats. Excluded:
 audio, images, subtitles, playlists, and formats without a header (.yuv)."""
 _KINDS_SHOWN, _FOLDERS_SHOWN = 6, 10
 
 
 def is_video_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a file has the name of a video. The `._NAME` that macOS puts into archives for every NAME are none."""
+    """Whether a file has the name of a video. The `._NAME` files that macOS adds to archives do not count."""
     name = os.path.basename(path)
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("._")
 
@@ -34,11 +34,11 @@ class Found(NamedTuple):
     videos: list[str]
     """Paths relative to the folder, sorted."""
     note: str
-    """What was passed over, such as "12 files passed over: 10 .txt, 2 .srt"; "" for nothing."""
+    """What was skipped, such as "12 files skipped: 10 .txt, 2 .srt"; "" for nothing."""
 
 
 def videos_below(root: str | os.PathLike[str]) -> Found:
-    """The videos in a folder and all folders below, or below a URL; follows links. Raises `InputError`."""
+    """The videos in a folder and its subfolders, or below a URL; follows links. Raises `InputError`."""
     notes: list[str] = []
     closed: list[str] = []
     files = find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes, closed)
@@ -55,13 +55,13 @@ def videos_below(root: str | os.PathLike[str]) -> Found:
         if rest := kinds.total() - sum(count for _, count in kinds.most_common(_KINDS_SHOWN)):
             named.append(f"{rest} others")
         count = "1 file" if kinds.total() == 1 else f"{kinds.total()} files"
-        notes.insert(0, f"{count} passed over: {', '.join(named)}")
+        notes.insert(0, f"{count} skipped: {', '.join(named)}")
     notes += [unreadable(closed)] if closed else []
     return Found(sorted(videos, key=lambda path: PurePosixPath(path).parts), "; ".join(notes))
 
 
 def unreadable(folders: Sequence[str]) -> str:
-    """A line about folders that cannot be read, each as "path: reason"."""
+    """A one-line message about folders that cannot be read, given as "path: reason"."""
     if len(folders) == 1:
         return folders[0]
     more = f", and {len(folders) - _FOLDERS_SHOWN} more" if len(folders) > _FOLDERS_SHOWN else ""
@@ -69,12 +69,12 @@ def unreadable(folders: Sequence[str]) -> str:
 
 
 def leads_back(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
-    """Whether `path`, a folder in `root`, is a link to `root` or to a folder that holds it."""
+    """Whether `path`, a folder in `root`, is a link to `root` or to a folder above it."""
     return _holds(os.path.realpath(path), os.path.realpath(root))
 
 
 def is_in_loop(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is, or goes through, a link that leads back to a folder above it, as what a glob finds may do."""
+    """Whether `path`, such as a glob's result, is or goes through a link that leads back to a folder above it."""
     places = [Path(path), *Path(path).parents]
     return any(os.path.islink(place) and leads_back(place.parent, place) for place in places)
 
@@ -84,10 +84,10 @@ def _holds(folder: str, other: str) -> bool:
 
 
 def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
-    """The files below `root`; `notes` gets the links that are left out, `closed` the folders that cannot be read.
+    """The files below `root`; `notes` gets the links it skips, `closed` the folders it cannot read.
 
-    A link is left out only if it leads back to a folder that it is in: the same folder may well be linked from several
-    classes."""
+    Only links that lead back to a folder they are in are skipped: several classes may link to the same folder.
+    """
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder of videos")
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
@@ -104,7 +104,7 @@ def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
             path = os.path.join(folder, name)
             try:
                 is_folder = stat.S_ISDIR(os.stat(os.path.join(root, path)).st_mode)
-            except PermissionError as error:  # the folder may be listed, but not entered: it may be one
+            except PermissionError as error:  # `folder` may be listed but not entered, so this may be a folder
                 is_folder = False
                 if not is_video_name(path):
                     closed.append(f"{path}: {reason(error)}")

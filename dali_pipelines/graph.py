@@ -1,8 +1,8 @@
-"""The DALI graphs: decode (unless the source has), one resize from each rectangle, one normalise.
+"""The DALI graphs: decode (unless the source has done so), one resize per rectangle, one normalisation.
 
-Two ways lead from a source to clips. `clip_pipeline` does all of it in one pipeline, in which DALI decodes what the
-source has not. In the other, `source_pipeline` only runs the source, and `cut_pipeline` cuts clips out of frames that
-something else has decoded (`DecodeStage`). The same functions build them for the CPU and for a GPU.
+There are two ways from a source to clips. `clip_pipeline` does everything in one pipeline, in which DALI decodes what
+the source has not. Otherwise `source_pipeline` only runs the source, and `cut_pipeline` cuts clips out of frames
+decoded elsewhere (`DecodeStage`). The same functions build them for the CPU and for a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,11 +41,11 @@ assert tuple(_FEEDS) == Sample._fields
 
 
 class Cut(NamedTuple):
-    """How clips are made of decoded frames: the same for all samples of a loader."""
+    """How clips are cut out of decoded frames: the same for all samples of a loader."""
 
     crop_size: int
     clips: int
-    """Clips a sample: `clips / windows` crops of each of `windows` windows."""
+    """Clips per sample: `clips / windows` crops of each of `windows` windows."""
     windows: int
     mean: Sequence[float]
     std: Sequence[float]
@@ -63,12 +63,12 @@ def clip_pipeline(
     threads: int,
     prefetch: int,
 ) -> Pipeline:
-    """A pipeline, not built yet, whose outputs are clips, sample_id, packets, fault, fallback, is_host, the shapes of
-    the decoded frames, and size.
+    """A pipeline, not built yet, with the outputs clips, sample_id, packets, fault, fallback, is_host, shapes of the
+    decoded frames, and size.
 
-    Clips are (value / 255 - mean) / std: [C, T, H, W] a sample, or [V, C, T, H, W] if there are several.
-    `device_id` None is the CPU. `workers` processes run the source; 0 runs it in this one. `threads` of this process
-    decode, resize and normalise.
+    Clips are (value / 255 - mean) / std: [C, T, H, W] per sample, or [V, C, T, H, W] if there are several.
+    `device_id` None is the CPU. `workers` processes run the source; with 0, this process does. `threads` threads of
+    this process decode, resize and normalise.
     """
     return _clip_pipeline(
         source,
@@ -79,7 +79,7 @@ def clip_pipeline(
 
 
 def source_pipeline(source: ClipSource, *, batch_size: int, workers: int, prefetch: int) -> Pipeline:
-    """A pipeline, not built yet, whose outputs are the fields of a `Sample`, on the CPU."""
+    """A pipeline, not built yet, that outputs the fields of a `Sample`, on the CPU."""
     return _source_pipeline(
         source, **_settings(batch_size=batch_size, device_id=None, workers=workers, threads=1, prefetch=prefetch)
     )
@@ -95,11 +95,11 @@ def cut_pipeline(
     threads: int,
     prefetch: int,
 ) -> Pipeline:
-    """A pipeline, not built yet, whose output is clips, as those of `clip_pipeline`.
+    """A pipeline, not built yet, that outputs clips like those of `clip_pipeline`.
 
-    For each batch it calls both with the number of the batch, from 0. `decoded` returns the frames of each sample
-    (uint8 [N, H, W, 3], on the pipeline's device), `rest` the `picks`, `rectangles` and `transpose` of the same samples
-    (see `Sample`).
+    For each batch it calls `decoded` and `rest` with the batch number, from 0. `decoded` returns the frames of each
+    sample (uint8 [N, H, W, 3], on the pipeline's device), `rest` the `picks`, `rectangles` and `transpose` of the same
+    samples (see `Sample`).
     """
     return _cut_pipeline(
         decoded,
@@ -128,13 +128,13 @@ def _clip_pipeline(source: ClipSource, cut: Cut, device: str) -> tuple[DataNode,
     frames, _ = _split(sample["frames"], is_host)
     _, encoded = _split(sample["encoded"], is_host)
     _, positions = _split(sample["positions"], is_host)
-    # "none": what is past the end of its index is an error; the default would be black frames without one.
+    # "none" makes frames past the end an error; the default would silently return black frames.
     decoded = fn.decoders.video(
         encoded, device="mixed" if device == "gpu" else "cpu", frames=positions, pad_mode="none"
     )
     frames = _merge(frames.gpu() if device == "gpu" else frames, decoded, is_host)
     clips = _clips(frames, sample["picks"], sample["rectangles"], sample["transpose"], cut)
-    shapes, unused = frames.shape(), sample["size"]  # DALI warns of what a source gives and nobody takes
+    shapes, unused = frames.shape(), sample["size"]  # DALI warns about source outputs that nothing uses
     results = (sample[name] for name in ("sample_id", "packets", "fault", "fallback"))
     return clips, *results, is_host, shapes, unused
 
@@ -169,14 +169,14 @@ def _samples(source: ClipSource) -> dict[str, DataNode]:
         "layout": [feed.layout for feed in feeds],
     }
     if parallel:
-        # Samples are dealt to the workers batch by batch: with two batches under way, none waits for the slowest.
+        # Samples are dealt to the workers batch by batch: with two batches in flight, none waits for the slowest.
         settings["prefetch_queue_depth"] = 2
     fields = fn.external_source(source=source, num_outputs=len(feeds), **settings)
     return dict(zip(_FEEDS, fields, strict=True))
 
 
 def _clips(frames: DataNode, picks: DataNode, rectangles: DataNode, transpose: DataNode, cut: Cut) -> DataNode:
-    # Windows hold frames again if a video is short, and share them if there are several.
+    # A window repeats frames if its video is short, and several windows may share frames.
     windows = [fn.sequence_rearrange(frames, new_order=picks[window]) for window in range(cut.windows)]
     crops_per_window = cut.clips // cut.windows
     clips = [
@@ -188,7 +188,7 @@ def _clips(frames: DataNode, picks: DataNode, rectangles: DataNode, transpose: D
 
 
 def _clip(frames: DataNode, rectangles: DataNode, number: int, transpose: DataNode, cut: Cut) -> DataNode:
-    clip: Any = fn.resize(  # whose stub also allows lists
+    clip: Any = fn.resize(  # the stub's return type includes lists
         frames,
         size=[cut.crop_size, cut.crop_size],
         roi_start=rectangles[number, 0:2],
@@ -215,8 +215,8 @@ def _transpose_some(clip: DataNode, transpose: DataNode) -> DataNode:
 
 
 def _split(samples: DataNode, predicate: DataNode) -> tuple[DataNode, DataNode]:
-    """(those for which `predicate` is true, the others). DALI makes these operators of an `if`, but it also writes a
-    source file into the temporary folder for that, which a process that is killed leaves there."""
+    """(samples for which `predicate` is true, the rest). DALI compiles an `if` to the same operators, but for that it
+    writes a source file into the temporary folder, which a killed process leaves there."""
     true, false = fn._conditional.split(samples, predicate=predicate)  # type: ignore[attr-defined]  # no stub
     return true, false
 

@@ -1,8 +1,8 @@
-"""Streams that a hardware decoder may treat otherwise than FFmpeg does.
+"""Finds streams that a hardware decoder may treat differently from FFmpeg.
 
-NVDEC itself decides in which order frames are shown, which part of the coded frame is shown, and in which colours. It
-goes by the stream's own headers. FFmpeg also uses the container, and adapts while it decodes. `check_hardware`
-finds the streams for which the two could differ; the host decodes these.
+NVDEC decides the order of frames, the part of the coded frame that is shown, and its colours from the stream's own
+headers. FFmpeg also uses the container, and adapts while decoding. `check_hardware` finds the streams for which the two
+could differ; the host decodes these.
 """
 
 import av
@@ -11,12 +11,12 @@ from dali_pipelines.bitstream.parser import UNSPECIFIED_MATRIX, UncertainError
 from dali_pipelines.packets import Remuxed
 
 _MATRICES = {UNSPECIFIED_MATRIX: "BT.601", 5: "BT.601", 6: "BT.601", 1: "BT.709", 9: "BT.2020", 10: "BT.2020"}
-"""matrix_coefficients -> the conversion to RGB that torchcodec, on the CPU and a GPU, and FFmpeg all take for it."""
+"""matrix_coefficients -> the conversion to RGB on which torchcodec (on the CPU and a GPU) and FFmpeg agree."""
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 
 def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
-    """Raises `UncertainError` if a hardware decoder may not give FFmpeg's frames for these packets."""
+    """Raises `UncertainError` if a hardware decoder may give other frames than FFmpeg for these packets."""
     _check_colours(context)
     for format in file.parser.formats():
         if format.has_fields:
@@ -34,16 +34,16 @@ def check_hardware(file: Remuxed, context: av.VideoCodecContext) -> None:
 
 
 def matrix_of(context: av.VideoCodecContext) -> str:
-    """How FFmpeg converts the frames to RGB: "BT.601", "BT.709" or "BT.2020"; "" for other ways."""
+    """How FFmpeg converts the frames to RGB: "BT.601", "BT.709" or "BT.2020"; "" for any other conversion."""
     return _MATRICES.get(context.colorspace, "")
 
 
 def _check_colours(context: av.VideoCodecContext) -> None:
-    """Raises `UncertainError` for colours, of any codec, that torchcodec does not convert as FFmpeg does."""
+    """Raises `UncertainError` for colours that torchcodec converts differently from FFmpeg, whatever the codec."""
     if not matrix_of(context):
         raise UncertainError("its colour matrix is neither BT.601 nor BT.709 nor BT.2020")
     if _is_full_range(context) and not (context.pix_fmt or "").startswith("yuvj"):
-        raise UncertainError("full range that its pixel format does not tell")
+        raise UncertainError("its full colour range does not show in its pixel format")
 
 
 def _is_full_range(context: av.VideoCodecContext) -> bool:

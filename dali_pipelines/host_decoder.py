@@ -1,7 +1,7 @@
-"""Decodes chosen frames of a video with PyAV, from the packets that they need.
+"""Decodes selected frames of a video with PyAV, from only the packets that they need.
 
-It decodes what DALI has no decoder for on the device, and the files of which somebody must say what is wrong: DALI's
-own decoder gives up on a whole batch.
+It decodes what DALI has no decoder for on the device, and finds out what is wrong with a file: DALI's own decoder fails
+on the whole batch.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from dali_pipelines.packet_index import IndexedVideo
 from dali_pipelines.packets import Flag, PacketReader, PacketSource, VideoPacket, demux, video_stream
 
 MAX_PIXELS = 1 << 26
-"""Pixels of a frame, twice as many as 8K. A few kilobytes can claim more, and a decoder may hold 17 frames."""
+"""Pixels of a frame, twice those of 8K. A file of a few kilobytes can claim more, and a decoder may hold 17 frames."""
 
 
 class Decoded(NamedTuple):
     """The frames of one video."""
 
     frames: np.ndarray
-    """uint8 [N, H, W, 3] RGB, one for each distinct position, as coded (not turned), within the region only; or what
-    `reduce` has made of that."""
+    """uint8 [N, H, W, 3] RGB, one per distinct position, as coded (not rotated), cut to the region; or the output of
+    `reduce` for that."""
     packets_read: int
     packets_kept: int
     """Packets fed to the decoder."""
     fallback: str
-    """Why everything up to the last frame was decoded; "" if only the packets that the frames need were."""
+    """Why everything up to the last frame was decoded; "" if only the needed packets were."""
 
 
 Region = tuple[slice, slice]
@@ -50,11 +50,11 @@ def decode_frames(
     region: Region = _WHOLE,
     reduce: Reduce | None = None,
 ) -> Decoded:
-    """Frames number `positions` (ascending, distinct) of those the decoder puts out when it is fed from the start.
+    """The frames at `positions` (ascending, distinct), counted as the decoder outputs them from the start.
 
-    `size` is the (height, width) that the frames must have, `region` the rows and columns to return; `reduce` is
-    called with these of each frame, and returns others, uint8 [h, w, 3], in their place. One thread: the processes
-    around this one decode other samples. Raises `InputError`.
+    `size` is the (height, width) that the frames must have, `region` the rows and columns to return; `reduce` gets that
+    part of each frame and returns its replacement, uint8 [h, w, 3]. Uses one thread: other processes decode other
+    samples. Raises `InputError`.
     """
     source = fetch(video)
 
@@ -65,7 +65,7 @@ def decode_frames(
             return _collect(selected, positions, size, region, reduce)
     except UncertainError as error:
         fallback = str(error)
-        # FFmpeg puts something in the place of missing frames, and only says so when it is told to be strict.
+        # FFmpeg conceals missing frames, and reports them only in strict mode.
         is_strict = isinstance(error, MissingFrameError)
     with open_video(source) as container:
         prepare(container, is_strict=is_strict, max_pixels=_limit(size))
@@ -81,19 +81,19 @@ def decode_indexed(
     region: Region = _WHOLE,
     reduce: Reduce | None = None,
 ) -> Decoded:
-    """`decode_frames`, without a demuxer. Raises also `UncertainError`: `decode_frames` may know better."""
+    """`decode_frames` without a demuxer. Also raises `UncertainError`: `decode_frames` may still succeed."""
     context = video.stream.context()
     set_up(context, max_pixels=_limit(size))
     return _collect(_Selected(context, video, positions), positions, size, region, reduce)
 
 
 def _limit(size: tuple[int, int]) -> int:
-    """Pixels that a frame may have if (height, width) `size` is expected: a decoder compares them again."""
+    """The most pixels that a frame may have if (height, width) `size` is expected; the decoder checks it again."""
     return max(MAX_PIXELS, size[0] * size[1])
 
 
 class _Fed(Protocol):
-    """(position, frame) of packets that a decoder is fed, in the order in which they come out."""
+    """Yields (position, frame) from the packets fed to a decoder, in output order."""
 
     @property
     def packets_read(self) -> int: ...
@@ -105,7 +105,7 @@ class _Fed(Protocol):
 
 
 def _collect(fed: _Fed, positions: np.ndarray, size: tuple[int, int], region: Region, reduce: Reduce | None) -> Decoded:
-    """The frames at `positions`, of those that are fed."""
+    """The frames at `positions` among those of `fed`."""
     wanted = {int(position): index for index, position in enumerate(positions)}
     found = 0
     frames = np.empty(0, np.uint8)
@@ -126,7 +126,7 @@ def _collect(fed: _Fed, positions: np.ndarray, size: tuple[int, int], region: Re
 
 
 def decode_all(video: VideoLike, *, frames: int, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
-    """All frames of a video that has `frames` of `size`, with the checks of `decode_frames`. Raises `InputError`."""
+    """All frames of a video with `frames` frames of `size`, with the checks of `decode_frames`. Raises `InputError`."""
     source = fetch(video)
     count = 0
     try:
@@ -138,15 +138,15 @@ def decode_all(video: VideoLike, *, frames: int, size: tuple[int, int]) -> Itera
                 count = position + 1
                 yield frame
     except InputError:
-        if count != frames:  # a file that is cut off is good up to there
+        if count != frames:  # otherwise the file was cut off, and is good up to there
             raise
     if count != frames:
-        raise InputError(f"{count} frames come out, not {frames}; if the file was replaced, index it again")
+        raise InputError(f"it decodes to {count} frames, not {frames}; if the file was replaced, index it again")
 
 
 def decode_packets(packets: Iterable[VideoPacket]) -> Iterator[av.VideoFrame]:
-    """The frames of packets, as they come out of a decoder. Before the first key frame, a packet that cannot be decoded
-    is not damaged: it refers to frames before the start of the file."""
+    """The frames of packets, in output order. Before the first key frame, a packet that cannot be decoded is not
+    damaged: it refers to frames before the start of the file."""
     has_begun = False
     refused: av.error.FFmpegError | None = None
     for packet in packets:
@@ -165,7 +165,7 @@ def decode_packets(packets: Iterable[VideoPacket]) -> Iterator[av.VideoFrame]:
 
 
 def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
-    """What is wrong with frames of (height, width) `found` if `expected` is another size; "" for nothing."""
+    """The message for frames of (height, width) `found` instead of `expected`; "" if they are equal."""
     if found == expected:
         return ""
     return (
@@ -175,7 +175,7 @@ def size_mismatch(found: tuple[int, int], expected: tuple[int, int]) -> str:
 
 
 _CONCEALS = frozenset({"apng", "jpegls", "ljpeg", "mjpeg", "png"})
-"""Codecs of still pictures whose decoders make up what is missing, and say so only when they are told to be strict."""
+"""Still-image codecs whose decoders conceal missing data, and report it only in strict mode."""
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
@@ -183,13 +183,13 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
     height, width = size
     check(
         height * width <= max_pixels,
-        f"its frames are {width}x{height}, more than {max_pixels} pixels: for a real video, set data.max_pixels, and "
-        "--max-pixels of prepare.py",
+        f"its frames are {width}x{height}, more than {max_pixels} pixels: if they really are that large, set "
+        "data.max_pixels, and --max-pixels of prepare.py",
     )
 
 
 def prepare(container: av.container.InputContainer, *, is_strict: bool = False, max_pixels: int = MAX_PIXELS) -> None:
-    """Sets the decoder of its video up: one thread, as with several damage shows here or there by chance. Raises
+    """Sets up the decoder of its video stream: with one thread, as several would report damage at random places. Raises
     `InputError` for frames of more than `max_pixels`."""
     set_up(video_stream(container).codec_context, is_strict=is_strict, max_pixels=max_pixels)
 
@@ -198,14 +198,14 @@ def set_up(context: av.VideoCodecContext, *, is_strict: bool = False, max_pixels
     """`prepare` for the decoder itself."""
     check_pixels((context.height, context.width), max_pixels)
     context.thread_count = 1
-    options = {"max_pixels": str(max_pixels)}  # what the frames say, too
+    options = {"max_pixels": str(max_pixels)}  # the frames' own headers may claim more than the container
     if is_strict or context.codec.canonical_name in _CONCEALS:
         options["err_detect"] = "crccheck+explode"
     context.options = options
 
 
 def _misses_frames(source: Source) -> bool:
-    """Whether frames that others refer to seem to be missing: FFmpeg says so only when it is told to be strict."""
+    """Whether reference frames seem to be missing, which FFmpeg reports only in strict mode."""
     try:
         with open_video(source) as container:
             PacketReader(container).shown()
@@ -217,7 +217,7 @@ def _misses_frames(source: Source) -> bool:
 
 
 def _checked(frames: Iterable[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The same, as long as they are whole and in order. Raises `InputError`, `UncertainError`."""
+    """The same frames, checked to be undamaged and in order. Raises `InputError`, `UncertainError`."""
     last = -1
     try:
         for position, frame in frames:
@@ -233,7 +233,7 @@ def _checked(frames: Iterable[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int,
 
 
 class _Reformatter(threading.local):
-    """Keeps its tables from one frame to the next. Two threads that share one wait for each other for ever."""
+    """Keeps its tables from one frame to the next. One per thread: two threads that share one deadlock."""
 
     def __init__(self) -> None:
         self.reformat = av.video.reformatter.VideoReformatter().reformat
@@ -249,7 +249,7 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 class _Selected:
-    """(position, frame) from the packets that `positions` need, in the order in which they come out."""
+    """Yields (position, frame) from only the packets that `positions` need, in output order."""
 
     def __init__(self, context: av.VideoCodecContext, source: PacketSource, positions: np.ndarray):
         self._context, self._source, self._positions = context, source, positions
@@ -274,19 +274,19 @@ class _Selected:
                     packet.opaque = number
                 for frame in context.decode(packet):
                     origin = frame.opaque
-                    if not isinstance(origin, int):  # of no packet that is known
+                    if not isinstance(origin, int):  # of an unknown packet
                         yield -1, frame
                     elif origin in positions or not source.flags[origin] & Flag.IS_DISCARDED:
                         yield positions.get(origin, -1), frame
 
 
 _PADDED = 3
-"""Frames from which FFmpeg learns it."""
+"""Frames from which FFmpeg learns the padding."""
 
 
 def _learn_padding(context: av.VideoCodecContext, packets: Iterable[VideoPacket]) -> None:
-    """Decodes the first frames of an MPEG-4 video. FFmpeg takes an encoder for one that pads wrongly until some frames
-    have shown that it does not, and till then it does not notice that a frame ends too early."""
+    """Decodes the first frames of an MPEG-4 video. FFmpeg assumes that the encoder pads wrongly until some frames show
+    that it does not, and until then it does not notice frames that end too early."""
     for packet in packets:
         with contextlib.suppress(av.error.FFmpegError):
             context.decode(packet)
@@ -294,7 +294,7 @@ def _learn_padding(context: av.VideoCodecContext, packets: Iterable[VideoPacket]
 
 
 class _Everything:
-    """(position, frame) from the start of the file to the last of `positions`."""
+    """Yields (position, frame) from the start of the file to the last of `positions`."""
 
     def __init__(self, container: av.container.InputContainer, positions: np.ndarray):
         self._container, self._last = container, int(positions[-1])
@@ -311,7 +311,8 @@ class _Everything:
             if position == self._last:
                 return
         raise InputError(
-            f"frame {self._last} is planned, but only {position + 1} come out; if the file was replaced, index it again"
+            f"frame {self._last} is needed, but it decodes to only {position + 1} frames; if the file was replaced, "
+            "index it again"
         )
 
     def _packets(self) -> Iterator[VideoPacket]:

@@ -1,4 +1,4 @@
-"""ClipLoader: batches of clips as torch tensors, epoch by epoch, and its position, which can be saved."""
+"""ClipLoader: batches of clips as torch tensors, epoch by epoch, from a position that can be saved."""
 
 import os
 import time
@@ -27,7 +27,7 @@ from dali_pipelines.routing import choose_routing
 from dali_pipelines.stages import GraphStage, HostStage, Stage
 from dali_pipelines.workers import PREFETCH, Workers
 
-_THREADS = 16  # that decode on a GPU: the best of 1 to 32 on an H200 with 16 cores (docs/benchmarks.md)
+_THREADS = 16  # for decoding on a GPU: the best of 1 to 32 on an H200 with 16 cores (docs/benchmarks.md)
 
 
 class ClipLoader:
@@ -37,36 +37,36 @@ class ClipLoader:
         for batch in loader:                # one epoch
             batch.clips                     # [8, 3, 8, 224, 224]
 
-    `iter(loader)` starts the next epoch, or resumes where `load_state_dict` put it; a `for` that was left early
-    counts as that epoch's end. Every clip is a pure function of (seed, epoch, sample id).
+    `iter(loader)` starts the next epoch, or resumes at the position that `load_state_dict` set; leaving a `for` early
+    ends that epoch. Every clip is a pure function of (seed, epoch, sample id).
 
     mode, num_frames, crop_size, stride, target_fps, past_end, short_side, flip, views_per_decode, num_windows,
-        windows_at_once: how clips are cut out of a video, see `View`. "train" shuffles and drops the tail that fills no
-        step, "validate" and "test" read in order and pad the last step. With views_per_decode, which divides
-        batch_size, an epoch has that many times more clips; those of a video are neighbours in a batch, with one sample
-        id. In the test a batch has V = 3 * num_windows (or 3 * windows_at_once) views, the crops of the first window
-        first; the entries of a video follow each other, with one sample id.
-    batch_size: clips a batch on this rank.
-    mean, std: three numbers each, of values in 0..1.
+        windows_at_once: how clips are cut out of a video, see `View`. "train" shuffles and drops the tail that does not
+        fill a step; "validate" and "test" read in order and pad the last step. views_per_decode, which must divide
+        batch_size, multiplies the clips of an epoch; those of a video are neighbours in a batch and share a sample id.
+        In the test, each entry has V = 3 * num_windows (or 3 * windows_at_once) views, the crops of the first window
+        first; the entries of a video are consecutive and share a sample id.
+    batch_size: clips per batch on this rank.
+    mean, std: three numbers each, for values in 0..1.
     dtype: torch.float32 or torch.float16.
     device: "cpu", or a CUDA device: decode (NVDEC), resize and normalise happen there.
-    workers: processes that read files, and decode what the GPU does not; 0 does it in this one; None: one a CPU core.
-    step_entries: clips an optimizer step over all ranks and micro-batches; default batch_size * world_size.
-    decode: who decodes.
+    workers: processes that read files, and decode what the GPU does not; 0: in this process; None: one per CPU core.
+    step_entries: clips per optimizer step over all ranks and micro-batches; default batch_size * world_size.
+    decode: what decodes.
         "auto": on a GPU, NVDEC and the workers side by side, each its share of the videos; on the CPU, the workers.
-        "nvdec": NVDEC, through torchcodec, what it takes. On the CPU, torchcodec's CPU decoder (for tests).
+        "nvdec": NVDEC, through torchcodec, for all that it takes. On the CPU, torchcodec's CPU decoder (for tests).
         "dali": DALI's own decoder; on a GPU NVDEC, slowly; on the CPU VP8, VP9 and MJPEG.
         "host": the workers, with PyAV.
-        What an engine does not take goes to the workers, and is counted in `stats.fallbacks`.
-    host_share: share of the videos that NVDEC takes, 0 to 1, which the workers decode instead; the same videos in every
-        epoch. Default: with "auto" what keeps both busy, by the manifest, the GPU and the number of workers; otherwise
-        0. It is part of the position, so that a resumed run sees the same pixels.
-    decode_threads: threads that feed NVDEC, also those of DALI's decoder; default: one a worker, 4 to 16.
-    timeout_s: seconds that a worker may take for one sample. Then the workers are started again, and the sample is a
-        fault. Not with workers=0.
-    cache: folder on a local disk that keeps what is read from URLs (`Manifest.root`) if it is what the manifest says,
-        for the next epochs; any number of loaders may share it. None: everything is read anew.
-    max_pixels: pixels that a frame of a video may have; one with more is a fault.
+        Videos that an engine does not take go to the workers, and are counted in `stats.fallbacks`.
+    host_share: share, 0 to 1, of the videos NVDEC could decode that the workers decode instead; the same videos in
+        every epoch. Default: with "auto", the share that keeps both busy, given the manifest, the GPU and the number of
+        workers; otherwise 0. It is part of the position, so that a resumed run sees the same pixels.
+    decode_threads: threads that feed NVDEC, or DALI's decoder; default: one per worker, 4 to 16.
+    timeout_s: seconds that a worker may take for one sample; after that the workers are restarted, and the sample is a
+        fault. Has no effect with workers=0.
+    cache: folder on a local disk that keeps videos read from URLs (`Manifest.root`) for later epochs, if they match the
+        manifest; any number of loaders may share it. None: every epoch reads them again.
+    max_pixels: the most pixels that a frame may have; a video with larger frames is a fault.
 
     Raises `InputError` for settings that cannot work.
     """
@@ -143,16 +143,16 @@ class ClipLoader:
         routing, self.decode_note = choose_routing(
             decode, self.device, manifest, self._view, seed=seed, host_share=host_share, cores=max(count, 1)
         )
-        self._labels = torch.from_numpy(np.append(manifest.labels, -1))  # the last one is padding's
+        self._labels = torch.from_numpy(np.append(manifest.labels, -1))  # the last one is for padding
         self._epoch = 0
         self._batches = 0  # consumed in this epoch
-        self._iterator: object | None = None  # the one that is on its way through the epoch, or was left early
+        self._iterator: object | None = None  # the current one, which may have been left early
         self._table = TemporaryFolder()
         try:
             manifest.save_arrays(self._table.name)
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
-            raise InputError(f"{self._table.name}: {reason}; TMPDIR=DIR names another temporary folder") from None
+            raise InputError(f"{self._table.name}: {reason}; TMPDIR=DIR sets another temporary folder") from None
         cut = Cut(
             crop_size=self._view.crop_size,
             clips=self._view.clips_per_entry,
@@ -162,7 +162,7 @@ class ClipLoader:
             half=dtype == torch.float16,
         )
         threads = decode_threads or min(max(count, 4), _THREADS)
-        # Nothing is left to the graph but cutting, and on a CPU torch does that faster.
+        # The graph would only have to cut, and on a CPU torch does that faster.
         is_cut_by_torch = routing.engine == "host" and self.device.type == "cpu"
         make_pipeline: Callable[[ClipSource], Pipeline]
         if routing.engine == "nvdec" or is_cut_by_torch:
@@ -214,11 +214,11 @@ class ClipLoader:
             self._stage = GraphStage(self._workers, manifest=manifest, device=self.device, mean=mean, std=std)
 
     def __len__(self) -> int:
-        """Batches an epoch, the same on every rank."""
+        """Batches per epoch, the same on every rank."""
         return self._sampler.rank_entries // self._batch_size
 
     def window_seconds(self, sample_id: int) -> np.ndarray:
-        """When each window of the test starts and ends, float64 [num_windows, 2]; by the frame rate, in seconds."""
+        """Start and end of each test window in seconds, float64 [num_windows, 2], computed from the frame rate."""
         video = self.manifest[sample_id]
         positions = windows_of_test(video, self._view)
         seconds: np.ndarray = np.stack([positions[:, 0], positions[:, -1] + 1], axis=1) / video.fps
@@ -226,7 +226,7 @@ class ClipLoader:
 
     @property
     def host_share(self) -> float:
-        """Share of the videos that NVDEC takes which the workers decode."""
+        """Share of the videos NVDEC could decode that the workers decode."""
         return self._workers.routing.host_share
 
     @property
@@ -271,7 +271,7 @@ class ClipLoader:
             yield batch
 
     def _receive(self, clips: torch.Tensor, outcomes: list[Outcome]) -> Batch:
-        """Counts the results of a batch, and adds what belongs to its clips."""
+        """Counts the results of a batch, and adds labels, sample ids and engines to its clips."""
         views = self._view.views_per_decode
         sample_ids: list[int] = []
         valid: list[bool] = []
@@ -291,15 +291,15 @@ class ClipLoader:
         return Batch(clips, self._labels[rows], rows, torch.tensor(valid), tuple(engines))
 
     def _go_to(self, epoch: int, batches: int = 0) -> None:
-        """The next `iter` starts here; iterators that are on their way end."""
+        """The next `iter` starts here; running iterators end."""
         self._epoch, self._batches, self._iterator = epoch, batches, None
 
     def set_epoch(self, epoch: int) -> None:
-        """The next `iter` starts this epoch, from its beginning."""
+        """The next `iter` starts at the beginning of this epoch."""
         self._go_to(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: entries that the caller has received, over all ranks; never those decoded ahead."""
+        """The position: the entries that the caller has received, over all ranks, without those decoded ahead."""
         if self._batches == len(self):  # the same place as the next epoch's start
             position = {"epoch": self._epoch + 1, "entries": 0}
         else:
@@ -308,24 +308,24 @@ class ClipLoader:
 
     @property
     def _is_shared(self) -> bool:
-        """Whether NVDEC and the workers decode side by side."""
+        """Whether NVDEC and the workers share the decoding."""
         return self._workers.routing.engine == "nvdec"
 
     @property
     def _clips_a_batch(self) -> int:
-        """Clips of a batch on every rank together."""
+        """Clips per batch over all ranks."""
         return self._batch_size * self._view.views_per_decode * self._sampler.world_size
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position, without decoding what is skipped; other batch sizes, workers and ranks are fine.
+        """Goes to a position without decoding the skipped clips; batch size, workers and ranks may differ.
 
-        The share of the host becomes that of the position, unless this loader was given one. Raises `InputError` if the
-        position is of another order.
+        The host's share is taken from the position, unless this loader was given one. Raises `InputError` if the
+        position belongs to another order of clips.
         """
         for key, value in self._identity().items():
             check(
                 state.get(key) == value,
-                f"the saved position has {key} {state.get(key)}, this loader {value}: the order would be another",
+                f"the saved position has {key} {state.get(key)}, this loader {value}: the order would differ",
             )
         batches, rest = divmod(state["entries"], self._clips_a_batch)
         world_size = self._sampler.world_size
@@ -342,7 +342,7 @@ class ClipLoader:
         self._go_to(state["epoch"], batches)
 
     def _identity(self) -> dict[str, Any]:
-        """What decides which clips an epoch has, and in which order."""
+        """The settings that decide the clips of an epoch and their order."""
         views_per_decode = self._view.views_per_decode
         return {
             "mode": self._view.mode,

@@ -1,7 +1,7 @@
-"""The table of videos: what is known about each before it is decoded.
+"""The manifest: a table of videos with what is known about each before decoding it.
 
-A manifest is a CSV file that a person can read and edit. Comment lines before the column names say where the videos
-are, the names of the classes, and how many listed videos were rejected:
+A manifest is a CSV file, easy to read and edit. Comment lines before the column names give the folder of the videos,
+the class names, and the number of listed videos that were rejected:
 
     # root: videos
     # classes: ["archery", "bowling"]
@@ -11,7 +11,7 @@ are, the names of the classes, and how many listed videos were rejected:
     a.mp4,0,280,28.0,340,256,h264,0,yuv420p,0,250,0
     b.webm,1,120,29.97002997002997,256,340,vp9,90,yuv420p,1,32,0
 
-The columns after `rotation` may be missing; those of videos in tar shards are `shard,offset,size`.
+The columns after `rotation` are optional. Videos in tar shards have the further columns `shard,offset,size`.
 """
 
 import contextlib
@@ -51,34 +51,34 @@ class Video(NamedTuple):
     """Relative to the manifest's root, or absolute."""
     label: int
     frames: int
-    """Frames that a decoder puts out, not what the header claims."""
+    """Number of frames that a decoder outputs, not what the header claims."""
     fps: float
-    """The rate of most of the video by the times of its frames (`probe.frame_rate`)."""
+    """Frames per second, measured from the timestamps of most of the video (`probe.frame_rate`)."""
     width: int
     height: int
     codec: str
     """FFmpeg's name: h264, hevc, mpeg4, vp9, ..."""
     rotation: int
-    """Degrees anticlockwise by which the coded frame, mirrored if it is, is turned to be shown: 0, 90, 180 or 270."""
+    """Degrees by which the coded frame is rotated anticlockwise for display, after mirroring: 0, 90, 180 or 270."""
     pixel_format: str = ""
     """FFmpeg's name: yuv420p, yuvj420p, yuv420p10le, ...; "" if unknown."""
     vfr: int = 0
-    """1 if frames are shown for different times."""
+    """1 if the frame rate is variable."""
     gop: int = 0
-    """Frames of the longest group of pictures; all of the video if its headers do not tell; 0 if unknown."""
+    """Frames of the longest group of pictures; the whole video if its headers do not say; 0 if unknown."""
     shard: str = ""
     """The tar file that holds the video, as `path` relative to the root; "" if the video is a file of its own."""
     offset: int = 0
-    """Where in the shard the video starts, in bytes."""
+    """Start of the video in the shard, in bytes."""
     size: int = 0
-    """Bytes of the video in the shard."""
+    """Size of the video in the shard, in bytes."""
     mirrored: int = 0
-    """1 if the coded frame is mirrored, left to right, before it is turned. Last: journals of earlier versions hold the
-    others in this order."""
+    """1 if the coded frame is mirrored left to right before it is rotated. This field is last because journals of
+    earlier versions hold the others in this order."""
 
 
 def place_for_people(video: Video, root: str | os.PathLike[str]) -> str:
-    """The path from here, or the shard and the name in it, of a row of a manifest with this root."""
+    """The path to show for a row of a manifest with this root: relative to here, or the shard and the name in it."""
     return f"{join(root, video.shard)}: {video.path}" if video.shard else join(root, video.path)
 
 
@@ -90,12 +90,12 @@ def source_of(video: Video, root: str | os.PathLike[str]) -> Source:
 
 
 def key_of(video: Video) -> int:
-    """The key of a row in the packet index: a hash of where the row says that the video is."""
+    """The key of a row in the packet index: a hash of the video's location."""
     return hash_of(video.path, video.shard, video.offset)
 
 
 def coded_size(video: Video) -> tuple[int, int]:
-    """(height, width) of the frames as coded, before they are turned to be shown."""
+    """(height, width) of the frames as coded, before rotation."""
     return (video.height, video.width) if video.rotation in (0, 180) else (video.width, video.height)
 
 
@@ -126,10 +126,10 @@ _CODEC, _PIXEL_FORMAT, _SHARD = (Video._fields.index(name) - 1 for name in ("cod
 class Manifest:
     """Videos in the order of the file: `len(manifest)`, `manifest[i]` is a `Video`, `.labels` int64 [N].
 
-    `root` is the folder, or the URL, that paths are relative to; `classes` the names of the classes, () if unknown;
-    `listed` and `rejected` count the videos that the manifest was made from and those left out as unreadable; `made_by`
-    is the command that made it. `index` is the file of its packet index, None if there is none; `entries` are those
-    that `write` makes one of, by `key_of` their rows.
+    `root` is the folder or URL that paths are relative to; `classes` are the class names, () if unknown; `listed` and
+    `rejected` count the videos that the manifest was made from and those left out as unreadable; `made_by` is the
+    command that made it. `index` is its packet index file, or None; `entries` are the entries of which `write` makes
+    one, by `key_of` their rows.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Manifest:
     ):
         columns = list(zip(*videos, strict=True)) or [()] * len(Video._fields)
         self._fill([os.fsencode(path) for path in columns[0]], columns[1:])
-        self.root: str | Path = root if is_url(root) else Path(root)  # a Path would make one slash of two
+        self.root: str | Path = root if is_url(root) else Path(root)  # a Path would merge the two slashes of a URL
         self.classes = tuple(classes)
         self.rejected = rejected
         self.made_by = made_by
@@ -184,7 +184,7 @@ class Manifest:
         return self._rows["label"]
 
     def column(self, name: str) -> np.ndarray:
-        """A field of `Video` for all rows, except path and shard; texts as str."""
+        """A field of `Video` for all rows, except path and shard; text as str."""
         values = self._rows[name]
         return values.astype(str) if values.dtype.kind == "S" else values
 
@@ -211,14 +211,14 @@ class Manifest:
 
     @property
     def hint(self) -> str:
-        """What would make it faster to read; "" for nothing."""
+        """How to make the manifest faster to read; "" if it has a packet index."""
         if self.index is not None:
             return ""
         how = self.made_by or "prepare.py index, folder, transcode or pack"
         return f"no packet index beside it, so each clip reads through its file; to get one, run again: {how}"
 
     def file(self, index: int) -> str:
-        """The place of row `index` for people: its path from here, or its shard and its name."""
+        """The path to show for row `index`: relative to here, or its shard and its name."""
         return place_for_people(self[index], self.root)
 
     def source(self, index: int) -> Source:
@@ -226,12 +226,12 @@ class Manifest:
         return source_of(self[index], self.root)
 
     def place(self, name: str) -> str:
-        """The path or URL of something that is named relative to the root."""
+        """The path or URL of a name relative to the root."""
         return join(self.root, name)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Manifest":
-        """Reads a manifest file. Raises `InputError`, which names the file and the line that is wrong."""
+        """Reads a manifest file. Raises `InputError`, which names the file and the bad line."""
         path = Path(path)
         try:
             text = decode(path.read_bytes())
@@ -255,8 +255,8 @@ class Manifest:
         return manifest
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file beside its place and renames it, so that a kill leaves the old one or the new one; before it,
-        a packet index of its `entries`, and of those that its videos have in `index`."""
+        """Writes the file under another name and renames it, so that a kill leaves the old one or the new one. First
+        writes a packet index with its `entries`, and those that its videos have in `index`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = self._known_entries() | self.entries
@@ -303,9 +303,9 @@ class Manifest:
     def checksum(self, *, measured: bool = False) -> str:
         """A SHA-256 of the labels, paths, frames, sizes and codecs of the videos, in their order.
 
-        It leaves out the root and any folder that all paths begin with, so the videos may move, and the shards that
-        they are packed into. With `measured`, it covers what else indexing measures: frame rate, orientation, pixel
-        format, groups of pictures.
+        It leaves out the root, any folder that all paths begin with, and the shards, so the videos may move. With
+        `measured`, it also covers the rest of what indexing measures: frame rate, orientation, pixel format, groups of
+        pictures.
         """
         ends = self._rows["path_end"].tolist()
         whole = self._paths.tobytes()
@@ -320,11 +320,11 @@ class Manifest:
         return hashed.hexdigest()
 
     def summary(self) -> str:
-        """The number of videos and a checksum of all that is known about them, for people."""
+        """A line with the number of videos and a checksum of all that is known about them."""
         return f"{len(self)} videos, checksum {self.checksum(measured=True)[:12]}"
 
     def save_arrays(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the table as arrays that `map_arrays` opens without copying: many workers share one in memory."""
+        """Writes the table as arrays that `map_arrays` opens without copying: all workers share one copy in memory."""
         np.save(os.path.join(folder, "rows.npy"), self._rows)
         np.save(os.path.join(folder, "paths.npy"), self._paths)
         Path(folder, "shards.json").write_text(json.dumps(self._shards))
@@ -340,7 +340,7 @@ class Manifest:
 
 
 def _read_root(text: str) -> str:
-    """A path with line ends or other odd characters is a JSON string."""
+    """The root; a path with line ends or other odd characters is written as a JSON string."""
     if text.startswith('"'):
         with contextlib.suppress(ValueError):
             return str(json.loads(text))
@@ -410,7 +410,7 @@ def _column(values: Sequence[str], name: str) -> np.ndarray:
 
 
 def _first_bad_line(path: Path, body: str, first_line: int) -> InputError:
-    """Reads the file once more, slowly, for the message."""
+    """Reads the file again, slowly, to find the line for the message."""
     reader = csv.reader(io.StringIO(body, newline=""))
     names = next(reader)
     expected = {

@@ -1,8 +1,8 @@
-"""Decoding on the GPU: the limits that the driver reports, and threads that decode small files with torchcodec.
+"""Decoding on the GPU: the limits reported by the driver, and threads that decode small files with torchcodec.
 
 `ClipSource` makes the files: the packets of one clip, remuxed in memory. Each thread of a `DecodePool` opens one with
 torchcodec's `VideoDecoder`, whose NVDEC engine keeps hardware decoders for reuse and releases the GIL. With the device
-"cpu" the same code runs on torchcodec's CPU decoder; the tests do that.
+"cpu", the same code runs on torchcodec's CPU decoder, as in the tests.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ from dali_pipelines.packets import REMUXED_FPS
 from dali_pipelines.processes import TemporaryFolder
 
 _DECODERS_A_THREAD = 4
-"""Hardware decoders that torchcodec keeps for reuse, a thread: a data set has more sizes than one."""
+"""Hardware decoders that torchcodec keeps for reuse, per thread: data sets have videos of several sizes."""
 _DECODER_BYTES, _SURFACES = 1 << 30, 12
-"""Memory that these decoders may take together, at 12 surfaces of the largest frame each: an estimate, not measured."""
+"""Memory for all these decoders, at 12 surfaces of the largest frame each: an estimate, not measured."""
 _TICK_S = 0.5
 _JOIN_S = 5.0
 
@@ -50,7 +50,7 @@ class Decoded(NamedTuple):
     """The result for one `Sample`."""
 
     frames: torch.Tensor
-    """uint8 [N, H, W, 3] RGB on the pool's device, not turned, only the part that the rectangles need; black for a
+    """uint8 [N, H, W, 3] RGB on the pool's device, not rotated, only the part that the rectangles need; black for a
     fault."""
     rectangles: np.ndarray
     """float32 [V, 4]: y0, x0, y1, x1 in pixels of these frames."""
@@ -63,11 +63,11 @@ class Decoded(NamedTuple):
 class DecodePool:
     """`threads` threads that decode samples in the order of `submit`. `prepare` must have succeeded on the device.
 
-    timeout_s: seconds that a thread may take for one sample; then the sample is a fault, and another thread takes the
-        place of the one that hangs.
-    largest: pixels of the largest frame, which bounds how many hardware decoders are kept.
+    timeout_s: seconds that a thread may take for one sample; after that the sample is a fault, and a new thread
+        replaces the one that hangs.
+    largest: pixels of the largest frame, which limits the number of hardware decoders that are kept.
 
-    The threads end with `close`, or when nobody holds the pool any more.
+    The threads end with `close`, or when the pool is garbage-collected.
     """
 
     def __init__(self, device: torch.device, *, threads: int, timeout_s: float, largest: int = 1):
@@ -89,30 +89,30 @@ class DecodePool:
         self._threads.append(thread)
 
     def submit(self, sample: Sample, size: tuple[int, int]) -> "Task":
-        """`size` is the (height, width) that the frames must have."""
+        """Queues a sample for decoding. `size` is the (height, width) that the frames must have."""
         task = Task(sample, size)
         self._tasks.put(task)
         return task
 
     def result(self, task: "Task") -> Decoded:
-        """Waits for the task. Looks are counted, not seconds, so a machine that sleeps does not count as a thread that
+        """Waits for the task. Counts polls, not seconds, so a machine that sleeps is not taken for a thread that
         hangs."""
         looks, tick = 0, min(self._timeout_s / 8, _TICK_S)
         while not task.is_done.wait(tick):
             looks += task.thread is not None
             if not any(thread.is_alive() for thread in self._threads):
-                raise RuntimeError("the threads that decode have ended")
+                raise RuntimeError("the decoding threads have ended")
             if looks * tick >= self._timeout_s:
-                # Nobody waits for it any more.
+                # Nobody is waiting for it any more.
                 self._threads[:] = [thread for thread in self._threads if thread is not task.thread]
                 self._start()
                 return _black(task, self._device, f"not decoded within timeout_s = {self._timeout_s:g} seconds")
         if not isinstance(task.outcome, Decoded):
-            raise task.outcome or RuntimeError("the threads that decode have ended")
+            raise task.outcome or RuntimeError("the decoding threads have ended")
         return task.outcome
 
     def close(self) -> None:
-        """Ends the threads, after the sample that each is at."""
+        """Ends the threads, each after its current sample."""
         self._end()
 
 
@@ -122,18 +122,18 @@ class Task:
     def __init__(self, sample: Sample, size: tuple[int, int]):
         self.sample, self.size = sample, size
         self.thread: threading.Thread | None = None
-        """The one that has begun with it."""
+        """The thread that has started on it."""
         self.is_done = threading.Event()
         self.outcome: Decoded | Exception | None = None
 
 
 def _end_threads(tasks: "queue.SimpleQueue[Task | None]", threads: list[threading.Thread]) -> None:
     with contextlib.suppress(queue.Empty):
-        while True:  # what nobody will ask for
+        while True:  # drop the tasks that nobody will ask for
             tasks.get_nowait()
     for _ in threads:
         tasks.put(None)
-    # A thread that is within C++ when the interpreter ends would abort the process.
+    # A thread still in C++ when the interpreter ends would abort the process.
     deadline = time.monotonic() + _JOIN_S
     for thread in threads:
         if thread is not threading.current_thread():
@@ -141,7 +141,7 @@ def _end_threads(tasks: "queue.SimpleQueue[Task | None]", threads: list[threadin
 
 
 def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device) -> None:
-    """A thread, with a stream of its own on a GPU."""
+    """Runs in each thread, with its own stream on a GPU."""
     with contextlib.ExitStack() as stack:
         failure: Exception | None = None
         try:
@@ -162,7 +162,7 @@ def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device) -> None
 
 
 def _decode(task: Task, device: torch.device) -> Decoded:
-    """Decodes by torchcodec; if that fails, by PyAV, from the same bytes; black if both fail."""
+    """Decodes with torchcodec, or with PyAV from the same bytes if that fails; black if both fail."""
     sample = task.sample
     if sample.is_host:
         return _finish(torch.from_numpy(sample.frames), sample.rectangles, sample, device, engine="host")
@@ -209,10 +209,10 @@ def _black(task: Task, device: torch.device, fault: str) -> Decoded:
 def decode_file(
     encoded: np.ndarray, positions: np.ndarray, size: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
-    """Decodes frames number `positions` (ascending) of a file made by `remux` with torchcodec, in one thread.
+    """Decodes the frames at `positions` (ascending) of a file made by `remux`, with torchcodec in one thread.
 
     encoded: uint8 [bytes]; size: (height, width) that the frames must have. Returns uint8 [N, H, W, 3] on the device.
-    Raises RuntimeError, from torchcodec or for frames other than planned.
+    Raises RuntimeError, from torchcodec or for unexpected frames.
     """
     decoders = load_torchcodec().decoders
     with decoders.set_cuda_backend(nvdec_backend()):
@@ -229,7 +229,7 @@ def decode_file(
         found = decoder.get_frames_at(positions.tolist())
     finally:
         if device.type == "cuda":
-            # The hardware decoder goes to another thread with `decoder`; the last frame may still be in its surface.
+            # Another thread gets the hardware decoder once `decoder` ends; its surface may still hold the last frame.
             torch.cuda.current_stream(device).synchronize()
     shown = torch.round(found.pts_seconds * REMUXED_FPS).tolist()
     if shown != positions.tolist():
@@ -241,10 +241,10 @@ def decode_file(
 
 
 def prepare(device: torch.device) -> LimitsByFormat:
-    """Makes sure that a `DecodePool` can work on the device, and returns what it takes there.
+    """Makes sure that a `DecodePool` works on the device, and returns the limits of the decoder there.
 
-    It loads torchcodec and decodes a video made here: otherwise a missing library would send every clip to the host,
-    slowly. Raises `UnavailableError`.
+    It loads torchcodec and decodes a generated video: otherwise a missing library would silently send every clip to the
+    slower host. Raises `UnavailableError`.
     """
     version = load_torchcodec().__version__
     if device.type == "cuda" and version.endswith("+cpu"):
@@ -256,16 +256,16 @@ def prepare(device: torch.device) -> LimitsByFormat:
         expected = decode_frames(Source("", data=encoded.tobytes()), positions, size=size).frames
         try:
             found = decode_file(encoded, positions, size, device).cpu().numpy()
-        except Exception as error:  # of whatever kind a version of torchcodec that is not known here raises
+        except Exception as error:  # unknown versions of torchcodec may raise anything
             raise UnavailableError(f"torchcodec fails on a test video: {_first_line(error)}") from None
         if np.abs(found.astype(float) - expected).mean() > _TOLERANCE:
-            raise UnavailableError("torchcodec gives other colours for a test video than FFmpeg")
+            raise UnavailableError("torchcodec decodes a test video to other colours than FFmpeg")
     return limits
 
 
 @functools.cache
 def nvdec_backend() -> str:
-    """torchcodec's name of its NVDEC engine: "nvdec", in 0.11 "beta". Its other engine goes through FFmpeg."""
+    """torchcodec's name for its NVDEC engine: "nvdec", in 0.11 "beta". Its other engine goes through FFmpeg."""
     try:
         with load_torchcodec().decoders.set_cuda_backend("nvdec"):
             return "nvdec"
@@ -274,7 +274,7 @@ def nvdec_backend() -> str:
 
 
 _SMALL = 256  # pixels a side
-_TOLERANCE = 4.0  # of 255, on average; colours that are mixed up are far more
+_TOLERANCE = 4.0  # of 255, on average; swapped colours are off by far more
 
 
 def _small_video() -> np.ndarray | None:
@@ -306,7 +306,7 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def load_torchcodec() -> Any:
-    """The module, on PyAV's copy of FFmpeg if PyAV brings one, else on the system's. Raises `UnavailableError`."""
+    """The module, loaded with PyAV's copy of FFmpeg if PyAV ships one, else the system's. Raises `UnavailableError`."""
     try:
         _load_npp()
         with _ffmpeg_of_av():
@@ -316,9 +316,9 @@ def load_torchcodec() -> Any:
     except (RuntimeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "Error:" in line]
         reason = lines[0] if lines else str(error)
-        remedy = "FFmpeg's shared libraries must be there (apt install ffmpeg)"
+        remedy = "FFmpeg's shared libraries must be installed (apt install ffmpeg)"
         if "libnpp" in reason:
-            remedy = "NVIDIA's NPP must be there (pip install nvidia-npp, of the CUDA of torch)"
+            remedy = "NVIDIA's NPP must be installed (pip install nvidia-npp, for torch's version of CUDA)"
         raise UnavailableError(
             f"torchcodec does not load ({reason}): its version must fit torch {torch.__version__}, and {remedy}"
         ) from None
@@ -326,7 +326,7 @@ def load_torchcodec() -> Any:
 
 
 def _load_npp() -> None:
-    """NVIDIA's NPP, which torchcodec needs on a GPU, from the packages of pip, where nothing looks for it."""
+    """Loads NVIDIA's NPP, which torchcodec needs on a GPU, from its pip package, where the loader does not look."""
     for library in ("libnppc.so*", "libnppicc.so*"):
         for path in Path(av.__file__).parents[1].glob(f"nvidia/*/lib/{library}"):
             with contextlib.suppress(OSError):
@@ -335,10 +335,11 @@ def _load_npp() -> None:
 
 @contextlib.contextmanager
 def _ffmpeg_of_av() -> Iterator[None]:
-    """Within, libraries that need `libavcodec.so.62` and the like find those in PyAV's wheel, which have other names.
+    """A context in which libraries that need `libavcodec.so.62` and the like find those in PyAV's wheel, whose file
+    names differ.
 
-    For each, a library of that name and without content is loaded that needs PyAV's in turn. Thus the process has one
-    FFmpeg, the machine needs none, and no environment variable has to be set before the process starts.
+    For each of them it loads an empty library of that name that in turn needs PyAV's. So the process has one FFmpeg,
+    the machine needs none, and no environment variable has to be set before the process starts.
     """
     folder = Path(av.__file__).parents[1] / "av.libs"
     with contextlib.closing(TemporaryFolder()) as made:
@@ -356,7 +357,7 @@ _MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine
 
 
 def _alias(name: str, target: str) -> bytes:
-    """A shared library (ELF, 64 bits, little-endian) called `name` that holds nothing and needs `target`."""
+    """An empty shared library (ELF, 64 bits, little-endian) called `name` that needs `target`."""
     strings = b"\0" + name.encode() + b"\0" + target.encode() + b"\0"
     strings += bytes(-len(strings) % 8)
     symbols = 64 + 3 * 56  # after the header and three program headers; one empty symbol of 24 bytes
@@ -396,7 +397,7 @@ def _alias(name: str, target: str) -> bytes:
 
 
 class _Caps(ctypes.Structure):
-    """CUVIDDECODECAPS of NVIDIA's cuviddec.h (Video Codec SDK 13)."""
+    """CUVIDDECODECAPS from NVIDIA's cuviddec.h (Video Codec SDK 13)."""
 
     _fields_ = (
         ("codec", ctypes.c_int),
@@ -421,17 +422,17 @@ _NV12 = 1 << 0  # of output_format_mask
 
 
 def driver_limits(device: torch.device) -> LimitsByFormat:
-    """What NVDEC of this GPU takes, by its driver. Raises `UnavailableError`."""
+    """What this GPU's NVDEC takes, as reported by its driver. Raises `UnavailableError`."""
     try:
         cuvid = ctypes.CDLL("libnvcuvid.so.1")
     except OSError:
         raise UnavailableError(
-            "the driver's library for video, libnvcuvid.so.1, is missing; in a container: "
+            "the driver's video library, libnvcuvid.so.1, is missing; in a container: "
             "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
         ) from None
     limits = {}
     with torch.cuda.device(device):
-        torch.zeros(1, device=device)  # makes the context that the driver is asked in
+        torch.zeros(1, device=device)  # creates the CUDA context for the query
         for name, codec in CODECS.items():
             for depth in sorted(set(DEPTHS.values())):
                 caps = _Caps(codec.nvdec or 0, _CHROMA_420, depth - 8)
@@ -447,5 +448,5 @@ def driver_limits(device: torch.device) -> LimitsByFormat:
                         codec.nvdec_block,
                     )
     if not limits:
-        raise UnavailableError("the driver says that this GPU has no NVDEC engine")
+        raise UnavailableError("the driver reports no NVDEC engine on this GPU")
     return limits

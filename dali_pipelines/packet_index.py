@@ -1,18 +1,18 @@
 """The packet index of a manifest: where the packets of its videos are, and what their headers say.
 
-`prepare.py` reads every packet of a video anyway. What `PacketReader` finds is kept in one file beside the manifest:
-`train.packets` beside `train.csv`. A clip then needs no demuxer and no headers: `IndexedVideo` reads the bytes of the
-packets that the wanted frames need, and nothing else, from a disk or from a server.
+`prepare.py` reads every packet of a video anyway. The results of `PacketReader` are kept in one file beside the
+manifest: `train.packets` beside `train.csv`. A clip then needs no demuxer and no headers: `IndexedVideo` reads only the
+bytes of the packets that the wanted frames need, from a disk or a server.
 
-The file is in the safetensors format. Workers map it, so it takes no memory of theirs:
+The file is in the safetensors format. Workers map it, so they share one copy in memory:
 
     keys      uint64 [N], ascending: a hash of the shard, the path and the offset of a video, as in the manifest
     ends      uint64 [N]: where its entry ends in `entries`
-    entries   uint8 [bytes]: one after the other, each compressed by zlib, whose checksum finds damage
+    entries   uint8 [bytes]: one after the other, each compressed with zlib, whose checksum detects damage
 
-An entry holds what a container tells a decoder (`Stream`), and `_COLUMNS` of numbers, one a packet. None is trusted:
-the bytes before and after the packets (on a disk) and every packet that is read must have the checksums of the day of
-the index. Otherwise `StaleIndexError` sends the caller back to the demuxer.
+An entry holds the container's settings for a decoder (`Stream`), and `_COLUMNS` of numbers, one per packet. None is
+trusted: the bytes before and after the packets (on a disk) and every packet that is read must have the checksums in the
+index. Otherwise `StaleIndexError` sends the caller back to the demuxer.
 """
 
 import functools
@@ -44,27 +44,27 @@ _MOST_CHECKED = 1 << 16
 """Bytes before the first and after the last packet that are checked: an MP4 keeps its edit lists, parameter sets and
 sample tables there, which decide what its packets show."""
 _BEFORE = 64
-"""Bytes that a container may have between the place that FFmpeg gives for a packet and its data: MP4 0, AVI 8, FLV 16,
-Matroska a few."""
+"""Bytes that a container may have between FFmpeg's position of a packet and its data: MP4 0, AVI 8, FLV 16, Matroska a
+few."""
 _MOST_BYTES = 1 << 28
-"""Of an entry, once it is unpacked: 14 million packets. Of the header of the file, a hundredth."""
+"""Bytes of an unpacked entry: 14 million packets. The limit for the file's header is a hundredth of it."""
 _IGNORED_SIDE_DATA = frozenset({"mpegts_stream_id"})
-"""Of packets: no decoder looks at it. A video whose packets have other side data is not indexed."""
+"""Side data of packets that no decoder uses. A video whose packets have other side data is not indexed."""
 _COLUMNS = {"gap": np.int64, "size": np.int32, "order": np.int32, "flags": np.uint8, "check": np.uint16}
-"""Numbers of each packet: bytes between the end of the one before and its data; bytes; places by which its frame is
-shown later than it is decoded; its `Flag`s; the low bits of its CRC-32."""
+"""Numbers per packet: bytes between the end of the previous packet and its data; size in bytes; the number of places by
+which its frame is shown later than it is decoded; its `Flag`s; the low bits of its CRC-32."""
 
 
 class StaleIndexError(UncertainError):
-    """The index does not say where the packets of a video are, or no longer does; the message is the reason."""
+    """The index has no packets for a video, or no longer matches it; the message is the reason."""
 
 
 class Stream(NamedTuple):
-    """What a container tells a decoder, in FFmpeg's terms."""
+    """A container's settings for a decoder, in FFmpeg's terms."""
 
     decoder: str
     extradata: str
-    """Latin-1: a character a byte."""
+    """Latin-1: one character per byte."""
     codec_tag: str
     width: int
     height: int
@@ -85,7 +85,7 @@ class Stream(NamedTuple):
         return cls(context.codec.name, bytes(context.extradata or b"").decode("latin-1"), **settings)
 
     def context(self) -> av.VideoCodecContext:
-        """A decoder, not opened yet, that is told the same. Raises `StaleIndexError` if FFmpeg has none, or does not
+        """A decoder, not opened yet, with these settings. Raises `StaleIndexError` if FFmpeg has none, or does not
         know the values."""
         try:
             context = av.CodecContext.create(self.decoder, "r")
@@ -106,7 +106,7 @@ _SETTINGS = Stream._fields[2:]
 
 @functools.lru_cache(maxsize=64)
 def open_header(stream: Stream) -> av.container.InputContainer:
-    """A Matroska file without packets, whose only stream is `stream`: a muxer needs one to copy from. Raises
+    """A Matroska file without packets and with `stream` as its only stream: a muxer needs one to copy from. Raises
     `StaleIndexError`."""
 
     def element(name: str, *content: bytes) -> bytes:
@@ -145,7 +145,7 @@ def open_header(stream: Stream) -> av.container.InputContainer:
 
 
 class Recorder:
-    """Makes the entry of a video while its packets are read: it is the `note` of a `PacketReader`.
+    """Builds the entry of a video while its packets are read: pass it to `PacketReader` as its `note`.
 
     with Recorder(source) as recorder:
         reader = PacketReader(container, recorder)
@@ -174,17 +174,17 @@ class Recorder:
         data = bytes(packet)
         offset = self._find(packet.pos, data)
         if offset is None:
-            self._refusal = "its packets do not lie in one piece"
+            self._refusal = "its packets are not stored in one piece"
         elif any(side.data_type not in _IGNORED_SIDE_DATA for side in packet.iter_sidedata()):
             self._refusal = "its packets have side data"
         else:
             self._rows.append((offset, len(data), zlib.crc32(data)))
 
     def _find(self, place: int | None, data: bytes) -> int | None:
-        """The offset of the packet's bytes in the video: a few after `place`, which FFmpeg gives."""
+        """The offset of the packet's bytes in the video: a few bytes after `place`, FFmpeg's position."""
         if place is None or place < 0:
             return None
-        if self._read(place + self._before, len(data)) != data:  # mostly as the one before
+        if self._read(place + self._before, len(data)) != data:  # usually the same as for the previous packet
             self._before = self._read(place, _BEFORE + len(data)).find(data)
             if self._before < 0:
                 return None
@@ -199,7 +199,7 @@ class Recorder:
         return os.pread(self._file, max(count, 0), self._source.offset + first)
 
     def entry(self, reader: PacketReader, stream: Stream) -> bytes:
-        """The entry of the video, all of which `reader` has read without an error."""
+        """The entry of the video, after `reader` has read all of it without an error."""
         if self._refusal or not self._rows:
             return no_entry(self._refusal or "it has no packets")
         offsets, sizes, checks = np.array(self._rows, np.int64).reshape(-1, 3).T
@@ -220,7 +220,7 @@ class Recorder:
         ]
         checked = [(first, end, zlib.crc32(self._read(first, end - first))) for first, end in ranges if first < end]
         header = {"stream": stream, "size": size, "checked": checked}
-        # Bytes of the same worth together are alike, and take a fourth of the room.
+        # Grouping bytes by significance makes them compress to a quarter of the size.
         planes = (columns[name].astype(kind).view(np.uint8).reshape(count, -1).T for name, kind in _COLUMNS.items())
         return _pack(header, b"".join(plane.tobytes() for plane in planes))
 
@@ -235,7 +235,7 @@ def _pack(header: Mapping[str, Any], data: bytes = b"") -> bytes:
 
 
 class IndexedVideo:
-    """The packets of a video by its entry: a `PacketSource` that reads only the packets that are needed.
+    """The packets of a video, found by its index entry: a `PacketSource` that reads only the packets it needs.
 
     Raises `StaleIndexError` if the entry has no packets, or is damaged.
     """
@@ -307,13 +307,13 @@ class IndexedVideo:
         return Selection(runs, shown)
 
     def _read(self, numbers: Sequence[int]) -> None:
-        """Reads the packets, and with them the checked ranges of a file on a disk."""
+        """Reads the packets, and for a file on a disk also the ranges that are checked."""
         places: list[tuple[int, int, int, int | None]] = list(
             zip(self._firsts[numbers].tolist(), self._ends[numbers].tolist(), self._checks[numbers].tolist(), numbers)
         )
         if self._source.data is not None or not is_url(self._source.path):
             if size_of(self._source) != self._size:
-                raise StaleIndexError("the file has another size than when it was indexed")
+                raise StaleIndexError("the file's size has changed since it was indexed")
             places += [(first, end, check, None) for first, end, check in self._checked]
         places.sort(key=lambda place: place[:2])
         try:
@@ -322,7 +322,7 @@ class IndexedVideo:
             raise StaleIndexError(str(error)) from None
         for (_, _, check, number), some in zip(places, data, strict=True):
             if number is None and zlib.crc32(some) != check:
-                raise StaleIndexError("the file is another than when it was indexed")
+                raise StaleIndexError("the file is not the one that was indexed")
             if number is not None:
                 if zlib.crc32(some) & 0xFFFF != check:
                     raise StaleIndexError("the file has changed since it was indexed")
@@ -331,7 +331,7 @@ class IndexedVideo:
     def packet(self, number: int) -> VideoPacket:
         """See `PacketSource.packet`."""
         data = self._data[number]
-        packet = make_packet(len(data))  # one that is made of bytes has no padding for decoders
+        packet = make_packet(len(data))  # a packet made from bytes lacks the padding that decoders need
         packet.update(data)
         packet.is_keyframe = bool(self.flags[number] & Flag.IS_KEYFRAME.value)
         return packet
@@ -349,7 +349,7 @@ class IndexedVideo:
 
 
 def index_path(manifest: str | os.PathLike[str]) -> Path:
-    """Where the index of a manifest file is."""
+    """The path of the index of a manifest file."""
     return Path(manifest).with_suffix(SUFFIX)
 
 
@@ -360,7 +360,7 @@ def hash_of(path: str, shard: str, offset: int) -> int:
 
 
 def write_index(path: str | os.PathLike[str], entries: Mapping[int, bytes]) -> None:
-    """Writes the entries, by `key_of` their videos: all of the file or nothing. Raises OSError."""
+    """Writes the entries, by `key_of` their videos: the whole file or nothing. Raises OSError."""
     path = Path(path)
     keys = sorted(entries)
     tensors: dict[str, np.ndarray] = {
@@ -377,7 +377,7 @@ def write_index(path: str | os.PathLike[str], entries: Mapping[int, bytes]) -> N
 
 
 class PacketIndex:
-    """An index file, mapped. Raises `StaleIndexError` for one that cannot be read."""
+    """A mapped index file. Raises `StaleIndexError` if it cannot be read."""
 
     def __init__(self, path: str | os.PathLike[str]):
         try:
@@ -394,14 +394,14 @@ class PacketIndex:
         except FileNotFoundError:
             raise StaleIndexError("there is none") from None
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            raise StaleIndexError("the index is damaged, or of another version") from None
+            raise StaleIndexError("the index is damaged, or from another version") from None
         self._keys, self._ends, self._entries = arrays["keys"], arrays["ends"], arrays["entries"]
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def entry(self, key: int) -> bytes:
-        """Raises `StaleIndexError` if there is none."""
+        """The entry for a key. Raises `StaleIndexError` if there is none."""
         place = int(np.searchsorted(self._keys, np.uint64(key)))
         if place >= min(len(self._keys), len(self._ends)) or int(self._keys[place]) != key:
             raise StaleIndexError("this video is not in the index")
@@ -410,12 +410,12 @@ class PacketIndex:
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as an index does, of this or another version. Raises OSError."""
+    """Whether a file starts like an index of this or another version. Raises OSError."""
     with open(path, "rb") as file:
         return _FORMATS.encode() in file.read(200)
 
 
 @functools.lru_cache(maxsize=4)
 def open_index(path: str) -> PacketIndex:
-    """The same one for the same path. Raises `StaleIndexError`."""
+    """The index at a path, opened once per process. Raises `StaleIndexError`."""
     return PacketIndex(path)

@@ -1,19 +1,19 @@
-"""Which packets of a video a decoder needs for the wanted frames, and how to remux them; decodes nothing.
+"""Selects the packets of a video that a decoder needs for the wanted frames, and remuxes them; decodes nothing.
 
-Frames are numbered in the order in which a decoder puts them out, and that order is the codec's own: picture order
-counts (H.264, HEVC), coding types (MPEG-4), hidden and shown frames (VP8, VP9, AV1). The file's timestamps play no
-part, so missing, doubled or wrong ones change nothing.
+Frames are numbered in the order in which a decoder outputs them, which the codec itself defines: picture order counts
+(H.264, HEVC), coding types (MPEG-4), hidden and shown frames (VP8, VP9, AV1). The file's timestamps play no part, so
+missing, duplicate or wrong ones do not matter.
 
 Only these packets are needed:
 
-- those of the groups of pictures that hold a wanted frame; a group starts where the codec says that nothing later
-  refers to anything earlier (IDR and the like), never at the container's keyframe flag, which x264 also sets on
-  open-GOP and intra-refresh frames;
-- within a group, those up to the last wanted frame, in decoding order;
-- of these, not those that no other frame refers to, unless they are wanted.
+- groups of pictures with a wanted frame; a group starts where the codec says that nothing later refers to anything
+  earlier (IDR and the like), not at the container's keyframe flag, which x264 also sets on open-GOP and intra-refresh
+  frames;
+- within a group, the packets up to the last wanted frame, in decoding order;
+- among these, only wanted frames and frames that others refer to.
 
-If the headers do not settle it, that is an `UncertainError`, and then everything is decoded and counted. What headers
-say is read in `bitstream`.
+If the headers do not settle this, `UncertainError` is raised, and everything is decoded and counted instead.
+`bitstream` parses the headers.
 """
 
 import enum
@@ -33,11 +33,11 @@ from dali_pipelines.errors import InputError
 VideoPacket: TypeAlias = "av.Packet[av.VideoStream]"
 
 _MOST_HELD = 256 << 20
-"""Bytes of packets in memory, from which on those that nobody will ask for are let go."""
+"""Bytes of packets in memory above which those that nobody will ask for are dropped."""
 
 
 class Flag(enum.IntFlag):
-    """What decides, of a `FrameHeader` and its packet, which packets are fed."""
+    """The properties of a `FrameHeader` and its packet that decide which packets to feed."""
 
     STARTS_GROUP = 1
     IS_CLEAN = 2
@@ -45,25 +45,25 @@ class Flag(enum.IntFlag):
     IS_DISPOSABLE = 8
     IS_SHOWN = 16
     IS_DISCARDED = 32
-    """Decoded, but cut out by an edit list."""
+    """Decoded, but removed by an edit list."""
     IS_KEYFRAME = 64
-    """A keyframe to the container."""
+    """Marked as a keyframe by the container."""
 
 
 class Selection(NamedTuple):
-    """The packets to feed."""
+    """The packets to feed to a decoder."""
 
     runs: list[list[int]]
-    """Numbers of packets (in the order of the file, from 0), in decoding order; a decoder starts afresh at each run."""
+    """Packet numbers (in file order, from 0), in decoding order; the decoder is reset before each run."""
     shown: list[int]
-    """Number of the packet that holds frame 0, 1, 2, ... of the video, as far as it has been read."""
+    """The number of the packet that holds frame 0, 1, 2, ... of the video, as far as it has been read."""
 
 
 def choose_runs(flags: Sequence[int], starts: Sequence[int], wanted: set[int], *, in_one_go: bool) -> list[list[int]]:
-    """`Selection.runs` for the frames in the packets `wanted`, by the `Flag`s of all packets and the numbers of those
-    that start a group. `in_one_go`: see `PacketReader.select`."""
+    """`Selection.runs` for the frames in the packets `wanted`, given the `Flag`s of all packets and the numbers of
+    those that start a group. `in_one_go`: see `PacketSource.select`."""
     runs: list[list[int]] = []
-    is_continued = False  # the group that follows needs all of this one
+    is_continued = False  # whether the next group needs all of this one
     for first, end in reversed(list(zip(starts, [*starts[1:], len(flags)]))):
         here = wanted.intersection(range(first, end))
         if not here and not is_continued:
@@ -85,12 +85,12 @@ def choose_runs(flags: Sequence[int], starts: Sequence[int], wanted: set[int], *
     return runs[::-1]
 
 
-# As plain numbers, which are much faster.
+# Plain numbers are much faster than flags.
 _STARTS, _CLEAN, _LEADING, _DISPOSABLE, _SHOWN, _DISCARDED, _KEYFRAME = (flag.value for flag in Flag)
 
 
 class PacketSource(Protocol):
-    """What packets are selected from: a `PacketReader`, or an `IndexedVideo` of the packet index."""
+    """Where packets are selected from: a `PacketReader`, or an `IndexedVideo` of the packet index."""
 
     @property
     def flags(self) -> Sequence[int]:
@@ -98,38 +98,38 @@ class PacketSource(Protocol):
 
     @property
     def parser(self) -> Parser:
-        """What reads the headers of the stream."""
+        """The parser of the stream's headers."""
 
     @property
     def packets_read(self) -> int:
         """Packets read so far."""
 
     def select(self, positions: np.ndarray, *, in_one_go: bool = False) -> Selection:
-        """The packets for frames number `positions` (ascending, distinct).
+        """Selects the packets for the frames at `positions` (ascending, distinct).
 
-        `in_one_go`: they are fed without a new start between two runs. Raises `UncertainError`.
+        `in_one_go`: the decoder is not reset between two runs. Raises `UncertainError`.
         """
 
     def packet(self, number: int) -> VideoPacket:
-        """One of the packets that `select` has chosen."""
+        """One of the packets chosen by `select`."""
 
     def first(self, count: int) -> list[VideoPacket]:
-        """The first `count` packets of the file, except those that are no longer held."""
+        """The first `count` packets of the file, without those already dropped."""
 
     def order(self, numbers: Sequence[int]) -> list[int]:
-        """The same packets in the order in which their frames are shown."""
+        """The same packet numbers in the display order of their frames."""
 
 
 class PacketReader:
-    """Reads the packets of a video up to the one that settles which are needed for some frames: a `PacketSource`.
+    """A `PacketSource` that reads the packets of a video only until it knows which ones the wanted frames need.
 
         reader = PacketReader(container)
         selection = reader.select(positions)
         reader.packets[selection.runs[0][0]]     # feed this first
 
-    `packets` are those with data that have been read, `headers` what they say of their frames, `flags` the `Flag`s of
-    each, `times` their (pts, dts), in the stream's unit. Packets that nobody will ask for may be None: a long video
-    need not fit into memory. `note` is called with every packet with data.
+    `packets` are the packets with data read so far, `headers` their frame headers, `flags` their `Flag`s, `times` their
+    (pts, dts) in the stream's time base. Packets that nobody will ask for may be None: a long video need not fit into
+    memory. `note` is called with every packet with data.
     """
 
     def __init__(self, container: av.container.InputContainer, note: Callable[[VideoPacket], None] | None = None):
@@ -139,15 +139,15 @@ class PacketReader:
         self.flags = bytearray()
         self.times: list[tuple[int | None, int | None]] = []
         self._note = note
-        self._begins_within = False  # a group
+        self._begins_within = False  # the file begins within a group
         self._entry: tuple[int, int] | None = None  # order of the frame at which the stream resumes after a gap
         self._has_edits = "mp4" in container.format.name
         self._position = -1  # of the last packet, in the file
         self._held_bytes = 0
-        self._groups: list[tuple[int, int]] = []  # the first packet of each, and how many frames are shown before it
-        self._let_go = 0  # groups that `_forget` has looked at
+        self._groups: list[tuple[int, int]] = []  # the first packet of each, and the number of frames shown before it
+        self._let_go = 0  # groups already checked by `_forget`
         self._packets = demux(container)
-        self._held_back = context.reorder_depth  # frames, says the stream
+        self._held_back = context.reorder_depth  # frames, according to the stream
         self.parser = make_parser(context.codec.canonical_name, bytes(context.extradata or b""))
 
     def select(self, positions: np.ndarray, *, in_one_go: bool = False) -> Selection:
@@ -171,7 +171,7 @@ class PacketReader:
     def packet(self, number: int) -> VideoPacket:
         """See `PacketSource.packet`."""
         packet = self.packets[number]
-        assert packet is not None  # `select` has seen to it
+        assert packet is not None  # `select` ensures it
         return packet
 
     def first(self, count: int) -> list[VideoPacket]:
@@ -188,20 +188,20 @@ class PacketReader:
         return self._in_order()
 
     def _in_order(self) -> list[int]:
-        """The numbers of the packets whose frames are shown, in the order of these."""
+        """The numbers of the packets with shown frames, in display order."""
         decoded = [number for number, header in enumerate(self.headers) if header.is_shown]
         shown = sorted(decoded, key=lambda number: self.headers[number].order)
         if len({self.headers[number].order for number in shown}) < len(shown):
             raise UncertainError("two frames have the same place in the order")
         ranks = {number: rank for rank, number in enumerate(shown)}
         if any(place - ranks[number] > self._held_back for place, number in enumerate(decoded)):
-            # A decoder that was not told would throw them away.
+            # Otherwise a decoder would drop them.
             raise UncertainError("frames are held back for longer than the stream says")
         return shown
 
     def _read(self, count: int | None, wanted: np.ndarray) -> None:
-        """Reads until `count` frames are read, and with them every one that is shown before the last of them. Frames
-        number `wanted` (ascending) may be asked for."""
+        """Reads until `count` frames are read, along with all frames shown before the last of them. The caller may ask
+        for the frames at `wanted` (ascending)."""
         missing = -1 if count is None else count + self.parser.reorder
         shown = 0
         for packet in self._packets:
@@ -220,9 +220,9 @@ class PacketReader:
             if not self._groups and not header.starts_group:
                 if self.parser.waits_for_start:
                     header = header._replace(is_shown=False)
-                else:  # read on all the same: frames may be missing further on, too
+                else:  # keep reading: frames may be missing later, too
                     self._begins_within = True
-            if packet.is_discard:  # an edit list cuts it out: it is decoded, never shown
+            if packet.is_discard:  # an edit list removes it: it is decoded, but never shown
                 header = header._replace(is_shown=False)
             self._check_gap(header, packet)
             if header.starts_group:
@@ -252,19 +252,20 @@ class PacketReader:
         if self._begins_within:
             raise UncertainError("the file does not begin with a frame that can be decoded alone")
         if self._entry is not None:
-            raise UncertainError("an edit list leaves frames out that others refer to")
+            raise UncertainError("an edit list leaves out frames that others refer to")
 
     def _check_gap(self, header: FrameHeader, packet: VideoPacket) -> None:
-        """An edit list may resume at a key frame that is no IDR. Frames shown before that one need the missing ones."""
+        """Raises `MissingFrameError` if a reference frame is missing. An edit list may resume at a key frame that is
+        not an IDR; then only frames shown before that one need the missing ones."""
         if header.follows_gap and packet.is_keyframe and header.is_intra:
             self._entry = header.order
         elif header.follows_gap or (self._entry is not None and header.is_shown and header.order < self._entry):
             raise MissingFrameError("a frame that others refer to is missing")
 
     def _forget(self, wanted: np.ndarray) -> None:
-        """Lets go of groups that have ended and hold nothing of `wanted`, unless the group after them does, which may
-        need them. The places of a group's frames are known to within the reordering of the stream; `select` notices if
-        that was wrong."""
+        """Drops finished groups with no frame in `wanted`, unless the next group has one, as it may need them. The
+        positions of a group's frames are known to within the stream's reordering; `select` notices if that was
+        wrong."""
         while self._let_go < len(self._groups) - 2:
             (first, before), (end, _), (_, after) = self._groups[self._let_go : self._let_go + 3]
             self._let_go += 1
@@ -276,7 +277,7 @@ class PacketReader:
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The video stream that FFmpeg takes (marked default, most frames, highest bit rate), unless it is a cover picture.
+    """The video stream that FFmpeg picks (marked default, most frames, highest bit rate), unless it is cover art.
     Raises `InputError` if there is none."""
 
     def is_cover(stream: av.VideoStream) -> bool:
@@ -291,14 +292,14 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def demux(container: av.container.InputContainer) -> Iterator[VideoPacket]:
-    """The packets of its video stream, except one that the end of the file cuts off: many decoders make up the rest of
-    its frame, and do not say so. Raises `InputError`."""
+    """The packets of its video stream, except one that the end of the file cuts off: many decoders silently make up the
+    rest of its frame. Raises `InputError`."""
     packets, kind, size = container.demux(video_stream(container)), container.format.name, container.size
     while True:
         try:
             packet = next(packets, None)
-        except IndexError:  # PyAV has no place for one that FFmpeg finds so late
-            raise InputError("another stream begins within the file; encode it anew") from None
+        except IndexError:  # PyAV cannot handle a stream that FFmpeg finds so late
+            raise InputError("another stream begins within the file; re-encode it") from None
         if packet is None:
             return
         if not _is_cut(packet, kind, size):
@@ -309,47 +310,47 @@ def _is_cut(packet: VideoPacket, kind: str, size: int) -> bool:
     """Whether a file of format `kind` and `size` bytes ends before this packet does."""
     end = (packet.pos or 0) + packet.size
     if packet.is_corrupt:
-        return kind != "mpegts"  # there it says that something is missing before the packet
-    if kind == "dv":  # filled up with bytes of the frame before
+        return kind != "mpegts"  # where it means that something is missing before the packet
+    if kind == "dv":  # padded with bytes of the previous frame
         return 0 < size < end
     # The image data of a GIF ends with an empty block, and the file with a semicolon.
     return kind == "gif" and end == size and bytes(packet)[-1] not in b"\0;"
 
 
 class Remuxed(NamedTuple):
-    """The packets of some frames as a file of their own."""
+    """The packets of some frames as a separate file."""
 
     encoded: np.ndarray
-    """uint8 [bytes]: a small file of the needed packets only."""
+    """uint8 [bytes]: a small file with only the needed packets."""
     size: tuple[int, int]
     """(height, width) of its frames."""
     positions: np.ndarray
-    """int64: the wanted frames, as positions among those that it holds."""
+    """int64 [N]: positions of the wanted frames among those of the file."""
     packets_read: int
     packets_kept: int
     reorder_delay: int
-    """Frames that a decoder has to hold back to put these packets out in order."""
+    """Frames that a decoder must hold back to output these packets in order."""
     parser: Parser
-    """What has read the headers of the stream."""
+    """The parser that has read the stream's headers."""
 
 
 REMUXED_FPS = 8
-"""Frames/s of what `remux` makes, from 0 on: frame k is shown at k / `REMUXED_FPS` seconds. A power of two: then
-durations are exact, from which torchcodec computes how many frames there are (1.16 s * 25 would be 28.999...)."""
+"""Frame rate of the output of `remux`: frame k, from 0, is shown at k / `REMUXED_FPS` seconds. With a power of two,
+durations are exact; torchcodec computes the number of frames from them (1.16 s * 25 would be 28.999...)."""
 
 _CONTAINER_OPTIONS: dict[str, dict[str, str]] = {
-    # Without an edit list, which would say where the first frame is, the demuxer need not understand one.
+    # No edit list for the start of the first frame, so that the demuxer need not understand one.
     "mp4": {"movflags": "+negative_cts_offsets", "use_editlist": "0"},
     "matroska": {},
 }
 
 
 def remux(container: av.container.InputContainer, positions: np.ndarray, *, uncropped: bool = False) -> Remuxed:
-    """The packets for frames number `positions` as a file of their own in memory: MP4, or Matroska if MP4 does not fit.
+    """The packets for the frames at `positions` as a separate file in memory: MP4, or Matroska if MP4 does not fit.
 
-    `uncropped`: with parameter sets for frames as coded, for codecs whose row of `CODECS` says so (`Codec.uncrops`).
+    `uncropped`: with parameter sets for uncropped frames, for codecs with `Codec.uncrops` in `CODECS`.
 
-    Its frames are numbered anew from 0 and evenly spaced, whatever the timestamps were, and are not turned. Only the
+    Its frames are renumbered from 0 and evenly spaced, whatever the timestamps were, and are not rotated. Only the
     first is marked as a keyframe, so that no decoder seeks: after a seek to an I-VOP, MPEG-4's B-VOPs are lost. Raises
     `UncertainError`.
     """
@@ -365,11 +366,11 @@ def remux_packets(
     *,
     uncropped: bool = False,
 ) -> Remuxed:
-    """`remux` for any source of packets. `template` is a stream with the codec's header in it, which is `context`'s."""
+    """`remux` for any source of packets. `template` is a stream with the codec's header, that of `context`."""
     selection = source.select(positions, in_one_go=True)
     numbers = [number for run in selection.runs for number in run]
     if any(not source.flags[number] & (_SHOWN | _DISCARDED) for number in numbers):
-        raise UncertainError("some of its frames are not shown")
+        raise UncertainError("some of its frames are hidden")
     ranks = {number: rank for rank, number in enumerate(source.order(numbers))}
     delay = max(place - ranks[number] for place, number in enumerate(numbers))
     parser, codec = source.parser, CODECS[context.codec.canonical_name]
@@ -410,5 +411,5 @@ def remux_packets(
 
 
 def make_packet(data: bytes | int) -> VideoPacket:
-    """A packet of these bytes, or with room for a number of them and for the padding that decoders read."""
-    return av.Packet(data)  # type: ignore[return-value]  # the stubs have no packet that is yet to get its stream
+    """A packet with these bytes, or with room for `data` bytes plus the padding that decoders read."""
+    return av.Packet(data)  # type: ignore[return-value]  # the stubs know no packet without a stream

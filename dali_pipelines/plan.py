@@ -1,7 +1,7 @@
-"""Everything that is decided about a sample before a byte of its video is read.
+"""Decides everything about a sample before a byte of its video is read.
 
-A clip is a pure function of (seed, epoch, sample id): the number of processes, workers and clips a batch changes
-nothing, nor does the place at which a run was resumed.
+A clip is a pure function of (seed, epoch, sample id): it does not depend on the number of processes, workers or clips
+per batch, nor on where a run was resumed.
 
     entries of an epoch   a permutation of the manifest's rows (training) or the rows in order (evaluation)
     steps                 `step_entries` consecutive entries; training drops the tail, evaluation pads it with -1
@@ -25,17 +25,17 @@ MODES = ("train", "validate", "test")
 PADDING = -1
 """Sample id of an entry that only fills the last step of an evaluation."""
 
-_ORDER, _CLIP, _ENGINE = 0, 1, 2  # what a stream of random numbers is for
+_ORDER, _CLIP, _ENGINE = 0, 1, 2  # purposes of random streams
 _SHORT_SIDES: dict[Mode, tuple[float, float]] = {
     "train": crops.JITTER,
     "validate": (crops.VALIDATION_SCALE, crops.VALIDATION_SCALE),
     "test": (1, 1),
 }
-"""(low, high) of the short side, in sides of the crop, by mode."""
+"""Mode -> (low, high) of the short side, relative to the side of the crop."""
 
 
 class ViewSettings(TypedDict, total=False):
-    """Keyword arguments of `View`, which describes them."""
+    """Keyword arguments of `View`; see there."""
 
     mode: Required[Mode]
     num_frames: Required[int]
@@ -61,25 +61,25 @@ class View:
     """"train" (random windows and crops), "validate" (centre crop) or "test" (three crops along the long side)."""
     num_frames: int
     crop_size: int
-    """Pixels a side of the square crop."""
+    """Side of the square crop in pixels."""
     stride: float | None = 32
     """A window is `stride * num_frames / target_fps` seconds long: see `sampling.frame_positions`. None: the whole
-    video, or with several windows an equal share of it."""
+    video, or an equal share of it if there are several windows."""
     target_fps: float = 30
     past_end: str = "fit"
-    """What happens in a window longer than the video: see `sampling.STRATEGIES`."""
+    """What to do with a window longer than the video: see `sampling.STRATEGIES`."""
     short_side: float | tuple[float, float] | None = None
     """Pixels of the short side before the crop; a number, or (low, high) for training to draw from. Default: 8/7 to
     10/7 of the crop in training, 8/7 in validation, 1 in the test."""
     flip: bool = True
-    """Training mirrors every second clip; False if left and right differ in meaning."""
+    """Training mirrors half of the clips at random; set to False if left and right differ in meaning."""
     views_per_decode: int = 1
-    """Clips that training cuts out of one decode, each with a window, crop and flip of its own; 1 in evaluation."""
+    """Clips that training cuts out of one decode, each with its own window, crop and flip; 1 in evaluation."""
     num_windows: int = 1
-    """Windows of the test, the first at the start of the video, the last at its end; 1 in other modes."""
+    """Number of windows in the test, from the start of the video to its end; 1 in other modes."""
     windows_at_once: int | None = None
-    """Windows that make an entry, for long videos, whose frames would not all fit into memory: a video then has several
-    entries. The last repeats the last window if it has room. Default: all."""
+    """Windows per entry, for long videos whose frames would not all fit into memory: a video then has several entries,
+    the last of which is filled up with its last window. Default: all."""
 
     def __post_init__(self) -> None:
         check(self.mode in MODES, f"mode is {self.mode!r}; expected one of {', '.join(MODES)}")
@@ -110,7 +110,7 @@ class View:
 
     @property
     def short_sides(self) -> tuple[float, float]:
-        """Pixels: training draws the short side between them, evaluation uses the first."""
+        """(low, high) in pixels: training draws the short side from this range, evaluation uses the low end."""
         if self.short_side is None:
             low, high = _SHORT_SIDES[self.mode]
             return low * self.crop_size, high * self.crop_size
@@ -119,17 +119,17 @@ class View:
 
     @property
     def entries_per_video(self) -> int:
-        """Samples that a video is spread over."""
+        """Number of samples per video."""
         return -(-self.num_windows // (self.windows_at_once or self.num_windows))
 
     @property
     def windows_per_entry(self) -> int:
-        """Windows in each of these samples."""
+        """Number of windows per sample."""
         return self.views_per_decode * (self.windows_at_once or self.num_windows)
 
     @property
     def clips_per_entry(self) -> int:
-        """Three crops of each window in the test, one of each otherwise."""
+        """Clips per sample: three crops of each window in the test, otherwise one."""
         return 3 * self.windows_per_entry if self.mode == "test" else self.views_per_decode
 
 
@@ -138,24 +138,24 @@ class SamplePlan:
     """One sample, fully decided."""
 
     positions: np.ndarray
-    """int64 [N], ascending, distinct: the frames to decode; k is the k-th that the decoder puts out."""
+    """int64 [N], ascending, distinct: the frames to decode, numbered from 0 in the decoder's output order."""
     picks: np.ndarray
     """int64 [W, T]: frames of each window as indices into `positions`, ascending, repeated if the video is short.
     V / W clips are crops of the same window: 3 in the test, otherwise 1."""
     rectangles: np.ndarray
     """float64 [V, 4]: y0, x0, y1, x1 in pixels of the frame as coded; swapped ends flip."""
     transpose: bool
-    """Swap height and width after the resize (videos shown turned by 90 or 270 degrees)."""
+    """Swap height and width after the resize (videos rotated by 90 or 270 degrees)."""
 
 
 def plan_sample(video: Video, view: View, *, seed: int, epoch: int, sample_id: int, part: int = 0) -> SamplePlan:
-    """Which frames and which pixels of `video` make the entry; `part` 0 to `view.entries_per_video` - 1."""
+    """Decides the frames and pixels of an entry of `video`; `part` is 0 to `view.entries_per_video` - 1."""
     # PaddleVideo's `valid` draws its window at random; ours starts at 0, so that two validations see the same clips.
     windows = view.windows_per_entry
     if view.mode != "train":
         draws = np.zeros((windows, 5))
         numbers = part * windows + np.arange(windows)
-        # The last part holds the last window as often as there is room.
+        # The last part is filled up with the last window.
         draws[:, 0] = _test_starts(view)[np.minimum(numbers, view.num_windows - 1)]
     else:
         draws = np.stack([_generator(seed, epoch, _CLIP, sample_id, clip).random(5) for clip in range(windows)])
@@ -196,14 +196,14 @@ def windows_of_test(video: Video, view: View) -> np.ndarray:
 
 
 def _test_starts(view: View) -> np.ndarray:
-    """Where each window of the test starts, 0 to 1; a single one at 0, as in PaddleVideo's test."""
+    """Start of each test window, 0 to 1; a single window starts at 0, as in PaddleVideo's test."""
     return np.linspace(0, 1, view.num_windows)
 
 
 def _window(video: Video, view: View, start: float) -> np.ndarray:
     """Frame positions int64 [T] of one window."""
     stride = view.stride
-    if stride is None and view.num_windows > 1:  # not the whole video several times, but an equal share of it
+    if stride is None and view.num_windows > 1:  # an equal share of the video, not all of it several times
         stride = video.frames / view.num_windows / video.fps * view.target_fps / view.num_frames
     return frame_positions(
         frames=video.frames,
@@ -218,10 +218,10 @@ def _window(video: Video, view: View, start: float) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class EntrySampler:
-    """Gives the entries of one rank, in order. A place is a number that counts this rank's entries over all epochs."""
+    """Maps places to the entries of one rank. A place counts this rank's entries over all epochs."""
 
     rows: int
-    """Videos times `View.entries_per_video`, whose numbers follow each other."""
+    """Number of entries per epoch: videos times `View.entries_per_video`; a video's entries are consecutive."""
     training: bool
     seed: int
     step_entries: int
@@ -230,17 +230,17 @@ class EntrySampler:
 
     @property
     def steps(self) -> int:
-        """Steps an epoch, the same on every rank."""
+        """Steps per epoch, the same on every rank."""
         whole, rest = divmod(self.rows, self.step_entries)
         return whole if self.training else whole + (rest > 0)
 
     @property
     def rank_entries(self) -> int:
-        """Entries an epoch on this rank."""
+        """Entries per epoch on this rank."""
         return self.steps * self.step_entries // self.world_size
 
     def sample(self, place: int) -> tuple[int, int]:
-        """(epoch, entry) at `place`, an entry being a row, or `PADDING` past the last row of an evaluation."""
+        """(epoch, entry) at `place`; an entry is a row, or `PADDING` past the last row of an evaluation."""
         epoch, place = divmod(place, self.rank_entries)
         step, place = divmod(place, self.step_entries // self.world_size)
         entry = step * self.step_entries + place * self.world_size + self.rank
@@ -255,11 +255,11 @@ def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
 
 
 def engine_draw(seed: int, sample_id: int) -> float:
-    """A random number in [0, 1), the same in every epoch: the engine that decodes a video may depend on it, so that the
-    video's pixels depend on nothing else."""
+    """A random number in [0, 1) that chooses a video's engine, the same in every epoch, so that the video's pixels
+    depend on nothing else."""
     return float(_generator(seed, 0, _ENGINE, sample_id).random())
 
 
 def _generator(seed: int, epoch: int, purpose: int, sample_id: int, clip: int = 0) -> np.random.Generator:
-    """A stream of its own for every clip of every epoch; counter-based, so none depends on another."""
+    """A separate random stream for each clip of each epoch; counter-based, so none depends on another."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, clip, sample_id, purpose]))

@@ -1,4 +1,4 @@
-"""What a decoder puts out for a video file, and the entry of the video for the packet index."""
+"""Finds out what a decoder outputs for a video file, and builds the video's entry for the packet index."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,18 +20,18 @@ from dali_pipelines.packets import PacketReader, VideoPacket, demux, video_strea
 
 
 def probe(video: VideoLike, max_pixels: int = MAX_PIXELS, cache: str | None = None) -> Video:
-    """What a decoder puts out for a file; label is 0.
+    """Describes what a decoder outputs for a file; the label is 0.
 
-    Frames are counted by their packets if that is exact, and by decoding otherwise (`Codec.is_frame_a_packet`).
+    Counts frames by packets if that is exact (`Codec.is_frame_a_packet`), otherwise by decoding.
 
-    Raises `InputError` with a reason that a person understands if the file is not a video that can be read, or its
-    frames have more than `max_pixels`. `cache`: see `files.fetch`.
+    Raises `InputError` with a readable reason if the file is not a readable video, or its frames have more than
+    `max_pixels`. `cache`: see `files.fetch`.
     """
     return probe_packets(fetch(video, cache), max_pixels=max_pixels)[0]
 
 
 def probe_packets(video: VideoLike, *, max_pixels: int = MAX_PIXELS) -> tuple[Video, bytes]:
-    """`probe`, and the entry of the video for the packet index."""
+    """The result of `probe`, and the video's entry for the packet index."""
     source = fetch(video)
     try:
         with open_video(source) as container:
@@ -46,7 +46,7 @@ def probe_packets(video: VideoLike, *, max_pixels: int = MAX_PIXELS) -> tuple[Vi
                 prepare(container, max_pixels=max_pixels)
                 first = next(decode_packets(demux(container)), None)
         if first is None:
-            raise InputError("no frame comes out of its video stream")
+            raise InputError("its video stream decodes to no frames")
         frames = len(structure.shown)
         if not frames or not is_frame_a_packet:
             with open_video(source) as container:
@@ -80,18 +80,18 @@ def probe_packets(video: VideoLike, *, max_pixels: int = MAX_PIXELS) -> tuple[Vi
 
 
 class _Structure(NamedTuple):
-    """What the packets of a file say."""
+    """What the packets of a file tell about it."""
 
     shown: list[int]
-    """The number of the packet of each frame; [] if the headers do not tell."""
+    """The packet number of each frame; [] if the headers do not say."""
     gop: int
-    """Frames of the longest group; 0 if the headers do not tell."""
+    """Frames of the longest group; 0 if the headers do not say."""
     times: list[tuple[int | None, int | None]]
-    """(pts, dts) of the packets of frames, in the order of the file."""
+    """(pts, dts) of the packets of frames, in file order."""
     first: av.VideoFrame | None
     """The first frame, if it has been decoded."""
     entry: bytes
-    """For the packet index."""
+    """The entry for the packet index."""
 
 
 def _read_structure(container: av.container.InputContainer, source: Source, max_pixels: int) -> _Structure:
@@ -128,8 +128,8 @@ def _decode(packets: Iterable[VideoPacket], context: av.VideoCodecContext) -> It
 
 
 def _without_broken_end(reader: PacketReader, shown: list[int]) -> list[int]:
-    """A file that is cut off, and was closed or padded by some program since, is good up to there: frames at its end
-    that cannot be decoded are not counted. Each packet must be a frame of its own."""
+    """`shown` without the frames at the end that cannot be decoded: a file that was cut off, then closed or padded by
+    some program, is good up to there. Each packet must be one frame."""
     while shown and (packet := reader.packets[shown[-1]]) is not None:
         try:
             packet.decode()
@@ -140,9 +140,9 @@ def _without_broken_end(reader: PacketReader, shown: list[int]) -> list[int]:
 
 
 def _gaps(times: Sequence[tuple[int | None, int | None]]) -> np.ndarray:
-    """Ticks from each frame to the next, float64; by pts, or by dts if pts are missing; empty if both are."""
+    """Ticks from each frame to the next, float64, from pts, or dts if pts are missing; empty if both are."""
     table = np.array(times, np.float64).reshape(-1, 2)  # None becomes NaN
-    # Recordings that were joined: times begin anew.
+    # Times start over in joined recordings.
     parts = np.split(table, np.flatnonzero(np.diff(table[:, 1]) < 0) + 1)
     for column in (0, 1):
         if np.isfinite(table[:, column]).sum() > _MOST_TIMES * len(table):
@@ -151,17 +151,17 @@ def _gaps(times: Sequence[tuple[int | None, int | None]]) -> np.ndarray:
 
 
 _MOST_TIMES = 0.75
-"""Times are of use if this share of frames has them."""
+"""Times are used if this share of frames has them."""
 
 
 def frame_rate(gaps: np.ndarray, tick: Fraction, header_rate: Fraction | None) -> float | None:
-    """Frames a second that most of a video has by the times of its frames; None if these say nothing.
+    """Frames per second for most of a video, from the times of its frames; None if these are no help.
 
-    gaps: ticks of `tick` seconds from each frame to the next. `header_rate` is taken as it is if it agrees.
+    gaps: ticks of `tick` seconds from each frame to the next. `header_rate` is returned unchanged if it agrees.
 
-    The mean of the gaps that are near the median: long pauses and dropped frames do not count, and jitter and rounded
-    times (33, 33, 34 ms) even out. If few are near it, as when frames come in pairs, it is the mean
-    over stretches of frames.
+    Computed from the mean of the gaps near the median: long pauses and dropped frames do not count, and jitter and
+    rounded times (33, 33, 34 ms) even out. If few gaps are near it, as when frames come in pairs, from the mean over
+    stretches of frames.
     """
     if not len(gaps) or not gaps.sum():
         return None
@@ -183,31 +183,31 @@ def frame_rate(gaps: np.ndarray, tick: Fraction, header_rate: Fraction | None) -
 
 
 _STRETCH = 12
-"""Frames: a multiple of 2, 3 and 4, in which they may come."""
+"""Frames per stretch: a multiple of 2, 3 and 4, as frames may come in such groups."""
 
 
 def _is_variable(gaps: np.ndarray) -> int:
-    """Whether a frame is shown for a time that is more than a tenth, and more than the rounding of a clock, off."""
+    """1 if a frame's duration is off by more than a tenth, and by more than clock rounding; otherwise 0."""
     return int(len(gaps) > 0 and (np.abs(gaps - np.median(gaps)) > np.maximum(np.median(gaps) / 10, 1)).any())
 
 
 _MOST_TILT = 10
-"""Degrees that a display matrix may be off a quarter turn. Players show such a frame upright."""
+"""Degrees by which a display matrix may miss a quarter turn. Players show such a frame upright."""
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[int, int]:
-    """`Video.rotation` and `Video.mirrored` by the display matrix of a frame. Raises `InputError` for other angles."""
+    """`Video.rotation` and `Video.mirrored` from a frame's display matrix. Raises `InputError` for other angles."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know some other data beside it, such as Exif
+    except ValueError:  # PyAV does not know some other side data, such as Exif
         if frame.rotation:
-            raise InputError("turned or mirrored, beside other data that hides how; encode it anew") from None
+            raise InputError("rotated or mirrored, but other side data hides how; re-encode it") from None
         return 0, 0
     if not isinstance(matrix, SideData):
         return 0, 0
     # Column x of a coded frame goes to (x * a, x * b) of the shown one, row y to (y * c, y * d).
     a, b, _, c, d, *_ = map(int, np.frombuffer(bytes(matrix), np.int32))
-    if a * d == b * c:  # nothing that could be shown: all zeros, by muxers that forgot it
+    if a * d == b * c:  # degenerate: all zeros, from muxers that do not set it
         return 0, 0
     mirrored = a * d < b * c
     if mirrored:
@@ -215,15 +215,15 @@ def _orientation(frame: av.VideoFrame) -> tuple[int, int]:
     angle = -math.degrees(math.atan2(b, a)) % 360
     rotation = 90 * round(angle / 90)
     if abs(angle - rotation) > _MOST_TILT:
-        raise InputError(f"turned by {angle:.0f} degrees; only quarter turns are known")
+        raise InputError(f"rotated by {angle:.0f} degrees; only quarter turns are supported")
     return rotation % 360, int(mirrored)
 
 
 def _count_frames(container: av.container.InputContainer, shown: list[int], *, until_damage: bool) -> int:
-    """Frames that come out of a decoder, up to the last one that is whole: a file that is cut off is good up to there.
+    """Number of frames that a decoder outputs, up to the last undamaged one: a truncated file is good up to there.
 
-    Raises `InputError` if they are not those of `shown` (unless empty): then nothing could be decoded but all of the
-    video. Raises FFmpeg's errors if other packets follow, unless `until_damage`.
+    Raises `InputError` if they differ from `shown` (unless that is empty): then only the whole video could be decoded.
+    Raises FFmpeg's errors if other packets follow, unless `until_damage`.
     """
     video_stream(container).codec_context.copy_opaque = True
     packets = _numbered(demux(container))
@@ -232,7 +232,7 @@ def _count_frames(container: av.container.InputContainer, shown: list[int], *, u
         for number, frame in enumerate(decode_packets(packets), start=1):
             if shown and frame.opaque != shown[number - 1 : number]:
                 raise InputError(
-                    "a decoder puts out other frames than its headers say: packets may be missing; encode it anew"
+                    "a decoder outputs other frames than its headers say: packets may be missing; re-encode it"
                 )
             if not frame.is_corrupt:
                 count = number
@@ -244,7 +244,7 @@ def _count_frames(container: av.container.InputContainer, shown: list[int], *, u
 
 
 def _numbered(packets: Iterable[VideoPacket]) -> Iterator[VideoPacket]:
-    """With the number of each that has data as its `opaque`, in a list: it is compared with a slice."""
+    """Sets the `opaque` of each packet with data to its number, in a list, as it is compared with a slice."""
     number = 0
     for packet in packets:
         packet.opaque = [number]

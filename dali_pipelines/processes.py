@@ -1,4 +1,4 @@
-"""Leaves nothing behind however a process ends: no worker processes, no temporary folders, no semaphores."""
+"""Cleans up however a process ends: leaves no worker processes, temporary folders or semaphores behind."""
 
 import contextlib
 import ctypes
@@ -26,17 +26,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Ends this worker when `parent`, the process that started it, has ended in any way, and not before.
+    """Ends this worker when `parent`, the process that started it, ends for any reason, and not before.
 
-    Call it first of all. If the parent is gone by then, this does not return to any work. Workers of DALI and of
-    concurrent.futures would wait for work for ever, and hold their shared memory. A signal to the parent's whole group,
-    as torchrun's SIGTERM, is for the parent to handle, which may need its workers to come to an end in good order.
-    None: the process that multiprocessing knows; without one, nothing happens. Another process must belong to the
-    thread that starts it.
+    Call it first. If the parent is already gone, it does not return. Workers of DALI and concurrent.futures would
+    otherwise wait for work forever, and hold their shared memory. A signal to the parent's whole group, such as
+    torchrun's SIGTERM, is left to the parent, which may need its workers for an orderly end.
+    None: the parent known to multiprocessing; without one, nothing happens. With a given parent, this process also ends
+    with the thread that started it.
 
-    The kernel ends the worker, also if it hangs in C and lets no other thread run: by SIGIO, when the parent's end of a
-    pipe closes, or by the signal that it sends when the starting thread ends. As forks of the parent may have copies of
-    that pipe, a thread looks as well.
+    The kernel ends the worker, even if it hangs in C and blocks all other threads: with SIGIO when the parent's end of
+    a pipe closes, or with the signal that it sends when the starting thread ends. As forks of the parent may have
+    copies of that pipe, a thread checks as well.
     """
     if parent is None:
         known = multiprocessing.parent_process()
@@ -50,7 +50,7 @@ def end_with_parent(parent: int | None = None) -> None:
     if os.getppid() != parent:
         os._exit(1)
     os.setpgid(0, 0)
-    with contextlib.suppress(OSError):  # if memory runs out, a worker goes first: that costs a video, not the run
+    with contextlib.suppress(OSError):  # if memory runs out, a worker is killed first: that costs a video, not the run
         Path("/proc/self/oom_score_adj").write_text("500")
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
@@ -62,11 +62,11 @@ def _end_after(parent: int) -> None:
 
 
 class TemporaryFolder:
-    """A folder for this process in the temporary folder: `name`. It is removed by `close`, when nobody holds this
-    object any more, and at the end of the process; after a kill by the next one that is made.
+    """A folder for this process, `name`, in the temporary folder. It is removed by `close`, when this object is
+    garbage-collected, or when the process ends; after a kill, by the next `TemporaryFolder`.
 
-    The folder is locked. The kernel lets go of the lock when the process ends; process numbers would be of no use in a
-    temporary folder that several containers share.
+    The folder is locked, and the kernel releases the lock when the process ends; process ids would be useless in a
+    temporary folder shared by several containers.
     """
 
     def __init__(self) -> None:
@@ -80,15 +80,15 @@ def _make_locked() -> tuple[str, int]:
         name = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}_")
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(name, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody else can lock it either
+            with contextlib.suppress(OSError):  # on a file system without locks, nobody else can lock it either
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.exists(name):  # another process may have found it before it was locked
+            if os.path.exists(name):  # another process may have removed it before it was locked
                 return name, lock
             os.close(lock)
 
 
 def _remove(name: str, lock: int, owner: int) -> None:
-    if os.getpid() == owner:  # not a fork of it, which has a copy of everything
+    if os.getpid() == owner:  # not in a fork, which has a copy of everything
         shutil.rmtree(name, ignore_errors=True)
         os.close(lock)
 
@@ -111,7 +111,7 @@ def _remove_abandoned() -> None:
 
 @contextlib.contextmanager
 def semaphores_named_after(folder: str) -> Iterator[None]:
-    """Names the semaphores that are made in its block after a `TemporaryFolder`: if this process and multiprocessing's
+    """A context in which new semaphores are named after a `TemporaryFolder`: if this process and multiprocessing's
     resource tracker are killed together, they are removed with the folder."""
     settings: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
     before = settings["semprefix"]
@@ -123,7 +123,7 @@ def semaphores_named_after(folder: str) -> Iterator[None]:
 
 
 def unlink_semaphores(locks: Iterable[synchronize.SemLock]) -> None:
-    """Takes their names from the system, once all processes have opened them: however a process ends, none is left
+    """Removes their names from the system, once all processes have opened them: however a process ends, none is left
     behind, and multiprocessing's resource tracker has nothing to report."""
     wanted = {id(lock) for lock in locks}
     finalizers: dict[Any, Any] = vars(util)["_finalizer_registry"]

@@ -1,4 +1,4 @@
-"""Which engine decodes a loader's videos, chosen at its start from the device, the driver and the manifest."""
+"""Chooses the engine that decodes a loader's videos, from the device, the driver and the manifest."""
 
 from dataclasses import replace
 
@@ -22,10 +22,10 @@ def choose_routing(
     host_share: float | None,
     cores: int,
 ) -> tuple[Routing, str]:
-    """(the routing, a line for people or ""): how NVDEC and the workers share the work, or why a GPU does not decode.
+    """(routing, note): the note says how NVDEC and the workers share the work, or why a GPU does not decode; or "".
 
-    host_share: None for the share that keeps both busy ("auto"), or 0 ("nvdec"). cores: that the workers have. Raises
-    `InputError` if `decode` is "nvdec" and that cannot be.
+    host_share: None for the share that keeps both busy ("auto"), or 0 ("nvdec"). cores: CPU cores for the workers.
+    Raises `InputError` if `decode` is "nvdec" and NVDEC cannot be used.
     """
     on_gpu = device.type == "cuda"
     if decode == "dali":
@@ -55,13 +55,13 @@ def _limits_of_dali(device: torch.device) -> LimitsByFormat | None:
 def _balanced(
     routing: Routing, limits: LimitsByFormat, device: torch.device, manifest: Manifest, view: View, cores: int
 ) -> tuple[Routing, str]:
-    """The routing with the share of the host that keeps NVDEC and the workers busy, and the expected rates as text."""
+    """The routing with the host's share that keeps NVDEC and the workers busy, and the expected rates as text."""
     name = torch.cuda.get_device_name(device)
     engines = max(each.engines for each in limits.values())
     gpu = replace(gpu_of_device(name) or unknown_gpu(name, engines), engines=engines)
     found = estimate(manifest, view, routing, gpu=gpu, cores=cores)
     note = (
-        f"by the manifest, NVDEC ({engines} engines) alone decodes about {found.nvdec:.0f} clips/s, together with "
+        f"estimated from the manifest: NVDEC ({engines} engines) alone decodes about {found.nvdec:.0f} clips/s, with "
         f"{cores} workers about {found.together:.0f}: host_share {found.host_share:g}"
     )
     return replace(routing, host_share=found.host_share), note

@@ -1,7 +1,7 @@
-"""Which frames of a video make a clip.
+"""Chooses the frames of a video that make up a clip.
 
-A strategy places T points over a window of the video. `STRATEGIES` is the one table of them: the config, the loader and
-the tools take the names from it. A new strategy is a function and a row.
+A strategy places T points in a window of the video. The config, the loader and the tools take the names from
+`STRATEGIES`: a new strategy is a function and a row there.
 """
 
 import math
@@ -14,10 +14,10 @@ class Strategy(Protocol):
     """How a window's frames are spaced."""
 
     def __call__(self, *, window: float, frames: int, num_frames: int, start: float) -> np.ndarray:
-        """`num_frames` points, ascending, in units of frames; those past the last frame count as the last one.
+        """`num_frames` points, ascending, in units of frames; points past the last frame count as the last one.
 
-        The window is `window` frames long, maybe longer than the video, which has `frames`; `start` in [0, 1] places it
-        between the first and the last place where it fits.
+        The window is `window` frames long, which may exceed the `frames` frames of the video; `start` in [0, 1] places
+        it between the first and the last position where it fits.
         """
 
 
@@ -33,7 +33,7 @@ def _hold(*, window: float, frames: int, num_frames: int, start: float) -> np.nd
 
 
 STRATEGIES: dict[str, Strategy] = {"fit": _fit, "hold": _hold}
-"""By the value of `past_end`, since the two differ in windows longer than the video:
+"""Strategies by `past_end`, since they differ only for windows longer than the video:
 
 3 frames, window of 6, T = 4:    fit 0 0 1 2    hold 0 1 2 2
 """
@@ -54,7 +54,7 @@ def frame_positions(
     The window is `stride * num_frames / target_fps` seconds long (None: the whole video), and the positions are
     its linspace, end points included, truncated to integers as PaddleVideo does (loader/pipelines/decode.py and
     sample.py; rounding gives other frames for most lengths). `start` in [0, 1] places the window between the
-    first and the last place where it fits; an evaluation with one window uses 0. `past_end`: see `STRATEGIES`.
+    first and the last position where it fits; an evaluation with one window uses 0. `past_end`: see `STRATEGIES`.
     """
     window = frames if stride is None else max(stride * num_frames / target_fps * fps, 1)
     points = STRATEGIES[past_end](window=window, frames=frames, num_frames=num_frames, start=start)

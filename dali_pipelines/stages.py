@@ -1,7 +1,7 @@
-"""What makes clips of the workers' samples. There are three ways:
+"""Stages turn the workers' samples into clips. There are three:
 
 HostStage      the workers decode, and torch cuts on the CPU
-GraphStage     the workers' pipeline does it all: DALI decodes what the workers have not, and cuts
+GraphStage     the workers' pipeline does everything: DALI decodes what the workers have not, and cuts
 DecodeStage    NVDEC decodes between the workers and DALI's cut (`decode_stage`)
 """
 
@@ -24,15 +24,15 @@ class Stage(Protocol):
     """Turns the workers' samples into batches of clips."""
 
     def run(self, place: int) -> tuple[torch.Tensor, list[Outcome]]:
-        """The clips [B, C, T, H, W], or [B, V, C, T, H, W] for several a sample, and the results of the batch whose
-        first entry is at `place`. Raises `InputError`."""
+        """The clips [B, C, T, H, W], or [B, V, C, T, H, W] if there are several per sample, and the results of the
+        batch whose first entry is at `place`. Raises `InputError`."""
 
     def close(self) -> None:
         """Stops the workers; the next `run` starts them again."""
 
 
 class HostStage:
-    """`workers` must run a `source_pipeline` whose samples are all decoded."""
+    """The workers decode, and torch cuts. `workers` must run a `source_pipeline` that decodes every sample."""
 
     def __init__(self, workers: Workers, cut: Cut, *, num_frames: int, batch_size: int):
         self._workers, self._cut, self._batch_size = workers, cut, batch_size
@@ -57,7 +57,7 @@ class HostStage:
 
 
 class GraphStage:
-    """`workers` must run a `clip_pipeline`."""
+    """The workers' pipeline does everything. `workers` must run a `clip_pipeline`."""
 
     def __init__(
         self,

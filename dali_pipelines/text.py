@@ -1,7 +1,6 @@
-"""Reads and writes text files as people have them: with byte order marks, Windows line ends, and paths that are not
-UTF-8.
+"""Reads and writes real-world text files: with byte order marks, Windows line ends, and paths that are not UTF-8.
 
-A line ends at a line feed, and nowhere else: class names and paths may hold any other character.
+Only a line feed ends a line: class names and paths may contain any other character.
 """
 
 import codecs
@@ -32,7 +31,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text file, whatever its encoding and line ends."""
+    """The lines of a text file with any of the encodings of `decode`, and any line ends."""
     return split_lines(decode(Path(path).read_bytes()))
 
 
@@ -63,27 +62,27 @@ class _CsvWriter:
 
 
 def csv_writer(file: _Writable) -> _CsvWriter:
-    """Writes CSV that every reader reads: rows end with a line feed, and carriage returns are quoted, which Python
-    before 3.13 does only if the line terminator holds one.
+    """Writes CSV that every reader can read: rows end with a line feed, and carriage returns are quoted, which Python
+    before 3.13 does only if the line terminator contains one.
 
-    A text that a spreadsheet would run as a formula gets an apostrophe in front, as does one with apostrophes before
-    such a text; `cell_text` takes it away.
+    Text that a spreadsheet would run as a formula is prefixed with an apostrophe, and so is such text that already has
+    apostrophes; `cell_text` removes it.
     """
     return _CsvWriter(file)
 
 
 _FORMULA = re.compile(r"'*(\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
-"""Also behind spaces, and the wide signs of Japanese spreadsheets."""
+"""Matches also after spaces, and the full-width characters of Japanese spreadsheets."""
 
 
 def cell_text(cell: str) -> str:
-    """The text that `csv_writer` was given for a cell."""
+    """The original text of a cell that `csv_writer` wrote."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 class ForPeople:
-    """A text stream on which names cannot move the cursor, change colours or turn the writing direction: control
-    characters are shown as \\x1b. A carriage return at either end of what is written is a progress bar's."""
+    """A text stream on which names cannot move the cursor, change colours or reverse the writing direction: control
+    characters are escaped, as \\x1b. A carriage return at either end of a write is kept, for progress bars."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -113,5 +112,5 @@ _SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in
 
 
 def for_data(stream: Any) -> Any:
-    """`stream` itself for a terminal; for a file or a pipe, what is written arrives as it is."""
+    """`stream` itself for a terminal; for a file or a pipe, a stream that writes everything unescaped."""
     return stream.stream if isinstance(stream, ForPeople) and not stream.isatty() else stream

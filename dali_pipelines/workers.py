@@ -1,8 +1,8 @@
-"""The loader's worker processes: started, watched, and started again if they die or hang.
+"""Starts and watches the loader's worker processes, and restarts them if they die or hang.
 
-They run a `ClipSource` in a DALI pipeline, which hands over their samples. Each notes which sample it is at, so a
-sample at which a worker hangs, or dies twice, is given up. DALI's own decoder does not say on which sample of a batch
-it failed: then the workers decode the videos of the batches under way.
+They run a `ClipSource` in a DALI pipeline, which passes on their samples. Each notes its current sample, so a sample at
+which a worker hangs, or dies twice, is given up. DALI's own decoder does not report which sample of a batch it failed
+on: then the workers decode all videos of the batches in flight.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from dali_pipelines.processes import semaphores_named_after
 from dali_pipelines.watch import Watchdog
 
 PREFETCH = 2  # batches that DALI works ahead
-_SURVEYED = 256  # videos, evenly over the manifest
+_SURVEYED = 256  # videos, spread evenly over the manifest
 _RESTARTS = 3  # without a batch between them, before giving up
 _not_ours: list[Pipeline | None] = []  # pipelines that a fork must not end
 
 
 class Workers:
-    """Runs the pipeline that `make_pipeline` makes of a source, batch by batch.
+    """Runs the pipeline that `make_pipeline` builds around a source, batch by batch.
 
-    source: arguments of `ClipSource` that do not change: table, root, index, cache, view, sampler, max_pixels.
-    count: processes; 0 runs the source in this one.
+    source: the arguments of `ClipSource` that stay the same: table, root, index, cache, view, sampler, max_pixels.
+    count: number of processes; 0 runs the source in this one.
     count_fallback: called with a reason and a number of samples.
     """
 
@@ -69,10 +69,10 @@ class Workers:
         self._count_fallback = count_fallback
         self._watchdog: Watchdog | None = None
         self._process = os.getpid()
-        self._place: int | None = None  # of the next entry that the pipeline gives; None: not known
+        self._place: int | None = None  # of the next entry that the pipeline returns; None: unknown
         self._host_ids: frozenset[int] = frozenset()
         self._bad_ids: set[int] = set()
-        self._deaths: dict[int, int] = {}  # sample id -> how many workers have died at it
+        self._deaths: dict[int, int] = {}  # sample id -> number of workers that died at it
         self._given_up: dict[int, str] = {}  # sample id -> why it is not tried again
 
     def run(self, place: int) -> tuple[Any, ...]:
@@ -90,8 +90,8 @@ class Workers:
             except InputError:
                 raise
             except (RuntimeError, AssertionError, ValueError, OSError, EOFError, MemoryError) as error:
-                # The first from DALI; the others from its queues, if a worker died while it used them.
-                # The pipeline is gone. If a sample was at fault, the next one handles it differently.
+                # The first comes from DALI; the others from its queues, if a worker died while using them.
+                # The pipeline is lost. If a sample was at fault, the next pipeline handles it differently.
                 have_ended = self._watchdog is not None and self._watchdog.have_ended
                 have_ended = have_ended or "Workers initialization failed" in str(error)
                 restarts = 0 if self._recover(place, error) else restarts + 1
@@ -100,7 +100,7 @@ class Workers:
                     what = f"{self._count} workers, batches of {self._batch_size} videos"
                     check(
                         not have_ended,
-                        f"the loader's processes end again and again: out of memory? {what}; /dev/shm has "
+                        f"the loader's processes keep ending: out of memory? {what}; /dev/shm has "
                         f"{_free_shared_memory() >> 20} MB free",
                     )
                     check(
@@ -112,22 +112,22 @@ class Workers:
         return outputs
 
     def note(self, sample_id: int, *, is_bad: bool) -> None:
-        """Notes that a sample has come: no worker dies at it, and whether it can be read is known."""
+        """Notes that a sample has arrived: it killed no worker, and whether it can be read is known."""
         self._deaths.pop(sample_id, None)
         if is_bad:
             self._bad_ids.add(sample_id)
 
     def close(self) -> None:
-        """Stops the workers; the next `run` starts them again. A fork of this process leaves them alone: they are not
-        its children, and DALI would wait for threads that a fork does not have."""
+        """Stops the workers; the next `run` starts them again. Does nothing in a fork of this process: the workers are
+        not its children, and DALI would wait for threads that a fork does not have."""
         if self._process != os.getpid():
             _not_ours.append(self.pipeline)
             return
         if self._watchdog is not None:
-            self._watchdog.is_waited_for = True  # a worker that hangs would not end either
+            self._watchdog.is_waited_for = True  # a worker that hangs would not end by itself
         pipeline, self.pipeline, self._place = self.pipeline, None, None
         if pipeline is not None and pipeline._py_pool is not None:
-            pipeline._py_pool.close()  # somebody else may hold the pipeline
+            pipeline._py_pool.close()  # others may still hold the pipeline
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
@@ -171,19 +171,21 @@ class Workers:
         return (place // self._sampler.rank_entries + 1) * self._sampler.rank_entries
 
     def _check_shared_memory(self) -> None:
-        """The workers hand over frames in /dev/shm, and die without a message if it is full."""
+        """Raises `InputError` if /dev/shm is too small for the frames that workers pass in it: they die silently if it
+        is full."""
         free = _free_shared_memory()
         rows = np.linspace(0, len(self._manifest) - 1, min(len(self._manifest), _SURVEYED)).astype(int).tolist()
         share = float(np.mean([self._is_decoded_here(row) for row in rows]))
         pixels = share * float(np.median(self._manifest.areas))
-        # About half of each frame of the batches under way.
+        # About half of each frame of the batches in flight.
         windows = self._view.windows_per_entry if self._view.mode == "test" else 1
         clip = min(3 * pixels / 2 * self._view.num_frames * windows, MOST_BYTES)
         needed = clip * self._batch_size * (PREFETCH + 2)
         check(
             free > needed,
             f"/dev/shm has {free / 2**20:.0f} MB free, and batches of {self._batch_size} videos need about "
-            f"{needed / 2**20:.0f} MB: use a smaller batch, or more of it (in Docker: --shm-size 8g, or --ipc host)",
+            f"{needed / 2**20:.0f} MB: use a smaller batch, or a larger /dev/shm (in Docker: --shm-size 8g, or --ipc "
+            "host)",
         )
 
     def _is_decoded_here(self, row: int) -> bool:
@@ -193,8 +195,8 @@ class Workers:
     def _recover(self, place: int, error: Exception) -> bool:
         """Finds out why the pipeline failed at `place`. Returns whether the next one will do something differently."""
         if "decoders.video" in str(error):
-            # DALI's decoder cannot name the video that it failed on: the workers decode the batches under way. Videos
-            # that they could decode go back to DALI afterwards.
+            # DALI's decoder cannot name the video that it failed on: the workers decode the batches in flight. Videos
+            # that they can decode go back to DALI afterwards.
             ahead = range(place, place + self._batch_size * (PREFETCH + 2))
             entries = {self._sampler.sample(entry)[1] for entry in ahead} - {PADDING}
             under_way = {entry // self._view.entries_per_video for entry in entries}
@@ -216,20 +218,20 @@ class Workers:
                 self._deaths[sample_id] = self._deaths.get(sample_id, 0) + 1
                 if self._deaths[sample_id] > 1:
                     end = f"signal {-status}" if status < 0 else f"status {status}"
-                    self._given_up[sample_id] = f"the process that decodes it ends with {end}, twice"
-        self._watchdog.kill()  # DALI would wait for those that cannot end
+                    self._given_up[sample_id] = f"the process that decodes it ended with {end}, twice"
+        self._watchdog.kill()  # DALI would wait for workers that cannot end
         return len(self._given_up) > known
 
 
 def _free_shared_memory() -> int:
-    """Bytes that are free in /dev/shm."""
+    """Free space in /dev/shm, in bytes."""
     return shutil.disk_usage("/dev/shm").free
 
 
 @contextlib.contextmanager
 def _reserved_shared_memory() -> Iterator[None]:
-    """Reserves, in its block, the first page of what DALI allocates in /dev/shm, which this process writes to: an
-    OSError if it is full, instead of a SIGBUS that ends the process without a message."""
+    """A context in which DALI's allocations in /dev/shm reserve the first page, which this process writes to: if it is
+    full, that raises OSError instead of a SIGBUS, which would end the process without a message."""
 
     def reserve(cls: type[SharedMem], size: int) -> SharedMem:
         made = cls(None, size)
@@ -242,8 +244,8 @@ def _reserved_shared_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blocked_interrupt() -> Iterator[None]:
-    """Processes that start in its block never see Ctrl-C: this one handles it, and theirs would be tracebacks."""
-    resource_tracker.ensure_running()  # its own start, within the first spawn, would lift the block
+    """A context in which new processes never see Ctrl-C: this one handles it, and they would only print tracebacks."""
+    resource_tracker.ensure_running()  # starting it within the first spawn would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     # The signal may come to another thread. Python then runs the handler in this one, and an exception between the
     # start of a process and the end of its input is a traceback there.
@@ -263,8 +265,8 @@ def _blocked_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Hides the user's script from spawn, which would import it in every worker: torch with it, or all of it again
-    if the script has no main guard."""
+    """Hides the user's script from spawn, which would import it in every worker, and torch with it, or run it again if
+    it has no main guard."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

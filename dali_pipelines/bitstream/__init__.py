@@ -1,5 +1,5 @@
-"""Headers of video codecs: what the packets of a stream say of their frames, without decoding any.
+"""Parses the headers of video codecs: what the packets of a stream say about their frames, without decoding any.
 
-`codecs.CODECS` is the table of codecs, and `parser.Parser` what each of them implements. A new codec is one file with a
-`Parser`, and one row of the table.
+`codecs.CODECS` is the table of codecs; each implements `parser.Parser`. A new codec is one file with a `Parser`, and
+one row of the table.
 """

@@ -10,9 +10,9 @@ from dali_pipelines.bitstream.parser import FrameHeader, UncertainError
 _SEQUENCE_HEADER, _FRAME_HEADER, _FRAME = 1, 3, 6  # obu_type
 _KEY_FRAME, _INTER_FRAME, _SWITCH_FRAME = 0, 1, 3  # frame_type
 _SELECT = 2
-"""SELECT_SCREEN_CONTENT_TOOLS and SELECT_INTEGER_MV: each frame header says it."""
+"""SELECT_SCREEN_CONTENT_TOOLS and SELECT_INTEGER_MV: each frame header sets it."""
 _HEADER_BYTES = 16
-"""More than are read of a frame's header."""
+"""Bytes to parse of a frame header, which needs fewer."""
 
 
 class _Sequence(NamedTuple):
@@ -22,7 +22,7 @@ class _Sequence(NamedTuple):
 
 
 class Av1Parser(InOrderParser):
-    """A packet is a temporal unit: one frame that is shown, and hidden ones."""
+    """A packet is a temporal unit: one shown frame, and hidden ones."""
 
     _header: bytes | None = None
     _sequence: _Sequence
@@ -44,7 +44,7 @@ class Av1Parser(InOrderParser):
         )
 
     def _keep_header(self, header: bytes) -> None:
-        """The stream's own; that of the file may say other things (SVT-AV1's does)."""
+        """Keeps the stream's own sequence header; that of the container may differ (SVT-AV1's does)."""
         if self._header is None:
             self._header, self._sequence = header, _read_sequence(Bits(header))
         elif header != self._header:
@@ -79,7 +79,7 @@ class Av1Parser(InOrderParser):
 
 
 def _obus(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(obu_type, payload) of the units of a packet."""
+    """Yields (obu_type, payload) of the units of a packet."""
     place = 0
     while place < len(data):
         head = data[place]
@@ -108,7 +108,7 @@ def _read_sequence(bits: Bits) -> _Sequence:
         raise UncertainError("a still picture")
     timing_info_present_flag = bits.u(1)
     if timing_info_present_flag:
-        raise UncertainError("timing in the header of the stream")
+        raise UncertainError("timing in the stream header")
     initial_display_delay_present_flag = bits.u(1)
     operating_points_cnt_minus_1 = bits.u(5)
     if operating_points_cnt_minus_1:
@@ -126,7 +126,7 @@ def _read_sequence(bits: Bits) -> _Sequence:
     bits.skip(max_frame_height_minus_1=frame_height_bits_minus_1 + 1)
     frame_id_numbers_present_flag = bits.u(1)
     if frame_id_numbers_present_flag:
-        raise UncertainError("numbers of frames in their headers")
+        raise UncertainError("frame numbers in the frame headers")
     bits.skip(use_128x128_superblock=1, enable_filter_intra=1, enable_intra_edge_filter=1)
     bits.skip(enable_interintra_compound=1, enable_masked_compound=1, enable_warped_motion=1, enable_dual_filter=1)
     enable_order_hint = bits.u(1)

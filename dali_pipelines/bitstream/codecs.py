@@ -1,6 +1,6 @@
-"""The table of codecs: what parses their headers, how their packets are remuxed, and what decodes them.
+"""The table of codecs: their parsers, the containers for remuxing their packets, and their decoders.
 
-A codec that is not in it is decoded by the host (PyAV), frame by frame from the start of the file.
+The host (PyAV) decodes all other codecs, frame by frame from the start of the file.
 """
 
 from collections.abc import Callable
@@ -17,37 +17,37 @@ from dali_pipelines.bitstream.vp9 import Vp9Parser
 
 
 class Codec(NamedTuple):
-    """What the loader knows of a codec."""
+    """What the loader knows about a codec."""
 
     parser: Callable[[bytes], Parser]
     matroska_id: bytes
     """Matroska's CodecID."""
     remuxed_as: str = "mp4"
-    """FFmpeg's name of the container that its packets are remuxed into: MP4, or Matroska if MP4 does not fit."""
+    """FFmpeg's name of the container for remuxing its packets: MP4, or Matroska if MP4 does not fit."""
     is_frame_a_packet: bool = False
-    """Frames are counted by packets if `PacketReader` is certain of them; otherwise, by decoding."""
+    """Frames are counted by packets if `PacketReader` is certain about them, otherwise by decoding."""
     learns_padding: bool = False
-    """FFmpeg finds out from the first frames how the encoder pads: see `host_decoder`."""
+    """FFmpeg learns from the first frames how the encoder pads: see `host_decoder`."""
     fed_share: float = 1.0
-    """Share of a group's frames up to the wanted one that are fed, the rest being B frames that no other refers to:
-    measured on Kinetics-like files."""
+    """Share of a group's frames up to the wanted one that are fed; the rest are B frames that no other refers to.
+    Measured on Kinetics-like files."""
     dali_cpu: bool = False
     """`fn.decoders.video` decodes it on the CPU (DALI 2.4 documentation)."""
     dali_gpu: bool = True
     nvdec: int | None = None
-    """cudaVideoCodec of the driver, if torchcodec's NVDEC engine takes it (torchcodec 0.11 to 0.13); None if not."""
+    """The driver's cudaVideoCodec, if torchcodec's NVDEC engine takes it (torchcodec 0.11 to 0.13); otherwise None."""
     nvdec_block: int = 1
-    """Pixels that the sides of coded frames must be multiples of for NVDEC. torchcodec reuses a hardware decoder for
-    frames of the same size in whole blocks, and then crops as for the first (`uncrops`). How NVDEC rounds sizes is not
-    known here: these are the largest blocks."""
+    """For NVDEC, both sides of coded frames must be multiples of this many pixels. torchcodec reuses a hardware decoder
+    for frames of the same size in whole blocks, and then crops as for the first (`uncrops`). How NVDEC rounds sizes is
+    unknown: these are the largest blocks."""
     uncrops: bool = False
-    """NVDEC gets parameter sets without a cropping window, and frames are cropped afterwards, whatever their size.
+    """NVDEC gets parameter sets without a cropping window, and frames of any size are cropped afterwards.
 
-    torchcodec (0.11 to 0.13) reuses a hardware decoder for another stream of the same coded size, but the decoder crops
-    as it did for the first one: 340x256 and 352x256 would get each other's frames, without an error
+    torchcodec (0.11 to 0.13) reuses a hardware decoder for another stream of the same coded size, but the decoder still
+    crops as for the first one: without an error, 340x256 and 352x256 would get each other's frames
     (meta-pytorch/torchcodec#1704)."""
     has_h273_matrix: bool = False
-    """Headers give the colour matrix in H.273's numbers, which torchcodec reads from NVDEC. VP9 has numbers of its own.
+    """Headers give the colour matrix in H.273's numbers, which torchcodec reads from NVDEC. VP9 has its own numbers.
     BT.2020 fails torchcodec's own comparison with the CPU (meta-pytorch/torchcodec#1267)."""
 
 
@@ -73,13 +73,13 @@ CODECS = {
     "vp8": Codec(Vp8Parser, b"V_VP8", remuxed_as="matroska", dali_cpu=True, nvdec=9, nvdec_block=16),
     "vp9": Codec(Vp9Parser, b"V_VP9", remuxed_as="matroska", dali_cpu=True, nvdec=10, nvdec_block=64),
 }
-"""By FFmpeg's name."""
+"""FFmpeg's name -> codec."""
 
 
 def make_parser(codec: str, extradata: bytes) -> Parser:
     """The parser of a stream's headers. Raises `UncertainError` if its codec is not in the table."""
     if codec not in CODECS:
-        raise UncertainError(f"no rules for {codec}")
+        raise UncertainError(f"no parser for {codec}")
     try:
         return CODECS[codec].parser(extradata)
     except IndexError:

@@ -15,11 +15,11 @@ _MAX_DPB_MBS = {
     9: 396, 10: 396, 11: 900, 12: 2376, 13: 2376, 20: 2376, 21: 4752, 22: 8100, 30: 8100, 31: 18000, 32: 20480,
     40: 32768, 41: 32768, 42: 34816, 50: 110400, 51: 184320, 52: 184320, 60: 696320, 61: 696320, 62: 696320,
 }  # fmt: skip
-"""level_idc -> macroblocks of the frames in a decoder's buffer (table A-1); 9 means level 1b."""
+"""level_idc -> size of the decoded picture buffer in macroblocks (table A-1); 9 means level 1b."""
 
 
 class _Sps(NamedTuple):
-    """An SPS up to frame_mbs_only_flag, with the names of its syntax elements (`bits_` for log2_max_*_minus4 + 4)."""
+    """An SPS up to frame_mbs_only_flag, named after its syntax elements (`bits_` for log2_max_*_minus4 + 4)."""
 
     profile_idc: int
     constraint_flags: int
@@ -50,8 +50,8 @@ class H264Parser(NalParser[_Sps, _Pps]):
     def __init__(self, extradata: bytes):
         super().__init__(extradata)
         self._count = 0
-        self._is_intra = self._follows_gap = False  # the frame that is being read
-        self._frame_num: int | None = None  # of the last frame that others may refer to
+        self._is_intra = self._follows_gap = False  # of the frame being read
+        self._frame_num: int | None = None  # of the last reference frame
 
     @staticmethod
     def _read_configuration(data: bytes) -> Configuration:
@@ -94,7 +94,7 @@ class H264Parser(NalParser[_Sps, _Pps]):
         if not counts:
             raise UncertainError("a packet without the beginning of a frame")
         if fields == 1:
-            raise UncertainError("packets of one field each")
+            raise UncertainError("packets with one field each")
         if len(counts) > max(fields, 1) or fields > 2:
             raise UncertainError("packets of several frames")
         return FrameHeader(
@@ -106,7 +106,7 @@ class H264Parser(NalParser[_Sps, _Pps]):
         )
 
     def _read_slice(self, unit: memoryview | bytes) -> tuple[int, int]:
-        """(order count, field_pic_flag)."""
+        """Returns (order count, field_pic_flag)."""
         bits = Bits(rbsp(bytes(unit[1:SLICE_HEADER_BYTES])))
         bits.skip_ue("first_mb_in_slice")
         slice_type = bits.ue()
@@ -155,7 +155,7 @@ def _read_sps(bits: Bits) -> _Sps:
     seq_parameter_set_id = bits.ue()
     if profile_idc in _HIGH_PROFILES:
         chroma_format_idc = bits.ue()
-        if chroma_format_idc == 3:  # FFmpeg decodes it by the version of x264 that only the first packet names
+        if chroma_format_idc == 3:  # FFmpeg's decoding depends on the version of x264, which only the first packet has
             raise UncertainError("4:4:4")
         bits.skip_ue("bit_depth_luma_minus8", "bit_depth_chroma_minus8")
         bits.skip(qpprime_y_zero_transform_bypass_flag=1)
@@ -199,7 +199,7 @@ def _skip_scaling_list(bits: Bits, size: int) -> None:
 
 
 def _read_sps_up_to_cropping(bits: Bits) -> _Sps:
-    """`bits` are read up to frame_cropping_flag."""
+    """Reads an SPS from `bits` up to frame_cropping_flag."""
     sps = _read_sps(bits)
     if not sps.frame_mbs_only:
         bits.skip(mb_adaptive_frame_field_flag=1)
@@ -213,7 +213,7 @@ def _format(unit: bytes) -> StreamFormat:
     height, width = sps.coded_size
     left = right = top = bottom = 0
     frame_cropping_flag = bits.u(1)
-    if frame_cropping_flag:  # in units of 4:2:0, which is all that hardware is given
+    if frame_cropping_flag:  # in units of 4:2:0, the only format that hardware gets
         left, right, top, bottom = bits.ue(), bits.ue(), bits.ue(), bits.ue()
     unit_y = 2 * (2 - sps.frame_mbs_only)
     level = sps.level_idc
@@ -247,7 +247,7 @@ def _has_slice_groups(unit: bytes) -> bool:
 
 
 def _read_vui(bits: Bits, held: int) -> tuple[int, bool, int]:
-    """(matrix_coefficients, video_full_range_flag, frames held back), of which at most `held` fit into the buffer."""
+    """Reads (matrix_coefficients, video_full_range_flag, frames held back); at most `held` frames fit in the buffer."""
     aspect_ratio_info_present_flag = bits.u(1)
     if aspect_ratio_info_present_flag:
         aspect_ratio_idc = bits.u(8)

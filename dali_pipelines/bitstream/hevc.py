@@ -17,7 +17,7 @@ class _Start(NamedTuple):
 
     sps_seq_parameter_set_id: int
     is_interlaced: bool
-    """The source was, and the frames may be fields."""
+    """The source is interlaced, and the frames may be fields."""
     sps_max_sub_layers_minus1: int
     separate_colour_plane_flag: int
     coded_size: tuple[int, int]
@@ -45,7 +45,7 @@ class HevcParser(NalParser[_Sps, _Pps]):
     def __init__(self, extradata: bytes):
         super().__init__(extradata)
         self._ended = False
-        self._skips_leading = True  # RASL pictures of the last start of a group refer to what a decoder never had
+        self._skips_leading = True  # RASL pictures of the last start of a group refer to frames the decoder never had
 
     @staticmethod
     def _read_configuration(data: bytes) -> Configuration:
@@ -104,7 +104,7 @@ class HevcParser(NalParser[_Sps, _Pps]):
         bits.skip(first_slice_segment_in_pic_flag=1)
         no_output_of_prior_pics_flag = bits.u(1) if is_irap else 0
         if no_output_of_prior_pics_flag and not is_first:
-            raise UncertainError("frames that are decoded and thrown away")
+            raise UncertainError("frames that are decoded and discarded")
         slice_pic_parameter_set_id = bits.ue()
         pps, sps = self._parameters(slice_pic_parameter_set_id)
         bits.skip(slice_reserved_flag=pps.num_extra_slice_header_bits)
@@ -112,7 +112,7 @@ class HevcParser(NalParser[_Sps, _Pps]):
         pic_output_flag = bits.u(1) if pps.output_flag_present_flag else 1
         if sps.start.separate_colour_plane_flag:
             bits.skip(colour_plane_id=2)
-        restarts = is_first or (is_irap and nal_unit_type < _CRA)  # IDR, BLA: the order count begins anew
+        restarts = is_first or (is_irap and nal_unit_type < _CRA)  # IDR, BLA: the order count restarts
         if restarts:
             self._sequence += 1
             self._previous = 0
@@ -168,7 +168,7 @@ def _read_sps(bits: Bits) -> _Sps:
 
 
 def _read_start(bits: Bits) -> _Start:
-    """`bits` are read up to conformance_window_flag."""
+    """Reads an SPS from `bits` up to conformance_window_flag."""
     bits.skip(sps_video_parameter_set_id=4)
     sps_max_sub_layers_minus1 = bits.u(3)
     bits.skip(sps_temporal_id_nesting_flag=1)
@@ -208,7 +208,7 @@ def _format(unit: bytes) -> StreamFormat:
         sps_max_dec_pic_buffering_minus1, sps_max_num_reorder_pics = bits.ue(), bits.ue()
         reorder_frames = min(sps_max_dec_pic_buffering_minus1, sps_max_num_reorder_pics)
         bits.skip_ue("sps_max_latency_increase_plus1")
-    left, right, top, bottom = (2 * side for side in sps.window)  # 4:2:0, which is all that hardware is given
+    left, right, top, bottom = (2 * side for side in sps.window)  # 4:2:0, the only format that hardware gets
     height, width = sps.start.coded_size
     return StreamFormat(
         size=(height - top - bottom, width - left - right),

@@ -1,4 +1,4 @@
-"""What codecs share that show frames in the order of their packets: MJPEG, VP8, VP9, AV1."""
+"""Shared by the codecs that show frames in packet order: MJPEG, VP8, VP9, AV1."""
 
 from abc import abstractmethod
 from collections.abc import Hashable
@@ -18,14 +18,14 @@ class InOrderParser(Parser):
         self._colours: Hashable = None
 
     def _check_colours(self, colours: Hashable) -> None:
-        """Raises `UncertainError` if a key frame has another range or matrix than the first: torchcodec does not
-        follow."""
+        """Raises `UncertainError` if a key frame has another range or matrix than the first: torchcodec ignores the
+        change."""
         if self._colours not in (None, colours):
             raise UncertainError("the colours of the frames change")
         self._colours = colours
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        """Raises `UncertainError` if a frame has another size than those before it: hardware decoders do not follow."""
+        """Raises `UncertainError` if the frame size changes: hardware decoders do not handle that."""
         if self._size not in (None, size):
             raise UncertainError("the size of the frames changes")
         self._size = size
@@ -37,4 +37,4 @@ class InOrderParser(Parser):
 
     @abstractmethod
     def _read(self, packet: memoryview) -> FrameHeader:
-        """The header of the frame of a packet, but for its order."""
+        """The header of a packet's frame, except for its order."""

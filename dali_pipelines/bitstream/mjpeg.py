@@ -4,13 +4,13 @@ from dali_pipelines.bitstream.in_order import InOrderParser
 from dali_pipelines.bitstream.parser import FrameHeader
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of headers of a frame: the others in this range define tables."""
+"""Markers of frame headers; the others in this range define tables."""
 
 
 class MjpegParser(InOrderParser):
-    """Motion JPEG: every packet is a frame of its own."""
+    """Motion JPEG: every packet is an independent frame."""
 
-    _place, _header = 0, b""  # of the last header of a frame: most packets have the same one at the same place
+    _place, _header = 0, b""  # of the last frame header: most packets have the same one at the same place
 
     def _read(self, packet: memoryview) -> FrameHeader:
         if not self._header or packet[self._place : self._place + len(self._header)] != self._header:

@@ -9,18 +9,18 @@ from dali_pipelines.bitstream.parser import UNSPECIFIED_MATRIX, FrameHeader, Par
 _VOP_START, _GROUP_START = b"\xb6", b"\xb3"
 _I_VOP, _B_VOP = 0, 2  # vop_coding_type
 _VOP_HEADER_BYTES = 32
-"""More than are read of a VOP's header."""
+"""Bytes to parse of a VOP header, which needs fewer."""
 _EXTENDED_PAR = 15
 
 
 class _Layer(NamedTuple):
-    """The video object layer: the stream's header, up to vop_time_increment_resolution."""
+    """The video object layer, which is the stream's header, up to vop_time_increment_resolution."""
 
     verid: int
     has_b_vops: bool
-    """B-VOPs are announced."""
+    """Whether the header announces B-VOPs."""
     vop_time_increment_resolution: int
-    """Units of time a second."""
+    """Units of time per second."""
 
     @property
     def increment_bits(self) -> int:
@@ -29,19 +29,19 @@ class _Layer(NamedTuple):
 
 
 class Mpeg4Parser(Parser):
-    """A reference frame is shown when the next one is decoded, a B-VOP at once."""
+    """A reference frame is shown when the next one is decoded, a B-VOP immediately."""
 
     reorder = 1
 
     def __init__(self, extradata: bytes):
         layer = next(filter(_is_layer, annex_b(extradata)), None)
         if layer is None:
-            raise UncertainError("no header of the stream")
+            raise UncertainError("no stream header")
         self._extradata, self._unit = extradata, layer
         self._layer = _read_layer(Bits(layer[1:]))
         self._references = self._count = 0
         self._follows_start = False
-        self._seconds = self._previous_seconds = 0  # that times of the next reference, and of B-VOPs, count from
+        self._seconds = self._previous_seconds = 0  # time base of the next reference frame, and of B-VOPs
         self._times = (0, 0)  # of the last two references
 
     def read(self, packet: memoryview) -> FrameHeader:
@@ -73,8 +73,8 @@ class Mpeg4Parser(Parser):
         return FrameHeader((2 * self._references + 1, 0), starts_group=vop_coding_type == _I_VOP)
 
     def _read_time(self, bits: Bits, *, is_b: bool) -> None:
-        """FFmpeg throws B-VOPs away whose times are not between those of the two references, and shows references at
-        once if no B-VOPs are announced."""
+        """Reads and checks the time of a VOP. FFmpeg discards B-VOPs with times outside those of the two references,
+        and shows references immediately if no B-VOPs are announced."""
         seconds = 0
         while bits.u(1):  # modulo_time_base
             seconds += 1
@@ -140,7 +140,7 @@ def _read_layer(bits: Bits) -> _Layer:
             bits.skip(latter_half_vbv_occupancy=15, marker_bit=1)
     video_object_layer_shape = bits.u(2)
     if video_object_layer_shape:
-        raise UncertainError("frames that are no rectangles")
+        raise UncertainError("frames that are not rectangular")
     bits.skip(marker_bit=1)
     return _Layer(verid, has_b_vops, vop_time_increment_resolution=bits.u(16))
 
@@ -174,7 +174,7 @@ def _format(unit: bytes) -> StreamFormat:
 
 
 def _is_partitioned(bits: Bits, verid: int) -> bool:
-    """data_partitioned; `bits` begin after sprite_enable, which is 0. True if it cannot be told."""
+    """data_partitioned; `bits` start after sprite_enable, which is 0. True if unknown."""
     not_8_bit = bits.u(1)
     if not_8_bit:
         bits.skip(quant_precision=4, bits_per_pixel=4)

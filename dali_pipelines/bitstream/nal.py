@@ -1,4 +1,4 @@
-"""What H.264 and HEVC share: packets of NAL units, parameter sets, picture order counts.
+"""Shared by H.264 and HEVC: packets of NAL units, parameter sets, picture order counts.
 
 Sources: ITU-T H.264 7.3 and 8.2.1, annex B; H.265 7.3 and 8.3.1; ISO/IEC 14496-15 (avcC and hvcC).
 """
@@ -11,16 +11,16 @@ from dali_pipelines.bitstream.bits import Bits
 from dali_pipelines.bitstream.parser import Parser, Rewrite, UncertainError
 
 SLICE_HEADER_BYTES = 32
-"""More than are read of a slice header."""
+"""Bytes to parse of a slice header, which needs fewer."""
 
 
 def rbsp(nal: bytes) -> bytes:
-    """The payload without the emulation_prevention_three_bytes, which keep start codes from appearing in it."""
+    """The payload without the emulation_prevention_three_bytes, which prevent start codes from appearing in it."""
     return nal.replace(b"\0\0\3", b"\0\0")
 
 
 def with_emulation_prevention(payload: bytes) -> bytes:
-    """The opposite of `rbsp`."""
+    """The inverse of `rbsp`."""
     out, zeros = bytearray(), 0
     for byte in payload:
         if zeros == 2 and byte <= 3:
@@ -51,7 +51,7 @@ def _length_prefixed(data: memoryview, size: int) -> Iterator[memoryview]:
 
 
 def read_sets(data: bytes, place: int, count: int) -> Iterator[bytes]:
-    """`count` units with 16-bit lengths, from byte `place` on."""
+    """Yields `count` units with 16-bit lengths, starting at byte `place`."""
     for _ in range(count):
         end = place + 2 + int.from_bytes(data[place : place + 2])
         yield data[place + 2 : end]
@@ -59,10 +59,10 @@ def read_sets(data: bytes, place: int, count: int) -> Iterator[bytes]:
 
 
 class Configuration(NamedTuple):
-    """The header that MP4 and Matroska have for a stream: avcC or hvcC."""
+    """The header of a stream in MP4 and Matroska: avcC or hvcC."""
 
     length_size: int
-    """Bytes of the length in front of each NAL unit of a packet."""
+    """Size in bytes of the length prefix of each NAL unit in a packet."""
     units: list[bytes]
     """Parameter sets."""
 
@@ -72,7 +72,7 @@ class HasSps(Protocol):
 
     @property
     def sps(self) -> int:
-        """The number of its SPS."""
+        """The id of its SPS."""
 
 
 Sps = TypeVar("Sps")
@@ -80,15 +80,15 @@ Pps = TypeVar("Pps", bound=HasSps)
 
 
 class NalParser(Parser, Generic[Sps, Pps]):
-    """Keeps what is needed of each SPS and PPS."""
+    """Keeps the needed fields of each SPS and PPS."""
 
-    reorder = 16  # the size of a decoder's buffer at most
+    reorder = 16  # the largest size of a decoder's buffer
 
     def __init__(self, extradata: bytes):
         self._sps: dict[int, Sps] = {}
         self._pps: dict[int, Pps] = {}
         self._known: set[bytes] = set()
-        self._active_sps: int | None = None  # its number
+        self._active_sps: int | None = None  # its id
         self._sequence = -1  # number of the last picture that restarted the order count
         self._previous = 0  # order count that the next one is relative to
         self._length_size = 0  # 0: start codes
@@ -125,12 +125,13 @@ class NalParser(Parser, Generic[Sps, Pps]):
         return _length_prefixed(data, self._length_size) if self._length_size else annex_b(bytes(data))
 
     def _check_set(self, unit: bytes) -> None:
-        """A set within the stream must be one of those before it: a decoder that skips packets could miss it."""
+        """Raises `UncertainError` for a new parameter set within the stream: a decoder that skips packets could miss
+        it."""
         if unit.rstrip(b"\0") not in self._known:
             raise UncertainError("the parameters of the stream change")
 
     def _parameters(self, number: int) -> tuple[Pps, Sps]:
-        """PPS `number`, and its SPS."""
+        """The PPS with id `number`, and its SPS."""
         try:
             pps = self._pps[number]
             sps = self._sps[pps.sps]
@@ -142,7 +143,7 @@ class NalParser(Parser, Generic[Sps, Pps]):
         return pps, sps
 
     def _order_count(self, lsb: int, bits: int) -> int:
-        """The full count from its low bits: the one near the previous (H.264 8.2.1.1, H.265 8.3.1)."""
+        """The full count, from its low bits and the previous count (H.264 8.2.1.1, H.265 8.3.1)."""
         period = 1 << bits
         previous_lsb = self._previous % period
         count = self._previous - previous_lsb + lsb
@@ -157,7 +158,7 @@ class NalParser(Parser, Generic[Sps, Pps]):
         found = {unit: self._without_cropping(unit) for unit in self._parameter_sets() if self._is_sps(unit)}
         sizes = {size for _, size in found.values()}
         if len(sizes) != 1:
-            raise UncertainError("parameter sets of several sizes")
+            raise UncertainError("parameter sets with several sizes")
         changed = {old: new for old, (new, _) in found.items() if new != old}
         return Rewrite(changed, sizes.pop(), self._length_size) if changed else None
 

@@ -1,10 +1,10 @@
-"""What a parser of a codec's headers is, and what it finds."""
+"""The interface of a codec's header parser, and the types of its results."""
 
 from abc import abstractmethod
 from typing import NamedTuple, Protocol
 
 UNSPECIFIED_MATRIX = 2
-"""matrix_coefficients (H.273) of a stream that does not tell its colour matrix."""
+"""matrix_coefficients (H.273) of a stream that does not state its colour matrix."""
 
 
 class UncertainError(Exception):
@@ -12,55 +12,55 @@ class UncertainError(Exception):
 
 
 class MissingFrameError(UncertainError):
-    """A frame that others refer to seems to be missing."""
+    """A reference frame seems to be missing."""
 
 
 class FrameHeader(NamedTuple):
-    """What the headers of one packet say of its frame."""
+    """What the headers of one packet say about its frame."""
 
     order: tuple[int, int] = (0, 0)
-    """Frames are shown in ascending order of this."""
+    """Frames are shown in ascending order of this value."""
     starts_group: bool = False
     """Neither this frame nor a later one that is not `is_leading` refers to an earlier one."""
     is_clean: bool = True
-    """If it starts a group: a decoder that has just decoded another group need not be reset."""
+    """If it starts a group: a decoder that has just decoded another group needs no reset."""
     is_leading: bool = False
     """Refers, or may refer, to frames before the start of its group."""
     is_disposable: bool = False
     """No other frame refers to it."""
     is_shown: bool = True
     is_intra: bool = False
-    """Refers to no other frame. Only read in H.264."""
+    """Refers to no other frame. Only set for H.264."""
     follows_gap: bool = False
-    """Frames that others refer to are missing before it."""
+    """Reference frames are missing before it."""
 
 
 class StreamFormat(NamedTuple):
-    """What one set of parameters says; None if it is not read."""
+    """What one parameter set says; None for fields that are not read."""
 
     size: tuple[int, int] | None = None
     """(height, width) of the frames that are shown, in pixels."""
     offset: tuple[int, int] = (0, 0)
-    """(rows, columns) that are cut off above and to the left of them."""
+    """(rows, columns) cropped at their top and left."""
     has_fields: bool = False
     """Frames may be coded as two fields, or are fields."""
     reorder_frames: int | None = None
-    """Frames that a decoder holds back at most."""
+    """The most frames that a decoder holds back."""
     matrix: int | None = None
     """matrix_coefficients of H.273: 1 is BT.709, 5 and 6 BT.601, 2 unspecified."""
     full_range: bool | None = None
     rare: str = ""
-    """A tool of the codec that hardware may not have; "" for none."""
+    """A tool of the codec that hardware may not support; "" for none."""
 
 
 class Rewrite(NamedTuple):
-    """New parameter sets by those that they replace, each a NAL unit."""
+    """New parameter sets, keyed by those they replace, each a NAL unit."""
 
     sets: dict[bytes, bytes]
     size: tuple[int, int]
     """(height, width) of the frames with the new ones."""
     length_size: int
-    """Bytes of the length in front of each NAL unit of a packet; 0 for start codes."""
+    """Size in bytes of the length prefix of each NAL unit in a packet; 0 for start codes."""
 
     def packet(self, data: bytes) -> bytes:
         """The packet with the new sets."""
@@ -69,8 +69,8 @@ class Rewrite(NamedTuple):
         return data
 
     def extradata(self, data: bytes) -> bytes:
-        """The codec's header in the container with the new sets. Raises `UncertainError` if it does not hold the old
-        ones as they are."""
+        """The codec's header in the container, with the new sets. Raises `UncertainError` if it does not contain the
+        old ones verbatim."""
         length_size = 2 if data[:1] == b"\1" else 0  # avcC and hvcC, or start codes
         for old, new in self.sets.items():
             if _framed(old, length_size) not in data:
@@ -84,13 +84,13 @@ def _framed(unit: bytes, length_size: int) -> bytes:
 
 
 class Parser(Protocol):
-    """Reads the headers of one stream. It is made of the codec's header in the container (FFmpeg's extradata), and
+    """Reads the headers of one stream. It is created from the codec's header in the container (FFmpeg's extradata), and
     then reads every packet in decoding order."""
 
     reorder: int
-    """Frames that a decoder may hold back at most."""
+    """The most frames that a decoder may hold back."""
     waits_for_start: bool = False
-    """Whether a decoder puts nothing out before the first group starts."""
+    """Whether a decoder outputs nothing before the first group starts."""
 
     @abstractmethod
     def read(self, packet: memoryview) -> FrameHeader:
@@ -98,13 +98,14 @@ class Parser(Protocol):
         a header."""
 
     def formats(self) -> list[StreamFormat]:
-        """The format that each set of parameters describes; empty for codecs that have none."""
+        """The format that each parameter set describes; empty for codecs without them."""
         return []
 
     def without_cropping(self) -> Rewrite | None:
-        """Parameter sets for whole frames, as coded; None if frames are not cropped. Raises `UncertainError`."""
+        """Parameter sets for frames as coded; None if frames are not cropped. Raises `UncertainError`."""
         return None
 
     def with_header(self, packet: bytes) -> bytes:
-        """The first packet of a stream, for decoders that read the stream's header only in packets."""
+        """The first packet of a stream with the header added, for decoders that read the stream's header only in
+        packets."""
         return packet

@@ -7,7 +7,7 @@ from dali_pipelines.bitstream.in_order import InOrderParser
 from dali_pipelines.bitstream.parser import FrameHeader, UncertainError
 
 _HEADER_BYTES = 20
-"""More than are read of a frame's header."""
+"""Bytes to parse of a frame header, which needs fewer."""
 _SUPERFRAME_MARKER = 6
 _CS_RGB = 7  # color_space
 
@@ -25,7 +25,7 @@ class Vp9Parser(InOrderParser):
         return FrameHeader(starts_group=frames[0][0], is_shown=bool(shown))
 
     def _read_frame(self, data: memoryview) -> tuple[bool, bool]:
-        """(is a key frame, is shown)."""
+        """Returns (is a key frame, is shown)."""
         bits = Bits(bytes(data[:_HEADER_BYTES]))
         bits.skip(frame_marker=2)
         profile_low_bit, profile_high_bit = bits.u(1), bits.u(1)
@@ -64,13 +64,13 @@ class Vp9Parser(InOrderParser):
             bits.skip(ref_frame_idx=3, ref_frame_sign_bias=1)
         for _ in range(3):
             found_ref = bits.u(1)
-            if found_ref:  # the size is that of a reference, which is the same so far
+            if found_ref:  # the size is that of a reference frame, the same so far
                 return
         self._check_size(_read_frame_size(bits))
 
 
 def _frames(data: memoryview) -> Iterator[memoryview]:
-    """The frames of a superframe: its index, the last bytes, has their sizes."""
+    """The frames of a superframe, whose index, at its end, has their sizes."""
     marker = data[-1]
     frames_in_superframe, bytes_per_size = (marker & 7) + 1, (marker >> 3 & 3) + 1
     index = data[-2 - frames_in_superframe * bytes_per_size : -1]

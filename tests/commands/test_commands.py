@@ -118,7 +118,7 @@ def test_names_that_are_not_utf8_go_through_all_commands(config_file, small_data
             )
     (tmp_path / "videos" / "notes.txt").touch()
     done = run("prepare.py", "folder", "videos", "--val-fraction", "0.3", cwd=tmp_path)
-    assert done.returncode == 0 and "videos: 1 file passed over: 1 .txt" in done.stdout, done.stderr
+    assert done.returncode == 0 and "videos: 1 file skipped: 1 .txt" in done.stdout, done.stderr
     manifest = Manifest.read(tmp_path / "videos" / "val.csv")
     assert manifest.classes == tuple(map(os.fsdecode, names)) and manifest[0].path.startswith("k\udcff/v\udcfe")
     data = ["data.train=videos/train.csv", "data.val=videos/val.csv", "train.epochs=1"]

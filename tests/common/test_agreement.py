@@ -37,7 +37,7 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(config_file, tm
         wait_for(lambda: len(list_checkpoints(output / "checkpoints")) == 2)
         second = run("train.py", "-c", config_file, "--resume")
         assert second.returncode == 2, second.stdout
-        assert f"{output}: another process writes there (process {first.pid} on " in second.stderr
+        assert f"{output}: another process is writing there (process {first.pid} on " in second.stderr
         assert first.poll() is None
         # Its workers, which may live a moment longer, do not hold the lock.
         os.kill(first.pid, signal.SIGKILL)
@@ -67,7 +67,7 @@ def test_two_evaluations_in_one_folder(config_file, small_data, tmp_path):
             results,
         ]
         refused = run("evaluate.py", *arguments)
-        assert refused.returncode == 2 and f"another process writes there (process {holder.pid}" in refused.stderr
+        assert refused.returncode == 2 and f"another process is writing there (process {holder.pid}" in refused.stderr
         assert [path.name for path in results.iterdir()] == ["lock"]
         holder.kill()
     done = run("evaluate.py", *arguments)
@@ -96,7 +96,7 @@ def test_a_file_system_without_locks_is_said_and_used(config_file, monkeypatch, 
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     train(config_file, "train.max_steps=1")
-    assert "its file system has no locks (No locks available): start no second run" in capsys.readouterr().out
+    assert "its file system has no locks (No locks available): do not start a second run" in capsys.readouterr().out
 
 
 def test_unfinished_files_have_names_of_their_own_and_do_not_pile_up(tmp_path):

@@ -60,7 +60,7 @@ def test_other_files_are_refused(weights, tmp_path):
         ("cut", "damaged"),
         ("pickle", "not a safetensors file"),
         ("empty", "not a safetensors file"),
-        ("foreign", "not the weights that train.py writes"),
+        ("foreign", "not weights written by train.py"),
         ("less", "damaged: norm.bias is not what its header says"),
         ("nan", "damaged: norm.bias"),
         ("classes", "damaged: head.bias"),
@@ -185,15 +185,15 @@ def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
     vit = {name: value for name, value in weights.state.items() if "temporal" not in name and name != "time_embed"}
     save_file(vit, tmp_path / "vit.safetensors")
     for file, config_path, overrides, message in [
-        (path, None, [], "does not say how clips are cut and which classes there are; name a config with -c"),
+        (path, None, [], "does not say how clips are cut, or what the classes are; give a config with -c"),
         (
             tmp_path / "x.safetensors",
             None,
             [],
-            "x.safetensors: not the weights that train.py writes; for other weights",
+            "x.safetensors: not weights written by train.py; for other weights",
         ),
         (tmp_path / "x.safetensors", golden_config, [], "not weights of a known vision transformer"),
-        (path, golden_config, ["data.labels=null"], "tiny.pdparams: names no classes; name a file that does"),
+        (path, golden_config, ["data.labels=null"], "tiny.pdparams: has no class names; give a file with one per line"),
         (
             path,
             golden_config,
@@ -222,7 +222,7 @@ def test_the_mean_of_weights(weights, tmp_path):
     save_weights(tmp_path / "other.safetensors", dataclasses.replace(weights, classes=("a", "b", "c")))
     with pytest.raises(InputError, match=r"one file cannot be averaged"):
         average_weights(paths[:1])
-    with pytest.raises(InputError, match=r"other.safetensors: its classes is not that of .*0.safetensors"):
+    with pytest.raises(InputError, match=r"other.safetensors: its classes differs from .*0.safetensors"):
         average_weights([paths[0], str(tmp_path / "other.safetensors")])
 
 

@@ -47,7 +47,7 @@ def test_results_in_the_order_of_the_tasks_and_equal_ones_once(noted, tmp_path, 
 def test_one_that_hangs_crashes_or_fails_costs_itself_alone(noted, tmp_path):
     for function, reason in {
         "hang": r"given up after 1 s \(--timeout\)",
-        "crash": "the process that reads it ends with signal 11, twice",
+        "crash": "the process that reads it ended with signal 11, twice",
         "refuse": "not that one",
         "bug": "KeyError",
     }.items():

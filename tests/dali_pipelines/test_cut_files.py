@@ -95,7 +95,7 @@ def test_a_frame_that_is_missing_further_on_is_a_fault_for_all(tmp_path, whole, 
         probe_file(video.path, True)
 
 
-REPEATS, LEAVES_OUT = "an edit list repeats frames", "an edit list leaves frames out that others refer to"
+REPEATS, LEAVES_OUT = "an edit list repeats frames", "an edit list leaves out frames that others refer to"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_file_whose_frames_are_other_ones_than_its_headers_say_is_refused(tmp_
     """Nothing is known that does so: the selection here is made wrong."""
     shown = PacketReader.shown
     monkeypatch.setattr(PacketReader, "shown", lambda reader: shown(reader)[::-1])
-    with pytest.raises(InputError, match="a decoder puts out other frames than its headers say"):
+    with pytest.raises(InputError, match="a decoder outputs other frames than its headers say"):
         probe(whole("hevc"))
 
 

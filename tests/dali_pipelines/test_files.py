@@ -299,7 +299,9 @@ def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypat
     monkeypatch.setattr(files, "_MOST_BYTES", 1 << 20)
     with pytest.raises(InputError, match="larger than 1 MiB, too large to be read from a URL; copy it to a disk"):
         fetch(f"{web.url}/a.mp4")
-    with pytest.raises(InputError, match=r"sends whole files and no parts of them \(HTTP Range\)"):
+    with pytest.raises(
+        InputError, match=r"sends only whole files; shards and packet indexes need parts of files \(HTTP Range\)"
+    ):
         fetch(Source(f"{web.url}/a.tar", 512, 1000))
     with pytest.raises(InputError, match="larger than 1 MiB"):  # as a manifest may claim
         fetch(Source(f"{web.url}/a.tar", 512, 1 << 62))
@@ -319,12 +321,12 @@ def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypat
 @pytest.mark.parametrize(
     "status, headers, reason",
     [
-        (206, {"Content_Range": "bytes 0-999/5000"}, "sends another part of the shard than was asked for"),
-        (206, {}, "sends another part of the shard"),
-        (200, {}, "sends whole files and no parts"),
+        (206, {"Content_Range": "bytes 0-999/5000"}, "sends a part of the shard that was not requested"),
+        (206, {}, "sends a part of the shard that was not requested"),
+        (200, {}, "sends only whole files"),
         (302, {"Location": "/a.tar"}, "tried 3 times: .*a.tar"),
     ],
-    ids=["another range", "no range", "as long as asked for", "redirects for ever"],
+    ids=["another range", "no range", "full length, status 200", "redirects forever"],
 )
 def test_other_bytes_than_those_asked_for_are_not_taken(web, no_pause, status, headers, reason):
     web.instead = answer(bytes(1000), status, **headers)
@@ -417,10 +419,10 @@ def test_any_file_system_of_fsspec(plain, packed):
 @pytest.mark.parametrize(
     "url, reason",
     [
-        ("reference://a.mp4::{}/list.json", "reference is not opened: it is a list of other files, made of templates"),
-        ("zip://a.mp4::reference::file://{}/list.json", "reference is not opened"),
-        ("filecache::file://{}/a.mp4", "filecache is not opened: set data.cache instead"),
-        ("SimpleCache::file://{}/a.mp4", "SimpleCache is not opened"),
+        ("reference://a.mp4::{}/list.json", "reference is refused: it is a list of other files, made of templates"),
+        ("zip://a.mp4::reference::file://{}/list.json", "reference is refused"),
+        ("filecache::file://{}/a.mp4", "filecache is refused: set data.cache instead"),
+        ("SimpleCache::file://{}/a.mp4", "SimpleCache is refused"),
     ],
 )
 def test_what_does_more_than_to_read_bytes_is_not_opened(tmp_path, monkeypatch, url, reason):

@@ -49,11 +49,11 @@ def test_what_is_passed_over_is_counted(tmp_path):
         touch(tmp_path / name)
     found = videos_below(tmp_path)
     assert found.videos == ["a/x.ogv", "b.MTS"]
-    assert found.note.startswith("5 files passed over: 2 .txt, ")  # the most first
-    others = found.note.removeprefix("5 files passed over: 2 .txt, ").split(", ")
+    assert found.note.startswith("5 files skipped: 2 .txt, ")  # the most first
+    others = found.note.removeprefix("5 files skipped: 2 .txt, ").split(", ")
     assert sorted(others) == ["1 ._* of macOS", "1 .srt", "1 no suffix"]
     os.remove(tmp_path / "n.txt")
-    assert videos_below(tmp_path / "a").note == "1 file passed over: 1 .txt"
+    assert videos_below(tmp_path / "a").note == "1 file skipped: 1 .txt"
 
 
 def test_linked_folders_are_followed_from_each_place_and_loops_are_noticed(tmp_path):

@@ -124,7 +124,7 @@ TROUBLE = [
     (make_cropped, "its frames are cropped at the top or left, or not to the size of the container"),
     (make_cropped_hevc, "its frames are cropped at the top or left, or not to the size of the container"),
     (make_untold_matrix, "its colour matrix is in the container only"),
-    (make_untold_range, "full range that its pixel format does not tell"),
+    (make_untold_range, "its full colour range does not show in its pixel format"),
     (make_rare_matrix, "its colour matrix is neither BT.601 nor BT.709 nor BT.2020"),
 ]
 

@@ -35,7 +35,7 @@ def test_decoding_stops_at_the_last_wanted_picture(video):
 
 def test_reasons(video, tmp_path):
     with pytest.raises(
-        InputError, match="frame 60 is planned, but only 60 come out; if the file was replaced, index it"
+        InputError, match="frame 60 is needed, but it decodes to only 60 frames; if the file was replaced, index it"
     ):
         decode_frames(video, np.array([0, 60]), size=SIZE)
     with pytest.raises(

@@ -477,7 +477,7 @@ def test_a_hanging_and_a_crashing_decoder_cost_one_sample_each(textured_videos, 
     assert [n for n, valid in enumerate(torch.cat([batch.valid for batch in batches])[:13]) if not valid] == [4, 9]
     reasons = {fault.sample_id: fault.reason for fault in made.stats.faults}
     assert reasons[HANGS] == "not decoded within timeout_s = 2 seconds"
-    assert reasons[CRASHES] == "the process that decodes it ends with signal 11, twice"
+    assert reasons[CRASHES] == "the process that decodes it ended with signal 11, twice"
     assert made.stats.fallbacks == {"a worker process hung": 1, "a worker process died": 2}
     assert len(list(made)) == 4 and sum(made.stats.fallbacks.values()) == 3  # neither is tried again
 
@@ -507,7 +507,7 @@ def test_workers_in_trouble_do_not_stop_the_run(textured_videos, trouble):
 
 def test_workers_that_cannot_live_end_the_run(textured_videos, monkeypatch):
     monkeypatch.setattr(workers_module, "ClipSource", DyingSource)
-    with pytest.raises(InputError, match="the loader's processes end again and again"):
+    with pytest.raises(InputError, match="the loader's processes keep ending"):
         next(iter(loader(textured_videos, workers=2)))
 
 

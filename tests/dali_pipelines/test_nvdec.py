@@ -520,11 +520,11 @@ def test_threads_that_cannot_start_end_the_run(some, monkeypatch):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         pool.result(pool.submit(sample, (1, 1)))
     pool.close()
-    with pytest.raises(RuntimeError, match="the threads that decode have ended"):
+    with pytest.raises(RuntimeError, match="the decoding threads have ended"):
         pool.result(pool.submit(sample, (1, 1)))
 
 
-# -- what must be there --
+# -- what must be installed --
 
 
 def test_torchcodec_takes_the_ffmpeg_of_pyav():
@@ -544,7 +544,7 @@ def test_torchcodec_takes_the_ffmpeg_of_pyav():
     "reason",
     [
         "torchcodec is not installed: pip install 'torchcodec>=0.11'",
-        "the driver says that this GPU has no NVDEC engine",
+        "the driver reports no NVDEC engine on this GPU",
     ],
 )
 def test_without_torchcodec_or_nvdec(some, monkeypatch, reason):
@@ -578,7 +578,7 @@ def test_auto_on_a_gpu_uses_both_and_says_so(monkeypatch):
     made = loader(manifest(250), "train", decode="auto", device="cuda", workers=16, crop_size=224, stride=32)
     assert made._workers.routing.engine == "nvdec" and 0.2 < made.host_share < 0.4
     assert re.fullmatch(
-        r"by the manifest, NVDEC \(7 engines\) alone decodes about 1\d\d clips/s, together with 16 workers about "
+        r"estimated from the manifest: NVDEC \(7 engines\) alone decodes about 1\d\d clips/s, with 16 workers about "
         rf"2\d\d: host_share {made.host_share:g}",
         made.decode_note,
     )

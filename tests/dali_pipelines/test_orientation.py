@@ -96,7 +96,7 @@ def test_a_matrix_that_says_nothing_or_is_a_little_tilted_is_no_turn(tmp_path, m
 @pytest.mark.parametrize("matrix, angle", [((0.866, -0.5, 0.5, 0.866), 30), ((-0.6, 0.8, 0.8, 0.6), 53)])
 def test_other_angles_are_named(tmp_path, matrix, angle):
     path = write_video(tmp_path / "a.mp4", textured(4, height=64, width=96))
-    with pytest.raises(InputError, match=f"^turned by {angle} degrees; only quarter turns are known$"):
+    with pytest.raises(InputError, match=f"^rotated by {angle} degrees; only quarter turns are supported$"):
         probe(set_matrix(path, matrix))
 
 

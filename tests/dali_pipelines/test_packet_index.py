@@ -125,9 +125,9 @@ def another_head(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (without_its_end, "the file has another size than when it was indexed"),
-        (one_byte_longer, "the file has another size than when it was indexed"),
-        (another_head, "the file is another than when it was indexed"),
+        (without_its_end, "the file's size has changed since it was indexed"),
+        (one_byte_longer, "the file's size has changed since it was indexed"),
+        (another_head, "the file is not the one that was indexed"),
     ],
 )
 def test_a_file_that_has_changed_is_read_through(indexed, tmp_path, change, reason):
@@ -170,7 +170,7 @@ def test_an_edit_list_that_has_changed_is_noticed(tmp_path):
     (tmp_path / "a.mp4").write_bytes(data.replace(edits, np.array([1600, 20 * 512], ">i4").tobytes()))
     after, stats = clips(manifest)
     assert same(after, clips(without_index(manifest))[0]) and not torch.equal(after.clips, before.clips)
-    assert stats.fallbacks == {READ_ALL + "the file is another than when it was indexed": 1}
+    assert stats.fallbacks == {READ_ALL + "the file is not the one that was indexed": 1}
     (tmp_path / "a.mp4").write_bytes(data)  # another time of change is no reason
     assert same(clips(manifest)[0], before) and clips(manifest)[1].fallbacks == {}
 
@@ -205,7 +205,7 @@ def test_containers_that_cut_packets_say_so(tmp_path):
     manifest.write(tmp_path / "some.csv")
     batch, stats = clips(manifest)
     assert same(batch, clips(without_index(manifest))[0])
-    assert stats.fallbacks == {READ_ALL + "its packets do not lie in one piece": 1}
+    assert stats.fallbacks == {READ_ALL + "its packets are not stored in one piece": 1}
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -362,7 +362,7 @@ def test_only_the_packets_of_a_clip_travel(indexed, tmp_path, decode, shards):
     with serve(manifest.root) as server:
         manifest.root = server.url
         batch, stats = clips(manifest, decode=decode)
-        assert same(batch, expected) and stats.fallbacks.keys() <= {"not by NVDEC: no rules for vp9"}
+        assert same(batch, expected) and stats.fallbacks.keys() <= {"not by NVDEC: no parser for vp9"}
         assert server.sent == sum(bytes_of(indexed, row) for row in range(len(indexed)))
         few = server.sent
         clips(without_index(manifest), decode=decode)

@@ -152,7 +152,7 @@ def test_every_container_but_those_that_cut_packets_is_indexed(tmp_path, codec, 
     path = write_video(tmp_path / f"video.{suffix}", PICTURES[:20], codec=codec)
     everything, entry = decode_all(path), probe_packets(path)[1]
     if suffix in IN_PIECES:
-        with pytest.raises(StaleIndexError, match="do not lie in one piece"):
+        with pytest.raises(StaleIndexError, match="are not stored in one piece"):
             IndexedVideo(Source(path), entry)
     else:
         check_indexed(path, np.array([3, 17]), everything, entry)
@@ -412,7 +412,7 @@ def test_a_codec_without_rules(tmp_path):
         for picture in PICTURES[:20]:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         out.mux(stream.encode())
-    assert fallback(path) == "no rules for mpeg2video"
+    assert fallback(path) == "no parser for mpeg2video"
 
 
 @settings(

@@ -144,7 +144,7 @@ def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folde
     ):
         done = run("prepare.py", *arguments, "--out", "v.csv", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert ("1 file passed over: 1 .srt" in done.stdout) == (arguments[0] == "folder")
+        assert ("1 file skipped: 1 .srt" in done.stdout) == (arguments[0] == "folder")
         manifest = Manifest.read(tmp_path / "v.csv")
         assert manifest.classes == ("jump", "run fast", "swim")
         labels = {manifest[n].path: manifest[n].label for n in range(len(manifest))}
@@ -168,7 +168,7 @@ def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path
     listed, classes, note = read_folder(tmp_path)
     assert listed == [("a/x.mp4", 0)] and classes == ("a",)
     assert note == (
-        f"1 file passed over: 1 .srt; loop: not followed, leads back to {tmp_path}; 2 videos are not in a class folder"
+        f"1 file skipped: 1 .srt; loop: not followed, leads back to {tmp_path}; 2 videos are not in a class folder"
     )
 
 

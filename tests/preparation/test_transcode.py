@@ -343,7 +343,7 @@ def test_bad_videos_are_left_out_and_the_rest_goes_on(folder):
     assert (len(made), made.rejected, made.listed) == (3, 4, 7)
     rejected = (folder / "out" / "all.rejected.csv").read_text().splitlines()
     assert rejected[1].startswith("a/1.mp4,2,not a video that FFmpeg can read")
-    assert rejected[2] == 'b/1.webm,0,"7 frames come out, not 12; if the file was replaced, index it again"'
+    assert rejected[2] == 'b/1.webm,0,"it decodes to 7 frames, not 12; if the file was replaced, index it again"'
     assert not list((folder / "out").rglob("*.part"))
     for name in ("c.mp4", "a/2, b.avi", "b/ä.mkv"):
         (folder / name).unlink()

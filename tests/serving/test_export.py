@@ -623,8 +623,8 @@ def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, m
     )
     (tmp_path / "other.yaml").write_text(f"data: {{val: {small_data}/val.csv}}")
     for text, reason in (
-        ("base: other.yaml", "names another file"),
-        ("name: ${oc.env:HOME}", "a value to be filled in"),
+        ("base: other.yaml", "refers to another file"),
+        ("name: ${oc.env:HOME}", "has an interpolation"),
     ):
         (tmp_path / "config.yaml").write_text(text)
         assert reason in ask().origin and "compared on synthetic" in ask().origin

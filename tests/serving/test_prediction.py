@@ -241,7 +241,7 @@ def test_folders_with_links_and_other_files(weights_file, small_data, tmp_path):
     (tmp_path / "videos" / "more").symlink_to(tmp_path / "more")
     done = run("predict.py", "-w", weights_file, "videos", "--json", *IN_PROCESS, cwd=tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout)["video"] == "videos/more/a.MTS"
-    assert done.stderr == "videos: 1 file passed over: 1 .txt\n"
+    assert done.stderr == "videos: 1 file skipped: 1 .txt\n"
 
 
 def test_json_and_csv_keep_the_order_even_of_bad_videos(weights_file, mixed, small_data, tmp_path):

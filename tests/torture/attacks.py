@@ -231,7 +231,7 @@ def two_starts(place: Place) -> str:
     with Run(place.settings) as first, Run(other) as second:
         statuses = sorted((first.wait(), second.wait()))
         said = first.said + second.said
-    if statuses != [0, 2] or "another process writes there" not in said:
+    if statuses != [0, 2] or "another process is writing there" not in said:
         raise BrokenPromiseError(f"exit statuses {statuses}; {said[-300:]}")
     if first.process.returncode:  # the clips of the one that ran
         shutil.copy(other.folder / "ids.0", place.settings.folder / "ids.0")

@@ -153,7 +153,7 @@ def test_asked_to_end_before_training(config_file):
         wait_for(lambda: "preemption" in _threads(process.pid))
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=20)
-    assert process.returncode == REQUEUE and said == "train.py: SIGTERM: ended before training began\n"
+    assert process.returncode == REQUEUE and said == "train.py: SIGTERM: ended before training started\n"
 
 
 def _threads(pid):
