@@ -4,11 +4,13 @@ Nothing in a file is executed, and nothing in it is trusted: tensors are checked
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import resource
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +78,8 @@ def _read_file(path: Path) -> WeightsFile:
             raise WeightsError(str(error)) from None
     else:
         file = WeightsFile(str(path), _read_torch(path))
+    if sum(value.nbytes for value in file.tensors.values()) > _MOST_SHARED * path.stat().st_size:
+        raise WeightsError(f"{path}: its tensors are larger than the file: many names for the same data")
     for name, value in file.tensors.items():
         if name.rpartition(".")[2] == AVERAGED_COUNT and value.numel() == 1:
             continue
@@ -183,7 +187,28 @@ def _read_safetensors(path: Path) -> WeightsFile:
         raise WeightsError(f"{path}: its header is not what train.py writes ({error})") from None
 
 
-def _is_compressed(path: Path) -> bool:
+_MOST_SHARED = 8
+"""Tensors may share data, as tied layers do: bytes of all tensors at most, in multiples of the size of the file."""
+_ROOM = 1 << 30  # bytes that loading may need beside the tensors
+
+
+@contextlib.contextmanager
+def memory_for(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within, this process gets no more memory than loading an honest file at `path` takes: what asks for more raises
+    MemoryError. A pickle of 100 bytes can ask torch.load for terabytes, even with `weights_only`."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    used = re.search(r"^VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    limits = [int(used[1]) * 1024 + 3 * os.path.getsize(path) + _ROOM] if used else []
+    limits += [limit for limit in before if limit != resource.RLIM_INFINITY]
+    if limits:
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def is_compressed(path: Path) -> bool:
     """Whether a zip file is compressed. torch.save does not compress, but torch.load would unpack any size."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -193,11 +218,11 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    if _is_compressed(path):
+    if is_compressed(path):
         raise WeightsError(f"{path}: compressed inside, which torch.save does not do; save it again")
     try:
         # Checkpoints of timm, DeiT and MAE contain their command line: attributes only, which run nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), memory_for(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, with advice to trust the file
         raise WeightsError(

@@ -92,7 +92,7 @@ class Folder(NamedTuple):
     listed: list[Listed]
     classes: tuple[str, ...]
     note: str
-    """Describes the files that were passed over; "" if there are none."""
+    """Describes the skipped files; "" if there are none."""
 
 
 def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.weights import Weights
 from dali_pipelines.errors import InputError
+from model.pretrained_files import memory_for
 from serving.exported import Exported, Precision, first_line, read_header, write_header
 from serving.verification import (
     Classifier,
@@ -57,11 +58,13 @@ def open_torch(path: Path) -> Exported:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if _is_compressed(archive, path.stat().st_size):  # before anything is unpacked
+                raise InputError(f"{path}: refused, because export.py never writes compressed members")
             names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}")]
             metadata = json.loads(archive.read(names[0])) if names else {}
             # Check before torch opens it; torch never opens a file that export.py did not write.
             header = read_header(path, metadata, format=FORMAT)
-            if problem := _forbidden_content(archive, path.stat().st_size):
+            if problem := _forbidden_content(archive):
                 raise InputError(f"{path}: refused, because export.py never writes {problem}")
             if (damaged := archive.testzip()) is not None:
                 raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
@@ -70,13 +73,17 @@ def open_torch(path: Path) -> Exported:
     except Exception as error:  # from zipfile, zlib or json
         raise InputError(f"{path}: not a .pt2 file, or a damaged one ({first_line(error)})") from None
     try:
-        network = torch.export.load(path).module()
+        with memory_for(path):
+            network = torch.export.load(path).module()
     except Exception as error:  # usually a file of another torch version; torch raises a dozen types
         raise InputError(f"{path}: torch {torch.__version__} cannot open it ({first_line(error)})") from None
 
     def run(clips: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return network(clips)
+        try:
+            with torch.inference_mode():
+                return network(clips)
+        except Exception as error:  # of any operator
+            raise InputError(f"{path}: the exported network cannot be run ({first_line(error)})") from None
 
     return Exported(**vars(header), run=run)
 
@@ -100,16 +107,20 @@ _TEXTS = {  # patterns for the values of these keys, at any depth; other values 
 _WORD = r"[\w.+-]*"
 
 
-def _forbidden_content(archive: zipfile.ZipFile, size: int) -> str:
-    """Names the content of a .pt2 file of `size` bytes that could make torch 2.13 run code or fill the memory; "" if
-    there is none. torch unpickles entries marked as pickles, looks up functions by name, generates Python from the
-    names of values, and evaluates expressions and guards."""
+def _is_compressed(archive: zipfile.ZipFile, size: int) -> bool:
+    """Whether members of a file of `size` bytes are compressed, or share their bytes."""
+    members = archive.infolist()
+    return any(member.compress_type for member in members) or sum(member.file_size for member in members) > size
+
+
+def _forbidden_content(archive: zipfile.ZipFile) -> str:
+    """Names the content of a .pt2 file that could make torch 2.13 run code; "" if there is none. torch unpickles entries
+    marked as pickles, looks up functions by name, generates Python from the names of values, and evaluates expressions
+    and guards."""
     members = archive.infolist()
     names = [member.filename.lower() for member in members]  # as torch looks them up
     if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) > 1:
         return "a member twice, or several folders"
-    if any(member.compress_type for member in members) or sum(member.file_size for member in members) > size:
-        return "compressed members"
     for member in members:
         if not _MEMBERS.fullmatch(member.filename):
             return repr(member.filename)

@@ -43,7 +43,7 @@ def find_videos(arguments: Sequence[str], warn: Callable[[str], None] = _warn) -
     """Resolves the arguments to files, manifests and `STDIN`, which is not read yet. Raises `InputError` if an argument
     matches nothing.
 
-    A missing file is kept: its prediction is `Unreadable`. `warn` gets a message about files passed over in folders.
+    A missing file is kept: its prediction is `Unreadable`. `warn` gets a message about skipped files in folders.
     """
     found: list[Found] = []
     files: list[str] = []  # the last of `found`, while arguments name files
@@ -107,7 +107,7 @@ def _closed(pattern: str) -> str:
 
 
 def _below(folder: str) -> tuple[list[str], str]:
-    """Returns (paths of the videos in and below a folder, a note about files passed over)."""
+    """Returns (paths of the videos in and below a folder, a note about skipped files)."""
     found = videos_below(folder)
     return [str(Path(folder, path)) for path in found.videos], found.note
 

@@ -14,6 +14,7 @@ import torch
 
 from common.weights import atomic_rename, atomic_write
 from dali_pipelines.errors import InputError
+from model.pretrained_files import is_compressed, memory_for
 
 _NUM_KEPT = 2
 _NAME = re.compile(r"step_(\d{8,})-([0-9a-f]{16})\.pt")
@@ -114,7 +115,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if not is_intact(path):
             raise DamagedError(f"{path}: damaged, its checksum is not the one in its name")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if is_compressed(path):
+            raise InputError(f"{path}: not a checkpoint of this program (compressed)")
+        with memory_for(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except InputError:

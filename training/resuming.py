@@ -6,13 +6,14 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from common.agreement import versions
 from common.config import Config, flat
 from common.distributed import DistributedContext
 from dali_pipelines.errors import InputError
 from training.checkpoints import Checkpoint, load_checkpoint, load_newest_checkpoint
+from training.compiling import Mode
 
 FORMAT = 2
 """Version of the checkpoints."""
@@ -100,6 +101,27 @@ def _launch_id() -> str | None:
         return name
     start_time = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
     return f"{socket.gethostname()} {os.getppid()} {start_time}"
+
+
+def check_values(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises `InputError` if numbers in the checkpoint at `path` with this `state` are none that a run can have, and
+    KeyError or TypeError if they are missing. Each alone would train on, to other weights or a late traceback."""
+    position = state["loader"]
+    counts = {key: state[key] for key in ("step", "failed", "fault_bytes", "log_bytes")}
+    counts |= {f"loader.{key}": position[key] for key in ("epoch", "entries", "rows", "step_entries")}
+    wrong = [key for key, value in counts.items() if type(value) is not int or not 0 <= value < 1 << 62]
+    wrong += [] if type(state["is_validated"]) is bool else ["is_validated"]
+    wrong += [] if isinstance(best := state["best_top1"], int | float) and -1 <= best <= 1 else ["best_top1"]
+    wrong += [] if all(type(step) is int for step in state["left_out"]) else ["left_out"]
+    wrong += [] if state.get("mode") in (None, *get_args(Mode)) else ["mode"]
+    if not wrong:
+        clips_a_step = position["step_entries"]
+        steps_per_epoch = position["rows"] * position["views_per_decode"] // clips_a_step
+        steps = position["epoch"] * steps_per_epoch + position["entries"] // clips_a_step
+        wrong += [] if state["step"] == steps else ["step"]
+    if wrong:
+        value = str(counts.get(wrong[0], state.get(wrong[0])))[:80]
+        raise InputError(f"{path}: not a checkpoint of this run ({wrong[0]} is {value})")
 
 
 def check_resumable(

@@ -21,7 +21,7 @@ from training.averaging import WeightAverage, averaged_weights
 from training.checkpoints import host_copy
 from training.compiling import Mode
 from training.optimizer import load_optimizer_state
-from training.resuming import FORMAT, check_resumable
+from training.resuming import FORMAT, check_resumable, check_values
 from training.step_metrics import StepResult
 
 
@@ -168,10 +168,11 @@ class RunState:
                     num_videos=len(self._loader.manifest),
                     checksums=self._checksums,
                 )
+                check_values(path, state)
                 self._load_state_dict(state)
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, RuntimeError) as error:
             # Its checksum is right, so this program did not write it.
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise InputError(f"{path}: not a checkpoint of this run ({reason})") from None

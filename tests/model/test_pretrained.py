@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pickle
+import resource
 import struct
 import threading
 import zipfile
@@ -522,6 +523,37 @@ def test_a_torch_file_with_a_program_in_it_is_refused(tmp_path, monkeypatch):
         with pytest.raises(WeightsError, match=name):
             load_pretrained(network(), name)
     assert sorted(os.listdir(tmp_path)) == ["a.pyth", "b.pth", "c.pth"]
+
+
+@pytest.mark.parametrize("format", ["zip", "old"])
+def test_a_torch_file_cannot_take_memory_that_it_does_not_fill(tmp_path, format):
+    """torch lets a pickle call bytearray, which fills as much as it is told to; a storage needs only its size."""
+    path = tmp_path / "w.pth"
+    torch.save({"w": torch.zeros(300)}, path, _use_new_zipfile_serialization=format == "zip")
+    wants = b"c__builtin__\nbytearray\n\x8a\x05" + (16 << 30).to_bytes(5, "little") + b"\x85R"
+    if format == "zip":
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, b"\x80\x02" + wants + b"." if name.endswith("data.pkl") else data)
+    else:
+        content = path.read_bytes()
+        assert content.count(b"M\x2c\x01") == 2  # 300, of the storage and of the tensor
+        path.write_bytes(content.replace(b"M\x2c\x01", b"\x8a\x05" + (4 << 30).to_bytes(5, "little")))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(WeightsError, match="w.pth: not a file of torch.save, damaged, or"):
+        load_pretrained(network(), path)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20  # KiB
+
+
+def test_many_names_for_one_tensor_are_refused(tmp_path):
+    """Each is checked: 3,000 of 16 MB take minutes."""
+    shared = torch.zeros(1000)
+    torch.save({f"w{number}": shared for number in range(300)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w.pth: its tensors are larger than the file"):
+        load_pretrained(network(), tmp_path / "w.pth")
 
 
 # -- the Hugging Face Hub --

@@ -400,6 +400,23 @@ def test_a_torch_file_that_could_run_code_is_refused(torch_file, tmp_path, monke
         open_exported(path)
 
 
+def test_compressed_metadata_of_a_torch_file_is_not_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"bomb/extra/{METADATA_FILE}", b" " * (1 << 20))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(InputError, match=r"bomb.pt2: refused, because export.py never writes compressed members"):
+        open_exported(path)
+
+
+def test_an_operator_of_a_torch_file_that_fails_is_named(torch_file, tmp_path):
+    path = _rewritten(
+        torch_file, tmp_path / "odd.pt2", text=(b"torch.ops.aten.gelu.default", b"torch.ops.aten.det.default")
+    )
+    with pytest.raises(InputError, match=r"odd.pt2: .*"):
+        open_exported(path)(torch.zeros(1, 1, 3, 4, 32, 32))
+
+
 def test_names_of_hugging_face_round_trip():
     ours = list(make_weights(qkv_bias=True).state)
     assert [from_hugging_face(to_hugging_face(name)) for name in ours] == ours

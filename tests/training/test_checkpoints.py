@@ -1,9 +1,11 @@
 """Checkpoints are whole and what was written, or not there."""
 
 import errno
+import math
 import os
 import random
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from training.checkpoints import (
     make_room,
     save_checkpoint,
 )
-from training.resuming import find_checkpoint
+from training.resuming import check_values, find_checkpoint
 from training.saving import Saver
 
 
@@ -201,3 +203,29 @@ def test_a_copy_on_the_host_does_not_change_with_the_original():
     weights += 1
     assert copied["a"][0].tolist() == copied["a"][1][0].tolist() == copied["b"]["c"].tolist() == [1, 1, 1]
     assert copied["a"][1][1] == 2 and copied["d"] == "text" and isinstance(copied["a"][1], tuple)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("step", value) for value in (-1, 9, 10**400, math.nan, "8", True)),
+        ("log_bytes", math.nan),
+        ("fault_bytes", -1),
+        ("failed", 10**30),
+        ("best_top1", "0.5"),
+        ("best_top1", math.nan),
+        ("is_validated", "no"),
+        ("left_out", ["8"]),
+        ("mode", "x"),
+        ("loader", {"epoch": 10**18}),
+        ("loader", {"entries": -4}),
+    ],
+)
+def test_numbers_that_no_run_has_are_refused(key, value):
+    """A checkpoint with the right checksum in its name, which this program did not write."""
+    position = {"epoch": 1, "entries": 12, "rows": 20, "step_entries": 4, "views_per_decode": 1}
+    state = {"step": 8, "failed": 0, "fault_bytes": 0, "log_bytes": 4306, "is_validated": False, "best_top1": 0.5}
+    state |= {"left_out": [], "mode": "eager", "loader": position}
+    check_values(Path("step_8.pt"), state)
+    with pytest.raises(InputError, match=rf"step_8.pt: not a checkpoint of this run \(({key}|step|loader\.\w+) is"):
+        check_values(Path("step_8.pt"), state | {key: position | value if key == "loader" else value})
