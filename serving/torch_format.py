@@ -114,7 +114,7 @@ def _is_compressed(archive: zipfile.ZipFile, size: int) -> bool:
 
 
 def _forbidden_content(archive: zipfile.ZipFile) -> str:
-    """Names the content of a .pt2 file that could make torch 2.13 run code; "" if there is none. torch unpickles entries
+    """Names the content of a .pt2 file that could make torch 2.13 run code, or returns "". torch unpickles entries
     marked as pickles, looks up functions by name, generates Python from the names of values, and evaluates expressions
     and guards."""
     members = archive.infolist()
