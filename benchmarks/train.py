@@ -241,10 +241,10 @@ def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]
         )
     elif a < b:
         bound_by, tips = "data", hints["data"]
-        verdict = f"bound by data: the loader supplies {a:.1f} clips/s, and the network could take {b:.1f}"
+        verdict = f"bound by data: the loader supplies {a:.1f} clips/s, and the network could consume {b:.1f}"
     else:
         bound_by, tips = "network", hints["network"]
-        verdict = f"bound by the network: it takes {b:.1f} clips/s, and the loader could supply {a:.1f}"
+        verdict = f"bound by the network: it consumes {b:.1f} clips/s, and the loader could supply {a:.1f}"
     free = min(turn.free_cores for turn in medians.values())
     busy = (
         f"\nother programs were running: only {free:.1f} of {cores:g} cores were free" if free < _QUIET * cores else ""

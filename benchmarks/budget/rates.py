@@ -196,7 +196,7 @@ def limits(rates: Rates, *, is_auto: bool, knows_cores: bool) -> dict[str, float
 
 
 def network_demand(multiply_adds: float, gpu: Gpu, gpus: int, *, passes: int = 3) -> float:
-    """Clips/s that training takes, with `passes` forward passes per clip and two operations per multiply-add."""
+    """Clips/s that training consumes, with `passes` forward passes per clip and two operations per multiply-add."""
     return gpus * gpu.tflops * 1e12 * UTILISATION / (passes * 2 * multiply_adds)
 
 

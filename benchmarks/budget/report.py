@@ -36,7 +36,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.gpus import Gpu
 
 _MEASURE_S = 3.0  # to time decoding
-_LISTED_FILES = 5  # unreadable files that are named
+_LISTED_FILES = 5  # unreadable files to list
 
 
 def budget(
@@ -54,7 +54,7 @@ def budget(
     samples: number of videos to read.
     gpu, gpus: the GPUs that train; None: measure the network on this machine.
     cores: CPU cores of the training machine; None: those of this machine.
-    network_clips: clips/s that training takes on one GPU; None: estimated for `gpu`, measured without it.
+    network_clips: clips/s that training consumes on one GPU; None: estimated for `gpu`, measured without it.
     """
     manifest = read_manifest(manifest_file, key="-m")
     if gpus > 1 and not (gpu or network_clips or torch.cuda.is_available()):
@@ -156,7 +156,7 @@ def _supply(report: dict[str, Any], rates: Rates, *, knows_share: bool) -> dict[
 def _needed(
     report: dict[str, Any], decodes: Sequence[Decode], timings: Timings, host_share: float | None
 ) -> dict[str, float] | None:
-    """Number of cores needed to decode the clips that the network takes, and the share of these clips that the cores
+    """Number of cores needed to decode the clips that the network consumes, and the share of these clips that the cores
     decode. None without NVDEC. host_share None: the cores decode only the surplus of NVDEC."""
     demand, nvdec = report["network"]["clips_per_second"], report["ways"][SELECTED]["nvdec_clips_per_second"]
     if nvdec is None:
@@ -176,7 +176,7 @@ def _labels(config: Config) -> str | None:
 def _demand(
     config: Config, classes: int, gpu: Gpu | None, gpus: int, network_clips: float | None
 ) -> tuple[float, dict[str, Any]]:
-    """Clips/s that the network takes, and how they were determined."""
+    """Clips/s that the network consumes, and how they were determined."""
     if network_clips:
         return gpus * network_clips, {"how": f"{network_clips:g} clips/s per GPU, as given"}
     work = multiply_adds(config, classes)

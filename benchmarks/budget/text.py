@@ -30,7 +30,7 @@ from common.config import Config
 from dali_pipelines.gpus import HD, RATES_FROM, Gpu
 
 _UNCERTAIN, _UNCERTAIN_NVDEC = 1.25, 2.0  # smaller ratios are within the error of timings here, and of GPU figures
-_WIDTH = 118  # characters a line
+_WIDTH = 118  # characters per line
 _TITLES = {
     START: "everything from the file's start",
     SEEK: "from the keyframe before each frame",
@@ -46,15 +46,15 @@ def verdict(report: dict[str, Any]) -> str:
     if report["bound_by"] == "network":
         name = tightest(report["limits"])
         text = (
-            f"the network is the bottleneck: it takes {_number(demand)} clips/s, and {_noun(name, report)} can supply "
-            f"{_number(report['limits'][name])}, {ratio:.1f} times as many"
+            f"the network is the bottleneck: it consumes {_number(demand)} clips/s, and {_noun(name, report)} can "
+            f"supply {_number(report['limits'][name])}, {ratio:.1f} times as many"
         )
     else:
         name = report["bound_by"]
         supply = report["limits"][name]
         text = (
             f"decoding is the bottleneck: {_noun(name, report)} can supply {_number(supply)} clips/s, and the network "
-            f"could take {_number(demand)}, {ratio:.1f} times as many; it would wait {1 - 1 / ratio:.0%} of the time"
+            f"could consume {_number(demand)}, {ratio:.1f} times as many; it would wait {1 - 1 / ratio:.0%} of the time"
         )
     if report["bound_by"] == "network" and report["supply"].get("default_clips_per_second", demand) < demand:
         text += f", with data.host_share={report['supply']['host_share']:g}; the loader's default is too slow"
@@ -199,7 +199,7 @@ def table(report: dict[str, Any]) -> str:
         line = f"{_TITLES[way]:36} {row['frames_per_clip']:11.1f} {by_nvdec:>18} {by_cores:>20} {by_both:>18}"
         lines.append(line.rstrip())
     lines += ["", *textwrap.wrap(_supply_text(report), _WIDTH)]
-    lines.append(f"The network takes {_number(network['clips_per_second'])} clips/s ({network['how']}).")
+    lines.append(f"The network consumes {_number(network['clips_per_second'])} clips/s ({network['how']}).")
     if needed := report["needed"]:
         rest = needed["decoded_by_cores"]
         what = f"to feed NVDEC and to decode {rest:.0%} of the clips" if rest else "to feed NVDEC"

@@ -294,11 +294,11 @@ def turns_of(*, loader, network, together, cores=2.0):
 VERDICTS = {
     "data": (
         dict(loader=(100, 10), network=(200, 5), together=(98, 15)),
-        (100, 2000 / 15, 200 / 3), 0.98, "data", "the loader supplies 100.0 clips/s, and the network could take 200.0",
+        (100, 2000 / 15, 200 / 3), 0.98, "data", "supplies 100.0 clips/s, and the network could consume 200.0",
     ),
     "network": (
         dict(loader=(200, 5), network=(100, 10), together=(90, 15)),
-        (100, 2000 / 15, 200 / 3), 0.90, "network", "it takes 100.0 clips/s, and the loader could supply 200.0",
+        (100, 2000 / 15, 200 / 3), 0.90, "network", "it consumes 100.0 clips/s, and the loader could supply 200.0",
     ),
     "both need both cores": (
         dict(loader=(100, 20), network=(100, 20), together=(48, 40)),

@@ -293,7 +293,9 @@ def test_the_report_says_who_bounds_and_what_would_help(videos, config, monkeypa
     report = budget(path, config, network_clips=1000, **settings)
     assert report["ways"][SELECTED]["nvdec_clips_per_second"] == pytest.approx(10 * RATE / 7)
     assert report["bound_by"] == "NVDEC" and report["times"] == pytest.approx(2000 * 7 / (10 * RATE))
-    assert "NVDEC (10 engines) can supply 453 clips/s, and the network could take 2,000, 4.4 times" in report["verdict"]
+    assert (
+        "NVDEC (10 engines) can supply 453 clips/s, and the network could consume 2,000, 4.4 times" in report["verdict"]
+    )
     assert "wait 77% of the time" in report["verdict"] and "too close" not in report["verdict"]
     # Transcoding does not help 24 frames in groups of 8; two clips of the same three frames take one decode.
     assert report["remedies"][0].endswith("--gop 16`: nothing to gain")
