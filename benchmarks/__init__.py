@@ -1,1 +1,1 @@
-"""Measurements that others can repeat: see docs/benchmarks.md."""
+"""Reproducible measurements: docs/benchmarks.md."""

@@ -37,13 +37,13 @@ def attempt(result: dict[str, Any], function: Callable, name: str, *arguments: A
 
 
 def _answer(sender: Connection, function: Callable, name: str, *arguments: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the main process ends this one
     end_with_parent()
-    logging.disable()  # SPDL logs the errors that it raises
+    logging.disable()  # SPDL logs errors and also raises them
     torch.set_num_threads(1)
     try:
         sender.send((function(name, *arguments), None))
     except Exception as error:
-        # A DataLoader puts the traceback of its worker in front of the message.
+        # A DataLoader prefixes the message with its worker's traceback.
         message = (str(error).strip() or type(error).__name__).splitlines()[-1]
         sender.send((None, message.removeprefix(f"{CannotReadError.__module__}.{CannotReadError.__name__}: ")))

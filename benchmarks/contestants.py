@@ -1,7 +1,7 @@
-"""The loaders that are timed on a CPU: endless iterators of the same batches, float32 [B, 3, T, S, S] in 0..1.
+"""The loaders timed on a CPU: endless iterators of the same batches, float32 [B, 3, T, S, S] in 0..1.
 
-The peers follow their documentation's advice for throughput: one decoding thread per worker, frames cropped before they
-are resized, uint8 until the batch is in the main process.
+Peers are configured for throughput as their documentation advises: one decoding thread per worker, frames cropped
+before resizing, uint8 until the batch is in the main process.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from dali_pipelines.nvdec import load_torchcodec
 Decode = Callable[[Clip], torch.Tensor]
 """Decodes the frames of a clip: uint8 [T, H, W, 3] RGB."""
 
-_FLOOR_TASKS = 64  # distinct clips of the floor
+_FLOOR_TASKS = 64  # distinct clips for the floor
 
 
 class Contestant(NamedTuple):
@@ -33,14 +33,14 @@ class Contestant(NamedTuple):
     what: str
     """Description for the report."""
     batches: Callable[[Work], Iterator[torch.Tensor | None]]
-    """Starts the loader. It yields None instead of a batch if it only decodes."""
+    """Starts the loader, which yields None instead of batches if it only decodes."""
     package: str = "av"
-    """Must be installed."""
+    """Package that must be installed."""
     is_peer: bool = False
 
 
 def make_loader(work: Work, **settings: Any) -> ClipLoader:
-    """Our loader of the clips of `work`."""
+    """Makes our loader for the clips of `work`."""
     view = work.view
     return ClipLoader(
         work.manifest,
@@ -60,7 +60,7 @@ def make_loader(work: Work, **settings: Any) -> ClipLoader:
 
 
 def endless_clips(loader: ClipLoader) -> Iterator[torch.Tensor]:
-    """Yields the clips of one epoch after the other. Raises `CannotReadError`."""
+    """Yields clips for ever, epoch after epoch. Raises `CannotReadError`."""
     while True:
         for batch in loader:
             if not batch.valid.all():
@@ -83,7 +83,7 @@ def _spdl_pipeline(work: Work) -> Iterator[torch.Tensor]:
     from spdl.pipeline import PipelineBuilder
 
     clips = _Clips(work, _spdl)
-    clips[0]  # errors within the pipeline are hard to read
+    clips[0]  # fail here, as errors within the pipeline are hard to read
     pipeline = (
         PipelineBuilder()
         .add_source(itertools.count())
@@ -133,7 +133,7 @@ def cut(frames: torch.Tensor, rectangle: np.ndarray, size: int) -> torch.Tensor:
 
 
 def cut_exactly(frames: torch.Tensor, rectangle: np.ndarray, size: int) -> torch.Tensor:
-    """As `cut`, but does not round the rectangle; slow, for comparison only."""
+    """Like `cut`, but does not round the rectangle; slow, only for comparison."""
     steps = (torch.arange(size) + 0.5) / size
     y, x = (
         (low + steps * (high - low)) / side * 2 - 1
@@ -195,7 +195,7 @@ CONTESTANTS = {
     REFERENCE: Contestant(
         "PyAV, all frames of the window, DataLoader", partial(_data_loader, decode=_pyav_every_frame)
     ),
-    FLOOR: Contestant("decode of the needed packets, nothing else", _floor),
+    FLOOR: Contestant("decoding of the needed packets, nothing else", _floor),
 }
 
 

@@ -1,4 +1,4 @@
-"""Copies of videos for a benchmark, with short groups of frames and any number of frame sizes."""
+"""Copies videos for a benchmark, with short GOPs and any number of frame sizes."""
 
 import concurrent.futures
 import itertools
@@ -20,14 +20,14 @@ from preparation.encoding import add_video_stream
 from preparation.transcode import CODECS, Settings, copy_size
 
 _WIDTHS, _HEIGHTS = range(272, 449, 16), range(208, 273, 16)
-"""Pixels, around the 340x256 and 426x240 of Kinetics. Each size has another number of whole blocks, so that a decoder
-sees them all as different. Every second copy is 12 pixels narrower, as most videos are no multiple of 16 wide."""
+"""Pixels, around the 340x256 and 426x240 of Kinetics. Each size has a different number of whole blocks, so a decoder
+treats them all as different. Every second copy is 12 pixels narrower, as most widths are no multiple of 16."""
 _NARROWER = 12
 
 
 def copy_videos(videos: Manifest, folder: Path, *, gop: int, sizes: int | None = None) -> Manifest:
-    """Copies videos to H.264 in closed groups of `gop` frames, encoded as `prepare.py transcode` does, on all cores.
-    Returns their manifest, with the entries of a packet index. Raises `InputError`.
+    """Copies videos to H.264 in closed GOPs of `gop` frames, encoded as `prepare.py transcode` does, on all cores.
+    Returns their manifest, with packet index entries. Raises `InputError`.
 
     sizes: number of frame sizes, each with a copy of the next video; None: one copy of each video, with a short side of
     at most 256 pixels.
@@ -62,7 +62,7 @@ class _Task(NamedTuple):
 
 
 def _copy(task: _Task) -> tuple[Video, bytes]:
-    """The copy as probed, and its entry of a packet index."""
+    """Makes a copy; returns it as probed, and its packet index entry."""
     video, (height, width), path, gop = task
     codec, fps = CODECS["h264"], Fraction(video.fps).limit_denominator(1 << 16)
     with open_video(source_of(video, ".")) as original, av.open(path, "w") as container:

@@ -1,9 +1,9 @@
 """`benchmark.py model --fit`: how many clips fit into a GPU's memory in training, with and without checkpointing.
 
 On a GPU, the peak memory of a compiled optimizer step (bf16, SGD) at two batch sizes gives the memory per run and per
-clip. (Small batches would not: at their peak, gradients and momentum are larger than activations.) Then 16 frames and 8
-clips with checkpointing are tried in 24 GiB. On the CPU the same is computed: weights, gradients, momentum, and the
-tensors that a step of the GPU's kernels keeps for the backward pass, but not the workspace of a kernel.
+clip. (Small batches would not: at their peak, gradients and momentum are larger than activations.) Then 8 clips
+of 16 frames with checkpointing are tried in 24 GiB. On the CPU, the same is computed from weights, gradients, momentum,
+and the tensors that a step of the GPU's kernels keeps for the backward pass, but without kernel workspace.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None
                 raise InputError(str(error)) from None
             except torch.OutOfMemoryError:
                 raise InputError(
-                    f"{2 * few} clips of {num_frames} frames do not fit into this GPU; try a larger one"
+                    f"{2 * few} clips of {num_frames} frames do not fit in this GPU; use a larger one"
                 ) from None
             a_clip, once = (two - one) / few, 2 * one - two
             rows.append(
@@ -67,7 +67,7 @@ def benchmark_fit(*, size: str, image_size: int, device: str, out: Path) -> None
 
 
 def clips(card_gib: float, once: float, a_clip: float) -> int:
-    """Number of clips that fit into a GPU of `card_gib` GiB; `once` and `a_clip` are bytes."""
+    """Number of clips that fit in a GPU of `card_gib` GiB; `once` and `a_clip` are in bytes."""
     return max(int(((card_gib - _RESERVED) * GIB - once) // a_clip), 0)
 
 
@@ -118,8 +118,8 @@ def _peak_bytes(work: NetworkWork, checkpointing: bool) -> int:
 
 
 def _kept_bytes(network: TimeSformer, work: NetworkWork) -> int:
-    """Bytes that a compiled step keeps for its backward pass. Blocks are compiled as in training, but to operators, not
-    to code."""
+    """Bytes that a compiled step keeps for its backward pass. Blocks are compiled as in training, but only to
+    operators."""
     torch.compiler.reset()
     for block in network.blocks:
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
@@ -142,7 +142,7 @@ def _kept_bytes(network: TimeSformer, work: NetworkWork) -> int:
 
 
 def _try(size: str, image_size: int) -> dict[str, Any]:
-    """Tries a step of 16 frames and 8 clips with checkpointing in 24 GiB, less the reserved memory."""
+    """Tries a step of 8 clips of 16 frames with checkpointing in 24 GiB, less the reserved memory."""
     card, num_frames, count = _TRIED
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
@@ -166,7 +166,7 @@ def _lines(report: Report) -> Iterator[str]:
     is_measured = report["settings"]["device"] == "cuda"
     yield f"{report['machine']['gpu']}: measured" if is_measured else "computed on a CPU, not measured on a GPU"
     yield listed(report["settings"])
-    yield f"bf16, SGD, compiled; clips a GPU, with {_RESERVED:g} GiB reserved for CUDA, DALI and NVDEC"
+    yield f"bf16, SGD, compiled; clips per GPU, with {_RESERVED:g} GiB reserved for CUDA, DALI and NVDEC"
     yield f"{'frames':>6}  checkpointing  once GiB  a clip GiB" + "".join(f"{card:>5} GiB" for card in CARDS)
     for row in report["rows"]:
         fits = "".join(f"{row['clips'][card]:>9}" for card in CARDS)

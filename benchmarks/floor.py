@@ -1,7 +1,7 @@
-"""The floor: the least that a loader has to do that decodes with FFmpeg, in as many processes as it has workers.
+"""The floor: the minimum work of a loader that decodes with FFmpeg, in as many processes as our loader has workers.
 
-It opens files, demuxes, decodes the selected packets and converts the wanted frames to RGB; the selection is made
-beforehand. Nothing here imports torch, so that the processes are as small as our loader's own.
+It opens files, demuxes, decodes packets that were selected beforehand and converts the requested frames to RGB. Does
+not import torch, so the processes are as small as our workers.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The loaders that are timed on a GPU: ours with each engine, peers with a CUDA decoder, and NVDEC alone."""
+"""The loaders timed on a GPU: ours with each engine, peers with a CUDA decoder, and NVDEC alone."""
 
 import itertools
 from collections import deque
@@ -21,7 +21,7 @@ from dali_pipelines.packets import remux
 
 AUTO, NVDEC, HOST, DALI, FLOOR = "auto", "nvdec", "host", "dali", "nvdec floor"
 PEER = "torchcodec"
-_FLOOR_CLIPS = 96  # distinct clips of the floor
+_FLOOR_CLIPS = 96  # distinct clips for the floor
 
 Batches = Iterator[torch.Tensor | None]
 """float32 [B, 3, T, S, S] in 0..1; None if a contestant only decodes."""
@@ -29,10 +29,10 @@ Batches = Iterator[torch.Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class GpuWork(Work):
-    """`Work` for loaders on a GPU."""
+    """Work for loaders on a GPU."""
 
     threads: int
-    """Decoding threads of the contestants that have threads."""
+    """Number of decoding threads, for contestants with threads."""
     device: str = "cuda"
     """Tests use "cpu"."""
 
@@ -45,9 +45,9 @@ class Contestant(NamedTuple):
     batches: Callable[[GpuWork], tuple[Batches, LoaderStats | None]]
     """Starts the loader; peers have no `LoaderStats`."""
     package: str = "torchcodec"
-    """Must be installed."""
+    """Package that must be installed."""
     only_untouched: bool = False
-    """Whether it runs only on the videos as they are."""
+    """Whether it runs only on the original videos."""
 
 
 def _ours(work: GpuWork, *, decode: str) -> tuple[Batches, LoaderStats]:
@@ -56,8 +56,8 @@ def _ours(work: GpuWork, *, decode: str) -> tuple[Batches, LoaderStats]:
 
 
 def _in_threads(work: GpuWork, function: Callable[[int], Any]) -> Iterator[Any]:
-    """Yields `function(0)`, `function(1)`, ... in order, computed by `threads` threads, each with its own CUDA stream,
-    which work as far ahead as ours."""
+    """Yields `function(0)`, `function(1)`, ... in order, computed by `threads` threads that each have a CUDA stream and
+    work as far ahead as ours."""
 
     def use_own_stream() -> None:
         if work.device != "cpu":
@@ -73,7 +73,7 @@ def _in_threads(work: GpuWork, function: Callable[[int], Any]) -> Iterator[Any]:
 
 
 def _peer(work: GpuWork, *, decode: Callable[[Clip, str], torch.Tensor]) -> tuple[Batches, None]:
-    """Clips whose frames `decode` decodes, cropped and resized as torch's transforms do."""
+    """Batches of clips that `decode` decodes, cropped and resized as torch's transforms do."""
 
     def clip(place: int) -> torch.Tensor:
         found = work.clip(place)
@@ -113,7 +113,7 @@ def _pynvvideocodec(clip: Clip, device: str) -> torch.Tensor:
 
 
 def _floor(work: GpuWork) -> tuple[Batches, None]:
-    """Decodes the streams that our workers make, with a session per thread, and drops the frames."""
+    """Decodes the streams that our workers make, one session per thread, and drops the frames."""
     files = []
     for place in range(_FLOOR_CLIPS):
         clip = work.clip(place)

@@ -1,10 +1,10 @@
 """`benchmark.py loader` on a GPU: clips per second of this loader's engines, of its peers, and of NVDEC alone.
 
-All contestants decode the same list of clips, as on the CPU (`benchmarks.loader`), on three sets of videos: the files
-as they are, copies with short groups of frames, and copies of many frame sizes, since a decoder that keeps hardware
-decoders for reuse looks good on two sizes. Every run is a new process. It consumes the batches decoded ahead, then
-counts clips for some seconds. Every frame of its first clips is compared with that frame of the file and with its
-neighbours. NVDEC's utilisation and the GPU's memory are measured by NVML and CUDA over the same seconds.
+All contestants decode the same list of clips, as on the CPU (`benchmarks.loader`), from three sets of videos: the
+originals, copies with short GOPs, and copies in many frame sizes, because a decoder that caches hardware decoders looks
+good on two sizes. Every run is a new process. It consumes the batches decoded ahead, then counts clips for some
+seconds. Every frame of its first clips is compared with that frame of the file and its neighbours. NVML and CUDA
+measure NVDEC's utilisation and the GPU's memory over the same seconds.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from dali_pipelines.manifest import Manifest
 
 _CHECKED = 16  # clips
 _DRAINED = 12  # batches, more than any contestant decodes ahead
-_SAMPLE_S = 0.2  # between two samples of NVDEC's utilisation
+_SAMPLE_S = 0.2  # seconds between samples of NVDEC's utilisation
 
-UNTOUCHED = "as they are"
+UNTOUCHED = "originals"
 
 
 def benchmark_gpu_loader(
@@ -56,9 +56,9 @@ def benchmark_gpu_loader(
 ) -> dict[str, Any]:
     """Measures, prints the tables and writes loader_gpu.json into `out`. Raises `InputError`.
 
-    workers, threads: of this loader; peers use as many threads.
+    workers, threads: of our loader; peers use the same number of threads.
     seconds: time for which a run counts clips.
-    gop: frames per group of the copies; sizes: number of frame sizes in the third set. 0 leaves that set out.
+    gop: frames per GOP of the copies; sizes: number of frame sizes in the third set. 0 omits that set.
     """
     names = list(CONTESTANTS) if contestants is None else list(dict.fromkeys(contestants))
     for name in names:
@@ -132,7 +132,7 @@ def time_run(name: str, work: GpuWork, seconds: float) -> tuple[dict[str, Any], 
     """(measurements, the first clips as float32 [N, 3, T, S, S], or None if the contestant only decodes)."""
     is_cuda = work.device != "cpu"
     if is_cuda:
-        torch.zeros(1, device=work.device)  # starting CUDA is not the contestant's time
+        torch.zeros(1, device=work.device)  # start CUDA outside the contestant's time
         free, _ = torch.cuda.mem_get_info()
     began = time.perf_counter()
     batches, stats = CONTESTANTS[name].batches(work)
@@ -143,7 +143,7 @@ def time_run(name: str, work: GpuWork, seconds: float) -> tuple[dict[str, Any], 
             first.append(next(batches))
         else:
             next(batches)
-        if time.perf_counter() - began > 3 * seconds:  # one that is this slow has decoded little ahead
+        if time.perf_counter() - began > 3 * seconds:  # a contestant this slow has decoded little ahead
             break
     engines = dict(stats.engines) if stats else {}
     count, cpu_before, began = 0, cpu_seconds(), time.perf_counter()
@@ -202,23 +202,23 @@ def median(result: dict[str, Any], key: str = "clips_per_second") -> float | Non
 
 
 def targets(sets: Report) -> list[dict[str, Any]]:
-    """The targets for this loader on a GPU, as far as they were measured."""
+    """The targets for our loader on a GPU, as far as measured."""
     rates = {
         title: {name: median(result) for name, result in each["contestants"].items()} for title, each in sets.items()
     }
     untouched, *copies = rates.values()
     wanted = [
-        ("nvdec / nvdec floor, as they are", untouched.get(NVDEC), untouched.get(FLOOR), 0.95),
-        ("nvdec / torchcodec on whole files, as they are", untouched.get(NVDEC), untouched.get(PEER), 1.2),
+        ("nvdec / nvdec floor, originals", untouched.get(NVDEC), untouched.get(FLOOR), 0.95),
+        ("nvdec / torchcodec on whole files, originals", untouched.get(NVDEC), untouched.get(PEER), 1.2),
         (
-            "auto / the better of nvdec and host, as they are",
+            "auto / the better of nvdec and host, originals",
             untouched.get(AUTO),
             max(filter(None, (untouched.get(NVDEC), untouched.get(HOST))), default=None),
             1.3,
         ),
     ]
     if copies:
-        wanted.append(("nvdec / nvdec floor, short groups", copies[0].get(NVDEC), copies[0].get(FLOOR), 0.9))
+        wanted.append(("nvdec / nvdec floor, short GOPs", copies[0].get(NVDEC), copies[0].get(FLOOR), 0.9))
     if len(copies) > 1:
         wanted.append(("nvdec, many sizes / few", copies[1].get(NVDEC), copies[0].get(NVDEC), 0.8))
     return [at_least(what, value / of, bound) for what, value, of, bound in wanted if value and of]
@@ -237,8 +237,8 @@ def table(report: Report) -> str:
         packets = each["packets"]
         lines += [
             "",
-            f"{title}: {each['videos']} videos of {each['sizes']} sizes; packets a clip: {packets['in_window']:.0f} up "
-            f"to the last frame, {packets['fed']:.0f} needed",
+            f"{title}: {each['videos']} videos in {each['sizes']} sizes; packets per clip: {packets['in_window']:.0f} "
+            f"up to the last frame, {packets['fed']:.0f} needed",
         ]
         rows = [["", *header]]
         for name, result in each["contestants"].items():

@@ -1,14 +1,15 @@
 """`benchmark.py model --device cuda`: training steps of this network and of Hugging Face's on a GPU.
 
-Why it is fair:
+Why the comparison is fair:
 
 - All contestants have the same weights, clips and autocast (bf16); a step is forward and backward, without optimizer.
-  In float32, before it is compiled, a network's logits must agree with ours to 1e-3; in bf16, as it is timed, to 5 %.
-- Ours uses deterministic algorithms, as in training; Hugging Face's network has PyTorch's default, which may be faster.
-- Each contestant has a process of its own. All prepare side by side (compiling takes a core, not the GPU); then they
-  take turns on a GPU that nothing else uses, and each round starts with the next one. Ratios are of medians.
+  In float32, before it is compiled, a network's logits must agree with ours to 1e-3; in bf16, as timed, to 5%.
+- Ours uses deterministic algorithms, as in training; Hugging Face's network uses PyTorch's default, which may be
+  faster.
+- Each contestant has its own process. All prepare in parallel (compiling takes a core, not the GPU); then they take
+  turns on an otherwise idle GPU, and a different one starts each round. Ratios are of medians.
 - Hugging Face's network is also measured with PyTorch's fused attention, which it does not use itself, and compiled.
-- TFLOP/s count the multiply-adds of our network for a clip, three forward passes a step, for all contestants.
+- TFLOP/s count the multiply-adds of our network per clip, three forward passes per step, for all contestants.
 - Memory: torch.cuda.max_memory_allocated of a step, with weights and gradients; with CUDA graphs, what they reserve.
 """
 
@@ -39,13 +40,13 @@ from model.kernels import _attend_by_products
 from model.timesformer import multiply_adds
 from training.compiling import compile_network, cuda_graphs_skipped
 
-BATCH_SIZES = (8, 32)  # the published recipe's, and one that fills the GPU
+BATCH_SIZES = (8, 32)  # the published recipe's, and one to fill the GPU
 OURS, COMPILED, GRAPHS = "ours", "ours compiled", "ours, CUDA graphs"
 PEERS = ("huggingface eager", "huggingface sdpa", "huggingface compiled")
 _LARGEST_DIFFERENCE = 1e-3
 _LARGEST_SHARE = 0.05  # in bf16: norm of the difference, relative to the norm
-_PREPARE_S = 100  # to import, build, compile and warm up
-_ATTEMPTS = 10  # to allocate memory while the other contestants hold theirs
+_PREPARE_S = 100  # seconds to import, build, compile and warm up
+_ATTEMPTS = 10  # attempts to allocate memory that other contestants may hold
 _COMPILE_THREADS = "3"  # of each contestant
 
 
@@ -71,7 +72,7 @@ class Contestant:
         prepare(made.module)
 
     def load(self, batch_size: int) -> None:
-        """Replaces the clips by a batch of another size."""
+        """Replaces the clips with a batch of another size."""
         clips = self.work._replace(batch_size=batch_size).clips()
         self.clips = (clips.transpose(1, 2).contiguous() if self._transposed else clips).to(self.work.device)
 
@@ -117,7 +118,7 @@ class Time(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a contestant has been prepared to do."""
+    """The answer of a contestant that is ready."""
 
     prepare_s: float
     gib: float | None
@@ -125,15 +126,15 @@ class Prepared(NamedTuple):
     logits: Tensor
     """float32 [1, classes] of one clip, computed in float32."""
     timed_logits: Tensor
-    """float32 [classes] of the first clip, computed as it is timed."""
+    """float32 [classes] of the first clip, computed as timed."""
 
 
 class Failure(str):
-    """Why a contestant could not do what it was asked."""
+    """The reason that a contestant failed."""
 
 
 def serve(name: str, work: NetworkWork, pipe: Connection) -> None:
-    """Runs in a process of its own: answers every `Load` and `Time`, with a `Failure` if it fails, until None."""
+    """Runs in its own process: answers every `Load` and `Time`, with `Failure` if it fails, until it gets None."""
     end_with_parent()
     torch.set_num_threads(1 if work.device == "cuda" else torch.get_num_threads())
     began = time.perf_counter()
@@ -149,22 +150,22 @@ def serve(name: str, work: NetworkWork, pipe: Connection) -> None:
             else:
                 assert contestant is not None
                 pipe.send(_clips_per_second(contestant, seconds=message.seconds))
-        except Exception as error:  # out of memory, not installed, a compiler that fails: the others are measured
+        except Exception as error:  # out of memory, not installed, compiler failure: still measure the others
             pipe.send(Failure((str(error).strip() or type(error).__name__).splitlines()[0]))
         began = time.perf_counter()
 
 
 def _warm_up(contestant: Contestant) -> Tensor:
-    """Runs three steps, of which the first one compiles. Returns the logits of the first clip.
+    """Runs three steps, the first of which compiles. Returns the logits of the first clip.
 
-    All contestants do this at once, so one may have to wait for memory."""
+    All contestants do this at the same time, so one may have to wait for memory."""
     for attempt in range(_ATTEMPTS):
         try:
             return _three_steps(contestant)
         except torch.OutOfMemoryError:
             if attempt == _ATTEMPTS - 1:
                 raise
-        # Not within the handler: the traceback there holds the memory of the step.
+        # Not within the handler, where the traceback holds the memory of the step.
         contestant.module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         time.sleep(random.uniform(1, 4))
@@ -176,7 +177,7 @@ def _three_steps(contestant: Contestant) -> Tensor:
         logits = contestant.step()
     wait_for_gpu(contestant.work.device)
     if contestant.graphs and cuda_graphs_skipped():
-        raise RuntimeError("the compiler has left the CUDA graphs out")
+        raise RuntimeError("the compiler skipped the CUDA graphs")
     return logits[0].float().cpu()
 
 
@@ -199,7 +200,7 @@ def _clips_per_second(contestant: Contestant, *, seconds: float) -> float:
 
 
 def _peak_gib(contestant: Contestant) -> float | None:
-    """Peak memory of a step in GiB. Unused memory is then given back for the others."""
+    """Peak memory of a step in GiB. Frees unused memory for the others afterwards."""
     if contestant.work.device != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -236,7 +237,7 @@ class Runner:
             self.pipe.send(message)
 
     def receive(self, deadline: float) -> Any:
-        """The answer. If there is none, returns None, sets `failure` and ends the process."""
+        """Returns the answer; if there is none, sets `failure`, ends the process and returns None."""
         answer: Any = Failure(f"no answer within {_PREPARE_S} s")
         try:
             if self.pipe.poll(max(deadline - time.monotonic(), 0)):
@@ -259,7 +260,7 @@ class Runner:
         self.pipe.close()
 
     def result(self) -> dict[str, Any]:
-        """For the report."""
+        """The result for the report."""
         if self.prepared is None or self.failure:
             return {"failure": self.failure}
         return {"clips_per_second": self.turns, "gib": self.prepared.gib, "prepare_s": self.prepared.prepare_s}
@@ -307,7 +308,7 @@ def benchmark_gpu_model(
 
 
 def _measure(runners: list[Runner], batch_size: int, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """`Runner.result` by name."""
+    """Measures all contestants; returns `Runner.result` by name."""
     progress(f"batch {batch_size}: preparing {len(runners)} networks")
     alive = [runner for runner in runners if not runner.failure]
     deadline = time.monotonic() + _PREPARE_S
@@ -339,8 +340,8 @@ def _check_logits(runner: Runner, reference: Runner) -> None:
     share = ((found.timed_logits - expected.timed_logits).norm() / expected.timed_logits.norm()).item()
     if not (difference <= _LARGEST_DIFFERENCE and share <= _LARGEST_SHARE):
         raise InputError(
-            f"{runner.name} does not compute the same as {reference.name}: its logits differ by {difference:.1e}, and "
-            f"by {share:.1%} in bf16, as it is timed"
+            f"{runner.name} and {reference.name} compute different results: their logits differ by {difference:.1e}, "
+            f"and by {share:.1%} in bf16, as timed"
         )
 
 
@@ -353,7 +354,7 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over sequences joined to 64 tokens, with a mask between them."""
+    """Attention over sequences packed into 64 tokens, with a mask between them."""
     batch, heads, length, dim = q.shape
     together = max(64 // length, 1)
     of = torch.arange(together * length, device=q.device) // length
@@ -401,7 +402,7 @@ def _speed(batches: Mapping[int, Any], batch_size: int, name: str) -> float | No
 
 
 def targets(report: Report) -> list[dict[str, Any]]:
-    """The targets for a step on an H100 or H200, as far as they were measured."""
+    """The targets for a step on an H100 or H200, as far as measured."""
     speed = partial(_speed, report["batches"])
     memory = report["batches"].get(32, {}).get(COMPILED, {}).get("gib")
     found = []
@@ -428,7 +429,7 @@ def table(report: Report) -> str:
     lines = [f"{found['gpu']}; {found['cpu']}, {found['cores']} cores"]
     lines += [listed(versions), listed(report["settings"])]
     lines.append(
-        f"{report['forward_gmac_per_clip']:.4g} GMAC a clip; a large matrix product in bf16: {peak:.0f} TFLOP/s"
+        f"{report['forward_gmac_per_clip']:.4g} GMAC per clip; a large matrix product in bf16: {peak:.0f} TFLOP/s"
     )
     for batch_size, batch in report["batches"].items():
         lines += ["", f"batch {batch_size}, forward and backward in bf16"]

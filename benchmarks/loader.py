@@ -1,14 +1,14 @@
 """`benchmark.py loader`: clips per second of this loader, of its peers, of a reference loader and of the floor.
 
-Why it is fair:
+Why the comparison is fair:
 
 - All contestants decode the same list of clips: videos, frame positions, rectangles and flips of a training epoch, from
   `plan`. Before timing, the first clips of each are compared with ours, and every frame with its neighbours.
 - All have `workers` processes (SPDL: threads) and give float32 batches to a consumer that does nothing.
-- No contestant ever runs out of work, and the clock runs in the middle of it. The batches decoded ahead during start-up
-  are consumed before the clock starts (more batches than any contestant prefetches). As the consumer is then always the
-  one that waits, the queues are as empty when the clock stops as when it started. All are timed on the same part of the
-  list, for a multiple of `workers` batches, as a DataLoader's workers finish theirs at the same time.
+- No contestant ever runs out of work. The batches decoded ahead during start-up are consumed before the clock starts
+  (more batches than any contestant prefetches). From then on, the consumer is always waiting, so the queues are as
+  empty when the clock stops as when it started. All are timed on the same part of the list, for a multiple of `workers`
+  batches, because a DataLoader's workers finish theirs at the same time.
 - Every run is a new process; contestants take turns. Ratios are taken within a turn, then their median.
 """
 
@@ -45,11 +45,11 @@ class Run:
 
     clips_per_second: float
     cpu_ms_per_clip: float
-    """CPU time of all its processes together."""
+    """CPU time of all its processes."""
     kb_read_per_clip: float
     """Read from files by all its processes; 1 kB is 1000 bytes."""
     worker_mib: float
-    """Memory of the largest process but the first; 0 if there is only one. Shared memory is counted in parts (PSS)."""
+    """Memory (PSS) of the largest process except the first; 0 if there is only one."""
     main_mib: float
 
 
@@ -70,7 +70,7 @@ def benchmark_loader(
 
     contestants: names from `CONTESTANTS`; None: all.
     workers, clips, rounds: number of processes, clips timed per run, and runs of each contestant.
-    gop: measure copies of the videos with this many frames per group; 0: the videos as they are.
+    gop: measure copies with this many frames per GOP; 0: the original videos.
     """
     names = list(CONTESTANTS) if contestants is None else list(dict.fromkeys(contestants))
     for name in names:
@@ -143,7 +143,7 @@ def first_clips(name: str, work: Work) -> np.ndarray:
 
 
 def time_run(name: str, work: Work, count: int) -> Run:
-    """Times `count` batches. Afterwards, while the prefetched batches are consumed, measures memory."""
+    """Times `count` batches. Then measures memory while consuming the prefetched batches."""
     prefetched = 2 * work.workers + 2
     batches = CONTESTANTS[name].batches(work)
     for _ in range(prefetched):
@@ -165,7 +165,7 @@ def time_run(name: str, work: Work, count: int) -> Run:
 
 
 def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Speed of ours over each contestant, and over the best peer of each turn: median, lowest and highest turn."""
+    """Speed of ours relative to each contestant, and to the best peer of each turn: median, lowest and highest turn."""
     speeds = {
         name: [run["clips_per_second"] for run in result["runs"]]
         for name, result in results.items()
@@ -196,8 +196,8 @@ def table(report: Report) -> str:
         )
     if len(videos) > _LISTED_VIDEOS:
         lines.append(f"and {len(videos) - _LISTED_VIDEOS} more videos")
-    lines.append(f"packets a clip: {packets['in_window']:.0f} up to the last frame, {packets['fed']:.0f} needed")
-    lines.append(f"kB a video: {statistics.mean(video['bytes'] for video in videos) / 1000:.0f}")
+    lines.append(f"packets per clip: {packets['in_window']:.0f} up to the last frame, {packets['fed']:.0f} needed")
+    lines.append(f"kB per video: {statistics.mean(video['bytes'] for video in videos) / 1000:.0f}")
     header = ["", "clips/s", "ours is", "(turns)", "CPU ms/clip", "kB read/clip", "MiB/worker", "MiB main", "diff/255"]
     header.append("wrong frames")
     rows = [header]
@@ -224,7 +224,7 @@ def table(report: Report) -> str:
     if by_stage := report["contestants"].get(OURS, {}).get("stages"):
         rest = _median(report["contestants"][OURS], "cpu_ms_per_clip") - sum(by_stage.values())
         stage_times = {stage: f"{ms:.2f}" for stage, ms in [*by_stage.items(), ("hand over and the rest", rest)]}
-        lines.append(f"ours, CPU ms a clip: {listed(stage_times)}")
+        lines.append(f"ours, CPU ms per clip: {listed(stage_times)}")
     for name, ratio in report["ratios"].items():
         if "target" in ratio:
             lines.append(
@@ -235,7 +235,7 @@ def table(report: Report) -> str:
 
 
 def draw(report: Report, path: Path) -> str:
-    """Draws the speeds as bars into `path`. Returns the path, or why there is no plot."""
+    """Draws the speeds as bars into `path`. Returns the path, or the reason that there is no plot."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""The machine that is measured: its parts, its clocks, and its peak."""
+"""Describes the machine, and measures its CPU time, I/O and peak speed."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "decord2", "torchcodec", "spd
 
 
 def machine() -> dict[str, Any]:
-    """CPU, GPU and versions."""
+    """Returns CPU, GPU and versions."""
     versions = {"python": platform.python_version(), "ffmpeg (av)": av.ffmpeg_version_info}
     for package in _PACKAGES:
         try:
@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpu_machine() -> dict[str, Any]:
-    """As `machine`, with the GPU's driver and the CUDA version of torch."""
+    """Like `machine`, with the GPU's driver and the CUDA version of torch."""
     found = machine() | {"cuda": torch.version.cuda, "driver": None}
     if torch.cuda.is_available():
         import pynvml
@@ -45,7 +45,7 @@ def gpu_machine() -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its descendants."""
+    """CPU time of this process and its descendants in seconds."""
     ticks = 0
     for process in processes():
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -54,7 +54,7 @@ def cpu_seconds() -> float:
 
 
 def bytes_read() -> int:
-    """Bytes that this process and its descendants have read by system calls, including the little that pipes carry."""
+    """Bytes that this process and its descendants have read by system calls, including small amounts through pipes."""
     return sum(int(Path(f"/proc/{process}/io").read_text().split()[1]) for process in processes())
 
 

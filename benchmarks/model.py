@@ -1,17 +1,17 @@
 """`benchmark.py model`: forward passes and training steps of this network and its peers, against the machine's peak.
 
-Why it is fair:
+Why the comparison is fair:
 
 - All contestants have the same weights and clips; before timing, float32 logits must agree to 1e-4.
-- All run in this process with the same threads. They take turns in each round, and each round starts with the next one;
-  ratios are taken within a round, then their median; a warm-up round is not counted.
+- All run in this process with the same threads. They take turns in each round, and a different one starts each
+  round. Ratios are taken within a round, then their median. A warm-up round is not counted.
 - The peers run at their best: Hugging Face's network also with PyTorch's fused attention, which it does not use itself.
 - bf16 is autocast, with weights and gradients in float32; a training step is forward and backward, without optimizer.
-- Memory: each contestant and precision has a process of its own. After one step, which leaves the gradients and all
-  one-time allocations, freed memory is given back. The result is the high-water mark of the next step minus what was
-  resident before it (VmHWM - VmRSS): activations and workspace.
+- Memory: each contestant and precision has its own process. After one step, which leaves the gradients and all one-time
+  allocations, freed memory is returned. The result is the peak of the next step minus the resident memory before it
+  (VmHWM - VmRSS): activations and workspace.
 
-gpu_model.py measures GPUs.
+gpu_model.py measures on GPUs.
 """
 
 import ctypes
@@ -79,14 +79,14 @@ def benchmark_model(
         try:
             made[name] = make(work)
             logits = made[name].logits()
-        except Exception as error:  # not installed, or installed and broken: the others are measured
+        except Exception as error:  # not installed, or broken: still measure the others
             failures[name] = (str(error).strip() or type(error).__name__).splitlines()[-1]
             made.pop(name, None)
             continue
         expected = logits if expected is None else expected
         difference = (logits - expected).abs().max().item()
         if not difference <= _LARGEST_DIFFERENCE:
-            raise InputError(f"{name}: its logits are {difference:.1e} from ours, so it computes something else")
+            raise InputError(f"{name}: its logits differ from ours by {difference:.1e}, so it computes something else")
     if OURS not in made:
         raise InputError(f"{OURS}: {failures[OURS]}")
 
@@ -123,11 +123,11 @@ def benchmark_model(
 
 
 def take_turns(made: Mapping[str, NetworkContestant], task: str, precision: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round."""
+    """Returns the seconds of each contestant in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(-1, rounds):  # the first is not counted
         progress(f"{precision} {task}: round {number + 1} of {rounds}")
-        first = number % len(made)  # rotated, as each contestant finds the memory as its predecessor left it
+        first = number % len(made)  # rotate, because each contestant affects the memory that the next one finds
         for name in [*made, *made][first : first + len(made)]:
             start = time.perf_counter()
             if task == FORWARD:
@@ -140,7 +140,7 @@ def take_turns(made: Mapping[str, NetworkContestant], task: str, precision: str,
 
 
 def training_mib(name: str, work: NetworkWork, precision: str) -> float:
-    """Peak memory of a training step in MiB over what is resident before it; see the top of this file."""
+    """Peak memory of a training step in MiB, minus the resident memory before it; see the module docstring."""
     contestant = CONTESTANTS[name](work)
     contestant.training(precision)
     gc.collect()
@@ -157,8 +157,8 @@ def _resident_mib(field: str) -> float:
 
 
 def _in_new_process(function: Callable, *arguments: Any) -> float | None:
-    """Calls `function` in a new process. None if that process is killed, for example as it runs out of memory, or may
-    not read its memory usage."""
+    """Calls `function` in a new process. None if the process is killed, for example when it runs out of memory, or
+    may not read its memory usage."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         try:
@@ -184,8 +184,8 @@ def _summary(
 
 
 def targets(contestants: dict[str, Any]) -> list[dict[str, Any]]:
-    """The targets against Hugging Face's network: not slower in float32, 1.2 times as fast in bf16 training, and 0.8 of
-    its memory."""
+    """The targets against Hugging Face's network: not slower in float32, 1.2 times as fast in bf16 training, with 0.8
+    of its memory."""
     found = []
     for peer in contestants:
         if peer not in PEERS:
@@ -209,7 +209,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{report['machine']['cpu']}, {report['machine']['threads']} threads; GPU: {report['machine']['gpu']}"]
     versions = {"torch": report["machine"]["versions"]["torch"]} | report["machine"]["peers"]
     lines += [listed(versions), listed(report["settings"])]
-    lines.append(f"{report['forward_gmac_per_clip']:.4g} GMAC a clip")
+    lines.append(f"{report['forward_gmac_per_clip']:.4g} GMAC per clip")
     for precision, peak in report["matmul_gflops"].items():
         lines += ["", f"{precision}; a large matrix product: {peak:.0f} GFLOP/s"]
         lines.append(

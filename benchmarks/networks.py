@@ -1,4 +1,4 @@
-"""The networks that are timed: ours, Hugging Face's and PaddleVideo's, with the same weights and clips."""
+"""The networks to time: ours, Hugging Face's and PaddleVideo's, with the same weights and clips."""
 
 import contextlib
 import importlib.metadata
@@ -39,7 +39,7 @@ class NetworkWork(NamedTuple):
     device: str
 
     def network(self) -> TimeSformer:
-        """Our network, with the same weights in every process, and without drop path, which is random in each step."""
+        """Our network, with the same weights in every process and without drop path, which is random."""
         dim, depth, heads = SIZES[self.size]
         torch.manual_seed(0)
         return TimeSformer(
@@ -64,7 +64,7 @@ class NetworkContestant(Protocol):
 
     @property
     def precisions(self) -> Sequence[str]:
-        """Those of `PRECISIONS` that it can run in."""
+        """The members of `PRECISIONS` that it supports."""
 
     def logits(self) -> Tensor:
         """Logits of the clips in float32, [B, classes]."""
@@ -77,7 +77,7 @@ class NetworkContestant(Protocol):
 
 
 class TorchContestant(NetworkContestant, Generic[M]):
-    """A module of PyTorch that maps `clips` to logits."""
+    """A PyTorch module that maps `clips` to logits."""
 
     precisions = tuple(PRECISIONS)
 
@@ -146,8 +146,8 @@ def _fused_attention(module: Any, hidden_states: Tensor, output_attentions: bool
 
 
 class PaddleContestant(NetworkContestant):
-    """PaddleVideo's formulation (vit_tweaks.py) in Paddle: tokens [B, 1+N*T, D], which copies reorder for each
-    attention; softmax attention as two products."""
+    """PaddleVideo's formulation (vit_tweaks.py) in Paddle: tokens [B, 1+N*T, D], copied into another order
+    for each attention; softmax attention as two products."""
 
     precisions = ("float32",)  # Paddle's auto_cast does nothing on a CPU
 

@@ -1,4 +1,4 @@
-"""What the reports of the benchmarks have in common."""
+"""Shared functions for the reports of the benchmarks."""
 
 import json
 import statistics
@@ -26,14 +26,14 @@ def write(report: Report, path: Path) -> None:
 
 
 def write_and_print(report: Report, path: Path, text: str) -> None:
-    """Writes a report as JSON, and prints it as `text`, with the path below."""
+    """Writes a report as JSON and prints it as `text`, followed by the path."""
     write(report, path)
     print(text)
     print(f"\n{path}")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest value."""
+    """Returns the median, lowest and highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
@@ -58,13 +58,13 @@ def target_lines(targets: Iterable[Mapping[str, Any]], form: str) -> list[str]:
 
 
 def listed(values: Mapping[str, Any]) -> str:
-    """Names and values in one line."""
+    """Formats names and values in one line."""
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the cells of `rows` in columns: the first to the left, the others to the right. Rows of two cells, a
-    name and a reason, do not widen the columns."""
+    """Aligns the cells of `rows` in columns: the first to the left, the others to the right. Rows of two cells (a name
+    and a reason) do not widen the columns."""
     widths = [max(len(row[column]) for row in rows if len(row) > 2) for column in range(len(rows[0]))]
     return [
         "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]).rstrip()

@@ -15,16 +15,16 @@ from common.system_metrics import processes, proportional_mib
 from dali_pipelines import ClipLoader, InputError, Manifest
 
 _SAMPLES = 10
-_GROWTH = 1.05  # allowed, of the last samples over those in the middle
+_GROWTH = 1.05  # largest ratio of the last samples to those in the middle
 
 
 def soak(
     videos: Sequence[str], *, clips: int, workers: int, batch_size: int, crop_size: int, sizes: int | None
 ) -> None:
-    """Prints memory (MiB, shared pages counted in parts), shared memory and open files of the loader's processes, and
+    """Prints memory (PSS in MiB), shared memory and open files of the loader's processes, and
     the GPU's memory, after every tenth of `clips`. Raises `InputError` if one of them grows.
 
-    sizes: load copies of the videos with this number of frame sizes.
+    sizes: load copies of the videos in this number of frame sizes.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = find_videos(videos)
@@ -61,7 +61,7 @@ def _soak(manifest: Manifest, clips: int, workers: int, batch_size: int, crop_si
         if last > middle * _GROWTH + 4:
             raise InputError(f"{name} grew from {middle:.0f} in the middle of the run to {last:.0f} at its end")
     stats = loader.stats
-    print(f"flat; {len(stats.faults)} faults, fall-backs {stats.fallbacks or 'none'}")
+    print(f"no growth; {len(stats.faults)} faults, fallbacks: {stats.fallbacks or 'none'}")
 
 
 def _gpu_mib() -> float:

@@ -20,8 +20,8 @@ _CLIPS, _TURNS = 32, 3
 
 
 def stages(name: str, work: Work) -> dict[str, float]:
-    """CPU ms per clip of each stage but the last, handing over, which is the remainder. The first turn is a warm-up; of
-    the others the fastest counts. {} if no clip is in the packet index. `name`: for `attempt`, not used."""
+    """CPU ms per clip of each stage except handing over, which is the remainder. The first turn is a warm-up; the
+    fastest of the others counts. {} if no clip is in the packet index. `name` is required by `attempt` and not used."""
     torch.set_num_threads(1)
     turns = [_turn(work) for _ in range(1 + _TURNS)][1:]
     return min(turns, key=lambda turn: sum(turn.values()))

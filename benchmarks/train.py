@@ -1,16 +1,15 @@
 """`benchmark.py train`: a run's loader alone, its network alone, and both together, as in training.
 
-Why it is fair:
+Why the comparison is fair:
 
 - All three use the run's own ClipLoader, `Trainer` and training step (forward, backward, optimizer, micro-steps,
   precision, mixing, DDP). Nothing is validated, logged or saved.
-- The network alone trains on random clips on the device, of the loader's shape; the loader's workers are stopped then.
-- They take turns in one process, and each round starts with the next one. Each turn has a warm-up of more batches than
-  the loader works ahead, so that before the clock starts, queued batches are consumed, or the queue is as full as it
-  gets. Within a round, the loader alone and both together are timed on the same clips. Ratios are taken within a round,
-  then their median.
+- The network alone trains on random clips on the device, with the loader's shape; the loader's workers are stopped.
+- They take turns in one process, and a different one starts each round. Each turn has a warm-up of more batches than
+  the loader prefetches, so when the clock starts, the queued batches are consumed or the queue is full. Within a round,
+  the loader alone and both together are timed on the same clips. Ratios are taken within a round, then their median.
 - If loader and network need the same cores, they cannot reach the speed of the slower one alone. Two bounds are given:
-  the free cores over the CPU time that a clip costs both, and 1 / (1 / a + 1 / b), as if they took turns.
+  the free cores divided by the CPU time that a clip costs both, and 1 / (1 / a + 1 / b), as if they took turns.
 """
 
 import contextlib
@@ -54,9 +53,9 @@ class Turn:
     wait_ms: float
     """Time per step until the loader gives its batches, in the process that waits longest."""
     cpu_ms_per_clip: float
-    """CPU time of all processes and their workers."""
+    """CPU time of all processes and workers."""
     free_cores: float
-    """Cores that worked for it or were idle; other programs used the rest."""
+    """Cores that it used or that were idle; other programs used the rest."""
 
 
 def benchmark_train(
@@ -68,7 +67,7 @@ def benchmark_train(
     """
     settings = load_config(config, list(override))
     settings.data.val = settings.data.train  # nothing is validated
-    settings.train.pretrained = None  # it would not change the speed
+    settings.train.pretrained = None  # does not change the speed
     with start_process(settings.device) as process, tempfile.TemporaryDirectory() as settings.output:
         settings.output = process.gather(settings.output)[0]  # all processes use the folder of the main process
         everything = os.sched_getaffinity(0)
@@ -118,8 +117,8 @@ def benchmark_train(
 
 
 def gpu_figures(trainer: Trainer, medians: dict[str, dict[str, float]], gib: float) -> dict[str, float]:
-    """Utilisation of one GPU: `gib` of memory, and operations/s (three forward passes a step) beside those of a large
-    matrix product."""
+    """Utilisation of one GPU: `gib` of memory, and operations/s (three forward passes per step), compared with a
+    large matrix product."""
     config, classes = trainer.config, len(trainer.classes)
     a_clip = multiply_adds(lambda: build_network(config.model, preprocessing(config.data), classes))
     flops = 6 * a_clip / trainer.process.world_size
@@ -130,11 +129,11 @@ def gpu_figures(trainer: Trainer, medians: dict[str, dict[str, float]], gib: flo
 
 
 def halves(process: DistributedContext) -> tuple[set[int], set[int]]:
-    """Splits the cores of this process: (of the loader, of the network). Raises `InputError`."""
+    """Splits the cores of this process into (loader's, network's). Raises `InputError`."""
     mine = sorted(os.sched_getaffinity(0))[process.local_rank :: process.local_world_size]
     if process.device.type != "cpu" or len(mine) < 2:
         raise InputError(
-            "--split-cores: expected the CPU as the device, and two cores or more for each process; the device is "
+            "--split-cores needs the CPU as the device, and two cores or more per process; the device is "
             f"{process.device}, with {len(mine)} for this process"
         )
     return set(mine[: len(mine) // 2]), set(mine[len(mine) // 2 :])
@@ -155,7 +154,7 @@ class Contest:
         trainer.train_loader.close()
 
     def turns(self, rounds: int) -> dict[str, list[Turn]]:
-        """A turn of each contestant for each round."""
+        """Runs one turn of each contestant per round."""
         found: dict[str, list[Turn]] = {name: [] for name in CONTESTANTS}
         for number in range(rounds):
             first = number % len(CONTESTANTS)
@@ -171,7 +170,7 @@ class Contest:
             loader.close()
         else:
             loader.set_epoch(epoch)
-            os.sched_setaffinity(0, self._of_loader)  # of this thread; workers and threads that start now inherit them
+            os.sched_setaffinity(0, self._of_loader)  # new workers and threads inherit it
             self._step(LOADER)
             os.sched_setaffinity(0, self._of_network)
         for _ in range(self._warm_up):
@@ -213,7 +212,8 @@ class Contest:
             torch.cuda.current_stream(self._trainer.process.device).synchronize()
 
     def _clocks(self) -> tuple[float, ...]:
-        """Seconds: wall clock, waiting for the loader, CPU time, and idle, which one process per machine counts."""
+        """Seconds of wall clock, waiting for the loader, CPU time and idle time (counted by one process per
+        machine)."""
         idle = sum(map(int, Path("/proc/stat").read_text().split()[4:6])) / _TICKS
         is_first = self._trainer.process.local_rank == 0
         return time.perf_counter(), self._trainer.train_loader.stats.wait_seconds, cpu_seconds(), idle * is_first
@@ -223,10 +223,10 @@ class Contest:
 
 
 def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]]) -> dict[str, Any]:
-    """Medians, bounds, how close both together come to the bounds, and the bottleneck and remedies in words.
+    """Computes medians, bounds and the ratio of both together to the bounds; names the bottleneck and remedies.
 
     cores: CPU cores of all machines.
-    hints: what would make "data" and "network" faster.
+    hints: changes that would make "data" and "network" faster.
     """
     medians = {name: _median(each) for name, each in turns.items()}
     limits = bounds(medians[LOADER], medians[NETWORK])
@@ -235,16 +235,16 @@ def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]
     a, b = (medians[name].clips_per_second for name in (LOADER, NETWORK))
     if limits["cores"] < TARGET * limits["slower"]:
         bound_by, tips = "cores", ["more cores", *hints["data"], *hints["network"]]
-        said = (
+        verdict = (
             f"loader and network compete for the cores, which allow {limits['cores']:.1f} clips/s together, and "
             f"{limits['turns']:.1f} if the two take turns; the target assumes enough cores for both"
         )
     elif a < b:
         bound_by, tips = "data", hints["data"]
-        said = f"bound by data: the loader supplies {a:.1f} clips/s, and the network could take {b:.1f}"
+        verdict = f"bound by data: the loader supplies {a:.1f} clips/s, and the network could consume {b:.1f}"
     else:
         bound_by, tips = "network", hints["network"]
-        said = f"bound by the network: it takes {b:.1f} clips/s, and the loader could supply {a:.1f}"
+        verdict = f"bound by the network: it consumes {b:.1f} clips/s, and the loader could supply {a:.1f}"
     free = min(turn.free_cores for turn in medians.values())
     busy = (
         f"\nother programs were running: only {free:.1f} of {cores:g} cores were free" if free < _QUIET * cores else ""
@@ -257,7 +257,7 @@ def judge(turns: dict[str, list[Turn]], cores: float, hints: dict[str, list[str]
         "data_wait_share": medians[TOGETHER].wait_ms / medians[TOGETHER].step_ms,
         "target": {"at_least": TARGET, "value": value, "met": value >= TARGET},
         "bound_by": bound_by,
-        "verdict": f"{said}\ntry {'; '.join(tips)}{busy}",
+        "verdict": f"{verdict}\ntry {'; '.join(tips)}{busy}",
     }
 
 
@@ -273,7 +273,7 @@ def bounds(loader: Turn, network: Turn) -> dict[str, float]:
 
 
 def hints(trainer: Trainer) -> dict[str, list[str]]:
-    """Changes of the settings that would make "data" and "network" faster."""
+    """Changes in settings that would make "data" and "network" faster."""
     data, train, process = trainer.config.data, trainer.config.train, trainer.process
     few_workers = data.workers is not None and data.workers < process.cores
     found = {
@@ -300,7 +300,7 @@ def table(report: Report) -> str:
     lines = [f"{machine['cpu']}, {machine['cores']:g} cores, {machine['threads']} threads; GPU: {machine['gpu']}"]
     lines += [listed(machine["versions"]), listed(report["settings"])]
     if report["unreadable_clips"]:
-        lines.append(f"{report['unreadable_clips']} clips could not be read; they are counted")
+        lines.append(f"{report['unreadable_clips']} clips could not be read; they still count")
     if report["gpu"]:
         lines.append(", ".join(f"{name} {value:.1f}" for name, value in report["gpu"].items()))
     lines += ["", f"{'':14} clips/s             (rounds)   ms/step  waiting  CPU ms/clip  cores at work, free"]

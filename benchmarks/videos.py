@@ -1,4 +1,4 @@
-"""The videos of a benchmark, and how much of them the clips need."""
+"""Finds the videos of a benchmark, compares clips, and counts the packets they need."""
 
 import contextlib
 import itertools
@@ -28,7 +28,7 @@ CHECKED_BATCHES = 2
 
 
 def find_videos(paths: Sequence[str]) -> Manifest:
-    """The videos of files, folders and manifests, with absolute paths and the entries of their packet indexes. Raises
+    """The videos of files, folders and manifests, with absolute paths and packet index entries. Raises
     `InputError` if one cannot be read."""
     videos: list[Video] = []
     entries: dict[int, bytes] = {}
@@ -66,14 +66,14 @@ def find_videos(paths: Sequence[str]) -> Manifest:
         raise InputError(f"{', '.join(map(str, paths))}: no videos there")
     for video in videos:
         if video.rotation or video.mirrored:
-            raise InputError(f"{video.path}: is turned or mirrored, which not all contestants can undo")
+            raise InputError(f"{video.path}: is rotated or mirrored, which not all contestants support")
     found = Manifest(videos)
     found.entries = entries
     return found
 
 
 def training_view(num_frames: int, crop_size: int) -> View:
-    """How training cuts clips of `num_frames` frames and `crop_size` pixels out of videos."""
+    """How training cuts clips of `num_frames` frames and `crop_size` pixels from videos."""
     return View(mode="train", num_frames=num_frames, crop_size=crop_size)
 
 
@@ -110,7 +110,7 @@ def compare(work: Work, clips: dict[str, torch.Tensor], base: str) -> dict[str, 
 
 
 def count_packets(work: Work) -> dict[str, float]:
-    """Mean packets per clip: up to the last wanted frame ("in_window"), and fed after selection ("fed")."""
+    """Mean packets per clip: up to the last requested frame ("in_window"), and fed after selection ("fed")."""
     clips = [work.clip(place) for place in range(CHECKED_BATCHES * work.batch_size)]
     needed = [needed_packets(clip) for clip in clips]
     return {

@@ -20,7 +20,7 @@ class Clip(NamedTuple):
 
     source: Source
     positions: np.ndarray
-    """int64 [T], ascending: numbers of the frames that a decoder puts out, from 0."""
+    """int64 [T], ascending: frame numbers in decoder output order, from 0."""
     rectangle: np.ndarray
     """float64 [4]: y0, x0, y1, x1 in pixels; flipped if x0 > x1."""
 
@@ -68,19 +68,20 @@ def repeated(found: Manifest, count: int, index: Path) -> Manifest:
 
 
 class Packets(NamedTuple):
-    """The packets of a file that give the frames of a clip. Numbers count the packets with data, in file order."""
+    """The packets of a file that a clip needs. Numbers count the packets with data, in file order."""
 
     source: Source
     runs: list[list[int]]
-    """Packets to feed; the decoder is flushed before each run but the first."""
+    """Packets to feed; the decoder is flushed before each run except the first."""
     wanted: set[int]
-    """The packets of the wanted frames."""
+    """The packets of the requested frames."""
     in_window: int
-    """Number of packets from the start of the file to the last wanted frame, which are fed without a selection."""
+    """Number of packets from the start of the file to the last requested frame: those fed without selection."""
 
 
 def needed_packets(clip: Clip) -> Packets:
-    """The packets that our loader feeds: a selection if the headers allow one, otherwise all up to the last wanted."""
+    """The packets that our loader feeds: a selection if the headers allow it, otherwise all up to the last requested
+    frame."""
     shown, fed_until = _decode_all(clip.source)
     in_window = fed_until[int(clip.positions[-1])]
     try:
@@ -94,7 +95,7 @@ def needed_packets(clip: Clip) -> Packets:
 
 @lru_cache
 def _decode_all(source: Source) -> tuple[list[int], list[int]]:
-    """For every frame that comes out: the number of its packet, and how many packets had been fed by then."""
+    """For every output frame: the number of its packet, and the number of packets fed by then."""
     shown: list[int] = []
     fed_until: list[int] = []
     fed = 0

@@ -156,11 +156,11 @@ class _Plots:
     def __call__(self, prediction: "Prediction") -> None:
         if self._picture:
             self._draw_prediction(self._picture, prediction)
-            print(f"picture in {self._picture}", file=sys.stderr)
+            print(f"saved {self._picture}", file=sys.stderr)
         if self._explain:
             path = self._path_in(self._explain, prediction.video)
             self._draw_explanation(path, prediction)
-            print(f"picture in {path}", file=sys.stderr)
+            print(f"saved {path}", file=sys.stderr)
 
     def _draw_prediction(self, path: Path, prediction: "Prediction") -> None:
         from serving.pictures import save_prediction_picture, save_timeline

@@ -75,7 +75,7 @@ def main() -> None:
     pool.add_argument(
         "--executor", choices=["processes", "dask"], default="processes", help="run on this machine, or on dask workers"
     )
-    pool.add_argument("--scheduler", metavar="ADDRESS", help="the dask scheduler's, such as tcp://node1:8786")
+    pool.add_argument("--scheduler", metavar="ADDRESS", help="address of the dask scheduler, such as tcp://node1:8786")
     pool.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="process only part i (from 0) of n")
     probing = argparse.ArgumentParser(add_help=False, parents=[pool])
     probing.add_argument(

@@ -182,7 +182,7 @@ of {manifest["listed"]:,} listed"""
     if data["stride"] is not None:
         window = f"{data['stride'] * data['num_frames'] / data['target_fps']:.3g} s"
     protocol = (
-        f"{counted(summary['windows'], 'window')} &times; {counted(summary['crops'], 'crop')} a video, "
+        f"{counted(summary['windows'], 'window')} &times; {counted(summary['crops'], 'crop')} per video, "
         f"{escape(average.get(summary['average'], summary['average']))}; clips of {data['num_frames']} frames "
         f"from {window}, {data['crop_size']} &times; {data['crop_size']} pixels"
     )

@@ -303,7 +303,7 @@ def summary(manifest: Manifest) -> str:
     ]
     for count, what in (
         ((manifest.column("vfr") > 0).sum(), "with a variable frame rate"),
-        ((manifest.column("rotation") > 0).sum(), "turned"),
+        ((manifest.column("rotation") > 0).sum(), "rotated"),
         ((manifest.column("mirrored") > 0).sum(), "mirrored"),
         ((~np.isin(manifest.column("pixel_format"), ["yuv420p", "yuvj420p", ""])).sum(), "not 8-bit 4:2:0"),
     ):

@@ -1,4 +1,4 @@
-"""Frames, seconds and clips/s of decoding, from numbers alone."""
+"""Computes frames, seconds and clips/s of decoding, without reading files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,12 @@ from dali_pipelines.gpus import Gpu
 UTILISATION = 0.4
 """Share of a GPU's peak that training reaches; an estimate, not measured."""
 GOP, B_FRAMES, SHORT_SIDE = 16, 3, 256
-"""What `prepare.py transcode --short-side 256 --gop 16` writes."""
+"""The settings of `prepare.py transcode --short-side 256 --gop 16`."""
 MEASURED_GPU = "H200"
 """The GPU on which decoding was measured (docs/benchmarks.md)."""
 MEASURED_SIZE = 256, 340
 MEASURED_FPS, MEASURED_GOP_16_FPS = 22_000, 25_000
-"""H.264 frames/s of that size on all engines together: with B frames left out, and in groups of `GOP` frames. `Gpu`
-models the first."""
+"""H.264 frames/s of that size on all engines together: without B-frames, and at GOP `GOP`. `Gpu` models the first."""
 MEASURED_HOW = f"one {MEASURED_GPU}, 2026-11-27, torchcodec's CUDA decoder, 16 threads"
 NVDEC, CORES, BOTH = "NVDEC", "CPU cores", "NVDEC and CPU cores"
 
@@ -27,28 +26,28 @@ START, SEEK, SELECTED, TRANSCODED, VIEWS = WAYS = "start", "seek", "selected", "
 
 
 class Decode(NamedTuple):
-    """What decoding one training sample takes."""
+    """The cost of decoding one training sample."""
 
     codec: str
     area: int
     """Pixels of a frame as coded."""
     transcoded_area: int
-    """The same, after transcoding."""
+    """The same after transcoding."""
     on_gpu: bool
-    """Whether NVDEC takes the video; otherwise the workers decode it."""
+    """Whether NVDEC supports the video; otherwise the workers decode it."""
     transcoded_on_gpu: bool
     frames: dict[str, int]
     """Way -> number of frames decoded."""
     packets_read: int
     fallback: str = ""
-    """Why all packets from the start are decoded; "" if packets are selected."""
+    """The reason that all packets from the start are decoded; "" if packets are selected."""
     has_short_groups: bool = False
-    """Whether its groups of frames are no longer than `GOP`."""
+    """Whether its GOPs are no longer than `GOP`."""
 
 
 def seeking_frames(starts: Sequence[int], wanted: Iterable[int], leading: frozenset[int] = frozenset()) -> int:
-    """Number of frames decoded by a decoder that seeks to the keyframe before each wanted frame, unless it is already
-    past it, as decoders with an index of the file do. All arguments are packet numbers: `starts` those of keyframes,
+    """Number of frames decoded by a decoder that, like those with a file index, seeks to the keyframe before each
+    wanted frame unless it is already past it. All arguments are packet numbers: `starts` those of keyframes,
     `leading` those of frames that need the keyframe before their own."""
     count = done = 0
     for number in sorted(wanted):
@@ -59,8 +58,8 @@ def seeking_frames(starts: Sequence[int], wanted: Iterable[int], leading: frozen
 
 
 def transcoded_frames(positions: Sequence[int], frames: int) -> int:
-    """Number of frames to decode for those at `positions` of a video of `frames` frames, once it is transcoded to
-    closed groups of `GOP` frames, in which a reference frame follows every `B_FRAMES` B frames and ends the group:
+    """Number of frames to decode for those at `positions` of a video of `frames` frames after it is transcoded to
+    closed GOPs of `GOP` frames, in which a reference frame follows every `B_FRAMES` B-frames and ends the GOP:
 
         I b b b P b b b P b b b P b b P | I b b b ...
     """
@@ -69,25 +68,25 @@ def transcoded_frames(positions: Sequence[int], frames: int) -> int:
         last = min(GOP, frames - start) - 1
         places = {position - start for position in positions if start <= position < start + GOP}
         is_b = [place for place in places if place % (B_FRAMES + 1) and place != last]
-        references = -(-max(places) // (B_FRAMES + 1)) + 1  # a B frame needs the reference frame that follows it
+        references = -(-max(places) // (B_FRAMES + 1)) + 1  # a B-frame needs the reference frame after it
         count += references + len(is_b)
     return count
 
 
 def is_taken(decode: Decode, way: str) -> bool:
-    """Whether NVDEC takes the video, or its transcoded copy."""
+    """Whether NVDEC supports the video, or its transcoded copy."""
     return decode.transcoded_on_gpu if way == TRANSCODED else decode.on_gpu
 
 
 def frames_per_second(gpu: Gpu, codec: str, area: float) -> float:
-    """Frames/s of one NVDEC engine for frames of `area` pixels, of a codec that it takes."""
+    """Frames/s of one NVDEC engine for frames of `area` pixels, of a codec that it supports."""
     rate = gpu.frames_per_second(codec, area)
-    assert rate is not None, f"NVDEC of {gpu.name} does not take {codec}"
+    assert rate is not None, f"NVDEC of {gpu.name} does not support {codec}"
     return rate
 
 
 def engine_seconds(decode: Decode, way: str, gpu: Gpu) -> float:
-    """Time of one NVDEC engine in seconds; 0 if NVDEC does not take the video."""
+    """Time of one NVDEC engine in seconds; 0 if NVDEC does not support the video."""
     if not is_taken(decode, way):
         return 0.0
     is_new = way == TRANSCODED
@@ -114,8 +113,8 @@ class Timings:
 
 
 def core_seconds(decodes: Sequence[Decode], way: str, timings: Timings, *, host_share: float) -> float:
-    """Mean CPU seconds of a decode in a worker, which decodes `host_share` (0 to 1) of what NVDEC takes and all that it
-    does not take, and feeds the rest to NVDEC. Measured for `SELECTED`; for other ways, the time after the headers is
+    """Mean CPU seconds of a decode in a worker, which decodes `host_share` (0 to 1) of the videos that NVDEC supports
+    and all others, and feeds the rest to NVDEC. Measured for `SELECTED`; for other ways, the time after the headers is
     scaled by the number of decoded pixels."""
     fed = (1 - host_share) * float(np.mean([is_taken(each, way) for each in decodes]))
     scale = sum(pixels(each, way) for each in decodes) / sum(pixels(each, SELECTED) for each in decodes)
@@ -134,15 +133,15 @@ class Rates(NamedTuple):
     cores: float
     """The cores decode everything."""
     nvdec: float | None = None
-    """NVDEC decodes all that it takes and is always busy; None if it takes nothing."""
+    """NVDEC decodes all videos that it supports and is always busy; None if there are none."""
     feeding: float | None = None
-    """The cores feed NVDEC, and decode only what it does not take."""
+    """The cores feed NVDEC, and decode only the videos that it does not support."""
     nvdec_limit: float = float("inf")
     """NVDEC's limit when it leaves `host_share` to the cores."""
     cores_limit: float = float("inf")
     """The cores' limit when they feed NVDEC and decode the rest, with the same `host_share`."""
     host_share: float = 1.0
-    """Share of what NVDEC takes that the cores decode."""
+    """Share of the videos that NVDEC supports which the cores decode."""
 
     @property
     def together(self) -> float:
@@ -165,7 +164,7 @@ def clip_rates(
 
     gpu: None without NVDEC.
     clips: clips per decode.
-    host_share: share of what NVDEC takes that the cores decode; None for the share that keeps both busy.
+    host_share: share of the NVDEC-compatible videos that the cores decode; None for the share that keeps both busy.
     """
     own, fed = (core_seconds(decodes, way, timings, host_share=each) for each in (1.0, 0.0))
     alone = clips_per_second(cores, own, clips)
@@ -188,7 +187,7 @@ def clip_rates(
 
 
 def limits(rates: Rates, *, is_auto: bool, knows_cores: bool) -> dict[str, float]:
-    """Engine or engines -> clips/s that they supply to training. is_auto: NVDEC and the cores share the work."""
+    """Maps engine or engines to the clips/s that they supply. is_auto: NVDEC and the cores share the work."""
     if rates.nvdec is None:
         return {CORES: rates.cores}
     if not knows_cores:
@@ -197,7 +196,7 @@ def limits(rates: Rates, *, is_auto: bool, knows_cores: bool) -> dict[str, float
 
 
 def network_demand(multiply_adds: float, gpu: Gpu, gpus: int, *, passes: int = 3) -> float:
-    """Clips/s that training takes, with `passes` forward passes a clip and two operations a multiply-add."""
+    """Clips/s that training consumes, with `passes` forward passes per clip and two operations per multiply-add."""
     return gpus * gpu.tflops * 1e12 * UTILISATION / (passes * 2 * multiply_adds)
 
 

@@ -1,4 +1,4 @@
-"""The report of `prepare.py budget`: what decoding supplies, what the network takes, and which of them is slower."""
+"""Makes the report of `prepare.py budget`: clips/s of decoding and of the network, and which is slower."""
 
 import os
 from collections import Counter
@@ -36,7 +36,7 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.gpus import Gpu
 
 _MEASURE_S = 3.0  # to time decoding
-_LISTED_FILES = 5  # unreadable files that are named
+_LISTED_FILES = 5  # unreadable files to list
 
 
 def budget(
@@ -54,7 +54,7 @@ def budget(
     samples: number of videos to read.
     gpu, gpus: the GPUs that train; None: measure the network on this machine.
     cores: CPU cores of the training machine; None: those of this machine.
-    network_clips: clips/s that training takes on one GPU; None: estimated for `gpu`, measured without it.
+    network_clips: clips/s that training consumes on one GPU; None: estimated for `gpu`, measured without it.
     """
     manifest = read_manifest(manifest_file, key="-m")
     if gpus > 1 and not (gpu or network_clips or torch.cuda.is_available()):
@@ -105,7 +105,7 @@ def budget(
         "fallbacks": dict(Counter(each.fallback for each in found.decodes if each.fallback)),
         "codecs": dict(Counter(each.codec for each in found.decodes)),
         "taken_by_nvdec": float(np.mean([each.on_gpu for each in found.decodes])),
-        "picture_pixels": float(np.mean([each.area for each in found.decodes])),
+        "frame_pixels": float(np.mean([each.area for each in found.decodes])),
         "packets_read_per_clip": float(np.mean([each.packets_read for each in found.decodes])) / views,
         "ways": ways,
         "gpu": gpu and {"name": gpu.name, "gpus": gpus, "engines": gpu.engines * gpus},
@@ -135,14 +135,14 @@ def budget(
 
 
 def _host_share(config: Config) -> float | None:
-    """Share of what NVDEC takes that the cores decode; None for the share that keeps both busy."""
+    """Share of the NVDEC-compatible videos that the cores decode; None for the share that keeps both busy."""
     shares = {"auto": config.data.host_share, "nvdec": config.data.host_share or 0.0, "dali": 0.0, "host": 1.0}
     return shares[config.data.decode]
 
 
 def _supply(report: dict[str, Any], rates: Rates, *, knows_share: bool) -> dict[str, Any]:
-    """Clips/s with `data.decode` as configured, in all and of each engine, and the share of what NVDEC takes that the
-    cores decode: None if NVDEC takes nothing, or if the share depends on an unknown number of cores."""
+    """Clips/s with `data.decode` as configured, in all and of each engine, and the share of the NVDEC-compatible
+    videos that the cores decode: None without such videos, or if it depends on an unknown number of cores."""
     clips = min(report["limits"].values())
     by_nvdec = clips * report["taken_by_nvdec"] * (1 - rates.host_share)
     by_engine = {NVDEC: by_nvdec, CORES: clips - by_nvdec}
@@ -156,8 +156,8 @@ def _supply(report: dict[str, Any], rates: Rates, *, knows_share: bool) -> dict[
 def _needed(
     report: dict[str, Any], decodes: Sequence[Decode], timings: Timings, host_share: float | None
 ) -> dict[str, float] | None:
-    """Number of cores needed to decode the clips that the network takes, and the share of these clips that the cores
-    decode. None without NVDEC. host_share None: the cores decode what NVDEC cannot keep up with."""
+    """Number of cores needed to decode the clips that the network consumes, and the share of these clips that the cores
+    decode. None without NVDEC. host_share None: the cores decode only the surplus of NVDEC."""
     demand, nvdec = report["network"]["clips_per_second"], report["ways"][SELECTED]["nvdec_clips_per_second"]
     if nvdec is None:
         return None
@@ -176,14 +176,14 @@ def _labels(config: Config) -> str | None:
 def _demand(
     config: Config, classes: int, gpu: Gpu | None, gpus: int, network_clips: float | None
 ) -> tuple[float, dict[str, Any]]:
-    """Clips/s that the network takes, and how they were determined."""
+    """Clips/s that the network consumes, and how they were determined."""
     if network_clips:
-        return gpus * network_clips, {"how": f"{network_clips:g} clips/s a GPU, as given"}
+        return gpus * network_clips, {"how": f"{network_clips:g} clips/s per GPU, as given"}
     work = multiply_adds(config, classes)
     if gpu:
         passes = 4 if config.train.activation_checkpointing else 3
         how = (
-            f"{work / 1e9:.4g} GMAC a clip, {passes} forward passes, {UTILISATION:.0%} of {gpu.tflops:g} TFLOP/s: "
+            f"{work / 1e9:.4g} GMAC per clip, {passes} forward passes, {UTILISATION:.0%} of {gpu.tflops:g} TFLOP/s: "
             "an estimate, not measured"
         )
         return network_demand(work, gpu, gpus, passes=passes), {"how": how, "gmac_per_clip": work / 1e9}

@@ -1,4 +1,4 @@
-"""What the headers of a manifest's videos say about training, and what decoding and training take on this machine."""
+"""Reads the headers of a manifest's videos, and times decoding and training on this machine."""
 
 import itertools
 import time
@@ -49,7 +49,7 @@ class Survey:
     rows: list[int]
     decodes: list[Decode]
     unreadable: dict[int, str]
-    """Row -> why it cannot be read."""
+    """Row -> the reason that it cannot be read."""
     headers_s: float
     """Mean CPU seconds of a decode to open the file, read packets and select them."""
     feed_s: float
@@ -80,7 +80,7 @@ def survey(manifest: Manifest, config: Config, samples: int, nvdec: Gpu | None) 
         row, reason = next(iter(found.unreadable.items()))
         raise InputError(f"{manifest.file(row)}: {reason}; none of {len(rows)} sampled videos can be read")
     found.headers_s = float(np.mean(headers)) / 2  # read twice: with views_per_decode, and with twice that
-    found.feed_s = float(np.mean(feeds)) if feeds else found.headers_s  # a lower bound, if nothing was remuxed
+    found.feed_s = float(np.mean(feeds)) if feeds else found.headers_s  # a lower bound if nothing was remuxed
     return found
 
 
@@ -143,7 +143,7 @@ def _inspect(survey: Survey, row: int, epoch: int) -> tuple[Decode, float]:
 
 
 def _remux(survey: Survey, row: int, positions: np.ndarray) -> Remuxed | None:
-    """The stream for NVDEC; None if NVDEC does not take the video by the loader's rules."""
+    """The stream for NVDEC; None if NVDEC does not support the video by the loader's rules."""
     if not survey.routing.takes(survey.manifest[row]):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The report of `prepare.py budget` in words."""
+"""Formats the report of `prepare.py budget`."""
 
 import textwrap
 from typing import Any
@@ -30,42 +30,42 @@ from common.config import Config
 from dali_pipelines.gpus import HD, RATES_FROM, Gpu
 
 _UNCERTAIN, _UNCERTAIN_NVDEC = 1.25, 2.0  # smaller ratios are within the error of timings here, and of GPU figures
-_WIDTH = 118  # characters a line
+_WIDTH = 118  # characters per line
 _TITLES = {
     START: "everything from the file's start",
     SEEK: "from the keyframe before each frame",
     SELECTED: "selected packets, as training does",
     TRANSCODED: "... of transcoded files",
-    VIEWS: "... with twice views_per_decode",
+    VIEWS: "... with views_per_decode doubled",
 }
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """What the bottleneck is, and by how much."""
+    """Names the bottleneck and its margin."""
     demand, ratio = report["network"]["clips_per_second"], report["times"]
     if report["bound_by"] == "network":
         name = tightest(report["limits"])
-        said = (
-            f"the network is the bottleneck: it takes {_number(demand)} clips/s, and {_noun(name, report)} can supply "
-            f"{_number(report['limits'][name])}, {ratio:.1f} times as many"
+        text = (
+            f"the network is the bottleneck: it consumes {_number(demand)} clips/s, and {_noun(name, report)} can "
+            f"supply {_number(report['limits'][name])}, {ratio:.1f} times as many"
         )
     else:
         name = report["bound_by"]
         supply = report["limits"][name]
-        said = (
+        text = (
             f"decoding is the bottleneck: {_noun(name, report)} can supply {_number(supply)} clips/s, and the network "
-            f"could take {_number(demand)}, {ratio:.1f} times as many; it would wait {1 - 1 / ratio:.0%} of the time"
+            f"could consume {_number(demand)}, {ratio:.1f} times as many; it would wait {1 - 1 / ratio:.0%} of the time"
         )
     if report["bound_by"] == "network" and report["supply"].get("default_clips_per_second", demand) < demand:
-        said += f", with data.host_share={report['supply']['host_share']:g}; the loader's default is too slow"
+        text += f", with data.host_share={report['supply']['host_share']:g}; the loader's default is too slow"
     if ratio < (_UNCERTAIN if set(report["limits"]) == {CORES} else _UNCERTAIN_NVDEC):
-        said += ". That is too close to call by estimates; `benchmark.py train` on that machine measures it"
+        text += ". That is too close to call from estimates; measure it with `benchmark.py train` on that machine"
     if report["decode"] == "auto" and set(report["limits"]) == {NVDEC}:
-        said += ". The CPU of that machine decodes as well; give `--cores N` to include it"
+        text += ". The CPU of that machine decodes as well; give `--cores N` to include it"
     if report["network"].get("device") == "cpu":
         together = 1 / (1 / demand + 1 / report["ways"][SELECTED]["cores_clips_per_second"])
-        said += f". Both need the same cores: together about {_number(together)} clips/s"
-    return said[0].upper() + said[1:] + "."
+        text += f". Both need the same cores: together about {_number(together)} clips/s"
+    return text[0].upper() + text[1:] + "."
 
 
 def _noun(name: str, report: dict[str, Any]) -> str:
@@ -82,28 +82,28 @@ def remedies(report: dict[str, Any]) -> list[str]:
     """What transcoding, more clips per decode and another `data.host_share` would gain."""
     demand, now = report["network"]["clips_per_second"], report["ways"][SELECTED]
     before = min(now["limits"].values())
-    said = []
+    lines = []
     for way, what in (
         (TRANSCODED, f"`prepare.py transcode --short-side {SHORT_SIDE} --gop {GOP}`"),
-        (VIEWS, f"data.views_per_decode={2 * report['views_per_decode']} (clips of a video side by side in a batch)"),
+        (VIEWS, f"data.views_per_decode={2 * report['views_per_decode']} (adjacent clips of a video in a batch)"),
     ):
         then = report["ways"][way]
         after = min(then["limits"].values())
         if after < 1.05 * before:
-            said.append(f"{what}: nothing to gain")
+            lines.append(f"{what}: nothing to gain")
             continue
-        said.append(
-            f"{what}: {_number(then['frames_per_clip'])} frames a clip instead of {_number(now['frames_per_clip'])}; "
+        lines.append(
+            f"{what}: {_number(then['frames_per_clip'])} frames per clip instead of {_number(now['frames_per_clip'])}; "
             f"{_decoder(then['limits'])} would supply {_number(after)} clips/s, {after / before:.1f} times as many, "
             f"{'enough' if after >= demand else 'not enough'} for this network"
         )
     by_default = report["supply"].get("default_clips_per_second", before)
     if before >= 1.05 * by_default:
-        said.append(
+        lines.append(
             f"data.host_share={report['supply']['host_share']:g}: {_number(before)} clips/s instead of "
             f"{_number(by_default)} with the loader's default, on cores like these"
         )
-    return said
+    return lines
 
 
 def _decoder(limits: dict[str, float]) -> str:
@@ -116,25 +116,25 @@ def _decoder(limits: dict[str, float]) -> str:
 
 
 def assumptions(report: dict[str, Any], config: Config, gpu: Gpu | None) -> list[str]:
-    """What the numbers are based on and what they leave out."""
-    said = [
+    """States the basis of the numbers, and what they omit."""
+    lines = [
         f"{report['sampled_videos']} of {report['videos']} videos, drawn at random, the same every time; "
         f"the training windows of their first {WINDOWS} epochs",
         f"the CPU: processor time of {report['measured_windows']} decodes here, one thread, times {report['cores']} "
         f"cores{'' if report['knows_cores'] else ' (those here; --cores N for others)'}: an extrapolation without "
         "storage latency and DALI's resize. Only the row `as training does` is measured; the others are scaled by the "
         "decoded pixels, which is optimistic for transcoded files, whose keyframes take longer",
-        f"transcode: the frame count stays, closed groups of {GOP}, {B_FRAMES} B frames between two reference frames",
+        f"transcode: same frame count, closed GOPs of {GOP}, {B_FRAMES} B-frames between two reference frames",
     ]
     if gpu:
-        said += _nvdec_assumptions(report, gpu)
+        lines += _nvdec_assumptions(report, gpu)
         if not report["network"].get("device") and config.train.precision == "float32":
-            said.append("the network is assumed to train in bf16 or fp16; train.precision=float32 is far slower")
+            lines.append("the network is assumed to train in bf16 or fp16; train.precision=float32 is far slower")
     elif report["decode"] != "host" and torch.cuda.is_available():
-        said.append("NVDEC is not counted; give --gpu NAME to count it")
+        lines.append("NVDEC is not counted; give --gpu NAME to count it")
     if config.distill.teacher:
-        said.append("the teacher of distill.teacher, and frames that only it uses, are not counted")
-    return said
+        lines.append("the teacher of distill.teacher, and frames that only it uses, are not counted")
+    return lines
 
 
 def _nvdec_assumptions(report: dict[str, Any], gpu: Gpu) -> list[str]:
@@ -142,37 +142,37 @@ def _nvdec_assumptions(report: dict[str, Any], gpu: Gpu) -> list[str]:
         return ["decode=host: NVDEC is idle"]
     height, width = MEASURED_SIZE
     small, full = (frames_per_second(gpu, "h264", area) for area in (height * width, HD))
-    said = [
-        f"NVDEC, measured: {MEASURED_FPS:,} frames/s of {width}x{height}, H.264 with B frames left out, and "
-        f"{MEASURED_GOP_16_FPS:,} in groups of {GOP}; {MEASURED_HOW}",
+    lines = [
+        f"NVDEC, measured: {MEASURED_FPS:,} frames/s of {width}x{height}, H.264 without B-frames, and "
+        f"{MEASURED_GOP_16_FPS:,} at GOP {GOP}; {MEASURED_HOW}",
         f"NVDEC, derived: {gpu.engines * small:,.0f} frames/s of that size on the {gpu.engines} engines of one "
-        f"{gpu.name}, and {full:.0f} frames/s an engine at 1080p, at {gpu.video_mhz:g} MHz ({RATES_FROM}); other sizes "
-        "are interpolated. NVDEC is always busy: an upper bound",
+        f"{gpu.name}, and {full:.0f} frames/s per engine at 1080p, at {gpu.video_mhz:g} MHz ({RATES_FROM}); other "
+        "sizes are interpolated. NVDEC is always busy: an upper bound",
         "feeding NVDEC: reading, selecting and remuxing packets, measured here, without torchcodec's own CPU time of "
-        "13 to 30 ms a clip on that machine; so the cores' share of the decoding is an upper bound, too",
+        "13 to 30 ms per clip on that machine, so the cores' share of the decoding is also an upper bound",
     ]
     if gpu.name != MEASURED_GPU:
-        said.append(
+        lines.append(
             f"unconfirmed: the {gpu.name} was not measured; its rates are those of the {MEASURED_GPU}, scaled by the "
             "published rate of an engine, the number of engines and the video clock"
         )
-    said += [f"unconfirmed: {each}" for each in gpu.unconfirmed]
+    lines += [f"unconfirmed: {each}" for each in gpu.unconfirmed]
     codecs = [codec for codec in report["codecs"] if not gpu.is_published(codec)]
     if report["taken_by_nvdec"] and codecs:
-        said.append(f"unconfirmed: no rate is published for {', '.join(codecs)}: the rate of H.264 is assumed")
+        lines.append(f"unconfirmed: no rate is published for {', '.join(codecs)}: the rate of H.264 is assumed")
     if report["taken_by_nvdec"] < 1:
-        said.append(f"{1 - report['taken_by_nvdec']:.0%} of the clips are decoded by the workers, not by NVDEC")
+        lines.append(f"{1 - report['taken_by_nvdec']:.0%} of the clips are decoded by the workers, not by NVDEC")
     if report["decode"] == "dali":
-        said.append(
+        lines.append(
             "decode=dali: the rates are those of torchcodec. DALI's own decoder is far slower: 11 clips/s in the "
             f"loader, on that {MEASURED_GPU}, transcoded or not"
         )
     if "default_host_share" in report["supply"]:
-        said.append(
+        lines.append(
             "host_share: from the timings of the cores here. Without data.host_share the loader uses timings of the "
             f"machine with the {MEASURED_GPU}"
         )
-    return said
+    return lines
 
 
 def _number(value: float) -> str:
@@ -186,8 +186,8 @@ def table(report: dict[str, Any]) -> str:
     cores = f"{report['cores']} CPU cores"
     together = "together" if BOTH in report["limits"] else ""
     lines = [
-        f"{report['manifest']}: {', '.join(report['codecs'])}, {report['picture_pixels'] / 1e3:.0f} thousand pixels a "
-        f"frame; {report['packets_read_per_clip']:.0f} packets read a clip",
+        f"{report['manifest']}: {', '.join(report['codecs'])}, {report['frame_pixels'] / 1e3:.0f} thousand pixels per "
+        f"frame; {report['packets_read_per_clip']:.0f} packets read per clip",
         "",
         f"{'decoded from a video':36} {'frames/clip':>11} {nvdec:>18} {cores:>20} {together:>18}".rstrip(),
     ]
@@ -199,7 +199,7 @@ def table(report: dict[str, Any]) -> str:
         line = f"{_TITLES[way]:36} {row['frames_per_clip']:11.1f} {by_nvdec:>18} {by_cores:>20} {by_both:>18}"
         lines.append(line.rstrip())
     lines += ["", *textwrap.wrap(_supply_text(report), _WIDTH)]
-    lines.append(f"The network takes {_number(network['clips_per_second'])} clips/s ({network['how']}).")
+    lines.append(f"The network consumes {_number(network['clips_per_second'])} clips/s ({network['how']}).")
     if needed := report["needed"]:
         rest = needed["decoded_by_cores"]
         what = f"to feed NVDEC and to decode {rest:.0%} of the clips" if rest else "to feed NVDEC"
@@ -210,7 +210,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{report['unreadable']['count']} of {report['sampled_videos']} sampled videos cannot be read:")
         lines += [f"    {each}" for each in report["unreadable"]["files"]]
     lines += ["", *textwrap.wrap(report["verdict"], _WIDTH)]
-    for title, key in (("What would help the decoding", "remedies"), ("Assumptions", "assumptions")):
+    for title, key in (("What would speed up decoding", "remedies"), ("Assumptions", "assumptions")):
         lines += ["", f"{title}:"]
         for each in report[key]:
             lines += textwrap.wrap(each, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
@@ -218,17 +218,17 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _supply_text(report: dict[str, Any]) -> str:
-    """How much each engine decodes, with `data.decode` as configured."""
+    """Says how much each engine decodes, with `data.decode` as configured."""
     supply, names = report["supply"], {NVDEC: "NVDEC", CORES: "the CPU"}
     parts = [f"{names[name]} decodes {_number(each)} clips/s" for name, each in supply["by_engine"].items()]
-    said = f"decode={report['decode']}: {' and '.join(parts)}"
+    text = f"decode={report['decode']}: {' and '.join(parts)}"
     if len(parts) > 1:
-        said += f", together {_number(supply['clips_per_second'])}"
+        text += f", together {_number(supply['clips_per_second'])}"
     if supply["host_share"] is not None and BOTH in report["limits"]:
-        said += f", with data.host_share={supply['host_share']:g}"
+        text += f", with data.host_share={supply['host_share']:g}"
     if "default_host_share" in supply:
-        said += (
+        text += (
             f", which keeps both busy on cores like these. The loader's default is {supply['default_host_share']:g}: "
             f"{_number(supply['default_clips_per_second'])} clips/s"
         )
-    return said + "."
+    return text + "."

@@ -61,7 +61,7 @@ def test_every_contestant_is_timed_or_says_why_not(report):
 
 def test_soak(videos):
     done = run("benchmark.py", "soak", videos, "--clips", 200, "--workers", 1, "--crop-size", 32, "--sizes", 2)
-    assert done.returncode == 0 and "flat; 0 faults, fall-backs none" in done.stdout, done.stderr + done.stdout
+    assert done.returncode == 0 and "no growth; 0 faults, fallbacks: none" in done.stdout, done.stderr + done.stdout
 
 
 def test_all_decode_the_same(report):
@@ -85,7 +85,7 @@ def test_says_what_was_measured(report, videos):
 def test_copies_of_a_benchmark(videos):
     """As many sizes as are asked for, all different to a decoder, in groups as short as they are to be."""
     found = find_videos([str(videos)])
-    assert benchmark_on_a_gpu(videos, contestants=[FLOOR])["sets"].keys() == {"as they are", "gop 8", "gop 8, 3 sizes"}
+    assert benchmark_on_a_gpu(videos, contestants=[FLOOR])["sets"].keys() == {"originals", "gop 8", "gop 8, 3 sizes"}
     copies = copy_videos(found, videos / "copies", gop=8, sizes=3)
     coded = {(-(-video.width // 16), -(-video.height // 16)) for video in copies}
     assert len(coded) == 3 and all(video.gop == 8 and video.frames == 30 for video in copies)
@@ -108,7 +108,7 @@ def test_the_benchmark_of_a_gpu(videos, capsys):
     report = benchmark_on_a_gpu(videos, contestants=names, gop=0, sizes=0)
     text = capsys.readouterr().out
     assert json.loads((videos / "gpu" / "loader_gpu.json").read_text()) == report
-    found = report["sets"]["as they are"]["contestants"]
+    found = report["sets"]["originals"]["contestants"]
     assert list(found) == names and found.pop("pynvvideocodec")["failure"] == "not installed"
     for name, result in found.items():
         (measured,) = result["runs"]
@@ -120,7 +120,7 @@ def test_the_benchmark_of_a_gpu(videos, capsys):
         "nvdec / nvdec floor",
         "nvdec / torchcodec on whole files",
     }
-    assert "nvdec / nvdec floor, as they are: " in text and "wrong frames" in text
+    assert "nvdec / nvdec floor, originals: " in text and "wrong frames" in text
 
 
 def test_the_benchmark_of_a_gpu_needs_one(videos):
@@ -294,11 +294,11 @@ def turns_of(*, loader, network, together, cores=2.0):
 VERDICTS = {
     "data": (
         dict(loader=(100, 10), network=(200, 5), together=(98, 15)),
-        (100, 2000 / 15, 200 / 3), 0.98, "data", "the loader supplies 100.0 clips/s, and the network could take 200.0",
+        (100, 2000 / 15, 200 / 3), 0.98, "data", "supplies 100.0 clips/s, and the network could consume 200.0",
     ),
     "network": (
         dict(loader=(200, 5), network=(100, 10), together=(90, 15)),
-        (100, 2000 / 15, 200 / 3), 0.90, "network", "it takes 100.0 clips/s, and the loader could supply 200.0",
+        (100, 2000 / 15, 200 / 3), 0.90, "network", "it consumes 100.0 clips/s, and the loader could supply 200.0",
     ),
     "both need both cores": (
         dict(loader=(100, 20), network=(100, 20), together=(48, 40)),
@@ -382,7 +382,7 @@ def test_cores_that_cannot_be_split(monkeypatch):
     with pytest.raises(InputError, match="two cores or more for each process; the device is cpu, with 1 for this"):
         benchmarks.train.halves(process)
     process = SimpleNamespace(device=torch.device("cuda", 0), local_rank=0, local_world_size=1)
-    with pytest.raises(InputError, match="expected the CPU as the device"):
+    with pytest.raises(InputError, match="--split-cores needs the CPU as the device"):
         benchmarks.train.halves(process)
 
 
@@ -391,7 +391,7 @@ CASES = [
     ("gone.mp4", "gone.mp4: no such file or directory"),
     ("gone.csv", "gone.csv: no such manifest"),
     ("empty", "empty: no videos there"),
-    ("turned.mp4", "turned.mp4: is turned or mirrored"),
+    ("turned.mp4", "turned.mp4: is rotated or mirrored"),
 ]
 
 

@@ -293,11 +293,16 @@ def test_the_report_says_who_bounds_and_what_would_help(videos, config, monkeypa
     report = budget(path, config, network_clips=1000, **settings)
     assert report["ways"][SELECTED]["nvdec_clips_per_second"] == pytest.approx(10 * RATE / 7)
     assert report["bound_by"] == "NVDEC" and report["times"] == pytest.approx(2000 * 7 / (10 * RATE))
-    assert "NVDEC (10 engines) can supply 453 clips/s, and the network could take 2,000, 4.4 times" in report["verdict"]
+    assert (
+        "NVDEC (10 engines) can supply 453 clips/s, and the network could consume 2,000, 4.4 times" in report["verdict"]
+    )
     assert "wait 77% of the time" in report["verdict"] and "too close" not in report["verdict"]
     # Transcoding does not help 24 frames in groups of 8; two clips of the same three frames take one decode.
     assert report["remedies"][0].endswith("--gop 16`: nothing to gain")
-    assert "side by side in a batch): 3.5 frames a clip instead of 7; NVDEC would supply 906" in report["remedies"][1]
+    assert (
+        "(adjacent clips of a video in a batch): 3.5 frames per clip instead of 7; NVDEC would supply 906"
+        in report["remedies"][1]
+    )
     assert "not enough" in report["remedies"][1]
     assert "CPU cores" not in report["limits"]  # those of the machine that trains are not known
 
@@ -422,7 +427,7 @@ def test_assumptions_say_what_is_measured_and_what_is_derived(videos, config, mo
     measured = "one H200, 2026-11-27, torchcodec's CUDA decoder, 16 threads"
     for gpu in ("h200", "h100"):
         said = assumptions(gpu)
-        assert measured in said and "22,000 frames/s of 340x256" in said and "25,000 in groups of 16" in said
+        assert measured in said and "22,000 frames/s of 340x256" in said and "25,000 at GOP 16" in said
         assert ("unconfirmed: the H100 was not measured" in said) == (gpu == "h100")
         assert "640x360" not in said
 
