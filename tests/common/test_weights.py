@@ -173,7 +173,7 @@ def golden_config(tmp_path):
 def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
     path = str(DATA / "tiny.pdparams")
     weights, config, said = open_weights(path, golden_config)
-    assert said == f"{path} (PaddleVideo): 63 tensors loaded as they are"
+    assert said == f"{path} (PaddleVideo): 63 tensors loaded unchanged"
     assert weights.classes[10] == "class 10" and weights.preprocessing["crop_size"] == config.data.crop_size == 64
     space = tmp_path / "space.pth"
     timeless = {f"model.{name}": value for name, value in weights.state.items() if "temporal" not in name}
@@ -230,7 +230,7 @@ def test_the_commands_as_a_user_runs_them(golden_config, weights, tmp_path, smal
     out = tmp_path / "converted.safetensors"
     done = run("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "63 tensors loaded as they are" in done.stdout and f"saved to {out}: 11 classes" in done.stdout
+    assert "63 tensors loaded unchanged" in done.stdout and f"saved to {out}: 11 classes" in done.stdout
     video = small_data / "val_0.mp4"
     ours = run("predict.py", "-w", out, video, "--device", "cpu", "--json")
     theirs = run("predict.py", "-w", DATA / "tiny.pdparams", "-c", golden_config, video, "--device", "cpu", "--json")

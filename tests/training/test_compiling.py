@@ -43,7 +43,7 @@ def process(device, rank=0, world_size=1):
         ("auto", GPU, 1, "compiled", "", "compiled", "compiled"),
         ("auto", GPU, 1, "CUDA graphs", "", "compiled", "compiled"),
         ("auto", GPU, 1, "compiled", "no g++", "eager", "eager: no g++"),
-        ("auto", GPU, WORTH_IT, "eager", "", "eager", "eager, as the run began; train.compile=true would compile it"),
+        ("auto", GPU, WORTH_IT, "eager", "", "eager", "eager, as the run started; train.compile=true would compile it"),
         (True, GPU, 1, "eager", "", "compiled", "compiled"),
         ("true", CPU, 1, None, "", "compiled", "compiled"),
         (False, GPU, WORTH_IT, "compiled", "", "eager", "eager, as train.compile says"),
@@ -119,7 +119,7 @@ def test_a_run_that_began_otherwise_says_so(config_file, capsys):
     train(config_file, "train.max_steps=2")
     trainer = train(config_file, *COMPILED, resume=True)
     assert trainer.state.mode == "compiled"
-    assert "network compiled; it began as eager, so rounding and the draws of drop" in capsys.readouterr().out
+    assert "network compiled; it started as eager, so rounding and the draws of drop" in capsys.readouterr().out
 
 
 @needs_compiler

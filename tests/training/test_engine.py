@@ -61,7 +61,7 @@ def test_a_run_writes_what_it_promises(config_file, tmp_path, capsys):
     }
     said = capsys.readouterr().out
     assert (
-        "global batch 4 = 1 ranks x 4 clips x 1 micro-steps; 3 steps an epoch (1 clips left over), 9 in 3 epochs"
+        "global batch 4 = 1 ranks x 4 clips x 1 micro-steps; 3 steps per epoch (1 clips left over), 9 in 3 epochs"
         in said
     )
     assert "epoch 1: val top-1 0." in said and f"best so far: {output}/best.safetensors" in said
@@ -228,9 +228,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config_file):
     [
         (
             "optim.global_batch_size=14",
-            "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest that they can: 13",
+            "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest that work: 13",
         ),
-        ("data.batch_size=3", "batches of 3 each; the nearest that they can: 3, 6; or data.batch_size 2, 4"),
+        ("data.batch_size=3", "batches of 3 each; the nearest that work: 3, 6; or data.batch_size 2, 4"),
         ("data.train=null", "data.train is not set"),
         ("data.val=/gone.csv", "/gone.csv: no such manifest"),
     ],
@@ -244,8 +244,7 @@ def test_a_global_batch_that_processes_cannot_share(config_file):
     done = run("train.py", "-c", config_file, "-o", "optim.global_batch_size=5", processes=2)
     assert done.returncode != 0
     assert (
-        "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that they can: 4, 6"
-        in done.stderr
+        "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that work: 4, 6" in done.stderr
     )
 
 
@@ -360,7 +359,7 @@ def test_resuming_without_a_readable_checkpoint_overwrites_nothing(config_file, 
     best = (tmp_path / "output" / "best.safetensors").read_bytes()
     for path in (tmp_path / "output" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="no checkpoint that can be read: to begin a new run, name another folder"):
+    with pytest.raises(InputError, match="no checkpoint that can be read: to start a new run, name another folder"):
         train(config_file, resume=True)
     assert (tmp_path / "output" / "best.safetensors").read_bytes() == best
 

@@ -135,7 +135,7 @@ def test_the_start_says_what_runs_where(config_file, capsys):
         "precision bf16, optimizer Lamb (torch foreach), gradients by torch foreach",
         "13 training and 7 validation videos, 3 classes",
         "decoders: h264 host, vp9 host",
-        "global batch 4 = 1 ranks x 2 clips x 2 micro-steps; 3 steps an epoch (1 clips left over), 3 in 1 epochs",
+        "global batch 4 = 1 ranks x 2 clips x 2 micro-steps; 3 steps per epoch (1 clips left over), 3 in 1 epochs",
     ]
     assert [line.split("/")[-1] for line in said if "no packet index" in line] == [
         f"{name}.csv: no packet index beside it, so each clip reads through its file; to get one, run again: "
