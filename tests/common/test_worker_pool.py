@@ -164,10 +164,10 @@ def scheduler(tmp_path) -> Iterator[str]:
 
 
 def test_dask_does_the_same(scheduler, tmp_path):
-    pictures = numbered(6, height=32, width=48)
+    frames = numbered(6, height=32, width=48)
     for name in "abcdef":
         (tmp_path / "videos" / name).mkdir(parents=True)
-        write_video(tmp_path / "videos" / name / f"{name}.mp4", pictures)
+        write_video(tmp_path / "videos" / name / f"{name}.mp4", frames)
     (tmp_path / "videos" / "a" / "bad.mp4").write_text("no video")
     dask = ["--executor", "dask", "--scheduler", scheduler]
     for out, more in (("here.csv", []), ("there.csv", dask)):

@@ -81,8 +81,8 @@ def make_data_partitions(folder):
 
 def make_small_buffer(folder):
     """B pyramids take two frames in the buffer; at level 1, frames of 352x288 leave room for one."""
-    pictures = numbered(12, height=288, width=352)
-    return write_video(folder / "a.mp4", pictures, **x264("level=10:bframes=3:b-pyramid=normal"))
+    rgb_frames = numbered(12, height=288, width=352)
+    return write_video(folder / "a.mp4", rgb_frames, **x264("level=10:bframes=3:b-pyramid=normal"))
 
 
 def make_cropped(folder):

@@ -17,7 +17,7 @@ def video(tmp_path_factory):
 
 
 @pytest.mark.parametrize("positions", [[0], [59], [0, 7, 13, 59], list(range(60))])
-def test_the_wanted_pictures_and_only_those(video, positions):
+def test_the_wanted_frames_and_only_those(video, positions):
     decoded = decode_frames(video, np.array(positions), size=SIZE)
     assert decoded.frames.dtype == np.uint8 and (decoded.frames == decode_all(video)[positions]).all()
     assert decoded.packets_kept <= decoded.packets_read <= 60
@@ -29,7 +29,7 @@ def test_a_region_is_that_part_of_the_whole(video):
     assert (decoded.frames == decode_all(video)[[5, 9], 3:50, 10:90]).all()
 
 
-def test_decoding_stops_at_the_last_wanted_picture(video):
+def test_decoding_stops_at_the_last_wanted_frame(video):
     assert decode_frames(video, np.array([3]), size=SIZE).packets_read < 30
 
 
@@ -66,7 +66,7 @@ def test_damage_is_a_fault(tmp_path):
     assert faults >= 9
 
 
-def test_numbered_pictures_of_every_codec(numbered_videos):
+def test_numbered_frames_of_every_codec(numbered_videos):
     for index in range(len(numbered_videos)):
         video = numbered_videos[index]
         size = coded_size(video)

@@ -50,8 +50,8 @@ def textured_videos(tmp_path_factory) -> Manifest:
     videos = []
     for number in range(13):
         codec, suffix = kinds[number % 3]
-        pictures = textured(8 + 3 * number, height=48 + 2 * (number % 5), width=40 + 6 * number, seed=number)
-        path = write_video(folder / f"{number}.{suffix}", pictures, codec=codec)
+        rgb_frames = textured(8 + 3 * number, height=48 + 2 * (number % 5), width=40 + 6 * number, seed=number)
+        path = write_video(folder / f"{number}.{suffix}", rgb_frames, codec=codec)
         videos.append(probe(path)._replace(path=os.path.basename(path), label=number % 4))
     return Manifest(videos, root=folder)
 
@@ -86,20 +86,20 @@ def test_numbered_videos_of_every_kind_give_exactly_the_planned_frames(numbered_
 
 
 def not_coded_vop(number, data):
-    """Every tenth packet becomes an MPEG-4 picture that says "as before", and that decoders put nothing out for."""
+    """Every tenth packet becomes an MPEG-4 frame that says "as before", and that decoders put nothing out for."""
     if number % 10 != 8:
         return data
     bits = f"01{0:b}1{number % 25:05b}10" + "01111"  # type P, no more seconds, time within this one, vop_coded 0
     return bytes([0, 0, 1, 0xB6, int(bits[:8], 2), int(bits[8:], 2)])
 
 
-def hidden_picture(number, data):
-    """Every tenth VP8 picture is one that only others refer to."""
+def hidden_frame(number, data):
+    """Every tenth VP8 frame is one that only others refer to."""
     return bytes([data[0] & ~0x10]) + data[1:] if number % 10 == 8 else data
 
 
-@pytest.mark.parametrize("codec, suffix, edit", [("mpeg4", "avi", not_coded_vop), ("vp8", "webm", hidden_picture)])
-def test_packets_that_give_no_picture_are_not_counted(tmp_path, codec, suffix, edit):
+@pytest.mark.parametrize("codec, suffix, edit", [("mpeg4", "avi", not_coded_vop), ("vp8", "webm", hidden_frame)])
+def test_packets_that_give_no_frame_are_not_counted(tmp_path, codec, suffix, edit):
     whole = write_video(tmp_path / f"whole.{suffix}", numbered(40, height=48, width=64), codec=codec)
     video = probe(edit_packets(whole, tmp_path / f"edited.{suffix}", edit))
     shown = read_numbers(np.moveaxis(decode_all(video.path), -1, 0) / 255)
@@ -237,10 +237,10 @@ def test_dalis_decoder_gives_the_nearest_frame(textured_videos):
 
 
 def test_turned_videos_are_shown_upright(tmp_path):
-    pictures = textured(10, height=48, width=64)
+    rgb_frames = textured(10, height=48, width=64)
     videos = []
     for rotation in (0, 90, 180, 270):
-        path = write_video(tmp_path / f"{rotation}.mp4", pictures, rotation=rotation)
+        path = write_video(tmp_path / f"{rotation}.mp4", rgb_frames, rotation=rotation)
         videos.append(probe(path)._replace(path=f"{rotation}.mp4"))
     manifest = Manifest(videos, root=tmp_path)
     for mode in ("validate", "test"):

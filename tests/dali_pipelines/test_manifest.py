@@ -90,7 +90,7 @@ def test_a_missing_file_is_named(tmp_path):
         Manifest.read(tmp_path / "gone.csv")
 
 
-def test_probe_counts_pictures_and_applies_rotation(numbered_videos):
+def test_probe_counts_frames_and_applies_rotation(numbered_videos):
     found = {numbered_videos[index].path: numbered_videos[index] for index in range(len(numbered_videos))}
     assert found["bframes.mp4"][2:] == (100, 25.0, 176, 144, "h264", 0, "yuv420p", 0, 100, "", 0, 0, 0)
     assert found["bframes.mkv"].frames == 100  # the header of a Matroska file claims 0
@@ -132,7 +132,7 @@ def test_probe_names_what_is_no_video(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["ts", "h264"])
-def test_a_file_that_begins_in_the_middle_has_the_pictures_that_come_out(tmp_path, suffix):
+def test_a_file_that_begins_in_the_middle_has_the_frames_that_come_out(tmp_path, suffix):
     options = {"x264-params": "keyint=20:scenecut=0:bframes=2"}
     whole = write_video(tmp_path / f"whole.{suffix}", textured(60, height=64, width=80), options=options)
     data = open(whole, "rb").read()
@@ -143,21 +143,21 @@ def test_a_file_that_begins_in_the_middle_has_the_pictures_that_come_out(tmp_pat
     assert 0 < probe(path).frames == len(decode_all(path)) < 60
 
 
-def test_a_cover_picture_is_not_the_video(tmp_path):
+def test_a_cover_frame_is_not_the_video(tmp_path):
     """MP4 files may have it in front of the track."""
 
     def box(name, *parts):
         body = b"".join(parts)
         return (8 + len(body)).to_bytes(4) + name + body
 
-    picture = io.BytesIO()
-    with av.open(picture, "w", format="image2pipe") as out:
+    frame = io.BytesIO()
+    with av.open(frame, "w", format="image2pipe") as out:
         stream = out.add_stream("png", rate=1)
         stream.width, stream.height, stream.pix_fmt = 80, 64, "rgb24"
         out.mux(stream.encode(av.VideoFrame.from_ndarray(textured(1, height=64, width=80)[0], format="rgb24")))
         out.mux(stream.encode())
     data = open(write_video(tmp_path / "a.mp4", numbered(30, height=64, width=80)), "rb").read()
-    cover = box(b"covr", box(b"data", (14).to_bytes(4), bytes(4), picture.getvalue()))
+    cover = box(b"covr", box(b"data", (14).to_bytes(4), bytes(4), frame.getvalue()))
     handler = box(b"hdlr", bytes(8), b"mdirappl", bytes(9))
     metadata = box(b"udta", box(b"meta", bytes(4), handler, box(b"ilst", cover)))
     moov, trak = data.rindex(b"moov") - 4, data.rindex(b"trak") - 4  # the index is at the end, nothing points behind it

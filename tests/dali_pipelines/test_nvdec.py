@@ -68,8 +68,8 @@ def some(tmp_path_factory) -> Manifest:
     videos = []
     for number in range(12):
         codec, suffix = kinds[number % 4]
-        pictures = textured(12 + 2 * number, height=64 + 2 * number, width=96 + 4 * number, seed=number)
-        path = write_video(folder / f"{number}.{suffix}", pictures, codec=codec)
+        rgb_frames = textured(12 + 2 * number, height=64 + 2 * number, width=96 + 4 * number, seed=number)
+        path = write_video(folder / f"{number}.{suffix}", rgb_frames, codec=codec)
         videos.append(probe(path)._replace(path=Path(path).name, label=number % 3))
     return Manifest(videos, root=folder)
 
@@ -103,8 +103,8 @@ def test_any_positions_of_remuxed_packets(tmp_path, codec, suffix):
         "mpeg4": {"bf": "2", "g": "9"},
         "vp9": {"g": "9"},
     }[codec]
-    pictures = textured(60, height=64, width=96)
-    path = write_video(tmp_path / f"a.{suffix}", pictures, codec=codec, options=options)
+    rgb_frames = textured(60, height=64, width=96)
+    path = write_video(tmp_path / f"a.{suffix}", rgb_frames, codec=codec, options=options)
     rng = np.random.default_rng(0)
     tried = 0
     for _ in range(30):
@@ -173,10 +173,10 @@ COLOURS = [(matrix, full) for matrix in (None, 1, 5, 6, 9) for full in (False, T
 def test_engines_agree_on_colours(tmp_path, codec, suffix, matrix, full_range):
     """torchcodec on the CPU exactly; DALI's decoder on the CPU by 1.5/255 on average (it interpolates chroma, and knows
     BT.601 only). Saturated halves would tell a wrong matrix (BT.709 for BT.601: 4/255 on average)."""
-    pictures = textured(6, height=96, width=128)
+    rgb_frames = textured(6, height=96, width=128)
     for number, colour in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255])):
-        pictures[number][:, :64] = colour
-    path = write_video(tmp_path / f"a.{suffix}", pictures, codec=codec, matrix=matrix, full_range=full_range)
+        rgb_frames[number][:, :64] = colour
+    path = write_video(tmp_path / f"a.{suffix}", rgb_frames, codec=codec, matrix=matrix, full_range=full_range)
     manifest = Manifest([probe(path)])
     settings = dict(batch_size=1, num_frames=6, stride=None, crop_size=64)
     on_host = by_sample(loader(manifest, decode="host", **settings))[0][0]
@@ -687,10 +687,10 @@ def test_sizes_that_share_a_hardware_decoder(tmp_path):
 @pytest.mark.parametrize("codec, suffix", [("h264", "mp4"), ("hevc", "mp4"), ("vp9", "webm")])
 def test_nvdecs_colours(tmp_path, codec, suffix, matrix, full_range):
     """2/255 on average, and a wrong matrix would be 4."""
-    pictures = textured(6, height=160, width=192)
+    rgb_frames = textured(6, height=160, width=192)
     for number, colour in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255])):
-        pictures[number][:, :96] = colour
-    path = write_video(tmp_path / f"a.{suffix}", pictures, codec=codec, matrix=matrix, full_range=full_range)
+        rgb_frames[number][:, :96] = colour
+    path = write_video(tmp_path / f"a.{suffix}", rgb_frames, codec=codec, matrix=matrix, full_range=full_range)
     settings = dict(batch_size=1, num_frames=6, stride=None, crop_size=64)
     on_host = by_sample(loader(Manifest([probe(path)]), decode="host", **settings))[0][0]
     clip, engine = by_sample(loader(Manifest([probe(path)]), device="cuda", **settings))[0]

@@ -60,7 +60,7 @@ def test_a_turned_video_is_planned_as_it_is_shown():
     view = View(**{**TRAIN.__dict__, "mode": "validate", "short_side": 256})
     _, boxes, transpose = plan(view=view, video=VIDEO._replace(width=256, height=340, rotation=90))
     assert transpose
-    assert np.ptp(np.array(boxes)[:, [0, 2]]) == pytest.approx(224)  # the coded picture is 256 high, scale 1
+    assert np.ptp(np.array(boxes)[:, [0, 2]]) == pytest.approx(224)  # the coded frame is 256 high, scale 1
     assert np.array(boxes)[:, [1, 3]].max() <= 340
 
 

@@ -170,7 +170,7 @@ def test_weights_that_break_between_are_never_saved(config_file, tmp_path, monke
         train(config_file, "train.on_nan=rollback", "train.checkpoint_every_steps=1")
     said = capsys.readouterr().out
     assert "step 4: the loss is nan" in said and "step 5: the loss is nan" in said
-    assert said.count("back to step_00000003-") == 3  # there is none of step 4
+    assert said.count("rolled back to step_00000003-") == 3  # there is none of step 4
     assert load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"] == 3
 
 
@@ -226,6 +226,6 @@ def test_two_processes_go_back_together(config_file, tmp_path):
     settings = ["-c", config_file, "-o", "train.on_nan=rollback", "train.checkpoint_every_steps=2"]
     done = run(tmp_path / "patched.py", *settings, processes=2)
     assert done.returncode == 0, done.stderr
-    assert "back to step_00000004-" in done.stdout
+    assert "rolled back to step_00000004-" in done.stdout
     assert [line["step"] for line in lines(tmp_path / "output") if "train/lr" in line] == list(range(1, 10))
     assert len(losses(tmp_path / "output")) == 8
