@@ -24,7 +24,7 @@ def weights():
     return Weights(MODEL, PREPROCESSING, CLASSES, model.state_dict())
 
 
-def test_there_and_back(weights, tmp_path):
+def test_round_trip(weights, tmp_path):
     save_weights(tmp_path / "w.safetensors", weights)
     read = load_weights(tmp_path / "w.safetensors")
     assert (read.model, read.preprocessing, read.classes) == (MODEL, PREPROCESSING, CLASSES)
@@ -117,7 +117,7 @@ def test_a_header_sets_plain_settings_of_its_own_within_bounds(weights, tmp_path
         ("space_only", 1, 256, 1, "65536 patches attend to each other"),
     ],
 )
-def test_a_small_file_cannot_ask_for_a_network_without_end(tmp_path, attention, frames, side, patch, message):
+def test_a_small_file_cannot_request_a_huge_network(tmp_path, attention, frames, side, patch, message):
     model = MODEL | {"attention": attention, "patch_size": patch}
     told = 2 if attention == "space_only" else frames
     state = TimeSformer(**model, num_frames=told, image_size=side, num_classes=3).state_dict()
@@ -170,7 +170,7 @@ def golden_config(tmp_path):
     return str(tmp_path / "golden.yaml")
 
 
-def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
+def test_third_party_weights_open_with_a_config(golden_config, tmp_path):
     path = str(DATA / "tiny.pdparams")
     weights, config, said = open_weights(path, golden_config)
     assert said == f"{path} (PaddleVideo): 63 tensors loaded unchanged"

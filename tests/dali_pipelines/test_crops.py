@@ -81,7 +81,7 @@ def test_centre_crop_is_resize_then_crop(frame):
 
 
 @pytest.mark.parametrize("turn", [False, True])
-def test_uniform_crops_stand_at_the_start_the_middle_and_the_end_of_the_long_side(frame, turn):
+def test_uniform_crops_are_at_the_start_middle_and_end_of_the_long_side(frame, turn):
     frame = frame.transpose(1, 2) if turn else frame
     height, width = frame.shape[1:]
     boxes = crops.uniform_crops(height=height, width=width, crop_size=32, short_side=32)
@@ -95,7 +95,7 @@ def test_uniform_crops_stand_at_the_start_the_middle_and_the_end_of_the_long_sid
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-def test_to_coded_cuts_from_the_coded_frame_what_is_seen_in_the_shown_one(frame, rotation, mirrored, flip):
+def test_to_coded_crops_the_same_pixels_as_in_the_shown_frame(frame, rotation, mirrored, flip):
     shown = torch.rot90(frame.flip(2) if mirrored else frame, rotation // 90, dims=(1, 2))
     height, width = shown.shape[1:]
     box = crops.random_crop(

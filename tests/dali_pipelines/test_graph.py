@@ -152,7 +152,7 @@ def test_the_gpu_form_is_well_defined(monkeypatch, way, views):
 
 
 @pytest.mark.gpu
-def test_the_gpu_gives_what_the_cpu_gives():
+def test_the_gpu_matches_the_cpu():
     big, small = noise(3, 60, 90), noise(3, 45, 40)
     samples = [
         host_sample(big, [rectangle(big, (40, 60), 3, 20, flip=True)]),

@@ -220,7 +220,7 @@ def test_an_open_group_starts_where_the_codec_allows(tmp_path, codec, params):
     assert len(kept(path, [59], in_one_go=True)[0]) > len(selection.runs[0])  # not without a reset: from the IDR on
 
 
-def test_what_an_edit_list_cuts_out_is_fed_and_never_shown(tmp_path):
+def test_frames_removed_by_an_edit_list_are_fed_but_never_shown(tmp_path):
     write_video(tmp_path / "whole.mp4", FRAMES, options={"x264-params": "keyint=100:bframes=2:scenecut=0"})
     with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(tmp_path / "cut.mp4"), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
@@ -330,7 +330,7 @@ def test_parameters_that_change_within_the_file(tmp_path):
     assert fallback(str(tmp_path / "both.h264")) == "the parameters of the stream change"
 
 
-def test_a_recording_that_went_on_with_other_parameters(tmp_path):
+def test_a_recording_continued_with_other_parameters(tmp_path):
     """FLV has them in a packet of its own, which the demuxer hands over beside the next."""
 
     def tags(data):
@@ -402,7 +402,7 @@ def test_frames_that_are_held_back_for_longer_than_a_decoder_was_told(tmp_path):
             reader.select(np.array([30]))
 
 
-def test_a_codec_without_rules(tmp_path):
+def test_a_codec_without_a_parser(tmp_path):
     path = str(tmp_path / "a.mpg")
     with av.open(path, "w") as out:
         stream = out.add_stream("mpeg2video", rate=25)

@@ -155,7 +155,7 @@ def test_a_worker_that_hangs_ends_with_its_process(tmp_path, by_child):
     assert wait_until(lambda: not marked(marker), 10), marked(marker)
 
 
-def test_a_child_whose_parent_is_gone_before_it_begins(tmp_path):
+def test_a_child_whose_parent_is_gone_before_it_starts(tmp_path):
     """It may have a task already, and its input may be open: some other process may have a copy of it."""
     command = [sys.executable, "-m", "common.child_process", str(os.getpid() + 1)]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -204,7 +204,7 @@ def test_ctrl_c_saves_too(config_file, tmp_path, unbroken):
     assert_same_run(output, unbroken)
 
 
-def test_one_two_and_one_processes_in_one_run(config_file, tmp_path):
+def test_a_run_resumes_with_one_two_and_one_processes(config_file, tmp_path):
     """The same order of clips and the same effective batch: losses as of an unbroken run, but for rounding."""
     settings = ["model.drop_path=0", "train.epochs=4", "data.workers=0"]
     train(config_file, *settings, f"output={tmp_path}/unbroken")
@@ -325,7 +325,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(config_file, tmp_path, sm
     assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
 
 
-def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
+def test_a_disk_that_stays_full_stops_the_run_which_resumes_when_there_is_room(
     config_file, tmp_path, small_files, monkeypatch, capsys
 ):
     plain = RunState.advance
@@ -352,7 +352,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
 
 
 @pytest.mark.parametrize("when", ["last epoch", "for a while"])
-def test_weights_files_that_could_not_be_written_are_owed(config_file, tmp_path, small_files, monkeypatch, when):
+def test_weights_files_that_could_not_be_written_stay_pending(config_file, tmp_path, small_files, monkeypatch, when):
     """No checkpoint is past them: they come with the next that is written, or the validation is made again."""
     plain = Trainer.finish_epoch
     full_at = 9 if when == "last epoch" else 3

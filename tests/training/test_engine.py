@@ -75,7 +75,7 @@ def test_a_run_writes_what_it_promises(config_file, tmp_path, capsys):
     assert sum("val/top1" in line for line in logged) == 3
 
 
-def test_tensorboard_holds_the_curves_and_a_picture_of_the_clips(config_file, tmp_path):
+def test_tensorboard_has_the_curves_and_an_image_of_the_clips(config_file, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(config_file, "train.epochs=1")
@@ -136,7 +136,7 @@ def fault_rows(folder):
     return [[int(epoch), mode, int(sample_id), path] for epoch, mode, sample_id, path, _ in rows]
 
 
-def test_two_processes_train_as_one_does_also_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
+def test_two_processes_match_one_even_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
     settings = ["-c", config_with_bad_videos, "-o", "model.drop_path=0"]
     one = run("train.py", *settings, "data.batch_size=2")
     assert one.returncode == 0, one.stderr
@@ -364,7 +364,7 @@ def test_resuming_without_a_readable_checkpoint_overwrites_nothing(config_file, 
     assert (tmp_path / "output" / "best.safetensors").read_bytes() == best
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(config_file, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(config_file, tmp_path):
     """Between its first weights file and that."""
     train(config_file, f"output={tmp_path}/unbroken")
     train(config_file, "train.max_steps=3")
@@ -377,7 +377,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(config_fi
     assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
 
 
-def test_resuming_in_an_empty_folder_begins(config_file, tmp_path):
+def test_resuming_in_an_empty_folder_starts_a_run(config_file, tmp_path):
     assert train(config_file, "train.epochs=1", resume=True).step == 3
 
 
@@ -439,7 +439,7 @@ def test_two_processes_stop_together(config_with_bad_videos, tmp_path):
     assert len(fault_rows(tmp_path / "output")) == int(found[0][0])
 
 
-def test_names_of_every_kind_stand_in_the_list_of_faults(config_file, small_data, tmp_path):
+def test_names_of_every_kind_appear_in_the_list_of_faults(config_file, small_data, tmp_path):
     manifest = Manifest.read(small_data / "train.csv")
     odd = ['a, "b".mp4', "c\nd.mp4", "e\udcff.mp4", "f ü.mp4"]
     videos = [manifest[n]._replace(path=odd[n] if n < 4 else manifest[n].path) for n in range(13)]

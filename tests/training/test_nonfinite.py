@@ -91,13 +91,13 @@ def test_a_skipped_step_changes_nothing_but_the_scale(config_file, tmp_path, spo
     assert all(torch.equal(one, two) for one, two in zip(moments, after, strict=True))
 
 
-def test_fp16_stops_where_the_scale_cannot_fall_any_more(config_file, spoil):
+def test_fp16_stops_when_the_scale_cannot_fall_any_further(config_file, spoil):
     spoil(range(100))
     with pytest.raises(InputError, match="step 16: the loss is nan"):
         train(config_file, "train.precision=fp16", "train.epochs=20")
 
 
-def test_rollback_goes_back_and_leaves_the_step_out(config_file, tmp_path, spoil, capsys):
+def test_rollback_restores_a_checkpoint_and_leaves_the_step_out(config_file, tmp_path, spoil, capsys):
     """The run is the one whose step 4 was not taken at all, and its log has every step once."""
     spoil({4})
     settings = ["train.on_nan=rollback", "train.checkpoint_every_steps=2"]
@@ -174,7 +174,7 @@ def test_weights_that_break_between_are_never_saved(config_file, tmp_path, monke
     assert load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"] == 3
 
 
-def test_a_run_that_stops_has_written_what_it_owes(config_file, tmp_path, spoil, small_files, monkeypatch):
+def test_a_run_that_stops_has_written_pending_weights(config_file, tmp_path, spoil, small_files, monkeypatch):
     """The files of epoch 1 could not be written; in epoch 2 the loss is not finite."""
     plain = Trainer.finish_epoch
 
@@ -192,7 +192,7 @@ def test_a_run_that_stops_has_written_what_it_owes(config_file, tmp_path, spoil,
     assert (tmp_path / "output" / "best.safetensors").exists()
 
 
-def test_after_going_back_no_fault_stands_twice(config_file, small_data, tmp_path, spoil):
+def test_after_a_rollback_no_fault_appears_twice(config_file, small_data, tmp_path, spoil):
     manifest = Manifest.read(small_data / "train.csv")
     videos = [manifest[n]._replace(path=f"gone{n}" if n == 2 else manifest[n].path) for n in range(13)]
     Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / "bad.csv")
@@ -218,7 +218,7 @@ run_command(train.main)
 """
 
 
-def test_two_processes_go_back_together(config_file, tmp_path):
+def test_two_processes_roll_back_together(config_file, tmp_path):
     """Only one of them has seen it."""
     from tests.commands import PROJECT
 
