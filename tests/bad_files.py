@@ -44,7 +44,7 @@ def make_kinds(folder: Path) -> list[Kind]:
 
 
 def flip_bits(data: bytes, places: Sequence[int]) -> bytes:
-    """`data` with every bit of the bytes at `places` turned over."""
+    """`data` with all bits of the bytes at `places` inverted."""
     flipped = np.frombuffer(data, np.uint8).copy()
     flipped[list(places)] ^= 255
     return flipped.tobytes()
@@ -63,7 +63,7 @@ class _Maker:
         self._row = {suffix: probe(path) for suffix, path in self._original.items()}
 
     def _add_replaced(self, name: str, content: bytes | None, *, probe: str, loader: str, suffix: str = "mp4") -> Path:
-        """A file that has changed since it was indexed; None: whatever stands there."""
+        """A file that has changed since it was indexed; None: whatever is there."""
         path = self._folder / f"{name}.{suffix}"
         if content is not None:
             path.write_bytes(content)
@@ -108,7 +108,7 @@ class _Maker:
 
     def make_cut(self) -> None:
         whole = self._original["mp4"].read_bytes()
-        for share in (10, 50, 90):  # the index stands at the end
+        for share in (10, 50, 90):  # the index is at the end
             self._add_replaced(
                 f"cut_at_{share}", whole[: len(whole) * share // 100], probe="no index", loader="no index"
             )

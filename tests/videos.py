@@ -178,7 +178,7 @@ def cut_packets(source: str | Path, path: str | Path, start: int, *, hidden: int
 
 
 def numbered(count: int, *, height: int, width: int) -> list[np.ndarray]:
-    """Frames of one colour each that says their number (below 125), whatever part of them is looked at."""
+    """Frames of one colour each, which encodes their number (below 125) in every part of the frame."""
     return [np.full((height, width, 3), _LEVELS[[n % 5, n // 5 % 5, n // 25]], np.uint8) for n in range(count)]
 
 
@@ -207,7 +207,7 @@ def textured(count: int, *, height: int, width: int, seed: int = 0) -> list[np.n
 
 
 def decode_all(path: str | Path) -> np.ndarray:
-    """Every frame that PyAV puts out, as FFmpeg does, whatever it cannot decode: uint8 [N, H, W, 3], not turned."""
+    """Every frame that PyAV decodes, skipping errors as FFmpeg does: uint8 [N, H, W, 3], not rotated."""
     frames = []
     with av.open(str(path), metadata_errors="replace") as container:
         for packet in container.demux(container.streams.best("video")):

@@ -1,4 +1,4 @@
-"""Weights files tell everything; weights of others go in with a config."""
+"""Weights files are self-contained; third-party weights need a config."""
 
 import dataclasses
 import pickle
@@ -110,7 +110,7 @@ def test_a_header_sets_plain_settings_of_its_own_within_bounds(weights, tmp_path
 @pytest.mark.parametrize(
     "attention, frames, side, patch, message",
     [
-        # No tensor of a space-only network tells how many frames it takes.
+        # No tensor of a space-only network shows how many frames it takes.
         ("space_only", 4096, 512, 16, "a clip has 4096 x 512 x 512 pixels"),
         ("divided_space_time", 2048, 128, 4, "a clip has 2048 x 1024 patches of 24 values"),
         ("joint_space_time", 1024, 128, 16, "65536 patches attend to each other"),

@@ -132,7 +132,7 @@ def test_a_file_with_frames_that_contradict_its_headers_is_refused(tmp_path, who
 @pytest.mark.parametrize("hidden_frames", ["0", "1"])
 @pytest.mark.parametrize("codec, suffix", [("vp8", "webm"), ("vp8", "ivf"), ("vp9", "webm"), ("vp9", "mp4")])
 def test_vp8_and_vp9_starting_within_a_group(tmp_path, whole, codec, suffix, hidden_frames, start):
-    """What a decoder puts out: everything from the first key frame on, and only the packets that are needed."""
+    """A decoder outputs everything from the first key frame, and only the needed packets are fed."""
     options = {"g": "15", "auto-alt-ref": hidden_frames, "lag-in-frames": "16", "deadline": "good"}
     path = cut_packets(whole(codec, "", **options), tmp_path / f"cut.{suffix}", start)
     whole_frames = decode_all(whole(codec, "", **options))

@@ -122,7 +122,7 @@ def test_any_positions_of_remuxed_packets(tmp_path, codec, suffix):
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_remuxed_packets_are_not_rotated(tmp_path, rotation):
-    """torchcodec turns what a display matrix tells it to; rectangles are in the frame as coded."""
+    """torchcodec applies the display matrix; rectangles refer to the frame as coded."""
     path = write_video(tmp_path / "a.mp4", textured(9, height=64, width=96), rotation=rotation)
     with open_video(path) as container:
         file = remux(container, np.array([0, 8]))
@@ -172,7 +172,7 @@ COLOURS = [(matrix, full) for matrix in (None, 1, 5, 6, 9) for full in (False, T
 @pytest.mark.parametrize("codec, suffix", [("h264", "mp4"), ("hevc", "mp4"), ("vp9", "webm")])
 def test_engines_agree_on_colours(tmp_path, codec, suffix, matrix, full_range):
     """torchcodec on the CPU exactly; DALI's decoder on the CPU by 1.5/255 on average (it interpolates chroma, and knows
-    BT.601 only). Saturated halves would tell a wrong matrix (BT.709 for BT.601: 4/255 on average)."""
+    BT.601 only). Saturated halves would reveal a wrong matrix (BT.709 for BT.601: 4/255 on average)."""
     rgb_frames = textured(6, height=96, width=128)
     for number, colour in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255])):
         rgb_frames[number][:, :64] = colour

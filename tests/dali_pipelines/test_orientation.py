@@ -101,7 +101,7 @@ def test_other_angles_are_named(tmp_path, matrix, angle):
 
 
 def test_a_manifest_without_the_column(tmp_path):
-    """Of an earlier version: turned as before, and nothing mirrored."""
+    """A manifest of an earlier version: rotated as before, and nothing mirrored."""
     path = set_matrix(write_video(tmp_path / "a.mp4", textured(4, height=64, width=96)), (0, 1, 1, 0))
     Manifest([probe(path)], root=tmp_path).write(tmp_path / "new.csv")
     found = Manifest.read(tmp_path / "new.csv")

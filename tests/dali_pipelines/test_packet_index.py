@@ -142,7 +142,7 @@ def test_a_changed_file_is_read_without_the_index(indexed, tmp_path, change, rea
 
 
 def test_a_file_that_was_replaced_by_one_of_the_same_size(indexed, tmp_path):
-    """Only what the packets hold tells; what is decoded is the new file."""
+    """Only the packets' content reveals the change; the new file is decoded."""
     manifest = changed(indexed, tmp_path, lambda data: data)
     old = indexed.root / NAMES[0]
     new = write_video(tmp_path / "new.mp4", textured(FRAMES, height=72, width=96, seed=9), options={"crf": "40"})

@@ -286,7 +286,7 @@ def test_loaders_that_are_dropped_leave_nothing(video, mode, decode):
 
 
 def test_ends_with_the_parent_only(tmp_path):
-    """Not in a process that nobody has started as a worker."""
+    """It does nothing in a process that was not started as a worker."""
     group = os.getpgid(0)
     end_with_parent()
     assert os.getpgid(0) == group

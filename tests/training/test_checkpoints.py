@@ -64,7 +64,7 @@ def test_any_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, capsys):
 
 
 def test_damaged_checkpoints_are_renamed_and_push_out_no_good_one(tmp_path):
-    """A run that goes on from before them keeps its own two."""
+    """A run that resumes from before them keeps its own two."""
     save_checkpoint(tmp_path, 10, state_of(10))
     for step in (91, 92):
         save_checkpoint(tmp_path / "other", step, state_of(step)).rename(

@@ -239,7 +239,7 @@ def test_torchrun_that_is_asked_to_end_lets_all_come_to_an_end(config_file, tmp_
 
 
 def test_a_process_that_dies_is_the_one_whose_error_is_seen(config_file, tmp_path):
-    """Torchrun starts the run again, which goes on from where it was, and ends as if nothing had happened."""
+    """Torchrun restarts the run, which resumes, and ends as if it had never been interrupted."""
     patch = """
 plain = Trainer.forward_backward
 def forward_backward(self, *arguments, **settings):
@@ -431,7 +431,7 @@ def test_ended_between_two_lines_of_the_log_nothing_of_them_is_lost(config_file,
 
 
 def test_two_that_save_at_once_do_not_write_into_one_file(config_file, tmp_path, monkeypatch):
-    """Ctrl-C while training waits for a slow disk: the write under way and the last one come one after the other."""
+    """Ctrl-C while training waits for a slow disk: the write in progress and the last one do not overlap."""
     slow, plain, interrupted = checkpoints.save_checkpoint, Trainer._collect_writes, []
 
     def slow_write(*arguments):

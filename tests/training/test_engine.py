@@ -1,4 +1,4 @@
-"""Training: it learns, it is the same however it is shared out, it goes on where it stood."""
+"""Training learns, does not depend on the number of processes, and resumes where it stopped."""
 
 import csv
 import json
@@ -451,7 +451,7 @@ def test_names_of_every_kind_appear_in_the_list_of_faults(config_file, small_dat
 
 
 def test_a_step_without_a_readable_video_changes_nothing(config_with_bad_videos, tmp_path):
-    """Batches of one: three of the thirteen steps have nothing to learn from, and the run goes on."""
+    """Batches of one: three of the thirteen steps have nothing to learn from, and the run continues."""
     changes = ["optim.global_batch_size=1", "train.epochs=1", "train.log_every_steps=1"]
     trainer = train(config_with_bad_videos, *changes)
     bad = [line["step"] for line in lines(tmp_path / "output") if line.get("train/loss") == 0]
