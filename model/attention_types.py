@@ -1,7 +1,7 @@
-"""The attention types of a TimeSformer. A new one is a class here, and its entry in `ATTENTION_TYPES`.
+"""The attention types of a TimeSformer. A new one is a class here, and an entry in `ATTENTION_TYPES`.
 
-They share blocks and parameters, and differ in which patches see each other: attention runs over the patches of a
-frame, so a type says how it arranges clips as frames. Shapes: B clips, T frames, N patches per frame, D channels.
+They share blocks and parameters, and differ in which patches attend to each other: attention runs over the patches of
+a frame, so a type defines how clips are arranged as frames. Shapes: B clips, T frames, N patches per frame, D channels.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class AttentionType:
-    """By default, clips are arranged as they are."""
+    """Base class, which leaves clips as they are."""
 
     over_time = False
     """Whether blocks have attention over time before attention over space."""
@@ -28,19 +28,19 @@ class AttentionType:
         return max(num_frames if self.over_time else 1, num_patches)
 
     def restore(self, cls: Tensor, patches: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-        """Undoes `arrange` for the shares of attention rollout, class tokens [b] and patches [b, t, n] -> [B] and
+        """Undoes `arrange` for the shares of attention rollout: class tokens [b] and patches [b, t, n] -> [B] and
         [B, T, N]."""
         return cls, patches
 
 
 class DividedSpaceTime(AttentionType):
-    """Every patch sees its place in the other frames, then its frame (section 3.3; the published weights have it)."""
+    """Each patch attends over time at its position, then within its frame (section 3.3; the published weights)."""
 
     over_time = True
 
 
 class JointSpaceTime(AttentionType):
-    """Every patch sees every other: a clip is one frame of N*T patches."""
+    """All patches of a clip attend to each other: a clip is one frame of N*T patches."""
 
     def arrange(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """A clip becomes one frame."""
@@ -56,7 +56,7 @@ class JointSpaceTime(AttentionType):
 
 
 class SpaceOnly(AttentionType):
-    """Frames are an unordered set: every frame is a clip, and the results are averaged."""
+    """Frames are an unordered set: each frame is treated as a clip, and the results are averaged."""
 
     has_time_embedding = False
 

@@ -1,8 +1,8 @@
-"""The attention and the MLP of a block, arranged for the device that computes them.
+"""The attention and the MLP of a block, optimised for each kind of device.
 
 On a CPU, memory bandwidth is scarce: `CpuKernels` copies nothing and keeps little. On a GPU, launching kernels takes
-longer than running them if the batch is small, and casting makes a copy anyway: `GpuKernels` computes few, large
-products. Both compute the same from the same weights. Measurements are in docs/benchmarks.md.
+longer than running them for small batches, and casting makes a copy anyway: `GpuKernels` computes few, large products.
+Both compute the same result from the same weights. Measurements are in docs/benchmarks.md.
 
 Shapes: B clips, L tokens that attend to each other, T sequences of them, D channels, H heads.
 """
@@ -26,10 +26,10 @@ class CpuKernels:
         x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
     ) -> Tensor:
         """Multi-head self-attention over dimension 1 of [B, L, T, D], within each of the T sequences; then `project`.
-        `queries`: the number of tokens, from the first, that attend, default all; returns [B, queries, T, D].
+        `queries`: only the first this many tokens attend, default all; returns [B, queries, T, D].
 
-        Queries, keys and values are separate products, so that sequence and head are adjacent dimensions: sequences
-        become heads as a view, without a copy that gathers the tokens of a sequence.
+        Queries, keys and values are separate products, so that sequence and head are adjacent dimensions: merging them
+        is a view, without a copy that gathers the tokens of a sequence.
         """
         x = _cast(x)
         query_tokens = x if queries is None else x[:, :queries]
@@ -61,10 +61,11 @@ class GpuKernels:
     def attention(
         x: Tensor, qkv: nn.Linear, num_heads: int, project: Callable[[Tensor], Tensor], queries: int | None
     ) -> Tensor:
-        """As `CpuKernels.attention`. One product computes queries, keys and values; the copy that casts the tokens also
-        gathers those of a sequence, and a compiler fuses it with the norm before it.
+        """Like `CpuKernels.attention`. One product computes queries, keys and values; the copy that casts the tokens
+        also gathers those of a sequence, and a compiler fuses it with the preceding norm.
 
-        CUDA's kernels take at most 65,535 sequences; over time these are clips times patches, 334 clips of 196 patches.
+        CUDA's kernels take at most 65,535 sequences; over time, their number is clips times patches: 334 clips of 196
+        patches.
         """
         sequences = _cast(x.transpose(1, 2)).flatten(0, 1)  # [B*T, L, D]
         heads = (num_heads, -1)
@@ -82,7 +83,7 @@ class GpuKernels:
 
     @staticmethod
     def mlp(norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """As `CpuKernels.mlp`, with all tokens in one product. The output of GELU is kept, except in a compiled
+        """Like `CpuKernels.mlp`, with all tokens in one product. The output of GELU is kept, except in a compiled
         network, where the kernel that reads its input anyway computes it again."""
 
         def contract(hidden: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _recomputed(function: Callable[..., T], *inputs: Tensor) -> T:
-    """function(*inputs), of which autograd keeps only the inputs: backward runs it again up to its last product."""
+    """function(*inputs), with only the inputs kept for autograd: backward runs it again up to its last product."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     result: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,8 +1,8 @@
-"""Reads .pdparams, the pickles of `paddle.save`, and trusts nothing in them but numbers.
+"""Reads .pdparams files, the pickles of `paddle.save`, and trusts only the numbers in them.
 
-A pickle is a program. This one may use only the operations in Paddle's files: build dictionaries, lists and tuples, and
-call a few constructors of arrays, all of which are replaced by stand-ins. numpy trusts the dtype and flags in a pickle;
-here it gets only bytes whose number has been checked.
+A pickle is a program. It may only use the operations found in Paddle's files: build dictionaries, lists and tuples, and
+call a few array constructors, all replaced by stand-ins. numpy trusts the dtype and flags in a pickle; here it only
+gets bytes after a check of their number.
 """
 
 import collections
@@ -22,16 +22,16 @@ _MOST_DIMENSIONS = 8
 
 
 def read_pdparams(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads a state dict: tensors under Paddle's names; the weights of linear layers are transposed from [in, out] to
+    """Reads a state dict: tensors by Paddle's names, with the weights of linear layers transposed from [in, out] to
     [out, in].
 
-    Raises `ValueError` for everything else, such as a pickle with more than arrays.
+    Raises `ValueError` for anything else, such as a pickle that contains more than arrays.
     """
     try:
         with open(path, "rb") as file:
             content = _Unpickler(io.BytesIO(file.read()), encoding="latin1").load()
         tensors = _state_dict(content)
-    except Exception as error:  # a damaged pickle raises any kind of error, with a message of any length
+    except Exception as error:  # a damaged pickle may raise any error, with a message of any length
         reason = str(error)[:200] or type(error).__name__
         raise ValueError(f"{path}: not weights of PaddlePaddle, or damaged: {reason}") from None
     return {name: value.T if value.ndim == 2 and name.endswith(".weight") else value for name, value in tensors.items()}
@@ -46,7 +46,7 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
             raise ValueError("it has arrays beside its model")
         content = content["model"]
     tensors = dict(_tensors(content))
-    # Before pickle protocol 4, tensors of more than 1 GiB are in slices.
+    # Before pickle protocol 4, tensors larger than 1 GiB are split into slices.
     for name, how in content.get("UnpackBigParamInfor@@", {}).items():
         tensors[name] = torch.cat([tensors.pop(part).flatten() for part in how["slices"]]).reshape(how["OriginShape"])
     return tensors
@@ -62,7 +62,7 @@ def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unnamed(value: object) -> object:
-    """Some versions save a pair: the tensor's name inside Paddle, and the tensor."""
+    """The tensor; some versions save a pair of the tensor's name in Paddle and the tensor."""
     return value[1] if isinstance(value, tuple) and len(value) == 2 else value
 
 
@@ -88,7 +88,7 @@ class _Array:
 
     @functools.cached_property
     def tensor(self) -> Tensor:
-        """The numbers; raises `ValueError` if the state is not that of an array of numbers."""
+        """The numbers. Raises `ValueError` if the state is not an array of numbers."""
         _, shape, dtype, is_fortran, data = self._state
         if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError("an array has no valid shape")
@@ -130,7 +130,7 @@ _OPERATIONS = (
 
 
 class _Unpickler(pickle._Unpickler):
-    """Built on the implementation in Python: its operations are in a dictionary, which can be restricted, and its memo
+    """Based on the Python implementation: its operations are in a dictionary, which can be restricted, and its memo
     never holds more than was put there."""
 
     stack: list[Any]
@@ -154,7 +154,7 @@ class _Unpickler(pickle._Unpickler):
         arguments = self.stack.pop()
         constructor = self.stack.pop()
         if not isinstance(constructor, _Constructor) or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError("it calls something other than the constructors of arrays")
+            raise pickle.UnpicklingError("it calls something other than array constructors")
         self.append(self._construct(constructor.name, arguments))
 
     def _construct(self, name: str, arguments: tuple[Any, ...]) -> object:
@@ -168,7 +168,7 @@ class _Unpickler(pickle._Unpickler):
             return arguments[0]
         if name in ("OrderedDict", "bytes") and not arguments:
             return collections.OrderedDict() if name == "OrderedDict" else b""
-        raise pickle.UnpicklingError(f"it calls {name} as Paddle does not")
+        raise pickle.UnpicklingError(f"it calls {name} in a way that Paddle does not")
 
     def load_build(self) -> None:
         state = self.stack.pop()

@@ -1,7 +1,7 @@
-"""Loads weights of PaddleVideo, timm, facebookresearch/TimeSformer, Hugging Face and train.py into a `TimeSformer`.
+"""Loads weights from PaddleVideo, timm, facebookresearch/TimeSformer, Hugging Face and train.py into a `TimeSformer`.
 
-Every tensor of the file and of the network is reported as loaded, adapted, not loaded or left out, with the reason;
-anything unexplained is a `WeightsError`, and leaves the network as it was.
+Every tensor of the file and the network is reported as loaded, adapted, not loaded or left out, with the reason;
+anything unexplained raises `WeightsError`, and leaves the network unchanged.
 """
 
 import collections
@@ -34,7 +34,7 @@ class LoadReport:
     origin: str
     """The software that wrote the file, such as "Hugging Face"."""
     loaded: list[str] = field(default_factory=list)
-    """Parameters as they are in the file."""
+    """Parameters loaded unchanged."""
     adapted: dict[str, str] = field(default_factory=dict)
     """Parameter -> how it was derived from the file."""
     initial: dict[str, str] = field(default_factory=dict)
@@ -45,9 +45,9 @@ class LoadReport:
     """mean and std of the clips that the weights were trained on, for values 0 to 1, if the file has them."""
 
     def __str__(self) -> str:
-        lines = [f"{self.source} ({self.origin}): {len(self.loaded)} tensors loaded as they are"]
+        lines = [f"{self.source} ({self.origin}): {len(self.loaded)} tensors loaded unchanged"]
         for verb, entries in (("adapted", self.adapted), ("not loaded", self.initial), ("left out", self.left_out)):
-            by_reason: dict[str, dict[str, None]] = {}  # ordered, without duplicates: blocks.*.x stands for all blocks
+            by_reason: dict[str, dict[str, None]] = {}  # ordered, without duplicates: blocks.*.x means all blocks
             for name, reason in entries.items():
                 by_reason.setdefault(reason, {})[re.sub(r"\.\d+\.", ".*.", name)] = None
             lines += [f"  {verb}: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
@@ -61,13 +61,12 @@ def load_pretrained(
 
     source: a file (.pdparams, .safetensors; .pth, .pyth, .pt, .bin by `torch.load(weights_only=True)`), a folder, or a
         name such as "timm/vit_base_patch16_224_miil.in21k" or "facebook/timesformer-base-finetuned-k400".
-    classes: names of the model's classes. The head of a file with other names is not loaded, even if their number is
-        the same.
+    classes: names of the model's classes. The head of a file with other names is not loaded, even if it has as many.
 
     These differences are adapted: another number of frames or patches (embeddings are resized), another number of
     classes, and weights without attention over time, such as those of an image ViT. Attention over time then starts as
-    a copy of the attention over space behind a zero `temporal_fc`, so that the network begins as the image network
-    applied to every frame (PaddleVideo save_load.py, pretrain_vit_param_trans; vit_tweaks.py, init_weights). Raises
+    a copy of the attention over space followed by a zero `temporal_fc`, so that at first the network applies the image
+    network to each frame (PaddleVideo save_load.py, pretrain_vit_param_trans; vit_tweaks.py, init_weights). Raises
     `WeightsError` for any other difference.
     """
     file = read_weights_file(os.fspath(source))
@@ -119,7 +118,7 @@ _HUGGING_FACE_NAMES = {
 
 
 def _our_names(file: WeightsFile) -> tuple[str, dict[str, Tensor], bool]:
-    """(the software that wrote the file, its tensors under our names, whether they are of an image classifier)."""
+    """(software that wrote the file, tensors by our names, whether they are from an image classifier)."""
     tensors, prefix = _unwrapped(file)
     is_image = False
     rename: Callable[[str], str]
@@ -140,7 +139,7 @@ def _our_names(file: WeightsFile) -> tuple[str, dict[str, Tensor], bool]:
 
 
 def _unwrapped(file: WeightsFile) -> tuple[dict[str, Tensor], str]:
-    """(the tensors without the prefix of the network, that prefix); a head may be beside the network."""
+    """(tensors without the network's prefix, that prefix); the head may be outside the network."""
     tensors = _renamed(file.path, file.tensors, lambda name: WRAPPER.sub("", name))
     prefixes = network_prefixes(tensors)
     if len(prefixes) > 1:
@@ -215,14 +214,14 @@ def _adapt_head(
 
 
 def _same_names(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether names are the same except for spelling: "playing_guitar" is "Playing guitar"."""
+    """Whether names are equal except for spelling: "playing_guitar" equals "Playing guitar"."""
     plain = [[re.sub(r"[\W_]+", "", name).casefold() for name in names] for names in (one, other)]
     return plain[0] == plain[1]
 
 
 def _resize_embeddings(report: LoadReport, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Resizes the position embedding by bilinear interpolation with aligned corners, and the time embedding to the
-    nearest, as all origins do. (PaddleVideo uses scipy.ndimage.zoom of order 1 for positions, which for some sizes
+    """Resizes the position embedding by bilinear interpolation with aligned corners, and the time embedding by nearest
+    neighbour, as all origins do. (For positions, PaddleVideo uses scipy.ndimage.zoom of order 1, which for some sizes
     writes zeros into the last row and column; this does not.)"""
     pos, target = tensors.get("pos_embed"), expected["pos_embed"]
     if pos is not None and _may_resize(pos, target):
@@ -245,7 +244,7 @@ def _may_resize(value: Tensor, target: Tensor) -> bool:
 
 
 def _initialise_time(report: LoadReport, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Initialises attention over time for weights without it, so that the network starts as those weights."""
+    """Initialises attention over time for weights without it, so that at first it has no effect."""
     if any("temporal" in name for name in tensors):
         return
     for name, value in expected.items():

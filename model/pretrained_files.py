@@ -1,6 +1,6 @@
 """Reads third-party weights: files of PaddleVideo, timm, facebookresearch/TimeSformer, Hugging Face and train.py.
 
-Nothing in a file is executed, and nothing in it is trusted: tensors are checked before they are used.
+Nothing in a file is executed or trusted: tensors are checked before they are used.
 """
 
 import argparse
@@ -22,21 +22,21 @@ from model.pdparams import read_pdparams
 
 
 class WeightsError(ValueError):
-    """A file that cannot be read, or that does not fit the network: says which file, and what would fit."""
+    """A file that cannot be read or does not fit the network; the message says which file, and what would fit."""
 
 
 class WeightsFile(NamedTuple):
-    """The content of a file, with the names as they are there."""
+    """The content of a file, with the file's own tensor names."""
 
     path: str
     tensors: dict[str, Tensor]
     classes: tuple[str, ...] | None = None
-    """Their names, if the file has them."""
+    """The class names, if the file has them."""
     preprocessing: Mapping[str, list[float]] = {}
     """mean and std of the clips, for values 0 to 1, if the file has them."""
     num_heads: int | None = None
     is_ours: bool = False
-    """Written by train.py."""
+    """Whether train.py wrote it."""
 
 
 SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pyth", ".pt", ".bin")
@@ -114,7 +114,7 @@ def _read_repository(weights: Path, locate: Callable[[str], Path | None]) -> Wei
 
 
 def _three_numbers(value: Any, what: str) -> list[float] | None:
-    """A number for each colour channel, from a list or from one number for all; None for None."""
+    """One number per colour channel, from a list or a single number; None for None."""
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value] * 3
@@ -124,7 +124,7 @@ def _three_numbers(value: Any, what: str) -> list[float] | None:
 
 
 def _class_names(names: object) -> tuple[str, ...] | None:
-    """The names in transformers' id2label; None if they are only the default ones."""
+    """The names in transformers' id2label; None if they are just the defaults."""
     if not isinstance(names, dict) or not names or all(str(name).startswith("LABEL_") for name in names.values()):
         return None
     return tuple(str(names.get(str(label))) for label in range(len(names)))
@@ -141,7 +141,7 @@ def _read_json(path: Path | None) -> dict[str, Any]:
 
 
 def _download(repository: str, *names: str, is_optional: bool = False) -> Path | None:
-    """The first of the files that exists in the repository, from the cache or the Hub; None if it has none of them."""
+    """The first of the files that exists in the repository, from the cache or the Hub; None if there is none."""
     try:
         from huggingface_hub import hf_hub_download, logging
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -155,7 +155,7 @@ def _download(repository: str, *names: str, is_optional: bool = False) -> Path |
             return Path(hf_hub_download(repository, name))
         except LocalEntryNotFoundError as error:  # offline and not in the cache
             if not is_optional:
-                raise WeightsError(f"{repository}: {name} cannot be fetched ({error}); name a file of it") from None
+                raise WeightsError(f"{repository}: {name} cannot be fetched ({error}); give a local file") from None
             return None
         except EntryNotFoundError:
             continue
@@ -224,7 +224,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         # Checkpoints of timm, DeiT and MAE contain their command line: attributes only, which run nothing.
         with torch.serialization.safe_globals([argparse.Namespace]), memory_for(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds, with advice to trust the file
+    except Exception as error:  # torch raises many kinds of errors, with advice to trust the file
         raise WeightsError(
             f"{path}: not a file of torch.save, damaged, or contains pickled objects, which are refused "
             f"({type(error).__name__})"

@@ -1,9 +1,9 @@
 """Attention rollout over space and time: which patches a prediction is based on.
 
-Abnar and Zuidema: Quantifying Attention Flow in Transformers (2020), applied to the attention of a TimeSformer. A token
-after a layer counts as half itself and half what it attends to, averaged over the heads. The product of these matrices
-over the layers has a row for the class token, which says how much of it comes from each patch. Norms, values and MLPs
-are ignored: rollout is a visualisation, not a proof.
+Abnar and Zuidema: Quantifying Attention Flow in Transformers (2020), applied to the attention of a TimeSformer. After a
+layer, a token counts as half itself and half the tokens it attends to, averaged over the heads. In the product of these
+matrices over the layers, the class token's row says how much of it comes from each patch. Norms, values and MLPs are
+ignored: rollout is a visualisation, not a proof.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from model.timesformer import Block, SelfAttention, TimeSformer
 
 
 class Rollout(NamedTuple):
-    """`patches` and `cls` of a clip sum to 1."""
+    """The result of attention rollout: for each clip, `patches` and `cls` sum to 1."""
 
     patches: Tensor
     """float32 [B, T, rows, columns]: the share of the class token that comes from each patch."""
     cls: Tensor
-    """float32 [B]: the share that comes from itself."""
+    """float32 [B]: the share that comes from the class token itself."""
     logits: Tensor
     """[B, K]: the logits of the clips, the same as without rollout."""
 
 
 @torch.no_grad()
 def attention_rollout(network: TimeSformer, clips: Tensor) -> Rollout:
-    """The rollout of clips [B, 3, T, S, S]. Raises `ValueError` for a network in training mode, in which drop path
-    skips branches.
+    """The rollout of clips [B, 3, T, S, S]. Raises `ValueError` for a network in training mode, because drop path skips
+    branches there.
 
-    The forward pass is the usual one; fused attention does not return its weights, so they are computed again from its
-    input. Only the class token's row is propagated, from the last layer to the first, so that no matrix over all
-    T * N + 1 tokens is computed unless the network has one.
+    The forward pass is the usual one; fused attention does not return its weights, so they are recomputed from its
+    input. Only the class token's row is propagated, from the last layer to the first, so no matrix over all T * N + 1
+    tokens is computed unless the network has one.
     """
     if network.training:
         raise ValueError("the network is in training mode; call eval() first")
@@ -63,12 +63,12 @@ def attention_rollout(network: TimeSformer, clips: Tensor) -> Rollout:
 class _Layer(NamedTuple):
     over_time: bool
     weights: Tensor
-    """float32 [B, T, L, L], or over time [B, N, T, T]: how much each token attends to each, mean over the heads."""
+    """float32 [B, T, L, L], or over time [B, N, T, T]: attention weights between tokens, averaged over the heads."""
 
 
 @contextlib.contextmanager
 def _attention_weights(network: TimeSformer) -> Iterator[list[_Layer]]:
-    """Yields a list that collects the attention weights of forward passes in the block, layer by layer."""
+    """A context with a list that collects the attention weights of forward passes, layer by layer."""
     found: list[_Layer] = []
     hooks = []
     for block in network.blocks:
@@ -95,7 +95,7 @@ def _recorder(found: list[_Layer], attention: SelfAttention, *, over_time: bool)
 
 
 def _mean_weights(attention: SelfAttention, x: Tensor) -> Tensor:
-    """Tokens [..., L, D] -> how much each attends to each, [..., L, L]; one head at a time, to save memory."""
+    """Tokens [..., L, D] -> attention weights [..., L, L], averaged over the heads one by one, to save memory."""
     with torch.autocast(x.device.type, enabled=False):
         heads = attention.num_heads
         biases = (None,) * 3 if attention.qkv.bias is None else attention.qkv.bias.float().chunk(3)

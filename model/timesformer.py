@@ -1,11 +1,11 @@
-"""TimeSformer: a vision transformer that attends over time and space in turn.
+"""TimeSformer: a vision transformer that alternates attention over time and space.
 
 Bertasius, Wang, Torresani: Is Space-Time Attention All You Need for Video Understanding? (2021); section numbers below
-are theirs. PP-TimeSformer is the same network with other data and other initial weights (PaddleVideo, vit_tweaks.py).
-Parameters carry the names of timm's ViT, as they do in the published weights.
+are theirs. PP-TimeSformer is the same network with other data and initial weights (PaddleVideo, vit_tweaks.py).
+Parameters are named as in timm's ViT and the published weights.
 
 Shapes: B clips, T frames, N patches per frame, D channels. kernels.py computes attention and MLP on each device,
-attention_types.py says which patches see each other.
+attention_types.py defines which patches attend to each other.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,8 @@ class TimeSformer(nn.Module):
     attention: a key of `ATTENTION_TYPES`.
     drop_path: probability of skipping a residual branch, rising linearly from 0 in the first block to this in the last.
     embed_init_std: standard deviation of the class token, position and time embeddings at initialisation. 0.02 suits
-        fine-tuning of pretrained weights; a small network trained from scratch learns the order of frames only with
-        more.
-    activation_checkpointing: an attribute, for long clips; training keeps only the input of a block, and runs it twice.
+        fine-tuning of pretrained weights; a small network trained from scratch needs more to learn the order of frames.
+    activation_checkpointing: an attribute, for long clips: training keeps only the input of a block, and runs it twice.
 
     Raises `ValueError` for settings that do not fit together.
     """
@@ -77,8 +76,8 @@ class TimeSformer(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes)
-        # Linear layers keep torch's initialisation, whose spread follows their width: a fixed 0.02 starves a narrow
-        # network. PaddleVideo's zero temporal_fc belongs to image weights: see pretrained.py, docs/demo.md.
+        # Linear layers keep torch's initialisation, which scales with their width: a fixed 0.02 is too small for a
+        # narrow network. PaddleVideo's zero temporal_fc is for image weights: see pretrained.py, docs/demo.md.
         time_embedding = [self.time_embed] if self.attention_type.has_time_embedding else []
         for embedding in (self.cls_token, self.pos_embed, *time_embedding):
             nn.init.normal_(embedding, std=embed_init_std)
@@ -95,7 +94,7 @@ class TimeSformer(nn.Module):
         return logits
 
     def forward_features(self, clips: Tensor) -> Tensor:
-        """The input of the head, which is the class token after the last block and norm: [B, 3, T, S, S] -> [B, D].
+        """The head's input, the class token after the last block and norm: [B, 3, T, S, S] -> [B, D].
         Raises `ValueError` for clips of another shape."""
         if clips.shape[1:] != self.input_shape:
             raise ValueError(f"clips are {tuple(clips.shape)}; expected [B, {', '.join(map(str, self.input_shape))}]")
@@ -137,12 +136,12 @@ class Paths(NamedTuple):
 
 
 class PatchEmbed(nn.Module):
-    """Clips [B, 3, T, S, S] -> patches [B, N, T, D], row by row."""
+    """Clips [B, 3, T, S, S] -> patches [B, N, T, D], in row-major order."""
 
     def __init__(self, patch_size: int, embed_dim: int):
         super().__init__()
         self.patch_size = patch_size
-        # A convolution whose stride is its size, which is one matrix product over the patches; forward computes that.
+        # With a stride equal to its size, the convolution is one matrix product over the patches: see `forward`.
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -154,8 +153,8 @@ class PatchEmbed(nn.Module):
 
 
 def multiply_adds(make: Callable[[], TimeSformer]) -> int:
-    """The number of multiply-adds in the forward pass of one clip, attention included, through the network that `make`
-    builds. Nothing is computed."""
+    """The number of multiply-adds, including attention, in the forward pass of one clip through the network that `make`
+    builds. Nothing is actually computed."""
     with torch.device("meta"):
         network = make().eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -164,8 +163,8 @@ def multiply_adds(make: Callable[[], TimeSformer]) -> int:
 
 
 class Block(nn.Module):
-    """Attention over time (if `over_time`), attention over space, MLP; each is a residual branch. Nothing reads the
-    patches after the last block, so that one computes only what the class token needs."""
+    """Attention over time (if `over_time`), attention over space, MLP; each is a residual branch. Nothing uses the
+    patches after the last block, so the last block computes only what the class token needs."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, *, over_time: bool, is_last: bool):
         super().__init__()
@@ -181,11 +180,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, cls: Tensor, x: Tensor, paths: Paths | None) -> tuple[Tensor, Tensor]:
-        """Class token [B, 1, 1, D] and patches [B, N, T, D] -> the same; the last block does not finish its patches."""
+        """Class token [B, 1, 1, D] and patches [B, N, T, D] -> the same; the last block leaves patches unfinished."""
         if self.temporal_attn is not None:
             x = x + self._over_time(self.temporal_attn, x, paths)
-        # Equation 11: every patch sees the patches of its frame and the class token; each frame has its own copy of
-        # that token, and the copies are averaged afterwards.
+        # Equation 11: every patch attends to the patches of its frame and the class token; each frame has its own copy
+        # of that token, and the copies are averaged afterwards.
         frames = torch.cat([cls.expand(-1, -1, x.shape[2], -1), x], dim=1)  # [B, 1+N, T, D]
         change = self.attn(self.norm1(frames), queries=1 if self.is_last else None)
         if paths is not None:
@@ -199,14 +198,14 @@ class Block(nn.Module):
         return cls, patches[0] if patches else x
 
     def _over_time(self, attention: "SelfAttention", x: Tensor, paths: Paths | None) -> Tensor:
-        """Section 3.3, equation 10: every patch sees the patches at its place in the other frames."""
+        """Section 3.3, equation 10: every patch attends to the patches at its position in the other frames."""
         inner, outer = attention.proj, self.temporal_fc
         sequences = self.temporal_norm1(x).flatten(0, 1).unsqueeze(2)  # [B*N, T, 1, D]
         change: Tensor
         if not self.training:
             change = attention(sequences, lambda heads: outer(inner(heads))).view(x.shape)
             return change
-        # Two products in a row: one product with their combined weight saves 4 % of a training step, and the memory
+        # Replacing two successive products by one with the combined weight saves 4 % of a training step, and the memory
         # of the intermediate result.
         weight = outer.weight @ inner.weight
         bias = linear(inner.bias, outer.weight, outer.bias if paths is None else None)
@@ -226,14 +225,14 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None, *, queries: int | None = None
     ) -> Tensor:
-        """project: applied to the output of the heads instead of `proj`. queries: the number of tokens, from the first,
-        that attend; the result has as many. Default: all L."""
+        """Attention over x [B, L, T, D]. project: applied to the output of the heads instead of `proj`. queries: only
+        the first this many tokens attend, and the result has as many; default: all L."""
         project = self.proj if project is None else project
         return kernels_for(x).attention(x, self.qkv, self.num_heads, project, queries)
 
 
 class Mlp(nn.Module):
-    """Two linear layers, four times as wide in between, with GELU."""
+    """Two linear layers with GELU between them; the hidden layer is four times as wide."""
 
     def __init__(self, dim: int):
         super().__init__()

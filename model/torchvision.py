@@ -1,12 +1,12 @@
-"""Makes torchvision importable beside a CPU build of torch."""
+"""Makes torchvision importable with a CPU build of torch."""
 
 import torch
 
 
 def let_torchvision_load() -> None:
-    """Call this before importing transformers or timm, which import torchvision if it is installed. PyPI has only its
-    CUDA build, whose operators do not load beside a CPU build of torch: the import fails at the names of two operators
-    that are not used here, so they are defined first."""
+    """Call this before importing transformers or timm, which import torchvision if it is installed. PyPI only has its
+    CUDA build, whose operators do not load with a CPU build of torch: the import fails on the names of two operators
+    that are not used here, so this defines them first."""
     try:
         import torchvision  # noqa: F401
     except ImportError:

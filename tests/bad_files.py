@@ -44,7 +44,7 @@ def make_kinds(folder: Path) -> list[Kind]:
 
 
 def flip_bits(data: bytes, places: Sequence[int]) -> bytes:
-    """`data` with every bit of the bytes at `places` turned over."""
+    """`data` with all bits of the bytes at `places` inverted."""
     flipped = np.frombuffer(data, np.uint8).copy()
     flipped[list(places)] ^= 255
     return flipped.tobytes()
@@ -54,16 +54,16 @@ class _Maker:
     def __init__(self, folder: Path):
         self.kinds: list[Kind] = []
         self._folder = folder
-        self._pictures = textured(40, height=96, width=128)
+        self._frames = textured(40, height=96, width=128)
         originals = [("h264", "mp4"), ("h264", "mkv"), ("mpeg4", "avi"), ("vp9", "webm")]
         self._original = {
-            suffix: Path(write_video(folder / f"original.{suffix}", self._pictures, codec=codec))
+            suffix: Path(write_video(folder / f"original.{suffix}", self._frames, codec=codec))
             for codec, suffix in originals
         }
         self._row = {suffix: probe(path) for suffix, path in self._original.items()}
 
     def _add_replaced(self, name: str, content: bytes | None, *, probe: str, loader: str, suffix: str = "mp4") -> Path:
-        """A file that has changed since it was indexed; None: whatever stands there."""
+        """A file that has changed since it was indexed; None: whatever is there."""
         path = self._folder / f"{name}.{suffix}"
         if content is not None:
             path.write_bytes(content)
@@ -108,7 +108,7 @@ class _Maker:
 
     def make_cut(self) -> None:
         whole = self._original["mp4"].read_bytes()
-        for share in (10, 50, 90):  # the index stands at the end
+        for share in (10, 50, 90):  # the index is at the end
             self._add_replaced(
                 f"cut_at_{share}", whole[: len(whole) * share // 100], probe="no index", loader="no index"
             )
@@ -125,7 +125,7 @@ class _Maker:
         mkv = self._original["mkv"].read_bytes()
         header = mkv[: mkv.index(b"\x1f\x43\xb6\x75")]  # up to the first cluster
         self._add_replaced("no_frames", header, probe="no picture|not a video", loader="end of file", suffix="mkv")
-        one = write_video(self._folder / "one.mp4", self._pictures[:1])
+        one = write_video(self._folder / "one.mp4", self._frames[:1])
         self._add_as_indexed("one_frame", one)
         self._add_replaced("one_frame_left", Path(one).read_bytes(), probe=GOOD, loader="only 1")
 
@@ -158,7 +158,7 @@ class _Maker:
             )
 
     def make_odd(self) -> None:
-        folder, pictures = self._folder, self._pictures
+        folder, frames = self._folder, self._frames
         wrong = folder / "mp4_named.avi"
         wrong.write_bytes(self._original["mp4"].read_bytes())
         self._add_as_indexed("wrong_suffix", wrong)
@@ -170,16 +170,16 @@ class _Maker:
         wrong = (600).to_bytes(4, "little")
         claims.write_bytes(avi[:at] + wrong + avi[at + 4 : length] + wrong + avi[length + 4 :])
         self._add_as_indexed("header_claims_600_frames", claims)
-        picture = av.VideoFrame.from_ndarray(pictures[0], format="rgb24")
+        frame = av.VideoFrame.from_ndarray(frames[0], format="rgb24")
         encoder = av.CodecContext.create("png", "w")
         encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 128, 96, "rgb24", Fraction(1, 25)
         png = folder / "png_named.mp4"
-        png.write_bytes(b"".join(map(bytes, encoder.encode(picture) + encoder.encode(None))))
+        png.write_bytes(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
         self._add_as_indexed("picture_named_mp4", png)
         for rotation in (90, 180, 270):
             for codec in ("h264", "vp9"):
                 path = write_video(
-                    folder / f"turned_{rotation}_{codec}.mp4", pictures[:12], codec=codec, rotation=rotation
+                    folder / f"turned_{rotation}_{codec}.mp4", frames[:12], codec=codec, rotation=rotation
                 )
                 self._add_as_indexed(f"turned_{rotation}_{codec}", path)
         for name, codec, suffix, size in (
@@ -199,9 +199,9 @@ class _Maker:
             ("mjpeg", "avi", "yuvj422p"),
         ):
             name = f"{codec}_{pix_fmt}"
-            path = write_video(folder / f"{name}.{suffix}", pictures[:12], codec=codec, pix_fmt=pix_fmt)
+            path = write_video(folder / f"{name}.{suffix}", frames[:12], codec=codec, pix_fmt=pix_fmt)
             self._add_as_indexed(name, path)
-        large = [np.kron(picture, np.ones((20, 20, 1), np.uint8)) for picture in textured(3, height=108, width=192)]
+        large = [np.kron(frame, np.ones((20, 20, 1), np.uint8)) for frame in textured(3, height=108, width=192)]
         path = write_video(folder / "4k.mp4", large, options={"preset": "ultrafast"})
         self._add_as_indexed("4k", path)
         small = write_video(folder / "small.mp4", textured(12, height=64, width=96))
@@ -218,12 +218,12 @@ class _Maker:
     def make_odd_times(self) -> None:
         folder = self._folder
         uneven = np.cumsum(np.random.default_rng(0).integers(1, 5, 40)).tolist()
-        self._add_as_indexed("uneven_times", write_video(folder / "uneven.mp4", self._pictures, times=uneven))
-        path = write_video(folder / "uneven.webm", self._pictures, times=uneven, codec="vp9")
+        self._add_as_indexed("uneven_times", write_video(folder / "uneven.mp4", self._frames, times=uneven))
+        path = write_video(folder / "uneven.webm", self._frames, times=uneven, codec="vp9")
         self._add_as_indexed("uneven_times_vp9", path)
         self._add_as_indexed("no_times", copy_packets(self._original["mp4"], folder / "no_times.h264"))
         for codec, options in (("h264", None), ("mpeg4", {"bf": "2"})):
-            path = write_video(folder / f"no_times_{codec}.avi", self._pictures, codec=codec, options=options)
+            path = write_video(folder / f"no_times_{codec}.avi", self._frames, codec=codec, options=options)
             self._add_as_indexed(f"no_times_avi_{codec}", path)
         for suffix in ("mkv", "webm"):
             for name, change in (

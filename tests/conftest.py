@@ -50,7 +50,7 @@ def shared_videos() -> Path:
 
 @pytest.fixture(scope="session")
 def numbered_videos(tmp_path_factory) -> Manifest:
-    """Videos whose pictures say their own number, in every codec, container and oddity that the loader meets."""
+    """Videos whose frames say their own number, in every codec, container and oddity that the loader meets."""
     folder = tmp_path_factory.mktemp("numbered")
     size = {"height": 144, "width": 176}  # no smaller than NVDEC takes, whatever the codec
     long = numbered(100, **size)
@@ -93,11 +93,11 @@ def small_data(tmp_path_factory) -> Path:
         for number in range(count):
             codec, suffix = (("h264", "mp4"), ("vp9", "webm"))[number % 2]
             tint = 80 * np.eye(3)[number % 3]
-            pictures = [
-                np.clip(picture * 0.6 + tint, 0, 255).astype(np.uint8)
-                for picture in textured(6 + number, height=40, width=40 + 4 * number, seed=100 * count + number)
+            frames = [
+                np.clip(frame * 0.6 + tint, 0, 255).astype(np.uint8)
+                for frame in textured(6 + number, height=40, width=40 + 4 * number, seed=100 * count + number)
             ]
-            path = write_video(folder / f"{name}_{number}.{suffix}", pictures, codec=codec)
+            path = write_video(folder / f"{name}_{number}.{suffix}", frames, codec=codec)
             videos.append(probe(path)._replace(path=os.path.basename(path), label=number % 3))
         Manifest(videos, root=folder, classes=("ash", "birch", "cedar")).write(folder / f"{name}.csv")
     return folder

@@ -421,7 +421,7 @@ def test_states_go_to_and_from_torch_for_sgd_but_not_for_adam(amp_c):
         optimizer.step()
 
 
-def test_adam_of_half_precision_cannot_go_on_from_its_own_state(amp_c):
+def test_adam_of_half_precision_cannot_resume_from_its_own_state(amp_c):
     """PyTorch casts what it loads to the type of the parameter, the kernel takes moments for float32."""
     from apex.optimizers import FusedAdam
 

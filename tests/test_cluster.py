@@ -191,7 +191,7 @@ def test_training_by_the_script(slurm, config, tmp_path):
     assert steps(output) == list(range(1, 7))
 
 
-def test_training_that_is_asked_to_stop_goes_on_where_it_was(slurm, config, tmp_path):
+def test_training_that_is_asked_to_stop_resumes_where_it_was(slurm, config, tmp_path):
     output = tmp_path / "output"
     arguments = ("-c", config, "-o", f"output={output}", "train.epochs=20")
     script = slurm.start(*arguments, cwd=PROJECT)

@@ -25,7 +25,7 @@ _LEVELS = np.array([16, 66, 116, 166, 216])  # five a channel: far enough apart 
 
 def write_video(
     path: str | Path,
-    pictures: Iterable[np.ndarray],
+    rgb_frames: Iterable[np.ndarray],
     *,
     codec: str = "h264",
     fps: Fraction | int = 25,
@@ -36,19 +36,19 @@ def write_video(
     matrix: int | None = None,
     full_range: bool = False,
 ) -> str:
-    """Encodes uint8 [H, W, 3] pictures; `rotation` only tags the file; `times` are presentation times in 1/fps.
+    """Encodes uint8 [H, W, 3] frames; `rotation` only tags the file; `times` are presentation times in 1/fps.
 
     `matrix`: of the colours, as a number of H.273 (1 BT.709, 6 BT.601); frames are converted to it, or to BT.601 for
     others, and the stream says so.
     """
-    pictures = list(pictures)
+    rgb_frames = list(rgb_frames)
     encoder, defaults = ENCODERS.get(codec, (codec, {}))
     options = defaults | (options or {})
-    if codec == "h264":  # with it, x264's assembly gives other bytes from run to run for pictures as small as these
+    if codec == "h264":  # with it, x264's assembly gives other bytes from run to run for frames as small as these
         options["x264-params"] += ":mbtree=0"
     with _usual_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=fps, options=options)
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.height, stream.width = rgb_frames[0].shape[:2]
         stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
         stream.codec_context.time_base = Fraction(1, 1) / fps
         stream.codec_context.thread_count = 1
@@ -58,8 +58,8 @@ def write_video(
             stream.codec_context.colorspace = matrix
         if full_range:
             stream.codec_context.color_range = 2
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        for number, rgb_frame in enumerate(rgb_frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_frame), format="rgb24")
             if matrix is not None or full_range:
                 frame = frame.reformat(
                     format=stream.pix_fmt,
@@ -178,12 +178,12 @@ def cut_packets(source: str | Path, path: str | Path, start: int, *, hidden: int
 
 
 def numbered(count: int, *, height: int, width: int) -> list[np.ndarray]:
-    """Pictures of one colour each that says their number (below 125), whatever part of them is looked at."""
+    """Frames of one colour each, which encodes their number (below 125) in every part of the frame."""
     return [np.full((height, width, 3), _LEVELS[[n % 5, n // 5 % 5, n // 25]], np.uint8) for n in range(count)]
 
 
 def read_numbers(clip: np.ndarray) -> list[int]:
-    """The numbers shown by a clip [C, T, H, W] of `numbered` pictures, values 0..1."""
+    """The numbers shown by a clip [C, T, H, W] of `numbered` frames, values 0..1."""
     colours = clip.mean(axis=(2, 3)).T * 255  # [T, C]
     digits = np.abs(colours[:, :, None] - _LEVELS).argmin(axis=2)
     assert np.abs(colours - _LEVELS[digits]).max() < 20, "a colour between two levels: blended or wrong frames"
@@ -191,23 +191,23 @@ def read_numbers(clip: np.ndarray) -> list[int]:
 
 
 def textured(count: int, *, height: int, width: int, seed: int = 0) -> list[np.ndarray]:
-    """A smooth random texture drifting over another: every picture and every part of it differs."""
+    """A smooth random texture drifting over another: every frame and every part of it differs."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [(*rng.uniform(0.02, 0.25, 2), rng.uniform(0, 6.28), rng.uniform(0.7, 1.3, 3)) for _ in range(4)]
-    pictures = []
+    rgb_frames = []
     for number in range(count):
         shift = 0.35 * number
         light = [
             colour * np.sin(wy * y + wx * x + phase + shift * (k - 1.5))[..., None]
             for k, (wy, wx, phase, colour) in enumerate(waves)
         ]
-        pictures.append(np.clip(127 + 28 * sum(light), 0, 255).astype(np.uint8))
-    return pictures
+        rgb_frames.append(np.clip(127 + 28 * sum(light), 0, 255).astype(np.uint8))
+    return rgb_frames
 
 
 def decode_all(path: str | Path) -> np.ndarray:
-    """Every frame that PyAV puts out, as FFmpeg does, whatever it cannot decode: uint8 [N, H, W, 3], not turned."""
+    """Every frame that PyAV decodes, skipping errors as FFmpeg does: uint8 [N, H, W, 3], not rotated."""
     frames = []
     with av.open(str(path), metadata_errors="replace") as container:
         for packet in container.demux(container.streams.best("video")):

@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from model import TimeSformer
 
-_PREFIX = "module."  # of the weights in the state of `AveragedModel`, beside its own count
+_PREFIX = "module."  # of the weights in the state of `AveragedModel`, which also has a count
 
 
 class WeightAverage:

@@ -23,7 +23,7 @@ _UNNAMED = "unnamed"  # prefix of a file whose checksum is not known yet
 
 
 class DamagedError(InputError):
-    """The bytes of a checkpoint are not those that were written."""
+    """A checkpoint's bytes differ from those that were written."""
 
 
 class Checkpoint(NamedTuple):
@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 class _HashingFile:
-    """A file to write to, which computes the SHA-256 of what is written."""
+    """A writable file that computes the SHA-256 of its content."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -46,7 +46,7 @@ class _HashingFile:
         self.hash.update(data)
         try:
             return self._file.write(data)
-        except OSError as error:  # torch.save turns it into a RuntimeError that does not say why
+        except OSError as error:  # torch.save turns it into a RuntimeError without the reason
             self.error = error
             raise
 
@@ -66,7 +66,7 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     with atomic_write(unnamed) as file:
         hashing = _HashingFile(file)
         try:
-            torch.save(state, hashing)  # type: ignore[arg-type]  # its stub wants more of IO[bytes] than it calls
+            torch.save(state, hashing)  # type: ignore[arg-type]  # its stub requires more methods than it calls
         except RuntimeError as error:
             raise hashing.error or error from None
     path = folder / f"step_{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
@@ -83,8 +83,8 @@ def remove_unfinished(folder: str | os.PathLike) -> None:
 
 
 def make_room(folder: str | os.PathLike, error: InputError) -> bool:
-    """Remove the older checkpoints if `error` says that the disk is full and the newest one is intact; returns whether
-    it did."""
+    """Remove the older checkpoints if `error` means that the disk is full, and the newest one is intact; returns
+    whether it did."""
     found = list_checkpoints(folder)
     is_full = getattr(error.__cause__, "errno", None) in _DISK_FULL
     if not is_full or len(found) < 2 or not is_intact(found[-1]):
@@ -110,8 +110,8 @@ def is_intact(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint. Raises `DamagedError` if its bytes are not those that were written, and `InputError`
-    if it cannot be read."""
+    """The state in a checkpoint. Raises `DamagedError` if its bytes differ from those that were written, and
+    `InputError` if it cannot be read."""
     try:
         if not is_intact(path):
             raise DamagedError(f"{path}: damaged, its checksum is not the one in its name")
@@ -123,7 +123,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except InputError:
         raise
-    except Exception as error:  # its checksum is right, so this program did not write it; torch raises a dozen kinds
+    except Exception as error:  # torch raises many kinds; the checksum is right, so another program wrote the file
         raise InputError(f"{path}: not a checkpoint of this program ({type(error).__name__})") from None
     if not isinstance(state, dict) or "step" not in state:
         raise InputError(f"{path}: not a checkpoint of this program")
@@ -133,8 +133,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_newest_checkpoint(folder: str | os.PathLike) -> Checkpoint | None:
     """The newest checkpoint that can be read; None if there is none.
 
-    Prints why others cannot be read, and renames damaged ones to NAME.damaged: they must not push out good ones when
-    new checkpoints are written.
+    Prints why others cannot be read, and renames damaged ones to NAME.damaged: otherwise, new checkpoints would push
+    out good ones instead of those.
     """
     for path in reversed(list_checkpoints(folder)):
         try:
@@ -147,7 +147,7 @@ def load_newest_checkpoint(folder: str | os.PathLike) -> Checkpoint | None:
 
 
 class Writer:
-    """Runs jobs that write files in a thread, one after another. An error of a job is raised by `wait`, once."""
+    """Runs jobs that write files in a thread, one after another. `wait` raises the error of a failed job, once."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
@@ -158,14 +158,15 @@ class Writer:
         self._job = self._pool.submit(job)
 
     def wait(self) -> bool:
-        """Wait for the job in progress; returns whether there was one since the last call. Any thread may call it."""
+        """Wait for the job in progress; returns whether there has been one since the last call. Any thread may call
+        it."""
         job = self._job
         if job is None:
             return False
         try:
             job.result()
         finally:
-            if job.done() and self._job is job:  # not if Ctrl-C has interrupted the waiting
+            if job.done() and self._job is job:  # not if Ctrl-C interrupted the wait
                 self._job = None
         return True
 
@@ -175,7 +176,7 @@ class Writer:
 
 
 def host_copy(value: Any) -> Any:
-    """Copy `value`, with all tensors in it moved to host memory, so that training does not change the copy."""
+    """Copy `value` with all its tensors to host memory, so that training does not change the copy."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

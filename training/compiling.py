@@ -1,4 +1,4 @@
-"""Compiling the network: `train.compile` and `train.cuda_graphs`."""
+"""Compiles the network: `train.compile` and `train.cuda_graphs`."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ from model import TimeSformer
 Mode = Literal["eager", "compiled", "CUDA graphs"]
 
 WORTH_IT = 1000
-"""Number of forward passes in training from which compiling pays, by a rule of thumb: with 8 clips per GPU a compiled
+"""Number of training forward passes from which compiling pays off, as a rule of thumb: with 8 clips per GPU a compiled
 step of ViT-B took about 35 ms less than an eager one (docs/benchmarks.md), and compiling takes half a minute. Both grow
 with the number of blocks."""
 
@@ -21,7 +21,7 @@ _VARIANTS = 32  # graphs of a block: first, middle and last, in training and in 
 
 
 def check_compile(train: TrainConfig, process: DistributedContext) -> None:
-    """Raises `InputError` if the settings force what this machine cannot do. Every process must call it."""
+    """Raises `InputError` if the settings require something this machine cannot do. Every process must call it."""
     if train.cuda_graphs and process.device.type != "cuda":
         raise InputError(f"train.cuda_graphs is true, and the device is {process.device}; expected a GPU")
     if train.cuda_graphs and _wanted(train) == "false":
@@ -38,8 +38,8 @@ def decide_compile(
 ) -> tuple[Mode, str]:
     """How to run the network, the same on all processes, and a description, with the reason if it is not compiled.
 
-    passes: forward passes in training, over the whole run. before: the mode in which a resumed run began, which `auto`
-    keeps; None for a new run. `check_compile` must have passed.
+    passes: training forward passes over the whole run. before: the mode in which a resumed run started, which `auto`
+    keeps; None for a new run. Call `check_compile` first.
     """
     if train.cuda_graphs:
         return "CUDA graphs", "compiled, launched as CUDA graphs"
@@ -48,7 +48,7 @@ def decide_compile(
     if process.device.type != "cuda":
         return "eager", "eager: train.compile=auto compiles on a GPU"
     if before == "eager":
-        return "eager", "eager, as the run began; train.compile=true would compile it"
+        return "eager", "eager, as the run started; train.compile=true would compile it"
     if before is None and passes < WORTH_IT:
         return "eager", f"eager: {passes} forward passes; train.compile=auto compiles from {WORTH_IT} on"
     missing = _missing_anywhere(process)
@@ -56,7 +56,7 @@ def decide_compile(
 
 
 def _wanted(train: TrainConfig) -> str:
-    """auto, true or false, which YAML reads as bools or texts."""
+    """auto, true or false, which YAML reads as bools or strings."""
     return str(train.compile).lower()
 
 
@@ -72,7 +72,7 @@ def compiler_missing(device: torch.device) -> str:
 
     try:
         torch.compile(two_operators, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # from the compiler, Triton, or the folder that they write to
+    except Exception as error:  # from the compiler, Triton, or their cache folder
         lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
         return f"torch.compile does not work on {device} ({lines[0] if lines else type(error).__name__})"
     return ""
@@ -82,12 +82,12 @@ def compile_network(network: TimeSformer, *, cuda_graphs: bool = False) -> None:
     """Compile the network in place: each kind of block becomes one graph, in training and in evaluation, for each batch
     size.
 
-    This way the time to compile does not grow with the depth, DDP reduces the gradients of one block while the next one
-    is computed, and activation checkpointing stays outside of the graphs. With `cuda_graphs` the whole network is one
-    graph that is launched at once, and each call overwrites the result of the last one.
+    This way compile time does not grow with the depth, DDP reduces the gradients of one block while the next one is
+    computed, and activation checkpointing stays outside the graphs. With `cuda_graphs` the whole network is one graph
+    with a single launch, and each call overwrites the result of the last one.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    torch._dynamo.config.optimize_ddp = False  # would split the graphs once more
+    torch._dynamo.config.optimize_ddp = False  # it would split the graphs further
     # Kernels are chosen without timing them, so that a resumed run uses the same ones.
     options: dict[str, str | int | bool] = {"deterministic": True}
     if cuda_graphs:
@@ -98,5 +98,5 @@ def compile_network(network: TimeSformer, *, cuda_graphs: bool = False) -> None:
 
 
 def cuda_graphs_skipped() -> bool:
-    """Whether the compiler did not use CUDA graphs, which it only logs."""
+    """Whether the compiler failed to use CUDA graphs, which it only logs."""
     return counters["inductor"]["cudagraph_skips"] > 0

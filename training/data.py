@@ -25,7 +25,7 @@ class BatchPlan(NamedTuple):
 def split_global_batch(config: Config, world_size: int, num_clips: int) -> BatchPlan:
     """Split a global batch over `world_size` processes, in epochs of `num_clips` clips.
 
-    Raises `InputError` with the nearest combinations that are possible.
+    Raises `InputError` with the closest valid combinations.
     """
     total, batch_size, views = config.optim.global_batch_size, config.data.batch_size, config.data.views_per_decode
     if batch_size is not None and batch_size % views:
@@ -47,20 +47,20 @@ def split_global_batch(config: Config, world_size: int, num_clips: int) -> Batch
         return BatchPlan(batch_size or share, share // (batch_size or share))
     remedies = []
     if nearest := _nearest(min(total, num_clips), unit, most=num_clips):
-        remedies.append(f"the nearest that they can: {nearest}")
+        remedies.append(f"the nearest that work: {nearest}")
     if sizes and batch_size and total <= num_clips:
         remedies.append(f"or data.batch_size {', '.join(map(str, sorted(sizes)))}")
     raise InputError("; ".join([problem, *remedies]))
 
 
 def _nearest(number: int, unit: int, *, most: float = math.inf) -> str:
-    """The multiples of `unit` around `number`, up to `most`."""
+    """The multiples of `unit` closest to `number`, up to `most`."""
     below = number // unit * unit
     return ", ".join(str(value) for value in (below, below + unit) if 0 < value <= most)
 
 
 def read_teacher(config: Config) -> Weights | None:
-    """The weights of `distill.teacher`; None without one. Raises `InputError` if it takes other clips than the run."""
+    """The weights of `distill.teacher`; None without one. Raises `InputError` if its clips differ from the run's."""
     path, data = config.distill.teacher, config.data
     if path is None:
         return None
@@ -92,7 +92,7 @@ def make_data(config: Config, process: DistributedContext, teacher: Weights | No
     """The loaders for training and validation. Raises `InputError` if manifests, classes and settings do not fit, or
     differ between processes.
 
-    With a teacher, training clips have as many frames as it takes, within the same time window.
+    With a teacher, training clips have as many frames as the teacher takes, within the same time window.
     """
     data = config.data
     train, val = (read_manifest(getattr(data, name), key=f"data.{name}") for name in ("train", "val"))

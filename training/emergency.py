@@ -1,4 +1,4 @@
-"""Saving when a run is about to end: a signal, a hang, or an error."""
+"""Saves a run that is about to end because of a signal, a hang, or an error."""
 
 from common.distributed import DistributedContext
 from common.preemption import Preemption
@@ -6,7 +6,7 @@ from training.faults import FaultLog
 from training.run_state import RunState
 from training.saving import Saver
 
-_PATIENCE_S = 5  # for an update of the weights to end
+_PATIENCE_S = 5  # for an update of the weights to finish
 _NOT_SAVED = "nothing could be saved within an update; the last checkpoint is kept"
 
 
@@ -27,13 +27,13 @@ class EmergencySaver:
         self._preemption, self._steps_per_epoch = preemption, steps_per_epoch
 
     def save(self) -> str:
-        """Save what is not saved yet; returns the result as a message. Never raises an error."""
+        """Save unsaved steps; returns the result as a message. Never raises an error."""
         if not self._process.is_main:
             return "rank 0 saves"
         try:
             with self._state.reading(timeout_s=_PATIENCE_S) as is_consistent:
                 return self._save() if is_consistent else _NOT_SAVED
-        except Exception as error:  # the process has to end, with the error that it ends for
+        except Exception as error:  # the process must end with its original error
             return f"nothing could be saved ({error})"
 
     def _save(self) -> str:

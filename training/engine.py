@@ -32,7 +32,7 @@ from training.validation import Accuracy, validate
 
 
 class Trainer(StepTrainer):
-    """One run: `train` does what is left of it.
+    """One training run: `train` runs it, or the rest of it.
 
         with start_process(config.device) as process:
             Trainer(config, process, resume=False).train()
@@ -40,8 +40,8 @@ class Trainer(StepTrainer):
     Writes below `config.output`: best.safetensors, last.safetensors, checkpoints/, tensorboard/, metrics.jsonl and
     config.yaml; on demand swa.safetensors and profile/; faults.csv if videos cannot be read. Raises `InputError` for
     settings and data that cannot work, such as more unreadable videos than `data.max_fault_fraction`, and `SystemExit`
-    with `REQUEUE` when `preemption` has asked the run to end. However else a run ends early, its last finished step is
-    saved, unless the process is killed.
+    with `REQUEUE` if `preemption` asked the run to end. If a run ends early for any other reason, its last finished
+    step is saved, unless the process is killed.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class Trainer(StepTrainer):
                     except NonFiniteError as error:
                         self._recover(error)
             self._collect_writes(is_last=True)
-        except (SystemExit, NonFiniteError):  # everything is saved, or better not saved
+        except (SystemExit, NonFiniteError):  # already saved, or not worth saving
             raise
         except UnreadableError:
-            if self.saver.saved[0]:  # a run without a checkpoint begins again, with another manifest
+            if self.saver.saved[0]:  # without a checkpoint, the run starts over with another manifest
                 self._save_in_emergency()
             raise
         except BaseException:
@@ -185,12 +185,12 @@ class Trainer(StepTrainer):
             self.monitor.print(line)
 
     def validate(self, *networks: nn.Module) -> tuple[list[Accuracy], int]:
-        """The accuracy of each network on the validation videos, and how many of these cannot be read."""
+        """The accuracy of each network on the validation videos, and the number of unreadable ones."""
         return validate(networks, self.val_loader, self.process, self.precision)
 
     @property
     def is_epoch_over(self) -> bool:
-        """Whether `finish_epoch` comes next, after an epoch or the last step."""
+        """Whether `finish_epoch` is next, after an epoch or the last step."""
         ends = self.step == self.last_step or self.step % self.steps_per_epoch == 0
         return ends and self.step > 0 and not self.state.is_validated
 
@@ -201,7 +201,7 @@ class Trainer(StepTrainer):
         return self.is_epoch_over or self.step % self.config.train.log_every_steps == 0
 
     def _new_interval(self) -> Interval:
-        """An interval from the last line of the log on, even if the run was resumed since."""
+        """An interval that starts after the last line of the log, even if the run has been resumed since."""
         return Interval(self.train_loader, self.process.device, before=self.state.logs.unlogged)
 
     def _log(self, interval: Interval) -> None:
@@ -239,7 +239,7 @@ class Trainer(StepTrainer):
     # -- videos that cannot be read --
 
     def _report_faults(self, loader: ClipLoader, epoch: int, *, mode: str) -> None:
-        """List and print what `loader` could not read since the last call, on all processes."""
+        """List and print the videos that `loader` could not read since the last call, on all processes."""
         faults = self.faults.take(loader, epoch=epoch, mode=mode)
         if mode == "train":
             self.state.num_faults, self.state.logs = 0, self._log_position(self.state.logs.unlogged)
@@ -261,11 +261,11 @@ class Trainer(StepTrainer):
     # -- saving and restoring --
 
     def _update_average(self, epoch: int) -> list[nn.Module]:
-        """The averaged network, with the weights of this epoch in it; empty before averaging begins."""
+        """The averaged network, including the weights of this epoch; empty before averaging starts."""
         average = self.average
         if average is None or epoch < average.first_epoch:
             return []
-        if average.count == epoch - average.first_epoch:  # else a run that ended here has done it
+        if average.count == epoch - average.first_epoch:  # otherwise done by a run that ended here
             with self.state.committing():
                 average.update(self.network)
         return [average.network]
@@ -300,13 +300,13 @@ class Trainer(StepTrainer):
             self.monitor.print(message)
 
     def _restore(self, checkpoint: Checkpoint) -> list[str]:
-        """Load a checkpoint; returns notes on what has changed since. Raises `InputError` if the run cannot resume."""
+        """Load a checkpoint; returns notes on changes since then. Raises `InputError` if the run cannot resume."""
         changes = self.state.load(*checkpoint)
         self.saver.saved = self.state.position
         return changes
 
     def _recover(self, error: NonFiniteError) -> None:
-        """Roll back to the newest checkpoint, or raise `error` if that is not wanted or does not help."""
+        """Roll back to the newest checkpoint, or raise `error` if rollback is off or does not help."""
         if self.config.train.on_nan != "rollback":
             raise error
         self._collect_writes()
@@ -316,10 +316,12 @@ class Trainer(StepTrainer):
         self.train_loader.stats.faults.clear()
         self.saver.discard_pending()
         self._open_logs()
-        self.monitor.print(f"{error}; back to {checkpoint.path.name}, and without step {error.step} this time")
+        self.monitor.print(
+            f"{error}; rolled back to {checkpoint.path.name}, and leaving out step {error.step} this time"
+        )
 
     def _end_for_signal(self, epoch: int) -> None:
-        """Save, and end this process, as all processes do after this step."""
+        """Save, and end this process; all processes do so after this step."""
         self.preemption.handle()
         self._report_faults(self.train_loader, epoch, mode="train")
         try:

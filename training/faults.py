@@ -1,4 +1,4 @@
-"""Videos that could not be read: their list, faults.csv, and when there are too many of them."""
+"""Videos that could not be read: their list, faults.csv, and the check for too many of them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from dali_pipelines.batches import Fault
 from dali_pipelines.text import csv_writer
 
 _MAX_SHOWN = 5  # faults in a message
-_BLIND_CLIPS = 16  # a run stops that has read none of its first clips, these at least
+_BLIND_CLIPS = 16  # a run stops if it cannot read any of its first clips, at least this many
 
 
 class UnreadableError(InputError):
@@ -19,7 +19,7 @@ class UnreadableError(InputError):
 
 
 class FaultLog:
-    """faults.csv of a run, in which every failed read of a video is a row: epoch (from 1), mode (train or validate),
+    """faults.csv of a run, with a row for every failed read of a video: epoch (from 1), mode (train or validate),
     sample_id (row of that manifest, from 0), path, reason.
 
     The main process writes it, for all processes. Without faults the file does not exist.
@@ -34,7 +34,7 @@ class FaultLog:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def cut(self, size: int) -> None:
-        """Remove what comes after `size` bytes: a run that resumes from there will find those faults again."""
+        """Remove everything after `size` bytes: a run that resumes from there will find those faults again."""
         if self.size() > size:
             with open(self.path, "r+b") as file:
                 file.truncate(size)
@@ -63,11 +63,11 @@ class FaultLog:
                 writer.writerows([epoch + 1, mode, fault.sample_id, fault.path, fault.reason] for fault in faults)
         except OSError as error:
             with contextlib.suppress(OSError):
-                self.cut(size)  # no half rows
+                self.cut(size)  # no partial rows
             print(f"{self.path}: {len(faults)} rows cannot be written ({error.strerror})", flush=True)
 
     def messages(self, faults: Sequence[Fault], *, mode: str) -> Iterator[str]:
-        """A line for each of the first faults, and one for the rest."""
+        """One line for each of the first faults, and one for the rest."""
         treatment = "left out" if mode == "train" else "counted as wrong"
         for fault in faults[:_MAX_SHOWN]:
             yield f"{fault.path}: {fault.reason}; {treatment}"
@@ -85,7 +85,7 @@ class FaultLog:
         num_clips: int,
         is_last: bool,
     ) -> None:
-        """Raises `UnreadableError` if too many of an epoch's clips cannot be read, or none of the first ones.
+        """Raises `UnreadableError` if too many of an epoch's clips, or all of the first ones, cannot be read.
 
         num_failed, num_seen: clips of this epoch so far, over all processes, which therefore stop together.
         num_clips: clips of the whole epoch. is_last: whether no other step follows in it.
@@ -95,7 +95,7 @@ class FaultLog:
         if not (too_many or none_read):
             return
         faults = self.take(loader, epoch=epoch, mode="train")
-        self._process.barrier()  # torchrun ends the others with the first: not before everything is written
+        self._process.barrier()  # torchrun ends the others with the first process: wait until everything is written
         named = "; ".join(f"{fault.path}: {fault.reason}" for fault in faults[:_MAX_SHOWN])
         limit = ""
         if too_many:

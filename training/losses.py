@@ -1,4 +1,4 @@
-"""Losses, as sums over valid clips; they are divided by the number of clips over all processes afterwards."""
+"""Losses, as sums over valid clips; later they are divided by the number of clips over all processes."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, *, label
 def summed_distillation(logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, temperature: float) -> Tensor:
     """Distance of logits [B, K] from the teacher's, summed over the clips that are valid (bool [B]); a scalar.
 
-    It is the Kullback-Leibler divergence of softmax(logits / temperature), times temperature**2, which keeps its
-    gradients as large as those of the labels at any temperature (Hinton, Vinyals, Dean: Distilling the Knowledge in a
+    It is the Kullback-Leibler divergence of softmax(logits / temperature), times temperature**2, so that at any
+    temperature its gradients are as large as those of the labels (Hinton, Vinyals, Dean: Distilling the Knowledge in a
     Neural Network, 2015, section 2).
     """
     student, teacher = ((value.float() / temperature).log_softmax(1) for value in (logits, teacher_logits))

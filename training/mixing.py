@@ -1,6 +1,6 @@
-"""VideoMix: each clip is mixed with another one of its micro-batch, on the device, with one share per micro-batch.
+"""VideoMix: mixes each clip with another one of its micro-batch, on the device, with one share per micro-batch.
 
-Mixup (Zhang et al. 2018) fades two clips; CutMix (Yun et al. 2019; for video VideoMix, Yun et al. 2020, section 3.2)
+Mixup (Zhang et al. 2018) blends two clips; CutMix (Yun et al. 2019; for video VideoMix, Yun et al. 2020, section 3.2)
 pastes a box of one into the other. PaddleVideo's VideoMix (loader/pipelines/mix.py) draws one of them for each batch.
 """
 
@@ -22,17 +22,17 @@ class Mixed(NamedTuple):
     partners: Tensor
     """int64 [B], on the clips' device: index of the clip that was mixed into each."""
     share: float
-    """Share of each clip that is its own, 0 to 1; the rest is its partner's."""
+    """Share of each clip that remains, 0 to 1; the rest is its partner's."""
 
     def label_shares(self, labels: Tensor) -> list[tuple[float, Tensor]]:
-        """Shares that sum to 1, each with the labels [B] that have it."""
+        """Shares that sum to 1, each with its labels [B]."""
         if self.share == 1:
             return [(1.0, labels)]
         return [(self.share, labels), (1 - self.share, labels[self.partners])]
 
 
 def mix_clips(clips: Tensor, valid: Tensor, mix: MixConfig, random: np.random.Generator) -> Mixed:
-    """Mix clips [B, 3, T, S, S] that are `valid` (bool [B], on the CPU) among themselves, into new memory."""
+    """Mix the `valid` clips (bool [B], on the CPU) of clips [B, 3, T, S, S] with each other, into new memory."""
     partners = torch.arange(len(clips))
     good = valid.nonzero()[:, 0]
     partners[good] = good[random.permutation(len(good))]
@@ -46,10 +46,10 @@ def mix_clips(clips: Tensor, valid: Tensor, mix: MixConfig, random: np.random.Ge
 
 
 def _cutmix(clips: Tensor, partners: Tensor, share: float, box: str, random: np.random.Generator) -> Mixed:
-    """Paste a box of 1 - `share` of the area, with a random centre; it is cut off at the clip's borders."""
+    """Paste a box of 1 - `share` of the area, with a random centre, clipped at the borders."""
     height, width = clips.shape[-2:]
-    # PaddleVideo's box spans frames and entire rows, but its area is taken relative to rows and columns: of 8 frames of
-    # 224 pixels it replaces 27 % on average, and counts 1 %. See docs/training.md.
+    # PaddleVideo's box spans frames and entire rows, but its area is computed from rows and columns: of 8 frames of
+    # 224 pixels it replaces 27 % on average, but counts 1 %. See docs/training.md.
     axes = (2, 3) if box == "reference" else (3, 4)
     index = [slice(None)] * clips.ndim
     area = 1

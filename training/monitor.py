@@ -1,4 +1,4 @@
-"""What a run shows: TensorBoard, metrics.jsonl, a progress bar, and lines on stdout."""
+"""The output of a run: TensorBoard, metrics.jsonl, a progress bar, and lines on stdout."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from common.metrics import Metric
 from dali_pipelines.text import split_lines
 from training.step_metrics import Interval
 
-_FINAL = dict.fromkeys(Metric.VALIDATION, 0.0)  # the metrics of HParams, which shows the last value of each
+_FINAL = dict.fromkeys(Metric.VALIDATION, 0.0)  # the metrics of HParams, which shows their last values
 
 
 class NullMonitor:
@@ -38,7 +38,7 @@ class NullMonitor:
         """Prints a line."""
 
     def advance(self, interval: Interval, *, epoch: int) -> None:
-        """Moves the progress bar on, with the results of an interval."""
+        """Advances the progress bar, with the results of an interval."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values at a step."""
@@ -56,7 +56,7 @@ class NullMonitor:
 class Monitor(NullMonitor):
     """Writes tensorboard/ and metrics.jsonl below `folder`, and lines on stdout; for the main process.
 
-    A full disk costs the log, not the run.
+    If the disk is full, log entries are lost, but the run continues.
     """
 
     def __init__(self, folder: Path, *, total_steps: int):
@@ -72,7 +72,7 @@ class Monitor(NullMonitor):
         _silence_writer_threads()
 
     def open(self, config: Config, *, step: int, size: int) -> None:
-        """Begin at `step`, when metrics.jsonl had `size` bytes; entries after that are removed. Also called after a
+        """Start at `step`, when metrics.jsonl had `size` bytes, and remove later entries. Also called after a
         rollback."""
         self.close()
         self._config, self._purge_step, self.size = config, step + 1, 0
@@ -93,7 +93,7 @@ class Monitor(NullMonitor):
         sys.stdout.flush()
 
     def advance(self, interval: Interval, *, epoch: int) -> None:
-        """Move the progress bar on by a step of `epoch` (from 1)."""
+        """Advance the progress bar by a step of `epoch` (from 1)."""
         self._bar.update()
         if not self._bar.disable:
             self._bar.set_postfix(
@@ -107,7 +107,7 @@ class Monitor(NullMonitor):
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values by their names (`Metric`) at an optimizer step: to TensorBoard, and as a line of metrics.jsonl."""
+        """Log values by name (`Metric`) at an optimizer step: to TensorBoard, and as a line of metrics.jsonl."""
 
         def add_scalars(writer: SummaryWriter) -> None:
             for name, value in values.items():
@@ -150,7 +150,7 @@ class Monitor(NullMonitor):
         experiment, start, _ = hparams(_hyperparameters(self._config), _FINAL)
         for summary in (experiment, start):
             writer._get_file_writer().add_summary(summary)
-        self._purge_step = None  # when it is opened again after an error, the events there are this run's
+        self._purge_step = None  # if it is reopened after an error, the existing events belong to this run
         return writer
 
     def _write_line(self, values: Mapping[str, float]) -> None:
@@ -162,7 +162,7 @@ class Monitor(NullMonitor):
             self.size += len(line)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self._lines, self.size)  # no half lines
+                os.truncate(self._lines, self.size)  # no partial lines
             self._complain("metrics.jsonl", error)
 
     def _complain(self, name: str, error: OSError) -> None:
@@ -184,7 +184,7 @@ class Monitor(NullMonitor):
 
 
 def _hyperparameters(config: Config) -> dict[str, Any]:
-    """The settings that may change the result, as {"optim.lr": 0.1}, in the types that HParams takes."""
+    """The settings that may change the result, such as {"optim.lr": 0.1}, in types that HParams accepts."""
     sections = dataclasses.asdict(config) | {"data": preprocessing(config.data)}
     return {
         f"{name}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -12,7 +12,8 @@ from common.precision import ApexMultiTensor, TorchMultiTensor
 from dali_pipelines.errors import InputError
 
 _NO_DECAY = ("cls_token", "pos_embed", "time_embed", "head.bias")
-"""PaddleVideo pptimesformer: vit_tweaks.py and ppTimeSformer_head.py give these no L2 decay, everything else has it."""
+"""Parameters without L2 decay in PaddleVideo's pptimesformer (vit_tweaks.py, ppTimeSformer_head.py); all others have
+it."""
 
 _LAMB_EPSILON = 1e-6  # Apex fused_lamb.py
 
@@ -20,8 +21,9 @@ _LAMB_EPSILON = 1e-6  # Apex fused_lamb.py
 def resolve_implementation(optim: OptimConfig, device: torch.device) -> str:
     """The implementation for `optim.implementation`: apex, fused or foreach.
 
-    "auto" is torch's fused kernels, which are as fast as Apex's (docs/benchmarks.md). Torch has no LAMB: that is Apex's
-    on a GPU where its kernels run, otherwise `Lamb`. Raises `InputError` if a forced implementation is missing.
+    "auto" means torch's fused kernels, which are as fast as Apex's (docs/benchmarks.md). Torch has no LAMB: it comes
+    from Apex on a GPU if its kernels run, otherwise from `Lamb`. Raises `InputError` if a forced implementation is
+    missing.
     """
     wanted = optim.implementation
     if wanted == "fused" and optim.name == "lamb":
@@ -34,8 +36,8 @@ def resolve_implementation(optim: OptimConfig, device: torch.device) -> str:
             return "apex"
         if wanted == "apex":
             raise InputError(
-                f"optim.implementation is apex, and {missing}; NVIDIA's Apex is in NGC's PyTorch containers, or built "
-                "from its source with the CUDA extensions (the `apex` of the package index is another project)"
+                f"optim.implementation is apex, and {missing}; NVIDIA's Apex is in NGC's PyTorch containers, or can be "
+                "built from source with the CUDA extensions (the `apex` on PyPI is another project)"
             )
     return "foreach" if wanted == "auto" else wanted
 
@@ -55,7 +57,7 @@ def _apex_missing(device: torch.device) -> str:
 
 
 def make_multi_tensor(implementation: str, device: torch.device) -> TorchMultiTensor | ApexMultiTensor:
-    """The kernels for norms and scaling that go with an implementation."""
+    """The kernels for norms and scaling that belong to an implementation."""
     return ApexMultiTensor(device) if implementation == "apex" else TorchMultiTensor()
 
 
@@ -77,7 +79,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, implementation: str) ->
             return FusedSGD(groups, **common, **sgd, materialize_master_grads=False, set_grad_none=True)
         if optim.name == "adamw":
             return FusedAdam(groups, **common, betas=betas, adam_w_mode=True)
-        # `max_grad_norm`: the gradients are clipped already.
+        # `max_grad_norm`: the gradients are already clipped.
         return FusedLAMB(groups, **common, betas=betas, eps=_LAMB_EPSILON, max_grad_norm=math.inf)
     if optim.name == "lamb":
         return Lamb(groups, **common, betas=betas)
@@ -88,7 +90,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, implementation: str) ->
 
 
 def optimizer_summary(optimizer: torch.optim.Optimizer, implementation: str) -> str:
-    """The optimizer and what computes it, such as "SGD (torch fused)"."""
+    """The optimizer and its implementation, such as "SGD (torch fused)"."""
     by = {"apex": "Apex", "fused": "torch fused", "foreach": "torch foreach"}[implementation]
     return f"{type(optimizer).__name__} ({by})"
 
@@ -105,7 +107,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Update the parameters by their gradients; a `closure` is not called."""
+        """Update the parameters with their gradients; a `closure` is not called."""
         for group in self.param_groups:
             params = [value for value in group["params"] if value.grad is not None]
             if not params:
@@ -135,7 +137,7 @@ class Lamb(torch.optim.Optimizer):
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the moments and step counts of `state`, which any implementation may have written; settings are kept.
 
-    Apex counts steps in the group, torch's AdamW beside each parameter's moments.
+    Apex counts steps per group, torch's AdamW per parameter.
     """
     settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
     counted = [group["step"] for group in state["param_groups"] if "step" in group]

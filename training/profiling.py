@@ -1,4 +1,4 @@
-"""`train.py --profile`: a trace of some steps, and the time that each part of a step takes."""
+"""`train.py --profile`: a trace of some steps, and the time of each part of a step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +30,11 @@ class StepProfiler:
         self._profile.start()
 
     def step(self) -> None:
-        """Note that a step has ended."""
+        """Records the end of a step."""
         self._profile.step()
 
     def stop(self) -> None:
-        """Ends the profiler; says so if the run was too short for a trace."""
+        """Ends the profiler; reports if the run was too short for a trace."""
         if not self._is_done:
             self._report(f"--profile: the run ended before {_SKIPPED + _WARMUP + _TRACED} steps; no trace was written")
             self._profile.on_trace_ready = None

@@ -22,7 +22,7 @@ _MAX_ROLLBACKS = 3  # without a good step between them
 
 
 class NonFiniteError(InputError):
-    """A step whose loss or gradient is not finite, or after which the weights are not."""
+    """A step with a non-finite loss or gradient, or with non-finite weights after it."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
@@ -38,7 +38,7 @@ class Recovery:
         self._scored: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step: sample ids, valid, logits
 
     def begin_step(self) -> None:
-        """Forgets the scores of the step before."""
+        """Forgets the scores of the previous step."""
         self._scored.clear()
 
     def observe(self, batch: Batch, scores: Tensor) -> None:
@@ -46,7 +46,7 @@ class Recovery:
         self._scored.append((batch.sample_ids, batch.valid, scores))
 
     def note_good_step(self) -> None:
-        """Note that this step updates the weights. The count of rollbacks restarts past all steps left out."""
+        """Note that this step updates the weights. The count of rollbacks restarts after the last step left out."""
         if self._state.step > max(self._state.left_out, default=-1):
             self._rollbacks = 0
 
@@ -93,7 +93,7 @@ class Recovery:
         return [path for path, is_finite in clips if not is_finite] or [path for path, _ in clips]
 
     def recover(self, error: NonFiniteError, folder: Path) -> Checkpoint:
-        """The newest checkpoint in `folder`, to roll back to; from now on the step that failed is left out.
+        """The newest checkpoint in `folder`, to roll back to; from now on the failed step is left out.
 
         Raises `NonFiniteError` if there is none, or if rolling back has not helped. Every process must call it.
         """

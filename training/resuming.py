@@ -1,4 +1,4 @@
-"""Finding the checkpoint to resume from, and whether a run can, with the settings and data that it has now."""
+"""Finds the checkpoint to resume from, and checks whether a run can resume with its current settings and data."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from training.checkpoints import Checkpoint, load_checkpoint, load_newest_checkp
 from training.compiling import Mode
 
 FORMAT = 2
-"""Version of the checkpoints."""
+"""Version of the checkpoint format."""
 
 _LAUNCH = "launch"  # a file beside the checkpoints
 
@@ -33,16 +33,16 @@ _FIXED = (
 )
 """Sections and keys that decide the network, the meaning of its inputs, or the order of clips."""
 
-_MAY_CHANGE = ("model.drop_path", "model.embed_init_std")  # they only matter in training, or when it begins
+_MAY_CHANGE = ("model.drop_path", "model.embed_init_std")  # only matter in training, or when it starts
 
 _SILENT = ("name", "output", "device", "data.train", "data.val", "data.test", "data.labels")
-"""Keys whose change is not reported: what they name is compared itself, or does not matter."""
+"""Keys whose change is not reported: their contents are compared instead, or do not matter."""
 
 
 def find_checkpoint(output: Path, *, resume: bool) -> Checkpoint | None:
-    """The checkpoint in the folder `output` to resume from, if `resume` asks for it or torchrun has restarted the run.
+    """The checkpoint in the folder `output` to resume from, if `resume` is set or torchrun has restarted the run.
 
-    None if the run begins. Raises `InputError` if it would overwrite the results of an earlier run.
+    None for a new run. Raises `InputError` if that would overwrite the results of an earlier run.
     """
     folder = output / "checkpoints"
     resume = resume or _is_restarted(folder)
@@ -57,7 +57,7 @@ def find_checkpoint(output: Path, *, resume: bool) -> Checkpoint | None:
     if resume:
         raise InputError(
             f"{output} holds the {found[0]} of an earlier run, but no checkpoint that can be read: "
-            "to begin a new run, name another folder with -o output=DIR"
+            "to start a new run, name another folder with -o output=DIR"
         )
     raise InputError(
         f"{output} holds the {found[0]} of an earlier run: continue that with --resume, "
@@ -66,7 +66,7 @@ def find_checkpoint(output: Path, *, resume: bool) -> Checkpoint | None:
 
 
 def share_checkpoint(process: DistributedContext, found: Checkpoint | None) -> Checkpoint | None:
-    """The checkpoint that the main process has `found`, loaded by all processes. Every process must call it.
+    """The checkpoint `found` by the main process, loaded by all processes. Every process must call it.
 
     Raises `InputError` if another process cannot read it.
     """
@@ -94,8 +94,8 @@ def _is_restarted(folder: Path) -> bool:
 
 
 def _launch_id() -> str | None:
-    """Identifies this launch of torchrun, the same after a restart: its run id, or its process if it has none. None
-    without torchrun."""
+    """An id of this launch of torchrun that survives a restart: its run id, or its process if it has none. None without
+    torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name != "none":
         return name
@@ -133,16 +133,16 @@ def check_resumable(
     num_videos: int,
     checksums: Mapping[str, str],
 ) -> list[str]:
-    """Notes on what has changed since the checkpoint at `path` with this `state`, and may change.
+    """Notes on permitted changes since the checkpoint at `path` with this `state`.
 
-    num_videos: videos of `data.train`. checksums: `Manifest.checksum` of `data.train` ("train") and `data.val` ("val").
-    Raises `InputError`, in one line that names the key, if something has changed that may not.
+    num_videos: videos in `data.train`. checksums: `Manifest.checksum` of `data.train` ("train") and `data.val` ("val").
+    Raises `InputError`, in one line that names the key, for any other change.
     """
     if state.get("format") != FORMAT:
         raise InputError(f"{path}: written by another version of this program; name another folder with -o output=DIR")
     last = Path(config.output) / "last.safetensors"
     weights = last if last.exists() else path
-    remedy = f"or begin a new run from these weights: -o train.pretrained={weights} output=DIR"
+    remedy = f"or start a new run from these weights: -o train.pretrained={weights} output=DIR"
     before, now = flat(state["config"]), flat(dataclasses.asdict(config))
     changed = [key for key in now if key in before and before[key] != now[key] and key not in _SILENT]
     for key in changed:

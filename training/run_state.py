@@ -1,4 +1,4 @@
-"""What a checkpoint holds. A step, or a validation, is in it completely or not at all."""
+"""The content of a checkpoint, which includes each step or validation completely or not at all."""
 
 import contextlib
 import dataclasses
@@ -26,12 +26,12 @@ from training.step_metrics import StepResult
 
 
 class LogPosition(NamedTuple):
-    """How far the logs go that belong to this state: a run that resumes from it removes what comes after."""
+    """The end of the logs in this state: a run that resumes from it removes later entries."""
 
     fault_bytes: int = 0
-    """Size of faults.csv."""
+    """Size of faults.csv in bytes."""
     log_bytes: int = 0
-    """Size of metrics.jsonl."""
+    """Size of metrics.jsonl in bytes."""
     unlogged: tuple[StepResult, ...] = ()
     """The steps since the last line of metrics.jsonl."""
 
@@ -39,7 +39,7 @@ class LogPosition(NamedTuple):
 class RunState:
     """Network, optimizer, averaged weights and the position in the data, with the counters that belong to them.
 
-    Changes that belong together are made within `committing`; another thread reads them with `reading`.
+    Related changes are made together within `committing`; another thread reads them within `reading`.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class RunState:
         self.num_failed = 0
         """Training clips of this epoch that could not be read, over all processes."""
         self.left_out: set[int] = set()
-        """Steps whose clips are not trained on, because a rollback has shown them to be bad."""
+        """Steps left out of training, because a rollback has shown their clips to be bad."""
         self.mode: Mode | None = None
-        """How the network is compiled; None until that is decided."""
+        """How the network is compiled; None until decided."""
         self.logs = LogPosition()
         self.num_faults = 0
         """Faults in the loader's statistics that belong to finished steps."""
@@ -80,12 +80,13 @@ class RunState:
 
     @property
     def position(self) -> tuple[int, bool]:
-        """(step, is_validated), which tells one checkpoint from another."""
+        """(step, is_validated), which identifies a checkpoint."""
         return self.step, self.is_validated
 
     @contextlib.contextmanager
     def committing(self) -> Iterator[None]:
-        """Changes within take effect together: if an exception interrupts them, this state is not saved any more."""
+        """A context for changes that take effect together: if an exception interrupts them, this state is never saved
+        again."""
         with self._commit_lock:
             self._is_consistent = False
             yield
@@ -95,11 +96,11 @@ class RunState:
 
     @contextlib.contextmanager
     def reading(self, *, timeout_s: float) -> Iterator[bool]:
-        """Keep `committing` out, from any thread; yields whether the state is consistent: not if an update was
-        interrupted, or does not end within `timeout_s`.
+        """A context that blocks `committing`, for any thread; yields whether the state is consistent: not if an update
+        was interrupted, or does not finish within `timeout_s`.
 
-        On a GPU, copies made within wait for the last commit only, not for the step that is running: that may wait
-        forever for a process that has ended.
+        On a GPU, copies made within it only wait for the last commit, not for the running step, which may wait forever
+        for a process that has ended.
         """
         if not self._commit_lock.acquire(timeout=timeout_s):
             yield False
@@ -116,7 +117,7 @@ class RunState:
             self._commit_lock.release()
 
     def advance(self, result: StepResult, *, num_failed: int) -> None:
-        """Count a finished step, `num_failed` of whose clips could not be read. Call it within `committing`."""
+        """Count a finished step with `num_failed` unreadable clips. Call it within `committing`."""
         self.step += 1
         self.is_validated = False
         self.num_failed += num_failed
@@ -125,7 +126,7 @@ class RunState:
         self.logs = self.logs._replace(unlogged=(*self.logs.unlogged, result))
 
     def finished_faults(self) -> list[Fault]:
-        """This process's faults of finished steps that are not in faults.csv yet."""
+        """This process's faults in finished steps that are not in faults.csv yet."""
         return self._loader.stats.faults[: self.num_faults]
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class RunState:
         )
 
     def load(self, path: Path, state: dict[str, Any]) -> list[str]:
-        """Take over the `state` of the checkpoint at `path`; returns the changes of settings and data since, in words.
+        """Load the `state` of the checkpoint at `path`; returns notes on changes of settings and data since then.
 
         Raises `InputError` if the run cannot resume from it.
         """
@@ -173,7 +174,7 @@ class RunState:
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, RuntimeError) as error:
-            # Its checksum is right, so this program did not write it.
+            # The checksum is right, so another program wrote it.
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise InputError(f"{path}: not a checkpoint of this run ({reason})") from None
         return changes
@@ -205,5 +206,5 @@ class RunState:
 
 
 def log_entries(logs: LogPosition) -> dict[str, Any]:
-    """`logs` as it is in a checkpoint: numbers and lists, which torch loads without running code."""
+    """`logs` for a checkpoint: numbers and lists, which torch loads without running code."""
     return logs._asdict() | {"unlogged": [dataclasses.astuple(result) for result in logs.unlogged]}

@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints and weights files, in a thread beside training."""
+"""Writes a run's checkpoints and weights files in a background thread."""
 
 import contextlib
 import threading
@@ -23,7 +23,7 @@ class Saver:
     """
 
     def __init__(self, output: Path, weights: Callable[[dict[str, Any], str], Weights]):
-        """weights: makes the content of the file last, best or swa from a state."""
+        """weights: builds the content of the file last, best or swa from a state."""
         self.folder = output / "checkpoints"
         self.saved = (0, False)
         """`RunState.position` of the newest checkpoint."""
@@ -40,19 +40,19 @@ class Saver:
 
     @property
     def has_pending(self) -> bool:
-        """Whether weights files wait to be written."""
+        """Whether weights files are waiting to be written."""
         return bool(self._pending)
 
     def discard_pending(self) -> None:
-        """Drop the weights files that wait: the run has rolled back to before them."""
+        """Drop the pending weights files: the run has rolled back to before them."""
         self._pending.clear()
 
     def submit(self, state: dict[str, Any]) -> None:
-        """Let the thread `write` it. Call `collect` first."""
+        """Let the thread `write` the state. Call `collect` first."""
         self._writer.submit(lambda: self.write(state))
 
     def write(self, state: dict[str, Any]) -> None:
-        """Write the pending weights, then a checkpoint of `state`, unless its weights are not finite: nothing can
+        """Write the pending weights, then a checkpoint of `state`, unless its weights are not finite: no run could
         resume from those, and the next step reports them. Any thread may call it. Raises `InputError`."""
         with self._write_lock:
             try:
@@ -73,15 +73,15 @@ class Saver:
             self.saved = (state["step"], state["is_validated"])
 
     def wait(self) -> None:
-        """Wait for the write in progress; one that fails is only counted."""
+        """Wait for the write in progress; a failure is only counted."""
         try:
             self._writer.wait()
         except (InputError, OSError):
             self._failures += 1
 
     def collect(self, report: Callable[[str], None], *, is_last: bool) -> None:
-        """Wait for the write in progress, and `report` it if it has failed. Raises `InputError` at the third failure in
-        a row, or if no other write follows (`is_last`)."""
+        """Wait for the write in progress, and `report` a failure. Raises `InputError` at the third failure in a row, or
+        if no other write follows (`is_last`)."""
         try:
             if self._writer.wait():
                 self._failures = 0
@@ -95,7 +95,7 @@ class Saver:
             report(f"{error}; training continues, and the earlier checkpoints are kept")
 
     def close(self) -> None:
-        """Wait for the write in progress, and try pending weights a last time."""
+        """Wait for the write in progress, and try pending weights one last time."""
         self._writer.close()
         with contextlib.suppress(InputError, OSError):
             if self._pending:
@@ -104,15 +104,15 @@ class Saver:
             self._folder_lock.release()
 
     def lock(self) -> str:
-        """Keep other runs out of the output folder until `close`; returns a note if that is not possible, else ""."""
+        """Lock the output folder against other runs until `close`; returns a note if that is not possible, else ""."""
         remedy = "wait until it has ended, or name another folder: -o output=DIR"
         self._folder_lock = FolderLock(self._output, remedy=remedy)
         return self._folder_lock.note
 
     def begin(self) -> None:
-        """Make the folder of checkpoints, and note which launch of torchrun the run belongs to.
+        """Create the checkpoint folder, and note which launch of torchrun the run belongs to.
 
-        Removes files that a killed run has left unfinished, if the lock shows that no other run is writing them.
+        Removes unfinished files of a killed run, if the lock shows that no other run is writing them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._folder_lock and not self._folder_lock.note:

@@ -1,4 +1,4 @@
-"""What a run reports when it starts, and the pretrained weights that it starts from."""
+"""The report of a run at its start, and loading of its pretrained weights."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from training.data import Data
 
 
 def load_pretrained_weights(network: TimeSformer, config: Config, classes: tuple[str, ...]) -> str:
-    """Load `train.pretrained` into the network, if it is set; returns the report, "" without one."""
+    """Load `train.pretrained` into the network if it is set; returns the report, or ""."""
     source, data = config.train.pretrained, config.data
     if source is None:
         return ""
@@ -38,7 +38,7 @@ def startup_lines(
 ) -> Iterator[str]:
     """The first lines of a run: device, network, arithmetic, data, decoders, batch and output.
 
-    network: how it runs, such as "compiled". arithmetic: precision and optimizer. resumed: "" for a new run.
+    network: how the network runs, such as "compiled". arithmetic: precision and optimizer. resumed: "" for a new run.
     """
     name = f" {torch.cuda.get_device_name(process.device)}" if process.device.type == "cuda" else ""
     yield (
@@ -57,7 +57,7 @@ def startup_lines(
     num_unused = len(data.train.manifest) * config.data.views_per_decode - steps_per_epoch * total
     yield (
         f"global batch {total} = {process.world_size} ranks x {data.plan.batch_size} clips x "
-        f"{data.plan.micro_steps} micro-steps; {steps_per_epoch} steps an epoch ({num_unused} clips left over), "
+        f"{data.plan.micro_steps} micro-steps; {steps_per_epoch} steps per epoch ({num_unused} clips left over), "
         f"{epochs * steps_per_epoch} in {epochs} epochs"
     )
     yield f"output {config.output}{resumed}"

@@ -1,4 +1,4 @@
-"""One optimizer step: the network, its optimizer and data, and what a step does with them."""
+"""One optimizer step, with the network, optimizer and data that it needs."""
 
 import contextlib
 import math
@@ -30,7 +30,7 @@ from training.step_metrics import StepResult
 
 
 class StepTrainer:
-    """Everything that one step of a run needs. `Trainer` adds the loop, and the folder that a run writes to.
+    """Everything that one step of a run needs. `Trainer` adds the loop and the output folder.
 
     Raises `InputError` for settings and data that cannot work.
     """
@@ -43,7 +43,7 @@ class StepTrainer:
         make_deterministic(process.device)
         teacher = read_teacher(config)
         self.teacher_frames = 1 if teacher is None else teacher.preprocessing["num_frames"] // config.data.num_frames
-        """Frames of the training clips for each frame that the network takes."""
+        """Frames in a training clip per frame that the network takes."""
         self.data = make_data(config, process, teacher)
         self.train_loader, self.val_loader, self.classes, plan = self.data
         self.batch_size, self.micro_steps = plan
@@ -81,7 +81,7 @@ class StepTrainer:
         self.recovery = Recovery(config, process, self.train_loader.manifest, self.state)
         self.monitor = NullMonitor()
         self.must_end = False
-        """Whether a signal had come to one of the processes by the last step."""
+        """Whether any process had received a signal by the last step."""
 
     @property
     def step(self) -> int:
@@ -89,7 +89,8 @@ class StepTrainer:
         return self.state.step
 
     def compile(self) -> str:
-        """Compile the network and the teacher, as the settings say and as a resumed run began; returns how, in words.
+        """Compile the network and the teacher according to the settings and to how a resumed run started; returns a
+        description.
 
         Call it once the state is restored.
         """
@@ -98,7 +99,7 @@ class StepTrainer:
         mode, how = decide_compile(self.config.train, self.process, passes=passes, before=began_as)
         self.state.mode = mode
         if began_as not in (None, mode):
-            how += f"; it began as {began_as}, so rounding and the draws of drop path differ from now on"
+            how += f"; it started as {began_as}, so rounding and the draws of drop path differ from now on"
         if mode != "eager":
             compile_network(self.network, cuda_graphs=mode == "CUDA graphs")
             if self.teacher is not None:
@@ -106,7 +107,7 @@ class StepTrainer:
         return how
 
     def train_step(self, batches: Iterable[Batch]) -> StepResult:
-        """One optimizer step, from this process's micro-batches of it."""
+        """Run one optimizer step on this process's micro-batches."""
         optim, epochs = self.config.optim, self.config.train.epochs
         lr = learning_rate(self.step, optim, steps_per_epoch=self.steps_per_epoch, epochs=epochs)
         if self.step in self.state.left_out:
@@ -156,7 +157,7 @@ class StepTrainer:
             if is_last and self.process.world_size > 1:
                 self.process.heartbeat.update(WAITING)
             with record_function("backward"):
-                # fp16 would overflow sooner with a step's sum than with its mean; `train_step` corrects the divisor.
+                # In fp16 a step's sum would overflow sooner than its mean; `train_step` corrects the divisor.
                 (loss * (self.loss_scale.value / self.config.optim.global_batch_size)).backward()
         if micro_step == 0 and self.step % self.steps_per_epoch == 0:
             self.monitor.log_clips(self.step + 1, clips, mean=self.config.data.mean, std=self.config.data.std)
@@ -215,7 +216,7 @@ class StepTrainer:
             self.state.advance(result, num_failed=self.config.optim.global_batch_size - round(result.valid))
 
     def _leave_out(self, batches: Iterable[Batch], lr: float) -> StepResult:
-        """Read the clips of a step that a rollback has shown to be bad, and do nothing with them."""
+        """Read the clips of a step that a rollback has shown to be bad, and discard them."""
         for _ in batches:
             pass
         self.must_end = False

@@ -16,9 +16,9 @@ class StepResult:
     """The result of one optimizer step, over all processes."""
 
     loss: float
-    """Mean over the valid clips; not finite if fp16 skipped the step because of it."""
+    """Mean over the valid clips; may be non-finite in a step that fp16 skipped."""
     top1: float
-    """Number of clips, as are `top5` and `valid`."""
+    """Number of clips, like `top5` and `valid`."""
     top5: float
     valid: float
     lr: float
@@ -31,8 +31,7 @@ class StepResult:
 class Interval:
     """Means over the steps between two lines of the log.
 
-    before: the steps of this interval that were done before the run was resumed. They count for the means, not for the
-    speed.
+    before: steps of this interval from before the run was resumed. They count for the means, not for the speed.
     """
 
     def __init__(self, loader: ClipLoader, device: torch.device, *, before: Sequence[StepResult] = ()):
@@ -60,7 +59,7 @@ class Interval:
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the time, 0 to 1, that this process has waited for the loader."""
+        """Share of the time, 0 to 1, that this process has spent waiting for the loader."""
         return self._wait_seconds / (time.perf_counter() - self._started)
 
     @property
@@ -87,7 +86,7 @@ class Interval:
         }
 
     def metrics(self) -> dict[str, float]:
-        """All metrics by name. Clips are counted over all processes, waiting and packets in this one."""
+        """All metrics by name. Clips are counted over all processes; waiting and packets only in this one."""
         steps = len(self._results) - self._num_before
         return {
             **self.learning_metrics(),

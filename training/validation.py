@@ -14,7 +14,7 @@ from training.losses import summed_cross_entropy
 
 
 class Accuracy(NamedTuple):
-    """Of one network, in the order of `Metric.VALIDATION`."""
+    """Accuracy and loss of one network, in the order of `Metric.VALIDATION`."""
 
     top1: float
     """Share of all videos, 0 to 1; unreadable ones count as wrong."""

@@ -156,7 +156,7 @@ def test_training_with_several_views_of_a_decode_logs_it(config_file):
     settings = ["data.views_per_decode=2", "data.decode=dali", "train.epochs=1", "data.workers=1"]
     done = run("train.py", "-c", config_file, "-o", *settings)
     assert done.returncode == 0, done.stderr
-    assert "6 steps an epoch" in done.stdout and "decoders: h264 host, vp9 DALI" in done.stdout
+    assert "6 steps per epoch" in done.stdout and "decoders: h264 host, vp9 DALI" in done.stdout
 
 
 def test_threads_that_fail_because_of_ctrl_c_print_nothing(tmp_path):

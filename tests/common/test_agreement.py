@@ -82,7 +82,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     FolderLock(tmp_path, remedy="").release()
 
 
-def test_a_lock_that_is_a_link_leads_to_nothing_that_is_overwritten(tmp_path):
+def test_a_lock_that_is_a_link_overwrites_nothing(tmp_path):
     (tmp_path / "precious").write_text("something")
     (tmp_path / "lock").symlink_to("precious")
     with pytest.raises(InputError, match="lock is a link"):
@@ -90,7 +90,7 @@ def test_a_lock_that_is_a_link_leads_to_nothing_that_is_overwritten(tmp_path):
     assert (tmp_path / "precious").read_text() == "something"
 
 
-def test_a_file_system_without_locks_is_said_and_used(config_file, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported_and_used(config_file, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -247,7 +247,7 @@ def test_a_port_in_use_and_variables_that_are_wrong_are_one_line(monkeypatch):
     ],
     ids=["empty", "config", "loader", "network", "optimizer", "left_out"],
 )
-def test_a_checkpoint_that_somebody_made_is_one_line(config_file, tmp_path, change):
+def test_a_forged_checkpoint_is_a_one_line_error(config_file, tmp_path, change):
     train(config_file, "train.max_steps=1")
     folder = tmp_path / "output" / "checkpoints"
     state = load_checkpoint(list_checkpoints(folder)[-1])

@@ -18,7 +18,7 @@ def file(tmp_path):
     return str(path)
 
 
-def test_overrides_stand_above_the_file_above_the_defaults(file):
+def test_overrides_beat_the_file_and_the_file_beats_the_defaults(file):
     config = load_config(file, ["data.num_frames=16", "data.mean=[0.1,0.2,0.3]", "optim.lr=0.5", "optim.lr=2e-3"])
     assert (config.data.num_frames, config.optim.lr, config.data.stride) == (16, 0.002, None)
     assert config.data.mean == [0.1, 0.2, 0.3] and config.model == ModelConfig()
@@ -79,12 +79,12 @@ def test_errors_name_the_key(file, override, message):
         load_config(file, [override])
 
 
-def test_a_date_is_a_good_name(tmp_path):
+def test_a_date_is_a_valid_name(tmp_path):
     (tmp_path / "a.yaml").write_text("name: 2024-01-01\n")
     assert load_config(str(tmp_path / "a.yaml")).output == "output/2024-01-01"
 
 
-def test_a_file_that_is_no_config(tmp_path):
+def test_a_file_that_is_not_a_config(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     (tmp_path / "unknown.yaml").write_text("trainer: {epochs: 3}\n")
@@ -107,7 +107,7 @@ def test_every_config_of_the_project_loads_and_says_what_it_is_for(path):
         assert file is None or (CONFIGS[0].parents[1] / file).is_file() or file.startswith("configs/recognition")
 
 
-def test_a_file_stands_on_its_base(file, tmp_path):
+def test_a_file_extends_its_base(file, tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "b.yaml").write_text("base: ../a.yaml\noptim: {momentum: 0.5}\ndata: {num_frames: 16}\n")
     (tmp_path / "c.yaml").write_text("base: inner/b.yaml\nname: c\n")

@@ -1,4 +1,4 @@
-"""Weights files tell everything; weights of others go in with a config."""
+"""Weights files are self-contained; third-party weights need a config."""
 
 import dataclasses
 import pickle
@@ -24,7 +24,7 @@ def weights():
     return Weights(MODEL, PREPROCESSING, CLASSES, model.state_dict())
 
 
-def test_there_and_back(weights, tmp_path):
+def test_round_trip(weights, tmp_path):
     save_weights(tmp_path / "w.safetensors", weights)
     read = load_weights(tmp_path / "w.safetensors")
     assert (read.model, read.preprocessing, read.classes) == (MODEL, PREPROCESSING, CLASSES)
@@ -110,14 +110,14 @@ def test_a_header_sets_plain_settings_of_its_own_within_bounds(weights, tmp_path
 @pytest.mark.parametrize(
     "attention, frames, side, patch, message",
     [
-        # No tensor of a space-only network tells how many frames it takes.
+        # No tensor of a space-only network shows how many frames it takes.
         ("space_only", 4096, 512, 16, "a clip has 4096 x 512 x 512 pixels"),
         ("divided_space_time", 2048, 128, 4, "a clip has 2048 x 1024 patches of 24 values"),
         ("joint_space_time", 1024, 128, 16, "65536 patches attend to each other"),
         ("space_only", 1, 256, 1, "65536 patches attend to each other"),
     ],
 )
-def test_a_small_file_cannot_ask_for_a_network_without_end(tmp_path, attention, frames, side, patch, message):
+def test_a_small_file_cannot_request_a_huge_network(tmp_path, attention, frames, side, patch, message):
     model = MODEL | {"attention": attention, "patch_size": patch}
     told = 2 if attention == "space_only" else frames
     state = TimeSformer(**model, num_frames=told, image_size=side, num_classes=3).state_dict()
@@ -170,10 +170,10 @@ def golden_config(tmp_path):
     return str(tmp_path / "golden.yaml")
 
 
-def test_weights_of_others_open_with_a_config(golden_config, tmp_path):
+def test_third_party_weights_open_with_a_config(golden_config, tmp_path):
     path = str(DATA / "tiny.pdparams")
     weights, config, said = open_weights(path, golden_config)
-    assert said == f"{path} (PaddleVideo): 63 tensors loaded as they are"
+    assert said == f"{path} (PaddleVideo): 63 tensors loaded unchanged"
     assert weights.classes[10] == "class 10" and weights.preprocessing["crop_size"] == config.data.crop_size == 64
     space = tmp_path / "space.pth"
     timeless = {f"model.{name}": value for name, value in weights.state.items() if "temporal" not in name}
@@ -230,7 +230,7 @@ def test_the_commands_as_a_user_runs_them(golden_config, weights, tmp_path, smal
     out = tmp_path / "converted.safetensors"
     done = run("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "63 tensors loaded as they are" in done.stdout and f"saved to {out}: 11 classes" in done.stdout
+    assert "63 tensors loaded unchanged" in done.stdout and f"saved to {out}: 11 classes" in done.stdout
     video = small_data / "val_0.mp4"
     ours = run("predict.py", "-w", out, video, "--device", "cpu", "--json")
     theirs = run("predict.py", "-w", DATA / "tiny.pdparams", "-c", golden_config, video, "--device", "cpu", "--json")

@@ -44,7 +44,7 @@ def test_results_in_the_order_of_the_tasks_and_equal_ones_once(noted, tmp_path, 
     assert os.getpid() not in processes and 1 <= len(processes) <= workers
 
 
-def test_one_that_hangs_crashes_or_fails_costs_itself_alone(noted, tmp_path):
+def test_a_task_that_hangs_crashes_or_fails_affects_no_other(noted, tmp_path):
     for function, reason in {
         "hang": r"given up after 1 s \(--timeout\)",
         "crash": "the process that reads it ended with signal 11, twice",
@@ -63,7 +63,7 @@ def test_one_that_hangs_crashes_or_fails_costs_itself_alone(noted, tmp_path):
     assert notes(noted).count("crash") == 2
 
 
-def test_what_is_done_is_not_done_again(noted, tmp_path):
+def test_finished_tasks_are_not_repeated(noted, tmp_path):
     todo = [(str(noted), str(n)) for n in range(5)]
     run(tasks.note, todo[:3], journal=tmp_path / "j", pool=WorkerPool(workers=1))
     with open(tmp_path / "j", "a") as file:
@@ -164,10 +164,10 @@ def scheduler(tmp_path) -> Iterator[str]:
 
 
 def test_dask_does_the_same(scheduler, tmp_path):
-    pictures = numbered(6, height=32, width=48)
+    frames = numbered(6, height=32, width=48)
     for name in "abcdef":
         (tmp_path / "videos" / name).mkdir(parents=True)
-        write_video(tmp_path / "videos" / name / f"{name}.mp4", pictures)
+        write_video(tmp_path / "videos" / name / f"{name}.mp4", frames)
     (tmp_path / "videos" / "a" / "bad.mp4").write_text("no video")
     dask = ["--executor", "dask", "--scheduler", scheduler]
     for out, more in (("here.csv", []), ("there.csv", dask)):
@@ -178,7 +178,7 @@ def test_dask_does_the_same(scheduler, tmp_path):
     assert [line for line in here if "made by" not in line] == [line for line in there if "made by" not in line]
 
 
-def test_a_scheduler_that_is_not_there_is_named(tmp_path):
+def test_a_missing_scheduler_is_reported(tmp_path):
     (tmp_path / "videos" / "a").mkdir(parents=True)
     (tmp_path / "videos" / "a" / "a.mp4").touch()
     for settings, message in (

@@ -66,9 +66,9 @@ def shown(video: Video) -> torch.Tensor:
                  for side, other in ((video.height, video.width), (video.width, video.height)))  # fmt: skip
     y, x = (round((side - CROP) / 2) for side in size)
     frames = []
-    for picture in decode_all(video.path):
-        picture = torch.from_numpy(np.rot90(picture, video.rotation // 90).copy()).permute(2, 0, 1)[None].float() / 255
-        whole = interpolate(picture, size=size, mode="bilinear", align_corners=False)
+    for frame in decode_all(video.path):
+        frame = torch.from_numpy(np.rot90(frame, video.rotation // 90).copy()).permute(2, 0, 1)[None].float() / 255
+        whole = interpolate(frame, size=size, mode="bilinear", align_corners=False)
         frames.append(whole[0, :, y : y + CROP, x : x + CROP])
     return torch.stack(frames)
 

@@ -70,14 +70,14 @@ def test_h264_cut_into_an_open_group(tmp_path, whole, params, start, suffix):
 
 
 @pytest.mark.parametrize("hidden", [1, 6])
-def test_h264_whose_edit_list_begins_in_an_open_group(tmp_path, whole, hidden):
+def test_h264_with_an_edit_list_starting_in_an_open_group(tmp_path, whole, hidden):
     """As `ffmpeg -ss 0.6 -i whole.mp4 -c copy cut.mp4` writes it."""
     path = cut_packets(whole(), tmp_path / "cut.mp4", 21, hidden=hidden)
     expected = check(path, {BEGINS_WITHIN})
     assert (expected == decode_all(whole())[-len(expected) :]).all()
 
 
-def test_a_capture_that_begins_anywhere(tmp_path, whole):
+def test_a_capture_may_start_anywhere(tmp_path, whole):
     params = OPEN + ":repeat-headers=1"
     data = open(write_video(tmp_path / "whole.ts", FRAMES, options={"x264-params": params}), "rb").read()
     (tmp_path / "cut.ts").write_bytes(data[len(data) // 188 // 3 * 188 :])
@@ -85,7 +85,7 @@ def test_a_capture_that_begins_anywhere(tmp_path, whole):
 
 
 @pytest.mark.parametrize("start, lost", [(0, 17), (21, 16)])
-def test_a_frame_that_is_missing_further_on_is_a_fault_for_all(tmp_path, whole, start, lost):
+def test_a_frame_missing_later_is_a_fault_for_every_engine(tmp_path, whole, start, lost):
     """Leading frames of the cut are no damage, what is lost later is."""
     path = cut_packets(whole(), tmp_path / "cut.mp4", start)
     video = probe(copy_packets(path, tmp_path / "lost.mkv", lost=lost))
@@ -120,7 +120,7 @@ def test_edit_lists_of_several_pieces(tmp_path, whole, codec, pieces, count, fal
     assert count in (None, len(expected))
 
 
-def test_a_file_whose_frames_are_other_ones_than_its_headers_say_is_refused(tmp_path, whole, monkeypatch):
+def test_a_file_with_frames_that_contradict_its_headers_is_refused(tmp_path, whole, monkeypatch):
     """Nothing is known that does so: the selection here is made wrong."""
     shown = PacketReader.shown
     monkeypatch.setattr(PacketReader, "shown", lambda reader: shown(reader)[::-1])
@@ -131,8 +131,8 @@ def test_a_file_whose_frames_are_other_ones_than_its_headers_say_is_refused(tmp_
 @pytest.mark.parametrize("start", [3, 7, 20])
 @pytest.mark.parametrize("hidden_frames", ["0", "1"])
 @pytest.mark.parametrize("codec, suffix", [("vp8", "webm"), ("vp8", "ivf"), ("vp9", "webm"), ("vp9", "mp4")])
-def test_vp8_and_vp9_that_begin_within_a_group(tmp_path, whole, codec, suffix, hidden_frames, start):
-    """What a decoder puts out: everything from the first key frame on, and only the packets that are needed."""
+def test_vp8_and_vp9_starting_within_a_group(tmp_path, whole, codec, suffix, hidden_frames, start):
+    """A decoder outputs everything from the first key frame, and only the needed packets are fed."""
     options = {"g": "15", "auto-alt-ref": hidden_frames, "lag-in-frames": "16", "deadline": "good"}
     path = cut_packets(whole(codec, "", **options), tmp_path / f"cut.{suffix}", start)
     whole_frames = decode_all(whole(codec, "", **options))

@@ -78,7 +78,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("codec, suffix, damage", CASES, ids=[f"{c}-{s}-{d.__name__}" for c, s, d in CASES])
-def test_a_frame_without_its_end_is_not_counted(tmp_path, codec, suffix, damage):
+def test_a_truncated_frame_is_not_counted(tmp_path, codec, suffix, damage):
     whole, path = tmp_path / f"whole.{suffix}", tmp_path / f"damaged.{suffix}"
     write(whole, codec)
     damage(whole, path)
@@ -98,7 +98,7 @@ def test_a_frame_without_its_end_is_not_counted(tmp_path, codec, suffix, damage)
         list(decode_all(path, frames=FRAMES, size=size))
 
 
-def test_damage_within_mjpeg_is_a_fault_whatever_else_the_clip_has(tmp_path):
+def test_damage_within_mjpeg_is_always_a_fault(tmp_path):
     write(tmp_path / "whole.avi", "mjpeg")
     with av.open(tmp_path / "whole.avi") as container:
         third = [packet for packet in container.demux(video=0) if packet.size][2]
@@ -118,7 +118,7 @@ def test_damage_within_mjpeg_is_a_fault_whatever_else_the_clip_has(tmp_path):
 
 
 @pytest.mark.parametrize("decode", ["host", "dali"])
-def test_the_loader_counts_as_the_index_does(tmp_path, decode):
+def test_the_loader_counts_the_same_frames_as_the_index(tmp_path, decode):
     write(tmp_path / "whole.avi", "mjpeg")
     cut(tmp_path / "whole.avi", tmp_path / "cut.avi")
     before, after = probe(tmp_path / "whole.avi"), probe(tmp_path / "cut.avi")

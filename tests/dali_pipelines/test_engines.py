@@ -50,7 +50,7 @@ def video(codec="h264", *, frames=300, width=340, height=256, rotation=0, pixel_
         (video(width=341), "torchcodec does not convert frames with odd sides as FFmpeg does"),
     ],
 )
-def test_what_a_hopper_gpu_takes(row, reason):
+def test_codecs_and_sizes_that_a_hopper_gpu_takes(row, reason):
     size = (row.width, row.height) if row.rotation else (row.height, row.width)
     assert NVDEC.refusal(row.codec, row.pixel_format, size) == reason
     assert NVDEC.takes(row) == (not reason)
@@ -65,7 +65,7 @@ def test_sides_in_whole_blocks():
         assert not routing.takes(video("vp9", **size))
 
 
-def test_macroblocks_are_a_limit_of_their_own():
+def test_macroblocks_have_their_own_limit():
     limits = Limits(48, 16, 8192, 8192, 65536)
     assert limits.takes(4096, 4096) and not limits.takes(8192, 4096)
 
@@ -92,7 +92,7 @@ def test_dali_takes_eight_bits_only():
     assert dali.refusal("hevc", "yuv420p10le", (256, 340)) and not dali.refusal("hevc", "yuv420p", (256, 341))
 
 
-def test_without_a_driver_only_what_every_gpu_takes():
+def test_without_a_driver_only_common_limits_apply():
     limits = general_limits(decodes_av1=False)
     assert ("av1", 8) not in limits and ("av1", 8) in general_limits(decodes_av1=True)
     routing = Routing(engine="dali", on_gpu=True, limits=limits)
@@ -102,7 +102,7 @@ def test_without_a_driver_only_what_every_gpu_takes():
 # -- the share of the host --
 
 
-def test_the_share_of_the_host_is_the_same_videos_every_time():
+def test_the_host_decodes_the_same_videos_every_time():
     def chosen(share, seed=0):
         routing = Routing(engine="nvdec", on_gpu=True, limits=HOPPER, host_share=share, seed=seed)
         return {number for number in range(2000) if routing.engine_for(video(), number) == "host"}
@@ -156,7 +156,7 @@ def test_what_the_host_must_decode_counts():
 # -- GPUs --
 
 
-def test_small_frames_have_a_cost_of_their_own():
+def test_small_frames_have_a_fixed_cost():
     gpu = Gpu("x", 1, Generation(1000, {"h264": 100}), 500, 1)
     assert gpu.frames_per_second("h264", HD) == 50
     assert gpu.frames_per_second("h264", 0) == pytest.approx(50 / FIXED_SHARE)
@@ -180,7 +180,7 @@ def test_names_of_devices(name, key):
     assert gpu_of_device(name) is GPUS[key]
 
 
-def test_a_gpu_that_is_not_known():
+def test_an_unknown_gpu():
     assert gpu_of_device("NVIDIA GeForce RTX 4090") is None
     gpu = unknown_gpu("NVIDIA GeForce RTX 4090", 2)
     assert gpu.engines == 2 and gpu.frames_per_second("h264", HD) == 771 and "4090" in gpu.unconfirmed[0]

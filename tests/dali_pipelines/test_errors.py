@@ -31,7 +31,7 @@ def raises(error):
         (fails_while_cleaning_up, 130, "stopped by Ctrl-C"),
     ],
 )
-def test_exit_status_and_the_one_line(capsys, monkeypatch, main, status, line):
+def test_errors_set_the_exit_status_and_print_one_line(capsys, monkeypatch, main, status, line):
     monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as end:

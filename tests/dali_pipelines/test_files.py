@@ -112,14 +112,14 @@ def shard_web(packed, no_pause):
 @pytest.mark.parametrize(
     "mode, workers, decode", [("train", 0, "host"), ("validate", 0, "dali"), ("test", 0, "auto"), ("train", 2, "dali")]
 )
-def test_clips_from_shards_are_those_from_files(plain, packed, mode, workers, decode):
+def test_clips_from_shards_equal_clips_from_files(plain, packed, mode, workers, decode):
     settings = dict(mode=mode, workers=workers, decode=decode)
     made = loader(packed, **settings)
     assert same(epochs(loader(plain, **settings), 2), epochs(made, 2))
     assert made.stats.fallbacks == {}
 
 
-def test_rows_say_what_lies_where(plain, packed, tmp_path):
+def test_rows_locate_videos_in_shards(plain, packed, tmp_path):
     packed.write(tmp_path / "list.csv")
     read = Manifest.read(tmp_path / "list.csv")
     assert [read[row] for row in range(len(read))] == [packed[row] for row in range(len(packed))]
@@ -130,7 +130,7 @@ def test_rows_say_what_lies_where(plain, packed, tmp_path):
         assert probe(read.source(row))[2:11] == plain[row][2:11]
 
 
-def test_shards_that_are_gone_or_cut_are_faults(packed, tmp_path):
+def test_missing_or_truncated_shards_are_faults(packed, tmp_path):
     shutil.copytree(packed.root, tmp_path / "copy")
     first, second = sorted(packed.shards)[:2]
     os.remove(tmp_path / "copy" / first)
@@ -157,7 +157,7 @@ def test_shards_that_are_gone_or_cut_are_faults(packed, tmp_path):
     ],
     ids=["concat", "concat elsewhere", "hls elsewhere", "hls", "sdp"],
 )
-def test_a_list_of_other_files_opens_none_of_them(plain, web, tmp_path, text):
+def test_playlists_do_not_open_other_files(plain, web, tmp_path, text):
     shutil.copy(plain.root / "bframes.mp4", tmp_path / "good.mp4")
     path = tmp_path / "list.mp4"
     path.write_text(text.format(url=web.url))
@@ -182,7 +182,7 @@ def test_what_is_a_url():
 
 
 @pytest.mark.parametrize("root", ["s3://bucket//k400", "simplecache::https://host/k400/"])
-def test_a_root_that_is_a_url_stays_as_it_is(plain, tmp_path, root):
+def test_a_url_root_is_kept_unchanged(plain, tmp_path, root):
     at(plain, root).write(tmp_path / "list.csv")
     assert f"# root: {root}\n" in (tmp_path / "list.csv").read_text()
     read = Manifest.read(tmp_path / "list.csv")
@@ -192,7 +192,7 @@ def test_a_root_that_is_a_url_stays_as_it_is(plain, tmp_path, root):
 
 
 @pytest.mark.parametrize("decode, workers", [("host", 0), ("dali", 2)])
-def test_clips_by_http_are_those_from_files(plain, packed, web, tmp_path, decode, workers):
+def test_clips_over_http_equal_clips_from_files(plain, packed, web, tmp_path, decode, workers):
     settings = dict(mode="train", decode=decode, workers=workers)
     expected = epochs(loader(plain, **settings), 2)
     assert same(expected, epochs(loader(at(plain, web.url), **settings), 2))
@@ -227,7 +227,7 @@ def test_what_is_cached_needs_no_server(plain, web, tmp_path):
     assert all("cannot be read from its server, tried 3 times: Cannot connect" in reason for reason in reasons.values())
 
 
-def test_cut_connections_are_tried_again_and_never_kept(plain, web, tmp_path):
+def test_dropped_connections_are_retried_and_never_cached(plain, web, tmp_path):
     settings = dict(cache=tmp_path / "cache")
     web.cuts = 2
     assert same(epochs(loader(plain)), epochs(loader(at(plain, web.url), **settings)))
@@ -265,7 +265,7 @@ def answer(body: bytes, status: int = 200, **headers: str):
     ids=["login", "half an mkv", "half an avi", "another video"],
 )
 @pytest.mark.parametrize("decode", ["host", "dali"])
-def test_what_is_not_what_was_indexed_is_not_kept(plain, web, tmp_path, name, body, reason, decode):
+def test_a_file_that_differs_from_the_index_is_not_cached(plain, web, tmp_path, name, body, reason, decode):
     row = list(KINDS).index(name)
     manifest = Manifest([plain[row]], root=web.url)
     settings = dict(cache=tmp_path / "cache", batch_size=1, decode=decode)
@@ -280,12 +280,12 @@ def test_what_is_not_what_was_indexed_is_not_kept(plain, web, tmp_path, name, bo
         assert same(expected, epochs(loader(manifest, **settings))) and web.requests[name] == requests
 
 
-def test_what_was_never_indexed_is_not_kept(web, tmp_path):
+def test_a_file_that_was_never_indexed_is_not_cached(web, tmp_path):
     probe(fetch(f"{web.url}/vp9.webm", str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypatch):
+def test_an_endless_body_is_not_read_to_the_end(plain, packed, web, monkeypatch):
     sent = [0]
 
     def endless(handler) -> None:
@@ -328,13 +328,13 @@ def test_a_body_without_end_is_not_read_to_its_end(plain, packed, web, monkeypat
     ],
     ids=["another range", "no range", "full length, status 200", "redirects forever"],
 )
-def test_other_bytes_than_those_asked_for_are_not_taken(web, no_pause, status, headers, reason):
+def test_bytes_that_were_not_requested_are_rejected(web, no_pause, status, headers, reason):
     web.instead = answer(bytes(1000), status, **headers)
     with pytest.raises(InputError, match=reason):
         fetch(Source(f"{web.url}/a.tar", 512, 1000))
 
 
-def test_a_server_that_never_answers_is_named_at_the_start(plain, web):
+def test_a_server_that_never_answers_is_reported_at_the_start(plain, web):
     over = threading.Event()
     web.instead = lambda handler: over.wait(30)
     began = time.monotonic()
@@ -344,7 +344,7 @@ def test_a_server_that_never_answers_is_named_at_the_start(plain, web):
     over.set()
 
 
-def test_parts_of_one_file_are_kept_apart(plain, web, tmp_path):
+def test_parts_of_one_file_are_cached_separately(plain, web, tmp_path):
     data = (plain.root / "vp9.webm").read_bytes()
     for _ in range(2):
         for offset in (0, 100):
@@ -353,13 +353,13 @@ def test_parts_of_one_file_are_kept_apart(plain, web, tmp_path):
     assert web.requests == {"vp9.webm": 2}
 
 
-def test_a_file_that_is_missing_is_a_fault_and_no_more(plain, web):
+def test_a_missing_file_is_only_a_fault(plain, web):
     rows = [plain[0], plain[1]._replace(path="gone.mp4"), plain[2]]
     for videos, row in ((rows, 1), (rows[1:], 0)):
         assert faults(loader(Manifest(videos, root=web.url), batch_size=3)) == {row: "no such file on its server"}
 
 
-def test_the_disk_may_be_full_and_the_folder_no_folder(plain, web, tmp_path, monkeypatch):
+def test_a_full_disk_or_bad_cache_folder_is_not_fatal(plain, web, tmp_path, monkeypatch):
     expected = epochs(loader(plain))
     (tmp_path / "file").touch()
     made = loader(at(plain, web.url), cache=tmp_path / "file")
@@ -425,7 +425,7 @@ def test_any_file_system_of_fsspec(plain, packed):
         ("SimpleCache::file://{}/a.mp4", "SimpleCache is refused"),
     ],
 )
-def test_what_does_more_than_to_read_bytes_is_not_opened(tmp_path, monkeypatch, url, reason):
+def test_protocols_that_do_more_than_read_bytes_are_refused(tmp_path, monkeypatch, url, reason):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("list.json", "a.mp4"):
         (tmp_path / name).write_text('{"version": 1, "templates": {"u": "{{ 1 / 0 }}"}, "refs": {"a.mp4": ["{{u}}"]}}')
@@ -435,7 +435,7 @@ def test_what_does_more_than_to_read_bytes_is_not_opened(tmp_path, monkeypatch, 
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_no_file_can_be_read_without_is_said_at_the_start(plain, monkeypatch):
+def test_missing_packages_and_credentials_are_reported_at_the_start(plain, monkeypatch):
     with pytest.raises(InputError, match="nosuch://b/bframes.mp4: not a URL that fsspec can open.*nosuch"):
         loader(at(plain, "nosuch://b"))
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -469,7 +469,7 @@ def test_what_no_file_can_be_read_without_is_said_at_the_start(plain, monkeypatc
         check_reachable(Source("s3://b/a.mp4"))
 
 
-def test_a_box_that_is_larger_than_any_file(tmp_path):
+def test_a_box_larger_than_any_file(tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"\0\0\0\x10ftypisom\0\0\0\0" + b"\0\0\0\1free" + b"\xff" * 8)
     with pytest.raises(InputError, match="not a video that FFmpeg can read"):

@@ -27,7 +27,7 @@ def test_names_of_videos(suffix):
     )
 
 
-def test_what_is_no_video():
+def test_names_that_are_not_videos():
     assert not VIDEO_SUFFIXES & {
         ".mp3",
         ".wav",
@@ -44,7 +44,7 @@ def test_what_is_no_video():
     }
 
 
-def test_what_is_passed_over_is_counted(tmp_path):
+def test_skipped_files_are_counted(tmp_path):
     for name in ("b.MTS", "a/x.ogv", "n.txt", "a/o.TXT", "s.srt", "._b.mts", "README"):
         touch(tmp_path / name)
     found = videos_below(tmp_path)
@@ -98,7 +98,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         videos_below(tmp_path / "gone")
 
 
-def test_a_folder_that_may_be_listed_but_not_entered(tmp_path, monkeypatch):
+def test_a_folder_that_can_be_listed_but_not_entered(tmp_path, monkeypatch):
     for name in ("a.mp4", "half/b.mp4", "half/deeper/c.mp4"):
         touch(tmp_path / name)
     stat = os.stat

@@ -17,13 +17,13 @@ def fixed(samples):
     return lambda info: tuple(samples[info.idx_in_epoch % len(samples)])
 
 
-def host_sample(pictures, rectangles, *, transpose=False, sample_id=0):
+def host_sample(rgb_frames, rectangles, *, transpose=False, sample_id=0):
     return Sample(
-        frames=pictures,
+        frames=rgb_frames,
         encoded=np.zeros(1, np.uint8),
         size=np.ones(2, np.int32),
         positions=np.zeros(1, np.int32),
-        picks=np.arange(len(pictures), dtype=np.int32)[None],
+        picks=np.arange(len(rgb_frames), dtype=np.int32)[None],
         rectangles=np.array(rectangles, np.float32),
         is_host=np.array(True),
         transpose=np.array(transpose),
@@ -55,9 +55,9 @@ def run(samples, *, device_id=None, **cut):
     return both[0]
 
 
-def expected(pictures, size, y, x, flip=False):
+def expected(rgb_frames, size, y, x, flip=False):
     """Resize, crop, flip and normalise, step by step. [C, T, 32, 32]"""
-    frames = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255
+    frames = torch.from_numpy(rgb_frames).permute(0, 3, 1, 2).double() / 255
     frames = interpolate(frames, size=size, mode="bilinear", align_corners=False, antialias=False)
     frames = frames[:, :, y : y + 32, x : x + 32]
     frames = frames.flip(3) if flip else frames
@@ -65,8 +65,8 @@ def expected(pictures, size, y, x, flip=False):
     return ((frames - mean) / std).permute(1, 0, 2, 3).float()
 
 
-def rectangle(pictures, size, y, x, flip=False):
-    scale_y, scale_x = pictures.shape[1] / size[0], pictures.shape[2] / size[1]
+def rectangle(rgb_frames, size, y, x, flip=False):
+    scale_y, scale_x = rgb_frames.shape[1] / size[0], rgb_frames.shape[2] / size[1]
     y0, x0, y1, x1 = y * scale_y, x * scale_x, (y + 32) * scale_y, (x + 32) * scale_x
     return [y0, x1, y1, x0] if flip else [y0, x0, y1, x1]
 
@@ -88,10 +88,10 @@ def noise(num_frames, height, width):
 )
 @pytest.mark.parametrize("flip", [False, True])
 def test_one_resize_from_a_rectangle_is_resize_then_crop(height, width, size, y, x, flip):
-    pictures = noise(2, height, width)
-    got = run([host_sample(pictures, [rectangle(pictures, size, y, x, flip)])])
+    rgb_frames = noise(2, height, width)
+    got = run([host_sample(rgb_frames, [rectangle(rgb_frames, size, y, x, flip)])])
     # 1e-3 of the range, after the division by std
-    assert (got[0] - expected(pictures, size, y, x, flip)).abs().max() < 1e-3 / 0.2
+    assert (got[0] - expected(rgb_frames, size, y, x, flip)).abs().max() < 1e-3 / 0.2
 
 
 def test_views_are_stacked_in_order_and_samples_may_differ_in_size():
@@ -111,18 +111,18 @@ def test_views_are_stacked_in_order_and_samples_may_differ_in_size():
 
 
 def test_transpose_swaps_height_and_width_of_that_sample_only():
-    pictures = noise(2, 40, 60)
-    box = [rectangle(pictures, (40, 60), 3, 20)]
-    got = run([host_sample(pictures, box), host_sample(pictures, box, transpose=True)])
+    rgb_frames = noise(2, 40, 60)
+    box = [rectangle(rgb_frames, (40, 60), 3, 20)]
+    got = run([host_sample(rgb_frames, box), host_sample(rgb_frames, box, transpose=True)])
     assert (got[1] == got[0].transpose(2, 3)).all() and not (got[1] == got[0]).all()
 
 
 def test_half_precision():
-    pictures = noise(2, 40, 60)
-    box = [rectangle(pictures, (40, 60), 3, 20)]
-    half = run([host_sample(pictures, box)], half=True)
+    rgb_frames = noise(2, 40, 60)
+    box = [rectangle(rgb_frames, (40, 60), 3, 20)]
+    half = run([host_sample(rgb_frames, box)], half=True)
     assert half.dtype == torch.float16
-    assert (half.float() - run([host_sample(pictures, box)])).abs().max() < 2e-3
+    assert (half.float() - run([host_sample(rgb_frames, box)])).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -152,7 +152,7 @@ def test_the_gpu_form_is_well_defined(monkeypatch, way, views):
 
 
 @pytest.mark.gpu
-def test_the_gpu_gives_what_the_cpu_gives():
+def test_the_gpu_matches_the_cpu():
     big, small = noise(3, 60, 90), noise(3, 45, 40)
     samples = [
         host_sample(big, [rectangle(big, (40, 60), 3, 20, flip=True)]),

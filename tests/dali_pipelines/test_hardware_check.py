@@ -55,13 +55,13 @@ def x265(params):
         ("vp8", "webm", {}, StreamFormat(matrix=2, full_range=False)),
     ],
 )
-def test_headers_are_read_as_they_were_written(tmp_path, codec, suffix, settings, expected):
+def test_headers_are_parsed_as_written(tmp_path, codec, suffix, settings, expected):
     path = write_video(tmp_path / f"a.{suffix}", numbered(12, **SIZE), codec=codec, **settings)
     assert look(path) == (expected, "")
 
 
 @pytest.mark.parametrize("codec, size", [("h264", (136, 170)), ("hevc", (136, 170)), ("mpeg4", (127, 95))])
-def test_sizes_that_are_cut_out_of_whole_blocks(tmp_path, codec, size):
+def test_sizes_cropped_from_whole_blocks(tmp_path, codec, size):
     path = write_video(tmp_path / "a.mp4", numbered(6, height=size[0], width=size[1]), codec=codec)
     found, reason = look(path)
     assert found.size == size and found.offset == (0, 0) and not reason
@@ -81,8 +81,8 @@ def make_data_partitions(folder):
 
 def make_small_buffer(folder):
     """B pyramids take two frames in the buffer; at level 1, frames of 352x288 leave room for one."""
-    pictures = numbered(12, height=288, width=352)
-    return write_video(folder / "a.mp4", pictures, **x264("level=10:bframes=3:b-pyramid=normal"))
+    rgb_frames = numbered(12, height=288, width=352)
+    return write_video(folder / "a.mp4", rgb_frames, **x264("level=10:bframes=3:b-pyramid=normal"))
 
 
 def make_cropped(folder):

@@ -29,7 +29,7 @@ def test_a_region_is_that_part_of_the_whole(video):
     assert (decoded.frames == decode_all(video)[[5, 9], 3:50, 10:90]).all()
 
 
-def test_decoding_stops_at_the_last_wanted_picture(video):
+def test_decoding_stops_at_the_last_wanted_frame(video):
     assert decode_frames(video, np.array([3]), size=SIZE).packets_read < 30
 
 
@@ -77,7 +77,7 @@ def test_numbered_frames_of_every_codec(numbered_videos):
 
 
 @pytest.mark.parametrize("positions", [[13], [0, 13]])
-def test_damage_in_mpeg4_is_noticed_as_in_a_full_decode(tmp_path, positions):
+def test_damage_in_mpeg4_is_detected_as_in_a_full_decode(tmp_path, positions):
     """FFmpeg notices that a frame ends too early once it has seen some that do not."""
     whole = write_video(tmp_path / "whole.mov", textured(18, height=48, width=64), codec="mpeg4", options={"g": "12"})
     rng, silent, faults = np.random.default_rng(0), 0, 0

@@ -50,8 +50,8 @@ def textured_videos(tmp_path_factory) -> Manifest:
     videos = []
     for number in range(13):
         codec, suffix = kinds[number % 3]
-        pictures = textured(8 + 3 * number, height=48 + 2 * (number % 5), width=40 + 6 * number, seed=number)
-        path = write_video(folder / f"{number}.{suffix}", pictures, codec=codec)
+        rgb_frames = textured(8 + 3 * number, height=48 + 2 * (number % 5), width=40 + 6 * number, seed=number)
+        path = write_video(folder / f"{number}.{suffix}", rgb_frames, codec=codec)
         videos.append(probe(path)._replace(path=os.path.basename(path), label=number % 4))
     return Manifest(videos, root=folder)
 
@@ -93,13 +93,13 @@ def not_coded_vop(number, data):
     return bytes([0, 0, 1, 0xB6, int(bits[:8], 2), int(bits[8:], 2)])
 
 
-def hidden_picture(number, data):
+def hidden_frame(number, data):
     """Every tenth VP8 frame is one that only others refer to."""
     return bytes([data[0] & ~0x10]) + data[1:] if number % 10 == 8 else data
 
 
-@pytest.mark.parametrize("codec, suffix, edit", [("mpeg4", "avi", not_coded_vop), ("vp8", "webm", hidden_picture)])
-def test_packets_that_give_no_frame_are_not_counted(tmp_path, codec, suffix, edit):
+@pytest.mark.parametrize("codec, suffix, edit", [("mpeg4", "avi", not_coded_vop), ("vp8", "webm", hidden_frame)])
+def test_packets_without_a_frame_are_not_counted(tmp_path, codec, suffix, edit):
     whole = write_video(tmp_path / f"whole.{suffix}", numbered(40, height=48, width=64), codec=codec)
     video = probe(edit_packets(whole, tmp_path / f"edited.{suffix}", edit))
     shown = read_numbers(np.moveaxis(decode_all(video.path), -1, 0) / 255)
@@ -113,7 +113,7 @@ def test_packets_that_give_no_frame_are_not_counted(tmp_path, codec, suffix, edi
 
 @pytest.mark.parametrize("decode", ["dali", "nvdec"])
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])
-def test_a_file_that_has_changed_its_size_is_a_fault_on_every_way(tmp_path, suffix, decode):
+def test_a_file_with_a_changed_frame_size_is_a_fault_for_every_engine(tmp_path, suffix, decode):
     codec = {"mp4": "h264", "webm": "vp9"}[suffix]
     video = probe(write_video(tmp_path / f"a.{suffix}", numbered(9, height=48, width=64), codec=codec))
     write_video(tmp_path / f"a.{suffix}", numbered(9, height=96, width=128), codec=codec)
@@ -123,7 +123,7 @@ def test_a_file_that_has_changed_its_size_is_a_fault_on_every_way(tmp_path, suff
     assert "a frame is 128x96, not 64x48" in made.stats.faults[0].reason
 
 
-def test_views_of_one_decode_are_neighbours_with_windows_and_crops_of_their_own(numbered_videos):
+def test_views_of_one_decode_are_neighbours_with_their_own_windows_and_crops(numbered_videos):
     long = Manifest([numbered_videos[n]._replace(label=n) for n in (0, 2, 8, 11)], root=numbered_videos.root)
     single = by_sample(loader(long, stride=8, batch_size=2))
     for decode in ("host", "dali", "nvdec"):
@@ -236,11 +236,11 @@ def test_dalis_decoder_gives_the_nearest_frame(textured_videos):
         assert distance.min(dim=1).values.max() < 2 / 255  # it converts colours a little differently from FFmpeg
 
 
-def test_turned_videos_are_shown_upright(tmp_path):
-    pictures = textured(10, height=48, width=64)
+def test_rotated_videos_are_shown_upright(tmp_path):
+    rgb_frames = textured(10, height=48, width=64)
     videos = []
     for rotation in (0, 90, 180, 270):
-        path = write_video(tmp_path / f"{rotation}.mp4", pictures, rotation=rotation)
+        path = write_video(tmp_path / f"{rotation}.mp4", rgb_frames, rotation=rotation)
         videos.append(probe(path)._replace(path=f"{rotation}.mp4"))
     manifest = Manifest(videos, root=tmp_path)
     for mode in ("validate", "test"):
@@ -331,7 +331,7 @@ def ids(batches):
 @pytest.mark.parametrize(
     "mode, changes", [("train", {}), ("validate", {}), ("test", {}), ("train", {"views_per_decode": 2})]
 )
-def test_state_goes_back_to_any_batch_also_with_other_workers_and_ranks(textured_videos, mode, changes):
+def test_state_restores_any_batch_even_with_other_workers_and_ranks(textured_videos, mode, changes):
     settings = dict(mode=mode, batch_size=2, step_entries=4, **changes)
     views = changes.get("views_per_decode", 1)
     unbroken = loader(textured_videos, **settings)
@@ -359,7 +359,7 @@ def test_state_goes_back_to_any_batch_also_with_other_workers_and_ranks(textured
     assert sum(sum(merged, []), []) == sum(ids(batches[2:per_epoch]), [])
 
 
-def test_a_for_that_was_left_early_ends_its_epoch(textured_videos):
+def test_leaving_a_for_loop_early_ends_its_epoch(textured_videos):
     whole = loader(textured_videos)
     epochs = [ids(whole) for _ in range(3)]
     made = loader(textured_videos)
@@ -372,7 +372,7 @@ def test_a_for_that_was_left_early_ends_its_epoch(textured_videos):
     assert ids(made) == epochs[1]
 
 
-def test_an_old_iterator_takes_nothing_from_a_new_one(textured_videos):
+def test_an_old_iterator_takes_no_batches_from_a_new_one(textured_videos):
     made = loader(textured_videos)
     old = iter(made)
     next(old)
@@ -409,7 +409,7 @@ def test_a_position_of_another_order_is_refused(textured_videos):
         loader(textured_videos).load_state_dict(state | {"entries": 3})
 
 
-def test_evaluation_pads_and_says_so(textured_videos):
+def test_evaluation_marks_its_padding(textured_videos):
     batches = list(loader(textured_videos, "validate"))
     last = batches[-1]
     assert last.sample_ids.tolist() == [12, -1, -1, -1] and last.labels.tolist() == [0, -1, -1, -1]
@@ -505,19 +505,19 @@ def test_workers_in_trouble_do_not_stop_the_run(textured_videos, trouble):
     assert not multiprocessing.active_children()
 
 
-def test_workers_that_cannot_live_end_the_run(textured_videos, monkeypatch):
+def test_workers_that_cannot_start_end_the_run(textured_videos, monkeypatch):
     monkeypatch.setattr(workers_module, "ClipSource", DyingSource)
     with pytest.raises(InputError, match="the loader's processes keep ending"):
         next(iter(loader(textured_videos, workers=2)))
 
 
-def test_too_little_shared_memory_is_said_before_it_kills_workers(textured_videos, monkeypatch):
+def test_too_little_shared_memory_is_reported_before_it_kills_workers(textured_videos, monkeypatch):
     monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
     with pytest.raises(InputError, match=r"/dev/shm has 0 MB free.*--shm-size"):
         next(iter(loader(textured_videos, workers=1, num_frames=32, batch_size=13)))
 
 
-def test_shared_memory_that_the_loader_writes_to_is_reserved_when_it_is_made():
+def test_shared_memory_that_the_loader_writes_to_is_reserved_at_creation():
     """On a full /dev/shm, the first write would end the process by SIGBUS."""
     with workers_module._reserved_shared_memory():
         made = workers_module.SharedMem.allocate(1 << 20)
@@ -534,7 +534,7 @@ def test_a_full_temporary_folder_is_named(textured_videos, monkeypatch):
         loader(textured_videos)
 
 
-def test_workers_carry_no_torch_and_do_not_run_the_users_script_again(textured_videos, tmp_path):
+def test_workers_do_not_load_torch_or_rerun_the_users_script(textured_videos, tmp_path):
     """The script has no main guard: spawn would run it again in every worker, and load torch."""
     textured_videos.write(tmp_path / "list.csv")
     (tmp_path / "script.py").write_text(

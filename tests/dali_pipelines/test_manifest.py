@@ -24,7 +24,7 @@ VIDEOS = [
 ]
 
 
-def test_there_and_back(tmp_path):
+def test_round_trip(tmp_path):
     made = Manifest(VIDEOS, root=tmp_path / "videos", classes=("one", "zwei, ä", "3"), rejected=4)
     made.write(tmp_path / "new" / "list.csv")
     read = Manifest.read(tmp_path / "new" / "list.csv")
@@ -35,7 +35,7 @@ def test_there_and_back(tmp_path):
         read[3]
 
 
-def test_a_root_inside_is_written_relative_so_that_the_folder_can_move(tmp_path):
+def test_a_root_in_the_manifests_folder_is_written_relative(tmp_path):
     Manifest(VIDEOS, root=tmp_path / "here" / "videos").write(tmp_path / "here" / "list.csv")
     (tmp_path / "here").rename(tmp_path / "there")
     assert Manifest.read(tmp_path / "there" / "list.csv").file(0) == str(tmp_path / "there" / "videos" / "a.mp4")
@@ -79,7 +79,7 @@ def test_a_byte_order_mark_hides_nothing(tmp_path):
         ("# classes: one, two\n" + HEADER, "JSON list"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_line(tmp_path, text, message):
+def test_a_bad_line_is_reported_with_file_and_number(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         Manifest.read(tmp_path / "list.csv")
@@ -112,7 +112,7 @@ def test_probe_finds_the_shared_videos(shared_videos):
     ]
 
 
-def test_probe_names_what_is_no_video(tmp_path):
+def test_probe_describes_files_that_are_not_videos(tmp_path):
     good = write_video(tmp_path / "good.mp4", numbered(5, height=32, width=32))
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 50)
     (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html>video unavailable</html>")
@@ -132,7 +132,7 @@ def test_probe_names_what_is_no_video(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["ts", "h264"])
-def test_a_file_that_begins_in_the_middle_has_the_frames_that_come_out(tmp_path, suffix):
+def test_a_file_starting_mid_stream_has_the_frames_that_decode(tmp_path, suffix):
     options = {"x264-params": "keyint=20:scenecut=0:bframes=2"}
     whole = write_video(tmp_path / f"whole.{suffix}", textured(60, height=64, width=80), options=options)
     data = open(whole, "rb").read()
@@ -143,21 +143,21 @@ def test_a_file_that_begins_in_the_middle_has_the_frames_that_come_out(tmp_path,
     assert 0 < probe(path).frames == len(decode_all(path)) < 60
 
 
-def test_a_cover_picture_is_not_the_video(tmp_path):
+def test_cover_art_is_not_the_video(tmp_path):
     """MP4 files may have it in front of the track."""
 
     def box(name, *parts):
         body = b"".join(parts)
         return (8 + len(body)).to_bytes(4) + name + body
 
-    picture = io.BytesIO()
-    with av.open(picture, "w", format="image2pipe") as out:
+    frame = io.BytesIO()
+    with av.open(frame, "w", format="image2pipe") as out:
         stream = out.add_stream("png", rate=1)
         stream.width, stream.height, stream.pix_fmt = 80, 64, "rgb24"
         out.mux(stream.encode(av.VideoFrame.from_ndarray(textured(1, height=64, width=80)[0], format="rgb24")))
         out.mux(stream.encode())
     data = open(write_video(tmp_path / "a.mp4", numbered(30, height=64, width=80)), "rb").read()
-    cover = box(b"covr", box(b"data", (14).to_bytes(4), bytes(4), picture.getvalue()))
+    cover = box(b"covr", box(b"data", (14).to_bytes(4), bytes(4), frame.getvalue()))
     handler = box(b"hdlr", bytes(8), b"mdirappl", bytes(9))
     metadata = box(b"udta", box(b"meta", bytes(4), handler, box(b"ilst", cover)))
     moov, trak = data.rindex(b"moov") - 4, data.rindex(b"trak") - 4  # the index is at the end, nothing points behind it
@@ -196,7 +196,7 @@ def test_the_checksum_is_of_videos_and_labels_wherever_they_are():
     assert checksum(*moved) != same
 
 
-def test_names_with_any_character_come_back(tmp_path):
+def test_names_with_any_character_round_trip(tmp_path):
     """Also a carriage return, which Python's csv does not quote by itself."""
     odd = ["a\rb.mp4", "c\nd.mp4", "e\r\nf.mp4", "g\u2028\x0b\x85\x1c.mp4", "h\udcff.mp4", ' i, "j".mp4']
     rows = [Video(name, 0, 8, 25.0, 48, 32, "h264", 0) for name in odd]
@@ -209,7 +209,7 @@ def test_names_with_any_character_come_back(tmp_path):
     assert len(Manifest.read(tmp_path / "w.csv")) == len(odd)
 
 
-def test_a_zero_byte_in_a_name_is_no_crash():
+def test_a_zero_byte_in_a_name_does_not_crash():
     with pytest.raises(InputError, match="a zero byte in its name"):
         probe("a\0b.mp4")
 
@@ -247,18 +247,18 @@ def test_the_rate_is_that_of_most_of_the_video(times, rate):
 
 
 @pytest.mark.parametrize("times", [[], [(5, 5)], [(None, None)] * 9, [(0, 0)] * 9])
-def test_times_that_say_nothing_give_no_rate(times):
+def test_useless_times_give_no_rate(times):
     assert frame_rate(_gaps(times), MS, Fraction(25)) is None
 
 
-def test_times_are_of_frames_as_shown_and_dts_stand_in_for_them():
+def test_times_are_in_display_order_with_dts_as_a_fallback():
     reordered = [(0, -40), (120, 0), (40, 40), (80, 80), (240, 120), (160, 160), (200, 200)]
     assert _gaps(reordered).tolist() == [40] * 6
     assert _gaps([(None, dts) for _, dts in reordered]).tolist() == [40] * 6
 
 
 @pytest.mark.parametrize("codec, suffix", [("vp8", "webm"), ("h264", "flv"), ("h264", "mp4"), ("vp9", "mkv")])
-def test_a_window_is_as_long_as_in_the_steady_file(tmp_path, codec, suffix):
+def test_a_window_has_the_length_of_a_constant_rate_file(tmp_path, codec, suffix):
     """Browsers, RTMP recorders and cameras: 1000 frames/s by the header, or next to none after a long pause."""
     made = write_video(tmp_path / "steady.mp4", numbered(120, height=64, width=64), fps=30)
     times = np.round(JITTERED - JITTERED[0]).astype(int).tolist()
@@ -287,7 +287,7 @@ def test_a_raw_stream_has_the_rate_of_its_own_headers(tmp_path):
 
 
 @pytest.mark.parametrize("suffix, marked", [("mkv", True), ("mkv", False), ("mp4", True), ("mov", True)])
-def test_the_video_is_the_stream_that_ffmpeg_takes(tmp_path, suffix, marked):
+def test_the_video_is_the_stream_that_ffmpeg_picks(tmp_path, suffix, marked):
     """Not the first: the one marked default, or the longer one. On every way."""
     parts = [
         write_video(tmp_path / "preview.mkv", numbered(2, height=48, width=64)[::-1], codec="mjpeg", fps=1),
@@ -315,7 +315,7 @@ def test_the_video_is_the_stream_that_ffmpeg_takes(tmp_path, suffix, marked):
         assert batch.engines == (decode,) and read_numbers(batch.clips[0].numpy()) == [0, 13, 26, 39]
 
 
-def test_a_video_without_a_whole_frame_is_refused(tmp_path, monkeypatch):
+def test_a_video_without_an_undamaged_frame_is_refused(tmp_path, monkeypatch):
     """A row of no frames would make the manifest unreadable. Found in MPEG-4 that claims another height."""
     path = write_video(tmp_path / "a.avi", textured(4, height=48, width=64), codec="mpeg4")
     monkeypatch.setattr("dali_pipelines.probe._count_frames", lambda *_, **__: 0)

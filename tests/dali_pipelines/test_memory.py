@@ -102,7 +102,7 @@ def test_frames_beyond_the_limit_are_refused_by_index_and_loader(tmp_path, small
         raise InputError(made.stats.faults[0].reason)
 
 
-def test_frames_that_are_larger_than_their_container_says(tmp_path):
+def test_frames_larger_than_the_container_says(tmp_path):
     """Its header says 64x48, which the limit allows."""
     path = write_flat(tmp_path / "bomb.avi", "mjpeg", "yuvj420p")
     data, side = bytearray(path.read_bytes()), SIDE.to_bytes(4, "little")
@@ -117,7 +117,7 @@ def test_frames_that_are_larger_than_their_container_says(tmp_path):
 
 @pytest.mark.parametrize("mode, changes", [("train", {}), ("train", {"views_per_decode": 2}), ("validate", {}),
                                            ("test", {}), ("test", {"num_windows": 2})])  # fmt: skip
-def test_crops_that_the_workers_make_are_those_of_the_graph(tmp_path, monkeypatch, mode, changes):
+def test_crops_by_the_workers_match_the_graph(tmp_path, monkeypatch, mode, changes):
     videos = []
     for number, (height, width) in enumerate([(120, 200), (200, 120), (99, 101)]):
         path = tmp_path / f"{number}.webm"

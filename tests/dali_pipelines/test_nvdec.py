@@ -68,8 +68,8 @@ def some(tmp_path_factory) -> Manifest:
     videos = []
     for number in range(12):
         codec, suffix = kinds[number % 4]
-        pictures = textured(12 + 2 * number, height=64 + 2 * number, width=96 + 4 * number, seed=number)
-        path = write_video(folder / f"{number}.{suffix}", pictures, codec=codec)
+        rgb_frames = textured(12 + 2 * number, height=64 + 2 * number, width=96 + 4 * number, seed=number)
+        path = write_video(folder / f"{number}.{suffix}", rgb_frames, codec=codec)
         videos.append(probe(path)._replace(path=Path(path).name, label=number % 3))
     return Manifest(videos, root=folder)
 
@@ -79,7 +79,7 @@ def some(tmp_path_factory) -> Manifest:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["train", "validate", "test"])
-def test_clips_are_those_of_the_host_decoder(numbered_videos, mode, workers):
+def test_clips_match_the_host_decoder(numbered_videos, mode, workers):
     """Of every codec, container and oddity; and each was decoded where it should have been."""
     on_host = by_sample(loader(numbered_videos, mode, decode="host", workers=workers))
     made = loader(numbered_videos, mode, workers=workers)
@@ -103,8 +103,8 @@ def test_any_positions_of_remuxed_packets(tmp_path, codec, suffix):
         "mpeg4": {"bf": "2", "g": "9"},
         "vp9": {"g": "9"},
     }[codec]
-    pictures = textured(60, height=64, width=96)
-    path = write_video(tmp_path / f"a.{suffix}", pictures, codec=codec, options=options)
+    rgb_frames = textured(60, height=64, width=96)
+    path = write_video(tmp_path / f"a.{suffix}", rgb_frames, codec=codec, options=options)
     rng = np.random.default_rng(0)
     tried = 0
     for _ in range(30):
@@ -121,8 +121,8 @@ def test_any_positions_of_remuxed_packets(tmp_path, codec, suffix):
 
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_remuxed_packets_are_not_turned(tmp_path, rotation):
-    """torchcodec turns what a display matrix tells it to; rectangles are in the frame as coded."""
+def test_remuxed_packets_are_not_rotated(tmp_path, rotation):
+    """torchcodec applies the display matrix; rectangles refer to the frame as coded."""
     path = write_video(tmp_path / "a.mp4", textured(9, height=64, width=96), rotation=rotation)
     with open_video(path) as container:
         file = remux(container, np.array([0, 8]))
@@ -138,7 +138,7 @@ SAME_BLOCKS = [(256, 340), (256, 344), (256, 352), (180, 320), (192, 320)]
     "codec, suffix", [("h264", "mp4"), ("h264", "mkv"), ("h264", "ts"), ("hevc", "mp4"), ("hevc", "ts")]
 )
 @pytest.mark.parametrize("size", SAME_BLOCKS)
-def test_streams_are_given_whole_blocks(tmp_path, codec, suffix, size):
+def test_streams_are_uncropped_to_whole_blocks(tmp_path, codec, suffix, size):
     """torchcodec's hardware decoders crop as for the stream that they were made for, so nothing is left to crop."""
     path = write_video(tmp_path / f"a.{suffix}", textured(10, height=size[0], width=size[1]), codec=codec)
     positions = np.array([0, 4, 9])
@@ -152,7 +152,7 @@ def test_streams_are_given_whole_blocks(tmp_path, codec, suffix, size):
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_mpeg4_brings_its_header(tmp_path, suffix):
+def test_mpeg4_packets_carry_the_header(tmp_path, suffix):
     """torchcodec 0.11 does not give NVDEC that of the container."""
     path = write_video(tmp_path / f"a.{suffix}", textured(10, height=64, width=96), codec="mpeg4")
     with open_video(path) as container:
@@ -172,11 +172,11 @@ COLOURS = [(matrix, full) for matrix in (None, 1, 5, 6, 9) for full in (False, T
 @pytest.mark.parametrize("codec, suffix", [("h264", "mp4"), ("hevc", "mp4"), ("vp9", "webm")])
 def test_engines_agree_on_colours(tmp_path, codec, suffix, matrix, full_range):
     """torchcodec on the CPU exactly; DALI's decoder on the CPU by 1.5/255 on average (it interpolates chroma, and knows
-    BT.601 only). Saturated halves would tell a wrong matrix (BT.709 for BT.601: 4/255 on average)."""
-    pictures = textured(6, height=96, width=128)
+    BT.601 only). Saturated halves would reveal a wrong matrix (BT.709 for BT.601: 4/255 on average)."""
+    rgb_frames = textured(6, height=96, width=128)
     for number, colour in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255])):
-        pictures[number][:, :64] = colour
-    path = write_video(tmp_path / f"a.{suffix}", pictures, codec=codec, matrix=matrix, full_range=full_range)
+        rgb_frames[number][:, :64] = colour
+    path = write_video(tmp_path / f"a.{suffix}", rgb_frames, codec=codec, matrix=matrix, full_range=full_range)
     manifest = Manifest([probe(path)])
     settings = dict(batch_size=1, num_frames=6, stride=None, crop_size=64)
     on_host = by_sample(loader(manifest, decode="host", **settings))[0][0]
@@ -268,7 +268,7 @@ def fail(monkeypatch, sizes, error):
 @pytest.mark.parametrize(
     "error", [RuntimeError("Failed to create NVDEC decoder: 2\nmore"), torch.OutOfMemoryError("full")]
 )
-def test_what_nvdec_fails_on_is_decoded_by_the_host_from_the_same_bytes(some, monkeypatch, error):
+def test_the_host_decodes_the_same_bytes_if_nvdec_fails(some, monkeypatch, error):
     expected = by_sample(loader(some, decode="host"))
     fail(monkeypatch, {coded_size(some[5]), (96, 144)}, error)  # VP9; HEVC of 84x136, in whole blocks
     made = loader(some, workers=2)
@@ -324,7 +324,7 @@ def test_a_damaged_stream_costs_one_sample_and_no_restart(some, tmp_path, monkey
 )
 @pytest.mark.parametrize("decode", ["host", "dali", "nvdec"])
 @pytest.mark.parametrize("heights", [(96, 64), (64, 96)])
-def test_a_size_that_changes_on_the_way_is_a_fault(tmp_path, codec, suffix, decode, heights):
+def test_a_size_change_mid_stream_is_a_fault(tmp_path, codec, suffix, decode, heights):
     """As WebRTC recordings do; never a sheared clip that counts as valid."""
     paths = [
         write_video(tmp_path / f"{height}.{suffix}", numbered(20, height=height, width=128), codec=codec)
@@ -488,7 +488,7 @@ def test_evaluation_decodes_nothing_past_its_end(some, monkeypatch):
         assert sorted(number for number in decoded if number != PADDING) == list(range(12))
 
 
-def test_a_script_that_ends_in_the_middle_ends_well(some, tmp_path):
+def test_a_script_that_ends_mid_epoch_exits_cleanly(some, tmp_path):
     """A thread that is within C++ when the interpreter ends would abort it."""
     some.write(tmp_path / "list.csv")
     script = (
@@ -598,7 +598,7 @@ def test_torchcodec_that_does_not_work_is_found_at_the_start(monkeypatch):
         nvdec.prepare(CPU)
 
 
-def test_workers_give_what_hardware_does_not_take_to_the_host(some, tmp_path):
+def test_the_host_decodes_what_hardware_does_not_take(some, tmp_path):
     """As on a GPU with these limits: no AV1, no 10 bits, no frames below 144 pixels; counted with the reason."""
     size = dict(height=144, width=176)
     made = [
@@ -639,7 +639,7 @@ def test_workers_give_what_hardware_does_not_take_to_the_host(some, tmp_path):
 
 
 @pytest.mark.gpu
-def test_the_driver_says_what_it_takes():
+def test_the_driver_reports_its_limits():
     limits = nvdec.driver_limits(torch.device("cuda", 0))
     assert limits["h264", 8].takes(256, 340) and limits["h264", 8].engines >= 1
     assert not limits["h264", 8].takes(2, 2)
@@ -687,10 +687,10 @@ def test_sizes_that_share_a_hardware_decoder(tmp_path):
 @pytest.mark.parametrize("codec, suffix", [("h264", "mp4"), ("hevc", "mp4"), ("vp9", "webm")])
 def test_nvdecs_colours(tmp_path, codec, suffix, matrix, full_range):
     """2/255 on average, and a wrong matrix would be 4."""
-    pictures = textured(6, height=160, width=192)
+    rgb_frames = textured(6, height=160, width=192)
     for number, colour in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255])):
-        pictures[number][:, :96] = colour
-    path = write_video(tmp_path / f"a.{suffix}", pictures, codec=codec, matrix=matrix, full_range=full_range)
+        rgb_frames[number][:, :96] = colour
+    path = write_video(tmp_path / f"a.{suffix}", rgb_frames, codec=codec, matrix=matrix, full_range=full_range)
     settings = dict(batch_size=1, num_frames=6, stride=None, crop_size=64)
     on_host = by_sample(loader(Manifest([probe(path)]), decode="host", **settings))[0][0]
     clip, engine = by_sample(loader(Manifest([probe(path)]), device="cuda", **settings))[0]

@@ -63,7 +63,7 @@ def check(path, matrix, *, decode):
 
 @pytest.mark.parametrize("decode, codec", [("host", "h264"), ("nvdec", "h264"), ("nvdec", "hevc"), ("dali", "vp9")])
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_all_eight_orientations_on_every_way(tmp_path, matrix, decode, codec):
+def test_all_eight_orientations_with_every_engine(tmp_path, matrix, decode, codec):
     path = write_video(tmp_path / "a.mp4", textured(4, height=64, width=96), codec=codec)
     check(set_matrix(path, matrix), matrix, decode=decode)
 
@@ -87,7 +87,7 @@ def test_an_orientation_within_the_stream(tmp_path, told, matrix, suffix, decode
 
 
 @pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (1, 0.02, -0.02, 1), (1, 0.1, -0.1, 1), (2, 0, 0, 2), (1, 0, 0.1, 1)])
-def test_a_matrix_that_says_nothing_or_is_a_little_tilted_is_no_turn(tmp_path, matrix):
+def test_a_degenerate_or_slightly_tilted_matrix_is_no_rotation(tmp_path, matrix):
     path = write_video(tmp_path / "a.mp4", textured(4, height=64, width=96))
     video = probe(set_matrix(path, matrix))
     assert (video.rotation, video.mirrored, video.height, video.width) == (0, 0, 64, 96)
@@ -101,7 +101,7 @@ def test_other_angles_are_named(tmp_path, matrix, angle):
 
 
 def test_a_manifest_without_the_column(tmp_path):
-    """Of an earlier version: turned as before, and nothing mirrored."""
+    """A manifest of an earlier version: rotated as before, and nothing mirrored."""
     path = set_matrix(write_video(tmp_path / "a.mp4", textured(4, height=64, width=96)), (0, 1, 1, 0))
     Manifest([probe(path)], root=tmp_path).write(tmp_path / "new.csv")
     found = Manifest.read(tmp_path / "new.csv")

@@ -87,7 +87,7 @@ def test_the_same_clips_and_no_demuxer(indexed, workers, decode):
     assert stats.packets_read == stats.packets_kept == read_through.packets_kept < read_through.packets_read
 
 
-def test_turned_and_cut_by_an_edit_list(tmp_path):
+def test_rotated_and_trimmed_by_an_edit_list(tmp_path):
     """What an edit list cuts out is decoded and not shown, also where no demuxer says so."""
     options = {"x264-params": "keyint=60:bframes=2:scenecut=0"}
     write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96), options=options)
@@ -130,7 +130,7 @@ def another_head(data: bytes) -> bytes:
         (another_head, "the file is not the one that was indexed"),
     ],
 )
-def test_a_file_that_has_changed_is_read_through(indexed, tmp_path, change, reason):
+def test_a_changed_file_is_read_without_the_index(indexed, tmp_path, change, reason):
     manifest = changed(indexed, tmp_path, change)
     batch, stats = clips(manifest)
     expected, plain = clips(without_index(manifest))
@@ -142,7 +142,7 @@ def test_a_file_that_has_changed_is_read_through(indexed, tmp_path, change, reas
 
 
 def test_a_file_that_was_replaced_by_one_of_the_same_size(indexed, tmp_path):
-    """Only what the packets hold tells; what is decoded is the new file."""
+    """Only the packets' content reveals the change; the new file is decoded."""
     manifest = changed(indexed, tmp_path, lambda data: data)
     old = indexed.root / NAMES[0]
     new = write_video(tmp_path / "new.mp4", textured(FRAMES, height=72, width=96, seed=9), options={"crf": "40"})
@@ -189,7 +189,7 @@ def test_a_packet_that_has_changed_is_noticed(indexed, tmp_path):
     IndexedVideo(Source(str(tmp_path / "a.mp4")), entry).select(np.array([40]))  # reads another group
 
 
-def test_what_is_not_in_the_index_is_counted(indexed, tmp_path):
+def test_videos_missing_from_the_index_are_counted(indexed, tmp_path):
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
     whole = PacketIndex(indexed.index)
     entries = {key_of(video): whole.entry(key_of(video)) for video in list(indexed)[1:]}
@@ -263,7 +263,7 @@ def test_entries_that_claim_too_much(indexed):
             changed.stream.context()
 
 
-def test_an_entry_that_nothing_foresees_is_no_fault(indexed, tmp_path):
+def test_an_unforeseen_entry_is_not_a_fault(indexed, tmp_path):
     """One with a good checksum, and without a type that anything expects."""
     entries = {}
     for video in indexed:
@@ -280,7 +280,7 @@ def test_an_entry_that_nothing_foresees_is_no_fault(indexed, tmp_path):
         assert any(reason.startswith(READ_ALL) for reason in stats.fallbacks) and not stats.faults
 
 
-def test_a_header_tells_colours_that_only_the_container_knows(indexed):
+def test_a_header_has_colours_that_only_the_container_knows(indexed):
     """A decoder of the small file would otherwise take others than one of the video."""
     _, entry = probe_packets(indexed.root / NAMES[0])
     known = {"colorspace": 1, "color_range": 2, "color_primaries": 9, "color_trc": 13}
@@ -289,7 +289,7 @@ def test_a_header_tells_colours_that_only_the_container_knows(indexed):
     assert {name: int(getattr(context, name)) for name in known} == known
 
 
-def test_a_file_that_is_no_index_is_not_overwritten(indexed, tmp_path):
+def test_a_file_that_is_not_an_index_is_not_overwritten(indexed, tmp_path):
     path = tmp_path / "some.packets"
     path.write_text("somebody's notes")
     with pytest.raises(InputError, match=r"some\.packets: would be overwritten"):
@@ -300,7 +300,7 @@ def test_a_file_that_is_no_index_is_not_overwritten(indexed, tmp_path):
     check_overwritable(tmp_path / "some.csv")
 
 
-def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
+def test_copies_and_shards_have_their_own_index(indexed, tmp_path):
     job = Job(
         indexed, tmp_path / "copies", Settings(64, 8, "h264", 30), journal=tmp_path / "j", pool=WorkerPool(workers=1)
     )
@@ -315,7 +315,7 @@ def test_copies_and_shards_have_an_index_of_their_own(indexed, tmp_path):
         assert stats.fallbacks == {} and stats.packets_read == stats.packets_kept
 
 
-def test_an_index_that_is_made_again_counts_at_once(indexed, tmp_path):
+def test_a_rebuilt_index_is_used_at_once(indexed, tmp_path):
     """Also in the process that has read the old one."""
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
@@ -326,7 +326,7 @@ def test_an_index_that_is_made_again_counts_at_once(indexed, tmp_path):
     assert clips(Manifest.read(tmp_path / "some.csv"))[1].fallbacks == {}
 
 
-def test_a_manifest_that_is_written_takes_its_index_along(indexed, tmp_path):
+def test_writing_a_manifest_writes_its_index(indexed, tmp_path):
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
     manifest = Manifest.read(tmp_path / "some.csv")
     assert manifest.index == index_path(tmp_path / "some.csv")
@@ -353,7 +353,7 @@ def test_the_index_is_mapped_by_the_workers(indexed):
 
 @pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
 @pytest.mark.parametrize("decode", ["auto", "nvdec"])
-def test_only_the_packets_of_a_clip_travel(indexed, tmp_path, decode, shards):
+def test_only_the_packets_of_a_clip_are_transferred(indexed, tmp_path, decode, shards):
     manifest = Manifest.read(indexed.root / "some.csv")
     if shards:
         manifest, _ = pack(indexed.root / "some.csv", tmp_path, shard_bytes=1e9, pool=WorkerPool(workers=1))
@@ -422,7 +422,7 @@ def test_a_file_that_has_changed_on_its_server_is_fetched(indexed, tmp_path, cha
     assert same(batch, clips(plain)[0]) and sum(stats.fallbacks.values()) == 1
 
 
-def test_ranges_are_joined_where_that_is_worth_it(tmp_path):
+def test_ranges_are_joined_if_that_is_cheaper(tmp_path):
     data = np.random.default_rng(0).bytes(200_000)
     (tmp_path / "a").write_bytes(data)
     ranges = [(10, 20), (20, 30), (5000, 6000), (100_000, 100_001)]

@@ -22,7 +22,7 @@ from dali_pipelines.packets import PacketReader, remux, remux_packets
 from dali_pipelines.probe import probe, probe_packets
 from tests.videos import decode_all, edit_packets, join_packets, textured, write_video
 
-PICTURES = textured(60, height=64, width=80)
+FRAMES = textured(60, height=64, width=80)
 
 CONTAINERS = {
     "h264": ["mp4", "mkv", "mov", "avi", "ts", "h264"],
@@ -134,7 +134,7 @@ def test_any_frames_of_any_stream(tmp_path_factory, codec, examples):
         suffix, options, count, fps = stream
         path = str(folder / f"video.{suffix}")
         try:
-            write_video(path, PICTURES[:count], codec=codec, options=options, fps=fps)
+            write_video(path, FRAMES[:count], codec=codec, options=options, fps=fps)
         except av.error.FFmpegError:  # options that the encoder does not take together
             return
         encoded += 1
@@ -149,7 +149,7 @@ def test_any_frames_of_any_stream(tmp_path_factory, codec, examples):
 
 @pytest.mark.parametrize("codec, suffix", [(codec, suffix) for codec in CONTAINERS for suffix in CONTAINERS[codec]])
 def test_every_container_but_those_that_cut_packets_is_indexed(tmp_path, codec, suffix):
-    path = write_video(tmp_path / f"video.{suffix}", PICTURES[:20], codec=codec)
+    path = write_video(tmp_path / f"video.{suffix}", FRAMES[:20], codec=codec)
     everything, entry = decode_all(path), probe_packets(path)[1]
     if suffix in IN_PIECES:
         with pytest.raises(StaleIndexError, match="are not stored in one piece"):
@@ -161,7 +161,7 @@ def test_every_container_but_those_that_cut_packets_is_indexed(tmp_path, codec, 
 def test_a_stream_that_begins_within_the_file_is_named(tmp_path):
     """FFmpeg finds it, and PyAV would end in an IndexError."""
     path = tmp_path / "a.ts"
-    data = bytearray(Path(write_video(path, PICTURES)).read_bytes())
+    data = bytearray(Path(write_video(path, FRAMES)).read_bytes())
     starts = [place for place in range(0, len(data), 188) if data[place + 1 : place + 3] == b"\x41\x00"]
     data[starts[-9] + 2] = 0x50  # the identifier of a stream that no table names
     path.write_bytes(data)
@@ -178,13 +178,13 @@ def kept(path, positions, **changes):
 
 
 def test_only_groups_with_a_wanted_frame_and_only_up_to_it(tmp_path):
-    path = write_video(tmp_path / "a.mp4", PICTURES, options={"x264-params": "keyint=10:bframes=0:scenecut=0"})
+    path = write_video(tmp_path / "a.mp4", FRAMES, options={"x264-params": "keyint=10:bframes=0:scenecut=0"})
     assert kept(path, [12, 35]) == [[10, 11, 12], [30, 31, 32, 33, 34, 35]]
 
 
 def test_frames_that_nothing_refers_to_are_left_out_unless_wanted(tmp_path):
     params = "keyint=100:bframes=2:b-adapt=0:b-pyramid=none:scenecut=0"
-    path = write_video(tmp_path / "a.mp4", PICTURES, options={"x264-params": params})
+    path = write_video(tmp_path / "a.mp4", FRAMES, options={"x264-params": params})
     # In the file: I0 P3 b1 b2 P6 b4 b5 ...
     assert kept(path, [9]) == [[0, 1, 4, 7]]
     assert kept(path, [1, 8]) == [[0, 1, 2, 4, 7, 9]]
@@ -192,7 +192,7 @@ def test_frames_that_nothing_refers_to_are_left_out_unless_wanted(tmp_path):
 
 def test_an_intra_refresh_file_is_one_group(tmp_path):
     path = write_video(
-        tmp_path / "a.mp4", PICTURES, options={"x264-params": "intra-refresh=1:keyint=10:bframes=0:scenecut=0"}
+        tmp_path / "a.mp4", FRAMES, options={"x264-params": "intra-refresh=1:keyint=10:bframes=0:scenecut=0"}
     )
     with av.open(path) as container:
         assert sum(packet.is_keyframe for packet in container.demux(video=0)) > 3
@@ -204,7 +204,7 @@ def test_an_open_group_starts_where_the_codec_allows(tmp_path, codec, params):
     """x264's open GOPs have no IDR: one group. HEVC's begin with a CRA: a frame shown before it needs the group
     before."""
     options = {params: "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0:b-adapt=0:log-level=none"}
-    path = write_video(tmp_path / f"{codec}.mp4", PICTURES, codec=codec, options=options)
+    path = write_video(tmp_path / f"{codec}.mp4", FRAMES, codec=codec, options=options)
     with av.open(path) as container:
         reader = PacketReader(container)
         selection = reader.select(np.array([59]))
@@ -220,8 +220,8 @@ def test_an_open_group_starts_where_the_codec_allows(tmp_path, codec, params):
     assert len(kept(path, [59], in_one_go=True)[0]) > len(selection.runs[0])  # not without a reset: from the IDR on
 
 
-def test_what_an_edit_list_cuts_out_is_fed_and_never_shown(tmp_path):
-    write_video(tmp_path / "whole.mp4", PICTURES, options={"x264-params": "keyint=100:bframes=2:scenecut=0"})
+def test_frames_removed_by_an_edit_list_are_fed_but_never_shown(tmp_path):
+    write_video(tmp_path / "whole.mp4", FRAMES, options={"x264-params": "keyint=100:bframes=2:scenecut=0"})
     with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(tmp_path / "cut.mp4"), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -247,7 +247,7 @@ def raw_packets(path):
 def test_timestamps_play_no_part(tmp_path, codec, suffix, times):
     """Remuxed without reordering (broken tools do), in any order, or all in pairs: the frames stay what they are."""
     options = {"h264": {}, "mpeg4": {"bf": "2"}, "hevc": {}}[codec]
-    whole = write_video(tmp_path / f"whole.{suffix}", PICTURES, codec=codec, options=options)
+    whole = write_video(tmp_path / f"whole.{suffix}", FRAMES, codec=codec, options=options)
     everything = decode_all(whole)
     order = np.random.default_rng(0).permutation(60) + 60
     path = str(tmp_path / f"times.{suffix}")
@@ -267,7 +267,7 @@ def test_timestamps_play_no_part(tmp_path, codec, suffix, times):
 
 
 def test_streams_without_timestamps(tmp_path):
-    path = write_video(tmp_path / "a.h264", PICTURES)
+    path = write_video(tmp_path / "a.h264", FRAMES)
     assert check(path, [0.2, 0.9], decode_all(path)).packets_kept < 50
 
 
@@ -288,7 +288,7 @@ def fallback(path, share=0.7):
 def test_packed_b_frames_and_not_coded_ones(tmp_path):
     """As in DivX files: a P and a B frame in one packet, then a packet that says "nothing new"."""
     whole = write_video(
-        tmp_path / "whole.avi", PICTURES[:40], codec="mpeg4", options={"bf": "1", "b_strategy": "0", "g": "30"}
+        tmp_path / "whole.avi", FRAMES[:40], codec="mpeg4", options={"bf": "1", "b_strategy": "0", "g": "30"}
     )
     parts = raw_packets(whole)
     is_b = [part[:4] == b"\0\0\1\xb6" and part[4] >> 6 == 2 for part in parts]
@@ -306,13 +306,13 @@ def test_packed_b_frames_and_not_coded_ones(tmp_path):
         return data + parts[number + 1] if number + 1 < len(parts) and is_b[number + 1] else data
 
     assert fallback(edit_packets(whole, tmp_path / "packed.avi", pack)) == "packets of several frames"
-    whole = write_video(tmp_path / "no_b.avi", PICTURES[:40], codec="mpeg4", options={"g": "30"})
+    whole = write_video(tmp_path / "no_b.avi", FRAMES[:40], codec="mpeg4", options={"g": "30"})
     skips = edit_packets(whole, tmp_path / "skips.avi", lambda n, data: not_coded(n) if n % 10 == 8 else data)
     assert fallback(skips) == "frames that are not coded"
 
 
 def test_a_file_that_begins_in_the_middle(tmp_path):
-    whole = write_video(tmp_path / "whole.ts", PICTURES, options={"x264-params": "keyint=20:scenecut=0:bframes=2"})
+    whole = write_video(tmp_path / "whole.ts", FRAMES, options={"x264-params": "keyint=20:scenecut=0:bframes=2"})
     data = open(whole, "rb").read()
     (tmp_path / "cut.ts").write_bytes(data[len(data) // 188 // 4 * 188 :])
     path = str(tmp_path / "cut.ts")
@@ -323,16 +323,14 @@ def test_a_file_that_begins_in_the_middle(tmp_path):
 
 def test_parameters_that_change_within_the_file(tmp_path):
     parts = [
-        raw_packets(
-            write_video(tmp_path / f"{n}.h264", PICTURES[30 * n : 30 * n + 30], options={"x264-params": params})
-        )
+        raw_packets(write_video(tmp_path / f"{n}.h264", FRAMES[30 * n : 30 * n + 30], options={"x264-params": params}))
         for n, params in enumerate(["ref=1:bframes=0:keyint=10", "ref=4:bframes=2:keyint=10"])
     ]
     (tmp_path / "both.h264").write_bytes(b"".join(parts[0] + parts[1]))
     assert fallback(str(tmp_path / "both.h264")) == "the parameters of the stream change"
 
 
-def test_a_recording_that_went_on_with_other_parameters(tmp_path):
+def test_a_recording_continued_with_other_parameters(tmp_path):
     """FLV has them in a packet of its own, which the demuxer hands over beside the next."""
 
     def tags(data):
@@ -344,7 +342,7 @@ def test_a_recording_that_went_on_with_other_parameters(tmp_path):
 
     joined = b""
     for part, params in enumerate(["keyint=10:bframes=0", "keyint=250:bframes=3:ref=5:qp=30"]):
-        path = write_video(tmp_path / "a.flv", PICTURES[30 * part :][:30], options={"x264-params": params})
+        path = write_video(tmp_path / "a.flv", FRAMES[30 * part :][:30], options={"x264-params": params})
         data = Path(path).read_bytes()
         joined = joined or data[:13]
         for head, body in tags(data):
@@ -357,8 +355,8 @@ def test_a_recording_that_went_on_with_other_parameters(tmp_path):
 
 def test_colours_that_change_within_the_file(tmp_path):
     """torchcodec converts all frames as the first: 20/255 off. The host decoder goes by each frame."""
-    few = [write_video(tmp_path / f"{full}.webm", PICTURES[:4], codec="vp9", full_range=full) for full in (False, True)]
-    vp8 = write_video(tmp_path / "vp8.webm", PICTURES[:4], codec="vp8", options={"g": "2"})
+    few = [write_video(tmp_path / f"{full}.webm", FRAMES[:4], codec="vp9", full_range=full) for full in (False, True)]
+    vp8 = write_video(tmp_path / "vp8.webm", FRAMES[:4], codec="vp8", options={"g": "2"})
 
     def change(number: int, data: bytes) -> bytes:
         return data[:10] + bytes([data[10] ^ 0x40]) + data[11:] if number == 2 else data
@@ -370,7 +368,7 @@ def test_colours_that_change_within_the_file(tmp_path):
 
 def test_an_hevc_sequence_that_ends_within_the_file(tmp_path):
     params = "log-level=none:keyint=12:min-keyint=12:bframes=3:open-gop=1:scenecut=0"
-    whole = write_video(tmp_path / "a.hevc", PICTURES, codec="hevc", options={"x265-params": params})
+    whole = write_video(tmp_path / "a.hevc", FRAMES, codec="hevc", options={"x265-params": params})
     units = [unit.rstrip(b"\0") for unit in Path(whole).read_bytes().split(b"\0\0\1")[1:]]
     third = [number for number, unit in enumerate(units) if unit[0] >> 1 == 21][2]
     units.insert(third, bytes([36 << 1, 1]))  # end of sequence: the frames before the next CRA have no references
@@ -380,7 +378,7 @@ def test_an_hevc_sequence_that_ends_within_the_file(tmp_path):
 
 def test_mpeg4_b_frames_that_were_not_announced(tmp_path):
     """Old encoders set low_delay in spite of them: FFmpeg then shows a reference before the B frames that follow."""
-    whole = write_video(tmp_path / "a.m4v", PICTURES, codec="mpeg4", options={"bf": "2", "g": "100"})
+    whole = write_video(tmp_path / "a.m4v", FRAMES, codec="mpeg4", options={"bf": "2", "g": "100"})
     data = bytearray(Path(whole).read_bytes())
     start = data.index(b"\0\0\1\x20") + 4
     bits = Bits(bytes(data[start : start + 20]))
@@ -396,7 +394,7 @@ def test_mpeg4_b_frames_that_were_not_announced(tmp_path):
 
 def test_frames_that_are_held_back_for_longer_than_a_decoder_was_told(tmp_path):
     """FFmpeg throws late ones away where a stream claims to need no such delay."""
-    with av.open(write_video(tmp_path / "a.mp4", PICTURES)) as container:
+    with av.open(write_video(tmp_path / "a.mp4", FRAMES)) as container:
         reader = PacketReader(container)
         assert reader._held_back >= 1
         reader._held_back = 0
@@ -404,13 +402,13 @@ def test_frames_that_are_held_back_for_longer_than_a_decoder_was_told(tmp_path):
             reader.select(np.array([30]))
 
 
-def test_a_codec_without_rules(tmp_path):
+def test_a_codec_without_a_parser(tmp_path):
     path = str(tmp_path / "a.mpg")
     with av.open(path, "w") as out:
         stream = out.add_stream("mpeg2video", rate=25)
         stream.width, stream.height, stream.pix_fmt = 80, 64, "yuv420p"
-        for picture in PICTURES[:20]:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for rgb_frame in FRAMES[:20]:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(rgb_frame, format="rgb24")))
         out.mux(stream.encode())
     assert fallback(path) == "no parser for mpeg2video"
 
@@ -438,7 +436,7 @@ def small_packets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     found = {}
     for codec, suffixes in CONTAINERS.items():
-        path = write_video(folder / f"{codec}.{suffixes[1]}", PICTURES[:3], codec=codec)
+        path = write_video(folder / f"{codec}.{suffixes[1]}", FRAMES[:3], codec=codec)
         with av.open(path) as container:
             extradata = bytes(container.streams.video[0].codec_context.extradata or b"")
         found[codec] = extradata, raw_packets(path)[0]

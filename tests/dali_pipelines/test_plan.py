@@ -56,7 +56,7 @@ def test_evaluation_is_the_same_in_every_epoch_and_for_every_seed():
         assert plan(1, 2, 3, view) == plan(4, 5, 6, view) and plan(view=view)[0][0] == 0
 
 
-def test_a_turned_video_is_planned_as_it_is_shown():
+def test_a_rotated_video_is_planned_as_it_is_shown():
     view = View(**{**TRAIN.__dict__, "mode": "validate", "short_side": 256})
     _, boxes, transpose = plan(view=view, video=VIDEO._replace(width=256, height=340, rotation=90))
     assert transpose

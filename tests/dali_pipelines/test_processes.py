@@ -156,7 +156,7 @@ def test_a_worker_that_hangs_ends_with_its_process(tmp_path, by_child):
     assert wait_until(lambda: not marked(marker), 10), marked(marker)
 
 
-def test_a_child_whose_parent_is_gone_before_it_begins(tmp_path):
+def test_a_child_whose_parent_is_gone_before_it_starts(tmp_path):
     """It may have a task already, and its input may be open: some other process may have a copy of it."""
     command = [sys.executable, "-m", "common.child_process", str(os.getpid() + 1)]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -287,7 +287,7 @@ def test_loaders_that_are_dropped_leave_nothing(video, mode, decode):
 
 
 def test_ends_with_the_parent_only(tmp_path):
-    """Not in a process that nobody has started as a worker."""
+    """It does nothing in a process that was not started as a worker."""
     group = os.getpgid(0)
     end_with_parent()
     assert os.getpgid(0) == group

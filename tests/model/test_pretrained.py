@@ -266,7 +266,7 @@ def image_vit(timm, **changes):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("num_frames", [1, 4])
-def test_an_image_network_begins_as_itself_on_every_frame(timm, tmp_path, suffix, num_frames):
+def test_an_image_network_starts_as_itself_on_every_frame(timm, tmp_path, suffix, num_frames):
     vit = image_vit(timm)
     path = tmp_path / f"vit.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(vit.state_dict(), path)
@@ -597,7 +597,7 @@ def hub(monkeypatch, tmp_path):
     server.shutdown()
 
 
-def test_by_name_from_the_hub(hub, tmp_path):
+def test_weights_by_name_from_the_hub(hub, tmp_path):
     vit = {name: value for name, value in scatter(network()).state_dict().items() if "temporal" not in name}
     del vit["time_embed"]
     save_file(vit, tmp_path / "m")

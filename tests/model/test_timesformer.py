@@ -191,7 +191,7 @@ def test_attention_on_a_cpu_reads_strided_views(training):
     assert copies.names == ["clone", *["cat"] * len(model.blocks), "clone"]
 
 
-def test_launches_on_a_gpu(monkeypatch):
+def test_number_of_kernel_launches_on_a_gpu(monkeypatch):
     """Counts the computing operators of a block: few, whatever the shapes."""
 
     def count(kernels, depth):

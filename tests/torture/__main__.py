@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def _kill(pool: ProcessPoolExecutor, arguments, root: Path, data, references) -> Iterator[Chain]:
-    """Chains until there are enough kills; those that are under way have their share of what is missing."""
+    """Starts chains until there are enough kills; running chains count with their share of the missing ones."""
     under_way: dict[Future, int] = {}
     count = number = 0
     with tqdm(total=arguments.kills, unit="kill", mininterval=_REPORT_S) as bar:
@@ -90,7 +90,7 @@ def _kill(pool: ProcessPoolExecutor, arguments, root: Path, data, references) ->
                 if not _problem(chain):
                     shutil.rmtree(chain.folder, ignore_errors=True)
                 yield chain
-                if chain.failure and not chain.kills:  # it would go on for ever
+                if chain.failure and not chain.kills:  # it would run forever
                     count = arguments.kills
 
 

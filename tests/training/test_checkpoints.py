@@ -37,7 +37,7 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
     assert load_newest_checkpoint(tmp_path / "nothing") is None
 
 
-def test_of_two_of_one_step_the_later_counts(tmp_path):
+def test_the_later_of_two_checkpoints_of_a_step_counts(tmp_path):
     """The same step before and after its validation."""
     first = save_checkpoint(tmp_path, 7, {"step": 7, "is_validated": False})
     os.utime(first, ns=(0, os.stat(first).st_mtime_ns - 1))
@@ -65,8 +65,8 @@ def test_any_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, capsys):
     assert load_newest_checkpoint(tmp_path)[0] == newer
 
 
-def test_damaged_ones_are_put_aside_and_cost_no_good_one(tmp_path):
-    """A run that goes on from before them keeps its own two."""
+def test_damaged_checkpoints_are_renamed_and_push_out_no_good_one(tmp_path):
+    """A run that resumes from before them keeps its own two."""
     save_checkpoint(tmp_path, 10, state_of(10))
     for step in (91, 92):
         save_checkpoint(tmp_path / "other", step, state_of(step)).rename(
@@ -79,7 +79,7 @@ def test_damaged_ones_are_put_aside_and_cost_no_good_one(tmp_path):
     assert len(list(tmp_path.glob("*.damaged"))) == 2
 
 
-def test_what_is_not_ours_is_left_alone(tmp_path):
+def test_unrelated_files_are_left_alone(tmp_path):
     path = save_checkpoint(tmp_path, 5, state_of(5))
     for name in ("step_00000009.pt", "step_9-0123456789abcdef.pt", "unnamed.pt", "unnamed.pt.part", "notes.txt"):
         (tmp_path / name).write_bytes(b"?")
@@ -156,7 +156,7 @@ def test_pending_weights_are_written_before_newer_checkpoints(tmp_path, monkeypa
     assert written[-1] == ("last.safetensors", "last of 2") and not saver.has_pending
 
 
-def test_torchrun_that_starts_a_run_again_is_known(tmp_path, monkeypatch):
+def test_a_restart_by_torchrun_is_recognised(tmp_path, monkeypatch):
     def starts(name):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         return find_checkpoint(tmp_path, resume=False)
@@ -180,7 +180,7 @@ def test_torchrun_that_starts_a_run_again_is_known(tmp_path, monkeypatch):
             made.unlink()
 
 
-def test_the_writer_works_beside_and_tells_of_failures_once():
+def test_the_writer_works_in_the_background_and_reports_failures_once():
     writer, go = checkpoints.Writer(), threading.Event()
     writer.submit(go.wait)
     go.set()  # we are here while it is being written

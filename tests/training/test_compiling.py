@@ -43,13 +43,13 @@ def process(device, rank=0, world_size=1):
         ("auto", GPU, 1, "compiled", "", "compiled", "compiled"),
         ("auto", GPU, 1, "CUDA graphs", "", "compiled", "compiled"),
         ("auto", GPU, 1, "compiled", "no g++", "eager", "eager: no g++"),
-        ("auto", GPU, WORTH_IT, "eager", "", "eager", "eager, as the run began; train.compile=true would compile it"),
+        ("auto", GPU, WORTH_IT, "eager", "", "eager", "eager, as the run started; train.compile=true would compile it"),
         (True, GPU, 1, "eager", "", "compiled", "compiled"),
         ("true", CPU, 1, None, "", "compiled", "compiled"),
         (False, GPU, WORTH_IT, "compiled", "", "eager", "eager, as train.compile says"),
     ],
 )
-def test_who_compiles(monkeypatch, wanted, device, passes, before, missing, expected, why):
+def test_when_the_network_is_compiled(monkeypatch, wanted, device, passes, before, missing, expected, why):
     monkeypatch.setattr(compiling, "compiler_missing", lambda on: missing if on == device else "wrong device")
     settings = TrainConfig(compile=wanted)
     check_compile(settings, process(device))
@@ -57,7 +57,7 @@ def test_who_compiles(monkeypatch, wanted, device, passes, before, missing, expe
     assert mode == expected and said.startswith(why)
 
 
-def test_one_process_without_a_compiler_keeps_the_others_from_it(monkeypatch):
+def test_no_process_compiles_if_one_has_no_compiler(monkeypatch):
     monkeypatch.setattr(compiling, "compiler_missing", lambda on: "")
     monkeypatch.setattr(DistributedContext, "gather", lambda self, mine: [mine, "no g++ on rank 1"])
     said = decide_compile(TrainConfig(), process(GPU, world_size=2), passes=WORTH_IT, before=None)
@@ -72,7 +72,7 @@ def test_one_process_without_a_compiler_keeps_the_others_from_it(monkeypatch):
         (dict(compile=True), "no Triton", "train.compile is true, and no Triton; .* train.compile=auto"),
     ],
 )
-def test_what_is_forced_and_cannot_be_done(monkeypatch, settings, missing, message):
+def test_forced_settings_that_cannot_work(monkeypatch, settings, missing, message):
     monkeypatch.setattr(compiling, "compiler_missing", lambda on: missing)
     with pytest.raises(InputError, match=message):
         check_compile(TrainConfig(**settings), process(GPU))
@@ -100,7 +100,7 @@ def test_without_a_compiler(monkeypatch, config_file, tmp_path):
 
 
 @needs_compiler
-def test_a_compiled_run_is_the_eager_one_and_goes_on_exactly(config_file, tmp_path, capsys):
+def test_a_compiled_run_matches_the_eager_one_and_resumes_exactly(config_file, tmp_path, capsys):
     """Two micro-steps, drop path, epochs with validation; broken off and resumed, by a new compiler."""
     torch.compiler.reset()
     counters.clear()
@@ -115,11 +115,11 @@ def test_a_compiled_run_is_the_eager_one_and_goes_on_exactly(config_file, tmp_pa
 
 
 @needs_compiler
-def test_a_run_that_began_otherwise_says_so(config_file, capsys):
+def test_a_run_that_started_in_another_mode_says_so(config_file, capsys):
     train(config_file, "train.max_steps=2")
     trainer = train(config_file, *COMPILED, resume=True)
     assert trainer.state.mode == "compiled"
-    assert "network compiled; it began as eager, so rounding and the draws of drop" in capsys.readouterr().out
+    assert "network compiled; it started as eager, so rounding and the draws of drop" in capsys.readouterr().out
 
 
 @needs_compiler
@@ -178,7 +178,7 @@ def train_on_gpu(config_file, *overrides, resume=False):
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_compiles_by_itself_and_goes_on_exactly(config_file, tmp_path, monkeypatch):
+def test_a_run_on_a_gpu_compiles_by_default_and_resumes_exactly(config_file, tmp_path, monkeypatch):
     train_on_gpu(config_file, "train.compile=false", f"output={tmp_path}/eager", "model.drop_path=0")
     monkeypatch.setattr(compiling, "WORTH_IT", 1)
     trainer = train_on_gpu(config_file, f"output={tmp_path}/same", "model.drop_path=0")

@@ -32,8 +32,8 @@ def test_by_hand(arguments, expected):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((5, 2), "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that they can: 4, 6"),
-        ((4, 1, 3), "cannot share evenly, batches of 3 each; the nearest that they can: 3, 6; or data.batch_size 2, 4"),
+        ((5, 2), "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that work: 4, 6"),
+        ((4, 1, 3), "cannot share evenly, batches of 3 each; the nearest that work: 3, 6; or data.batch_size 2, 4"),
         ((14, 1, None, 1, 13), "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest .*: 13"),
         ((8, 1, 3, 2), "data.batch_size is 3; expected a multiple of data.views_per_decode, 2: 2, 4"),
         (
@@ -60,7 +60,7 @@ def test_what_an_error_proposes_is_possible():
         except InputError as error:
             bad += 1
             message = str(error)
-        totals = re.search(r"nearest that they can: ([\d, ]+)", message)
+        totals = re.search(r"nearest that work: ([\d, ]+)", message)
         for proposed in map(int, totals[1].split(",")) if totals else ():
             shared(proposed, world_size, batch_size, views, clips)
             proposals += 1

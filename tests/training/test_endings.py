@@ -204,7 +204,7 @@ def test_ctrl_c_saves_too(config_file, tmp_path, unbroken):
     assert_same_run(output, unbroken)
 
 
-def test_one_two_and_one_processes_in_one_run(config_file, tmp_path):
+def test_a_run_resumes_with_one_two_and_one_processes(config_file, tmp_path):
     """The same order of clips and the same effective batch: losses as of an unbroken run, but for rounding."""
     settings = ["model.drop_path=0", "train.epochs=4", "data.workers=0"]
     train(config_file, *settings, f"output={tmp_path}/unbroken")
@@ -239,7 +239,7 @@ def test_torchrun_that_is_asked_to_end_lets_all_come_to_an_end(config_file, tmp_
 
 
 def test_a_process_that_dies_is_the_one_whose_error_is_seen(config_file, tmp_path):
-    """Torchrun starts the run again, which goes on from where it was, and ends as if nothing had happened."""
+    """Torchrun restarts the run, which resumes, and ends as if it had never been interrupted."""
     patch = """
 plain = Trainer.forward_backward
 def forward_backward(self, *arguments, **settings):
@@ -325,7 +325,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(config_file, tmp_path, sm
     assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
 
 
-def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
+def test_a_disk_that_stays_full_stops_the_run_which_resumes_when_there_is_room(
     config_file, tmp_path, small_files, monkeypatch, capsys
 ):
     plain = RunState.advance
@@ -352,7 +352,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
 
 
 @pytest.mark.parametrize("when", ["last epoch", "for a while"])
-def test_weights_files_that_could_not_be_written_are_owed(config_file, tmp_path, small_files, monkeypatch, when):
+def test_weights_files_that_could_not_be_written_stay_pending(config_file, tmp_path, small_files, monkeypatch, when):
     """No checkpoint is past them: they come with the next that is written, or the validation is made again."""
     plain = Trainer.finish_epoch
     full_at = 9 if when == "last epoch" else 3
@@ -431,7 +431,7 @@ def test_ended_between_two_lines_of_the_log_nothing_of_them_is_lost(config_file,
 
 
 def test_two_that_save_at_once_do_not_write_into_one_file(config_file, tmp_path, monkeypatch):
-    """Ctrl-C while training waits for a slow disk: the write under way and the last one come one after the other."""
+    """Ctrl-C while training waits for a slow disk: the write in progress and the last one do not overlap."""
     slow, plain, interrupted = checkpoints.save_checkpoint, Trainer._collect_writes, []
 
     def slow_write(*arguments):

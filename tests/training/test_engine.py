@@ -1,4 +1,4 @@
-"""Training: it learns, it is the same however it is shared out, it goes on where it stood."""
+"""Training learns, does not depend on the number of processes, and resumes where it stopped."""
 
 import csv
 import json
@@ -61,7 +61,7 @@ def test_a_run_writes_what_it_promises(config_file, tmp_path, capsys):
     }
     said = capsys.readouterr().out
     assert (
-        "global batch 4 = 1 ranks x 4 clips x 1 micro-steps; 3 steps an epoch (1 clips left over), 9 in 3 epochs"
+        "global batch 4 = 1 ranks x 4 clips x 1 micro-steps; 3 steps per epoch (1 clips left over), 9 in 3 epochs"
         in said
     )
     assert "epoch 1: val top-1 0." in said and f"best so far: {output}/best.safetensors" in said
@@ -75,7 +75,7 @@ def test_a_run_writes_what_it_promises(config_file, tmp_path, capsys):
     assert sum("val/top1" in line for line in logged) == 3
 
 
-def test_tensorboard_holds_the_curves_and_a_picture_of_the_clips(config_file, tmp_path):
+def test_tensorboard_has_the_curves_and_an_image_of_the_clips(config_file, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(config_file, "train.epochs=1")
@@ -136,7 +136,7 @@ def fault_rows(folder):
     return [[int(epoch), mode, int(sample_id), path] for epoch, mode, sample_id, path, _ in rows]
 
 
-def test_two_processes_train_as_one_does_also_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
+def test_two_processes_match_one_even_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
     settings = ["-c", config_with_bad_videos, "-o", "model.drop_path=0"]
     one = run("train.py", *settings, "data.batch_size=2")
     assert one.returncode == 0, one.stderr
@@ -228,9 +228,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config_file):
     [
         (
             "optim.global_batch_size=14",
-            "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest that they can: 13",
+            "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest that work: 13",
         ),
-        ("data.batch_size=3", "batches of 3 each; the nearest that they can: 3, 6; or data.batch_size 2, 4"),
+        ("data.batch_size=3", "batches of 3 each; the nearest that work: 3, 6; or data.batch_size 2, 4"),
         ("data.train=null", "data.train is not set"),
         ("data.val=/gone.csv", "/gone.csv: no such manifest"),
     ],
@@ -244,8 +244,7 @@ def test_a_global_batch_that_processes_cannot_share(config_file):
     done = run("train.py", "-c", config_file, "-o", "optim.global_batch_size=5", processes=2)
     assert done.returncode != 0
     assert (
-        "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that they can: 4, 6"
-        in done.stderr
+        "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that work: 4, 6" in done.stderr
     )
 
 
@@ -360,12 +359,12 @@ def test_resuming_without_a_readable_checkpoint_overwrites_nothing(config_file, 
     best = (tmp_path / "output" / "best.safetensors").read_bytes()
     for path in (tmp_path / "output" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="no checkpoint that can be read: to begin a new run, name another folder"):
+    with pytest.raises(InputError, match="no checkpoint that can be read: to start a new run, name another folder"):
         train(config_file, resume=True)
     assert (tmp_path / "output" / "best.safetensors").read_bytes() == best
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(config_file, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(config_file, tmp_path):
     """Between its first weights file and that."""
     train(config_file, f"output={tmp_path}/unbroken")
     train(config_file, "train.max_steps=3")
@@ -378,7 +377,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(config_fi
     assert_equal_weights(tmp_path / "output", tmp_path / "unbroken")
 
 
-def test_resuming_in_an_empty_folder_begins(config_file, tmp_path):
+def test_resuming_in_an_empty_folder_starts_a_run(config_file, tmp_path):
     assert train(config_file, "train.epochs=1", resume=True).step == 3
 
 
@@ -440,7 +439,7 @@ def test_two_processes_stop_together(config_with_bad_videos, tmp_path):
     assert len(fault_rows(tmp_path / "output")) == int(found[0][0])
 
 
-def test_names_of_every_kind_stand_in_the_list_of_faults(config_file, small_data, tmp_path):
+def test_names_of_every_kind_appear_in_the_list_of_faults(config_file, small_data, tmp_path):
     manifest = Manifest.read(small_data / "train.csv")
     odd = ['a, "b".mp4', "c\nd.mp4", "e\udcff.mp4", "f ü.mp4"]
     videos = [manifest[n]._replace(path=odd[n] if n < 4 else manifest[n].path) for n in range(13)]
@@ -452,7 +451,7 @@ def test_names_of_every_kind_stand_in_the_list_of_faults(config_file, small_data
 
 
 def test_a_step_without_a_readable_video_changes_nothing(config_with_bad_videos, tmp_path):
-    """Batches of one: three of the thirteen steps have nothing to learn from, and the run goes on."""
+    """Batches of one: three of the thirteen steps have nothing to learn from, and the run continues."""
     changes = ["optim.global_batch_size=1", "train.epochs=1", "train.log_every_steps=1"]
     trainer = train(config_with_bad_videos, *changes)
     bad = [line["step"] for line in lines(tmp_path / "output") if line.get("train/loss") == 0]

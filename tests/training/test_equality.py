@@ -61,7 +61,7 @@ def test_losses_gradients_and_weights_are_those_of_one_process(results):
             )
 
 
-def test_gradients_travel_in_the_last_micro_step_only(results):
+def test_gradients_are_reduced_in_the_last_micro_step_only(results):
     for (processes, micro_steps), result in results.items():
         buckets = result["reduced"].pop(micro_steps - 1, 0)
         assert result["reduced"] == {} and (buckets >= STEPS if processes > 1 else buckets == 0), (

@@ -55,7 +55,7 @@ def test_equal_scores_count_as_argmax_has_it():
     assert top_k_counts(torch.zeros(4, 8), torch.arange(4), ks=(1, 3)).tolist() == [1, 3]
 
 
-def test_what_is_no_number_is_not_right():
+def test_nan_scores_are_not_correct():
     assert top_k_counts(torch.full((4, 8), torch.nan), torch.arange(4)).tolist() == [0, 0]
 
 

@@ -71,7 +71,7 @@ def test_only_clips_that_can_be_read_are_mixed():
                 assert valid[partners[n]] if is_valid else (partners[n] == n and (clips[n] == n).all())
 
 
-def test_how_often_which():
+def test_how_often_mixup_and_cutmix_are_drawn():
     both = MixConfig(cutmix_prob=0.5, mixup_alpha=0.2)
     kinds = {"cutmix": 0, "mixup": 0}
     shares = []

@@ -50,7 +50,7 @@ def test_tensorboard_and_the_lines_hold_the_same(config_file, tmp_path):
     assert first["data/packets_read"] >= first["data/packets_kept"] > 0 and 0.1 < first["host/memory_gib"] < 24
 
 
-def test_the_picture_is_of_mixed_clips_once_an_epoch(config_file, tmp_path):
+def test_the_image_shows_mixed_clips_once_per_epoch(config_file, tmp_path):
     """Mixup with a share of about a half: the clips of a run with it are other ones, of as many pixels."""
     train(config_file, "train.epochs=2", f"output={tmp_path}/plain")
     train(config_file, "train.epochs=2", "mix.mixup_alpha=50")
@@ -75,7 +75,7 @@ def test_config_and_hyperparameters_are_shown(config_file, tmp_path):
     assert "_hparams_/session_end_info" in found.summary_metadata
 
 
-def test_after_a_kill_no_step_stands_twice(config_file, tmp_path):
+def test_after_a_kill_no_step_appears_twice(config_file, tmp_path):
     """Killed after step 5, whose log went further than the newest checkpoint."""
     train(config_file, "train.epochs=2")
     output = tmp_path / "output"
@@ -119,7 +119,7 @@ def test_values_that_are_not_finite_are_null_in_the_lines(tmp_path, config_file)
     assert (values["a"], values["b"], values["c"]) == (None, None, 2.5)
 
 
-def test_lines_where_there_is_no_terminal(config_file, capsys):
+def test_lines_without_a_terminal(config_file, capsys):
     train(config_file, "train.epochs=1", "train.log_every_steps=3")
     said = capsys.readouterr()
     line = r"step 3/3, epoch 1.00: loss \d\.\d{4}, lr 0\.\d+, [\d.]+ clips/s, data wait \d+%, ETA 00:00\n"
@@ -135,7 +135,7 @@ def test_the_start_says_what_runs_where(config_file, capsys):
         "precision bf16, optimizer Lamb (torch foreach), gradients by torch foreach",
         "13 training and 7 validation videos, 3 classes",
         "decoders: h264 host, vp9 host",
-        "global batch 4 = 1 ranks x 2 clips x 2 micro-steps; 3 steps an epoch (1 clips left over), 3 in 1 epochs",
+        "global batch 4 = 1 ranks x 2 clips x 2 micro-steps; 3 steps per epoch (1 clips left over), 3 in 1 epochs",
     ]
     assert [line.split("/")[-1] for line in said if "no packet index" in line] == [
         f"{name}.csv: no packet index beside it, so each clip reads through its file; to get one, run again: "
@@ -144,7 +144,7 @@ def test_the_start_says_what_runs_where(config_file, capsys):
     ]
 
 
-def test_the_progress_bar_where_there_is_a_terminal(config_file, monkeypatch, capsys):
+def test_the_progress_bar_on_a_terminal(config_file, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
     train(config_file, "train.epochs=1")

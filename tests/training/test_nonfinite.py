@@ -91,20 +91,24 @@ def test_a_skipped_step_changes_nothing_but_the_scale(config_file, tmp_path, spo
     assert all(torch.equal(one, two) for one, two in zip(moments, after, strict=True))
 
 
-def test_fp16_stops_where_the_scale_cannot_fall_any_more(config_file, spoil):
+def test_fp16_stops_when_the_scale_cannot_fall_any_further(config_file, spoil):
     spoil(range(100))
     with pytest.raises(InputError, match="step 16: the loss is nan"):
         train(config_file, "train.precision=fp16", "train.epochs=20")
 
 
-def test_rollback_goes_back_and_leaves_the_step_out(config_file, tmp_path, spoil, capsys):
+def test_rollback_restores_a_checkpoint_and_leaves_the_step_out(config_file, tmp_path, spoil, capsys):
     """The run is the one whose step 4 was not taken at all, and its log has every step once."""
     spoil({4})
     settings = ["train.on_nan=rollback", "train.checkpoint_every_steps=2"]
     trainer = train(config_file, *settings)
     assert trainer.step == 9
     said = capsys.readouterr().out
-    assert "step 4: the loss is nan" in said and "back to step_00000004-" in said and "without step 4 this" in said
+    assert (
+        "step 4: the loss is nan" in said
+        and "rolled back to step_00000004-" in said
+        and "leaving out step 4 this" in said
+    )
     steps = [line["step"] for line in lines(tmp_path / "output") if "train/lr" in line]
     assert steps == list(range(1, 10))
     assert len(losses(tmp_path / "output")) == 8  # none of the one left out
@@ -166,11 +170,11 @@ def test_weights_that_break_between_are_never_saved(config_file, tmp_path, monke
         train(config_file, "train.on_nan=rollback", "train.checkpoint_every_steps=1")
     said = capsys.readouterr().out
     assert "step 4: the loss is nan" in said and "step 5: the loss is nan" in said
-    assert said.count("back to step_00000003-") == 3  # there is none of step 4
+    assert said.count("rolled back to step_00000003-") == 3  # there is none of step 4
     assert load_newest_checkpoint(tmp_path / "output" / "checkpoints")[1]["step"] == 3
 
 
-def test_a_run_that_stops_has_written_what_it_owes(config_file, tmp_path, spoil, small_files, monkeypatch):
+def test_a_run_that_stops_has_written_pending_weights(config_file, tmp_path, spoil, small_files, monkeypatch):
     """The files of epoch 1 could not be written; in epoch 2 the loss is not finite."""
     plain = Trainer.finish_epoch
 
@@ -188,7 +192,7 @@ def test_a_run_that_stops_has_written_what_it_owes(config_file, tmp_path, spoil,
     assert (tmp_path / "output" / "best.safetensors").exists()
 
 
-def test_after_going_back_no_fault_stands_twice(config_file, small_data, tmp_path, spoil):
+def test_after_a_rollback_no_fault_appears_twice(config_file, small_data, tmp_path, spoil):
     manifest = Manifest.read(small_data / "train.csv")
     videos = [manifest[n]._replace(path=f"gone{n}" if n == 2 else manifest[n].path) for n in range(13)]
     Manifest(videos, root=small_data, classes=manifest.classes).write(tmp_path / "bad.csv")
@@ -214,7 +218,7 @@ run_command(train.main)
 """
 
 
-def test_two_processes_go_back_together(config_file, tmp_path):
+def test_two_processes_roll_back_together(config_file, tmp_path):
     """Only one of them has seen it."""
     from tests.commands import PROJECT
 
@@ -222,6 +226,6 @@ def test_two_processes_go_back_together(config_file, tmp_path):
     settings = ["-c", config_file, "-o", "train.on_nan=rollback", "train.checkpoint_every_steps=2"]
     done = run(tmp_path / "patched.py", *settings, processes=2)
     assert done.returncode == 0, done.stderr
-    assert "back to step_00000004-" in done.stdout
+    assert "rolled back to step_00000004-" in done.stdout
     assert [line["step"] for line in lines(tmp_path / "output") if "train/lr" in line] == list(range(1, 10))
     assert len(losses(tmp_path / "output")) == 8

@@ -130,7 +130,7 @@ def test_lamb_is_that_of_timm(torchvision_loads):
         *((name, *pair) for name in KINDS[:2] for pair in (("fused", "apex"), ("foreach", "fused"))),
     ],
 )
-def test_a_run_may_go_on_with_another_implementation(monkeypatch, name, before, after):
+def test_a_run_may_resume_with_another_implementation(monkeypatch, name, before, after):
     """As on another machine: moments and counts are taken over."""
     install(monkeypatch)
     optim = OptimConfig(name=name, lr=0.01, weight_decay=0.1)
@@ -151,7 +151,7 @@ def test_without_apex_it_is_torch(name, expected):
         assert resolve_implementation(OptimConfig(name=name), device) == expected
 
 
-def test_apex_is_for_lamb_on_a_gpu_and_who_asks(monkeypatch):
+def test_apex_is_used_for_lamb_on_a_gpu_or_on_request(monkeypatch):
     install(monkeypatch)
     monkeypatch.setattr("training.optimizer.ApexMultiTensor", lambda device: None)  # its kernels run
     assert resolve_implementation(OptimConfig(name="lamb"), GPU) == "apex"

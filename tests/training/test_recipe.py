@@ -32,7 +32,7 @@ def weights_of(config_file, path, *overrides, classes=CLASSES, seed=3):
 # -- pretrained weights --
 
 
-def test_training_begins_with_the_weights_and_says_what_became_of_them(config_file, tmp_path, capsys):
+def test_training_starts_from_the_weights_and_reports_every_tensor(config_file, tmp_path, capsys):
     source = weights_of(config_file, tmp_path / "w.safetensors", "data.num_frames=8", classes=("a", "b", "c", "d"))
     pretrained = f"train.pretrained={tmp_path}/w.safetensors"
     config = load_config(str(config_file), [pretrained, "data.std=[0.5,0.5,0.5]"])
