@@ -9,6 +9,7 @@ python prepare.py pack -m my_videos/train.csv --out packed
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
@@ -23,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.labels import read_labels
+from common.locking import FolderLock
 from common.worker_pool import WorkerPool, remove_journals
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import is_url
@@ -199,12 +201,28 @@ def main() -> None:
     packing.set_defaults(run=_pack)
 
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    with contextlib.ExitStack() as arguments.locks:
+        arguments.run(arguments)
+
+
+def _lock(arguments: argparse.Namespace, *manifests: Path) -> None:
+    """Keeps others from writing these manifests, or the same part of them, until this command ends: their copies,
+    shards and splits would be mixed. Raises `InputError`."""
+    part, parts = arguments.shard
+    suffix = ".lock" if parts == 1 else f".{part}-of-{parts}.lock"
+    for out in manifests:
+        lock = FolderLock(
+            out.parent, name=f"{out.name}{suffix}", remedy="wait until it has ended, or name another --out"
+        )
+        arguments.locks.callback(lock.release)
+        if lock.note:
+            print(lock.note)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seed < 2**64:
         raise InputError(f"--seed is {arguments.seed}; expected 0 or more, less than 2**64")
+    _lock(arguments, *(arguments.out / f"{name}.csv" for name in ("train", "val")))
     total = arguments.train_videos + arguments.val_videos
     with tqdm(total=total, unit="video", desc="render", dynamic_ncols=True, disable=_quiet()) as bar:
         listed = render_demo(
@@ -221,7 +239,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _index(arguments: argparse.Namespace) -> None:
     classes = read_labels(arguments.classes) if arguments.classes else ()
-    _write_manifest(read_list(arguments.list, arguments.root), arguments.out, arguments.root, classes, arguments)
+    listed = read_list(arguments.list, arguments.root)
+    check_overwritable(arguments.out)
+    _lock(arguments, arguments.out)
+    _write_manifest(listed, arguments.out, arguments.root, classes, arguments)
 
 
 def _folder(arguments: argparse.Namespace) -> None:
@@ -233,6 +254,10 @@ def _folder(arguments: argparse.Namespace) -> None:
     listed, classes, note = read_folder(arguments.folder, read_labels(arguments.classes) if arguments.classes else ())
     if note:
         print(f"{arguments.folder}: {note}")
+    files = [out] if out.suffix == ".csv" else [out / "train.csv", out / "val.csv"]
+    for file in files:
+        check_overwritable(file)
+    _lock(arguments, *files)
     if out.suffix == ".csv":
         _write_manifest(listed, out, arguments.folder, classes, arguments)
         return
@@ -270,6 +295,7 @@ def _write_splits(
     splits = store.find(list(dict.fromkeys(expected)))
     for name in splits:
         check_overwritable(out / f"{name}.csv")
+    _lock(arguments, *(out / f"{name}.csv" for name in splits))
     used = {path for found in splits.values() for path, _ in found.listed}
     used.update(copy for found in splits.values() for copies in found.copies.values() for copy in copies)
     for name, found in splits.items():
@@ -323,7 +349,7 @@ def _transcode(arguments: argparse.Namespace) -> None:
     if out.exists() and out.samefile(arguments.manifest):
         raise InputError(f"--out {arguments.out}: would overwrite {out}, the manifest itself; name another folder")
     check_overwritable(out)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    _lock(arguments, out)
     journal, pool = out.with_name(f"{out.name}.journal"), _worker_pool(arguments, out.name)
     job = Job(manifest, arguments.out, settings, journal=journal, pool=pool)
     estimate = job.estimate()
@@ -357,6 +383,7 @@ def _transcode(arguments: argparse.Namespace) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     out = arguments.out / f"{arguments.manifest.stem}.csv"
     check_overwritable(out)
+    _lock(arguments, out)
     pool = _worker_pool(arguments, out.stem, unit="shard")
     manifest, rejected = pack(arguments.manifest, arguments.out, shard_bytes=arguments.shard_size, pool=pool)
     if manifest is None:

@@ -22,9 +22,10 @@ class FolderLock:
     support too; two locks within one process do not exclude each other.
     """
 
-    def __init__(self, folder: Path, *, remedy: str):
+    def __init__(self, folder: Path, *, remedy: str, name: str = LOCK):
+        """name: of the lock's file; processes with another one are not kept out."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / LOCK
+        self._path = folder / name
         self.note = ""
         """Why the folder could not be locked; "" if the lock is held."""
         self._file: IO[str] | None = None

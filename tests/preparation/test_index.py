@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from common.locking import FolderLock
 from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
 from preparation.index import index, read_folder, read_list, split_train_val, write_rejected
@@ -266,3 +267,21 @@ def test_index_and_folder_as_a_user_runs_them(folder, tmp_path):
     assert train.classes == val.classes == ("jump", "run fast", "swim") and train.listed + val.listed == 7
     done = run("prepare.py", "folder", folder, "--out", tmp_path / "all.csv")
     assert done.returncode == 0 and len(Manifest.read(tmp_path / "all.csv")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["folder", "transcode", "pack"])
+def test_a_second_run_with_the_same_out_is_refused(tmp_path, verb):
+    """Two runs with other settings would mix their copies, shards or splits."""
+    (tmp_path / "videos" / "ash").mkdir(parents=True)
+    write_video(tmp_path / "videos" / "ash" / "a.mp4", numbered(4, height=32, width=32))
+    folder = ("folder", tmp_path / "videos", "--out")
+    assert run("prepare.py", *folder, tmp_path / "all.csv").returncode == 0
+    out = tmp_path / "out"
+    given = (*folder, out / "all.csv") if verb == "folder" else (verb, "-m", tmp_path / "all.csv", "--out", out)
+    lock = FolderLock(out, name="all.csv.lock", remedy="")
+    refused = run("prepare.py", *given)
+    assert refused.returncode == 2 and "another process writes there" in refused.stderr
+    lock.release()
+    assert run("prepare.py", *given).returncode == 0
+    assert not list(out.glob("*.lock"))
