@@ -105,7 +105,7 @@ def budget(
         "fallbacks": dict(Counter(each.fallback for each in found.decodes if each.fallback)),
         "codecs": dict(Counter(each.codec for each in found.decodes)),
         "taken_by_nvdec": float(np.mean([each.on_gpu for each in found.decodes])),
-        "frame_pixels": float(np.mean([each.area for each in found.decodes])),
+        "picture_pixels": float(np.mean([each.area for each in found.decodes])),
         "packets_read_per_clip": float(np.mean([each.packets_read for each in found.decodes])) / views,
         "ways": ways,
         "gpu": gpu and {"name": gpu.name, "gpus": gpus, "engines": gpu.engines * gpus},
