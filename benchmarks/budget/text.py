@@ -186,8 +186,8 @@ def table(report: dict[str, Any]) -> str:
     cores = f"{report['cores']} CPU cores"
     together = "together" if BOTH in report["limits"] else ""
     lines = [
-        f"{report['manifest']}: {', '.join(report['codecs'])}, {report['picture_pixels'] / 1e3:.0f} thousand pixels per "
-        f"frame; {report['packets_read_per_clip']:.0f} packets read per clip",
+        f"{report['manifest']}: {', '.join(report['codecs'])}, {report['picture_pixels'] / 1e3:.0f} thousand pixels "
+        f"per frame; {report['packets_read_per_clip']:.0f} packets read per clip",
         "",
         f"{'decoded from a video':36} {'frames/clip':>11} {nvdec:>18} {cores:>20} {together:>18}".rstrip(),
     ]
