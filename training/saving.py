@@ -12,6 +12,8 @@ from dali_pipelines.errors import InputError
 from training import checkpoints
 from training.resuming import write_launch_id
 
+_WRITTEN_IN_PLACE = ("config.yaml", "metrics.jsonl", "faults.csv")
+"""Files of the output folder that are cut or overwritten; all others get a new file."""
 _MAX_FAILED_WRITES = 3  # in a row, before a run stops
 
 
@@ -107,6 +109,9 @@ class Saver:
         """Lock the output folder against other runs until `close`; returns a note if that is not possible, else ""."""
         remedy = "wait until it has ended, or name another folder: -o output=DIR"
         self._folder_lock = FolderLock(self._output, remedy=remedy)
+        for path in (self._output / name for name in _WRITTEN_IN_PLACE):
+            if path.is_symlink():
+                raise InputError(f"{path} is a link to a file that would be overwritten: remove it")
         return self._folder_lock.note
 
     def begin(self) -> None:

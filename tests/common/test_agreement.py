@@ -22,6 +22,7 @@ from tests.commands import PROJECT, run
 from tests.training.test_endings import free_port, patched, started, wait_for
 from tests.training.test_engine import lines, train
 from training.checkpoints import is_intact, list_checkpoints, load_checkpoint, save_checkpoint
+from training.saving import Saver
 
 # -- one writer for a folder --
 
@@ -88,6 +89,16 @@ def test_a_lock_that_is_a_link_overwrites_nothing(tmp_path):
     with pytest.raises(InputError, match="lock is a link"):
         FolderLock(tmp_path, remedy="")
     assert (tmp_path / "precious").read_text() == "something"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "faults.csv"])
+def test_a_link_in_the_output_folder_leads_to_nothing_that_is_overwritten(tmp_path, name):
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match=f"{name} is a link to a file that would be overwritten: remove it"):
+        Saver(tmp_path / "output", lambda *_: None).lock()
+    assert (tmp_path / "precious").read_text() == "years of work"
 
 
 def test_a_file_system_without_locks_is_reported_and_used(config_file, monkeypatch, capsys):
