@@ -78,8 +78,6 @@ def _read_file(path: Path) -> WeightsFile:
             raise WeightsError(str(error)) from None
     else:
         file = WeightsFile(str(path), _read_torch(path))
-    if sum(value.nbytes for value in file.tensors.values()) > _MOST_SHARED * path.stat().st_size:
-        raise WeightsError(f"{path}: its tensors are larger than the file: many names for the same data")
     for name, value in file.tensors.items():
         if name.rpartition(".")[2] == AVERAGED_COUNT and value.numel() == 1:
             continue
@@ -88,6 +86,8 @@ def _read_file(path: Path) -> WeightsFile:
             raise WeightsError(f"{path}: {name} is not a tensor of floating-point numbers ({value.dtype})")
         if value.untyped_storage().nbytes() < value.nbytes:
             raise WeightsError(f"{path}: {name} is larger than its data in the file")
+    if sum(value.nbytes for value in file.tensors.values()) > _MOST_SHARED * path.stat().st_size:
+        raise WeightsError(f"{path}: its tensors are larger than the file: many names for the same data")
         if not value.float().isfinite().all():
             raise WeightsError(f"{path}: {name} has values that are not finite; the file is damaged")
     return file

@@ -181,7 +181,7 @@ def test_network_that_computes_something_else_is_refused(monkeypatch, tmp_path):
 
     monkeypatch.setitem(benchmarks.networks.CONTESTANTS, "huggingface eager", other)
     settings = dict(size="tiny", batch_size=1, num_frames=2, image_size=32, rounds=1, compile=False)
-    with pytest.raises(InputError, match=r"huggingface eager: its logits are 1.0e-03 from ours"):
+    with pytest.raises(InputError, match=r"huggingface eager: its logits differ from ours by 1.0e-03"):
         benchmarks.model.benchmark_model(**settings, out=tmp_path)
 
 
@@ -364,7 +364,7 @@ def test_hints_are_settings_that_there_are(device, settings, expected):
         "precision": precision,
         "micro_steps": 1,
         "batch_size": 8,
-        "mode": "compiled" if config.train.compile is True else "eager",
+        "state": SimpleNamespace(mode="compiled" if config.train.compile is True else "eager"),
     }
     trainer = SimpleNamespace(config=config, process=process, **settings_of)
     hints = benchmarks.train.hints(trainer)
@@ -379,7 +379,7 @@ def test_cores_that_cannot_be_split(monkeypatch):
     assert benchmarks.train.halves(process) == ({4}, {6})
     process.local_world_size = 3
     process.local_rank = 2
-    with pytest.raises(InputError, match="two cores or more for each process; the device is cpu, with 1 for this"):
+    with pytest.raises(InputError, match="two cores or more per process; the device is cpu, with 1 for this"):
         benchmarks.train.halves(process)
     process = SimpleNamespace(device=torch.device("cuda", 0), local_rank=0, local_world_size=1)
     with pytest.raises(InputError, match="--split-cores needs the CPU as the device"):

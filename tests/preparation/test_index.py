@@ -281,7 +281,7 @@ def test_a_second_run_with_the_same_out_is_refused(tmp_path, verb):
     given = (*folder, out / "all.csv") if verb == "folder" else (verb, "-m", tmp_path / "all.csv", "--out", out)
     lock = FolderLock(out, name="all.csv.lock", remedy="")
     refused = run("prepare.py", *given)
-    assert refused.returncode == 2 and "another process writes there" in refused.stderr
+    assert refused.returncode == 2 and "another process is writing there" in refused.stderr
     lock.release()
     assert run("prepare.py", *given).returncode == 0
     assert not list(out.glob("*.lock"))
