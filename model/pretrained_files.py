@@ -88,6 +88,7 @@ def _read_file(path: Path) -> WeightsFile:
             raise WeightsError(f"{path}: {name} is larger than its data in the file")
     if sum(value.nbytes for value in file.tensors.values()) > _MOST_SHARED * path.stat().st_size:
         raise WeightsError(f"{path}: its tensors are larger than the file: many names for the same data")
+    for name, value in file.tensors.items():
         if not value.float().isfinite().all():
             raise WeightsError(f"{path}: {name} has values that are not finite; the file is damaged")
     return file

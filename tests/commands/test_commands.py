@@ -1,5 +1,6 @@
 """Bad input at the command line: one line with the problem and a remedy, exit code 2, never a traceback."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -35,6 +36,7 @@ def place(config_file, small_data, tmp_path):
     return tmp_path
 
 
+SCRIPTS = ("train.py", "evaluate.py", "predict.py", "prepare.py", "benchmark.py")
 CASES = [
     ("train.py -c gone.yaml", "gone.yaml: No such file or directory"),
     ("train.py -c tiny.yaml -o optim.learning_rate=1", "unknown key optim.learning_rate; did you mean"),
@@ -88,15 +90,25 @@ CASES = [
 
 
 @pytest.mark.parametrize("command, message", CASES, ids=[command for command, _ in CASES])
-def test_bad_input_is_one_line(place, command, message):
+def test_bad_input_is_one_line(place, in_process, monkeypatch, command, message):
     script, *arguments = command.split()
     before = sorted(os.listdir(place))
-    done = run(script, *arguments, cwd=place)
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), done.stderr
+    monkeypatch.chdir(place)
+    main = importlib.import_module(f"commands.{script.removesuffix('.py')}").main
+    status, _, errors = in_process(main, *arguments)
+    lines = errors.splitlines()
+    assert status == 2, errors
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), errors
     assert message in lines[0]
     assert sorted(os.listdir(place)) == before  # nothing written, nothing lost
+
+
+@pytest.mark.parametrize(
+    "command, message", [next(case for case in CASES if case[0].startswith(name)) for name in SCRIPTS]
+)
+def test_bad_input_is_one_line_of_the_script(place, command, message):
+    done = run(*command.split(), cwd=place)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr
 
 
 def test_a_folder_that_cannot_be_written(place):
