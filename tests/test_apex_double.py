@@ -98,6 +98,7 @@ def test_adam_without_bias_correction(amp_c):
     assert_same(parameter.detach(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchvision_loads")
 @pytest.mark.parametrize("size", [1e-3, 1.0])  # of the gradients: less and more than max_grad_norm
 @pytest.mark.parametrize(

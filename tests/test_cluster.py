@@ -145,6 +145,7 @@ def test_a_run_that_ends_by_itself_is_not_queued_again(slurm, tmp_path, status):
     assert re.search(r"--nnodes 1 --nproc-per-node 2 .* train.py -c a.yaml -o output=out --resume$", said, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "signalled, preempted, status, requeued",
     [
@@ -169,6 +170,7 @@ def test_what_is_queued_again(slurm, tmp_path, signalled, preempted, status, req
     assert (tmp_path / "saved").exists() == (name != "KILL")
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_is_not_queued_again(slurm, tmp_path):
     agent_of(tmp_path)
     script = slurm.start("-c", "a.yaml", cwd=tmp_path)
@@ -181,6 +183,7 @@ def test_a_cancelled_run_is_not_queued_again(slurm, tmp_path):
     wait_for((tmp_path / "saved").exists)
 
 
+@pytest.mark.slow
 def test_training_by_the_script(slurm, config, tmp_path):
     output = tmp_path / "output"
     script = slurm.start("-c", config, "-o", f"output={output}", "train.epochs=2", cwd=PROJECT)
@@ -191,6 +194,7 @@ def test_training_by_the_script(slurm, config, tmp_path):
     assert steps(output) == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_training_that_is_asked_to_stop_resumes_where_it_was(slurm, config, tmp_path):
     output = tmp_path / "output"
     arguments = ("-c", config, "-o", f"output={output}", "train.epochs=20")
@@ -277,6 +281,7 @@ def test_the_pods_of_the_manifest(job):
     assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
 
 
+@pytest.mark.slow
 def test_the_command_of_the_manifest(job):
     """train.py takes it, up to the data that is not here; and any number of nodes can share the global batch."""
     launcher, option, *command = container_of(job)["command"]

@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from dali_pipelines import Manifest
 from tests.commands import PROJECT, run
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_demo_from_nothing_to_a_prediction(tmp_path):

@@ -40,11 +40,13 @@ def test_the_layers_have_no_cycle():
     assert all(package not in BELOW[below] for package, lower in BELOW.items() for below in lower)
 
 
+@pytest.mark.slow
 def test_what_workers_import_leaves_torch_out():
     code = "import sys, dali_pipelines.workers, common.child_process; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, status, text",
     [

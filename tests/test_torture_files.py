@@ -23,6 +23,7 @@ def judge(row) -> str:
     return files.judge(row.path, row, 0)["outcome"]
 
 
+@pytest.mark.slow
 def test_a_whole_file_is_equal_and_one_without_its_end_is_refused(tmp_path, row):
     assert judge(row) == "equal"
     (tmp_path / "cut.mkv").write_bytes(open(row.path, "rb").read()[:300])

@@ -26,6 +26,8 @@ from dali_pipelines.probe import probe
 from tests.commands import run
 from tests.videos import textured, write_video
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):

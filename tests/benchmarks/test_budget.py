@@ -79,6 +79,7 @@ def config(videos):
     return load_config(str(videos.root / "c.yaml"))
 
 
+@pytest.mark.slow
 def test_frames_of_a_known_structure(videos, config):
     """Three frames of 24, the whole video each time: 0, 11.5 and 23, truncated.
 
@@ -284,6 +285,7 @@ def test_who_bounds(limits, bound_by, times):
     assert judge(100, limits) == (bound_by, times)
 
 
+@pytest.mark.slow
 def test_the_report_says_who_bounds_and_what_would_help(videos, config, monkeypatch):
     monkeypatch.setattr(benchmarks.budget.report, "_MEASURE_S", 0.05)
     settings = {"samples": 5, "gpu": GPU, "gpus": 2, "cores": None}
@@ -491,6 +493,7 @@ def test_every_gpu_says_where_it_is_unsure():
     assert replace(GPU, video_mhz=1000).frames_per_second("h264", HD) == 100
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(videos):
     arguments = ["budget", "-m", videos.root / "gone.csv", "-c", videos.root / "c.yaml", "--gpu", "h100", "--gpus", 8]
     done = run("prepare.py", *arguments, "-o", "data.num_frames=4", "--json")

@@ -13,6 +13,8 @@ from common.weights import Weights, build_network, save_weights
 from dali_pipelines.manifest import Manifest
 from tests.commands import PROJECT, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(config_file, small_data, tmp_path):

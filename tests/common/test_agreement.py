@@ -29,6 +29,7 @@ from training.saving import Saver
 LOCKED = "import sys; from common.locking import FolderLock; from pathlib import Path; import os, time\n"
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(config_file, tmp_path):
     output = tmp_path / "output"
     slow = "step = Trainer.train_step\n"
@@ -52,6 +53,7 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(config_file, tm
     assert not list(output.rglob("*.part")) and len(list((output / "checkpoints").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_two_evaluations_in_one_folder(config_file, small_data, tmp_path):
     train(config_file, "train.epochs=1", "optim.warmup_epochs=0.5")
     results = tmp_path / "results"
@@ -101,6 +103,7 @@ def test_a_link_in_the_output_folder_leads_to_nothing_that_is_overwritten(tmp_pa
     assert (tmp_path / "precious").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_file_system_without_locks_is_reported_and_used(config_file, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -174,6 +177,7 @@ def reordered(small_data: Path, tmp_path: Path) -> str:
     return f"data.train={tmp_path}/r.csv"
 
 
+@pytest.mark.slow
 def test_ranks_at_other_work_are_refused(config_file, small_data, tmp_path):
     for status, said in two_ranks(config_file, second=[reordered(small_data, tmp_path), "optim.lr=0.1"]):
         assert status == 2 and "Traceback" not in said, said
@@ -192,6 +196,7 @@ def test_manifests_that_give_other_clips_differ(small_data, change):
     assert Manifest(videos).summary() != manifest.summary()
 
 
+@pytest.mark.slow
 def test_settings_and_versions_are_compared():
     facts = shared_facts(load_config(None))
     for override in ("seed=1", "model.depth=3", "data.flip=false", "mix.cutmix_prob=0.5", "train.epochs=3"):
@@ -199,6 +204,7 @@ def test_settings_and_versions_are_compared():
     assert {"version of code", "version of torch", "version of DALI"} < facts.keys()
 
 
+@pytest.mark.slow
 def test_ranks_that_begin_with_other_weights_are_refused(config_file, small_data, tmp_path):
     for seed in (1, 2):
         train(config_file, "train.max_steps=1", f"seed={seed}", f"output={tmp_path}/run{seed}")
@@ -207,6 +213,7 @@ def test_ranks_that_begin_with_other_weights_are_refused(config_file, small_data
         assert status == 2 and "the weights' checksum is" in said, said
 
 
+@pytest.mark.slow
 def test_what_differs_between_machines_may_differ(config_file, small_data, tmp_path):
     (tmp_path / "elsewhere").symlink_to(small_data)
     (tmp_path / "val.csv").write_text(
@@ -216,6 +223,7 @@ def test_what_differs_between_machines_may_differ(config_file, small_data, tmp_p
     assert [status for status, _ in two_ranks(config_file, second=own)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_other_code_than_the_checkpoints_is_a_note(config_file, tmp_path, monkeypatch, capsys):
     train(config_file, "train.max_steps=1")
     from training import resuming
@@ -246,6 +254,7 @@ def test_a_port_in_use_and_variables_that_are_wrong_are_one_line(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -134,6 +134,7 @@ def test_classes_in_a_header_are_a_list_of_names(weights, tmp_path, classes):
         load_weights(tmp_path / "w.safetensors")
 
 
+@pytest.mark.slow
 def test_another_preprocessing_than_the_weights_is_refused(tmp_path, config_file):
     model = TimeSformer(num_frames=4, image_size=32, num_classes=3, embed_dim=24, depth=2, num_heads=3)
     config = open_config(config_file)
@@ -170,6 +171,7 @@ def golden_config(tmp_path):
     return str(tmp_path / "golden.yaml")
 
 
+@pytest.mark.slow
 def test_third_party_weights_open_with_a_config(golden_config, tmp_path):
     path = str(DATA / "tiny.pdparams")
     weights, config, said = open_weights(path, golden_config)
@@ -226,6 +228,7 @@ def test_the_mean_of_weights(weights, tmp_path):
         average_weights([paths[0], str(tmp_path / "other.safetensors")])
 
 
+@pytest.mark.slow
 def test_the_commands_as_a_user_runs_them(golden_config, weights, tmp_path, small_data):
     out = tmp_path / "converted.safetensors"
     done = run("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)

@@ -20,6 +20,8 @@ from tests.common import tasks
 from tests.training.test_endings import free_port
 from tests.videos import numbered, write_video
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def noted(tmp_path) -> Iterator[Path]:

@@ -17,6 +17,8 @@ from dali_pipelines.probe import probe
 from tests.bad_files import GOOD, Kind, copy_packets, flip_bits, make_kinds
 from tests.videos import decode_all, textured, write_video
 
+pytestmark = pytest.mark.slow
+
 CROP, FRAMES = 32, 8
 BY_DALI = {"vp8", "vp9", "mjpeg"}
 

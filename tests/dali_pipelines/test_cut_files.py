@@ -49,6 +49,7 @@ def check(path: str, fallbacks: set[str], engine: str = "host") -> np.ndarray:
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params, start",
     [
@@ -69,6 +70,7 @@ def test_h264_cut_into_an_open_group(tmp_path, whole, params, start, suffix):
     assert 33 <= len(expected) <= 60 - start and (expected == original[-len(expected) :]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [1, 6])
 def test_h264_with_an_edit_list_starting_in_an_open_group(tmp_path, whole, hidden):
     """As `ffmpeg -ss 0.6 -i whole.mp4 -c copy cut.mp4` writes it."""
@@ -77,6 +79,7 @@ def test_h264_with_an_edit_list_starting_in_an_open_group(tmp_path, whole, hidde
     assert (expected == decode_all(whole())[-len(expected) :]).all()
 
 
+@pytest.mark.slow
 def test_a_capture_may_start_anywhere(tmp_path, whole):
     params = OPEN + ":repeat-headers=1"
     data = open(write_video(tmp_path / "whole.ts", FRAMES, options={"x264-params": params}), "rb").read()
@@ -98,6 +101,7 @@ def test_a_frame_missing_later_is_a_fault_for_every_engine(tmp_path, whole, star
 REPEATS, LEAVES_OUT = "an edit list repeats frames", "an edit list leaves out frames that others refer to"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec, pieces, count, fallbacks",
     [
@@ -128,6 +132,7 @@ def test_a_file_with_frames_that_contradict_its_headers_is_refused(tmp_path, who
         probe(whole("hevc"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [3, 7, 20])
 @pytest.mark.parametrize("hidden_frames", ["0", "1"])
 @pytest.mark.parametrize("codec, suffix", [("vp8", "webm"), ("vp8", "ivf"), ("vp9", "webm"), ("vp9", "mp4")])

@@ -77,6 +77,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec, suffix, damage", CASES, ids=[f"{c}-{s}-{d.__name__}" for c, s, d in CASES])
 def test_a_truncated_frame_is_not_counted(tmp_path, codec, suffix, damage):
     whole, path = tmp_path / f"whole.{suffix}", tmp_path / f"damaged.{suffix}"

@@ -109,6 +109,7 @@ def shard_web(packed, no_pause):
 # -- tar shards --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, workers, decode", [("train", 0, "host"), ("validate", 0, "dali"), ("test", 0, "auto"), ("train", 2, "dali")]
 )
@@ -191,6 +192,7 @@ def test_a_url_root_is_kept_unchanged(plain, tmp_path, root):
     assert Manifest.read(tmp_path / "list.csv").root == root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode, workers", [("host", 0), ("dali", 2)])
 def test_clips_over_http_equal_clips_from_files(plain, packed, web, tmp_path, decode, workers):
     settings = dict(mode="train", decode=decode, workers=workers)
@@ -204,6 +206,7 @@ def test_clips_over_http_equal_clips_from_files(plain, packed, web, tmp_path, de
         assert web.requests == dict.fromkeys(KINDS, 1)
 
 
+@pytest.mark.slow
 def test_only_the_bytes_of_a_video_are_read_from_a_shard(plain, packed, shard_web, tmp_path):
     expected = epochs(loader(plain), 2)
     made = loader(at(packed, shard_web.url), cache=tmp_path / "cache")
@@ -214,6 +217,7 @@ def test_only_the_bytes_of_a_video_are_read_from_a_shard(plain, packed, shard_we
     assert len(reasons) == len(KINDS) and all("HTTP Range" in reason for reason in reasons.values())
 
 
+@pytest.mark.slow
 def test_what_is_cached_needs_no_server(plain, web, tmp_path):
     settings = dict(cache=tmp_path / "cache")
     expected = epochs(loader(at(plain, web.url), **settings))
@@ -227,6 +231,7 @@ def test_what_is_cached_needs_no_server(plain, web, tmp_path):
     assert all("cannot be read from its server, tried 3 times: Cannot connect" in reason for reason in reasons.values())
 
 
+@pytest.mark.slow
 def test_dropped_connections_are_retried_and_never_cached(plain, web, tmp_path):
     settings = dict(cache=tmp_path / "cache")
     web.cuts = 2
@@ -254,6 +259,7 @@ def answer(body: bytes, status: int = 200, **headers: str):
     return instead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, body, reason",
     [
@@ -334,6 +340,7 @@ def test_bytes_that_were_not_requested_are_rejected(web, no_pause, status, heade
         fetch(Source(f"{web.url}/a.tar", 512, 1000))
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_reported_at_the_start(plain, web):
     over = threading.Event()
     web.instead = lambda handler: over.wait(30)
@@ -359,6 +366,7 @@ def test_a_missing_file_is_only_a_fault(plain, web):
         assert faults(loader(Manifest(videos, root=web.url), batch_size=3)) == {row: "no such file on its server"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_or_bad_cache_folder_is_not_fatal(plain, web, tmp_path, monkeypatch):
     expected = epochs(loader(plain))
     (tmp_path / "file").touch()
@@ -383,6 +391,7 @@ def test_a_full_disk_or_bad_cache_folder_is_not_fatal(plain, web, tmp_path, monk
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache_at_once(plain, tmp_path):
     context = multiprocessing.get_context("spawn")
     rounds, size = 30, os.path.getsize(plain.root / "vp9.webm")
@@ -401,6 +410,7 @@ def test_two_processes_fill_one_cache_at_once(plain, tmp_path):
     assert all(data.endswith(each) for each in kept)
 
 
+@pytest.mark.slow
 def test_any_file_system_of_fsspec(plain, packed):
     memory = fsspec.filesystem("memory")
     for folder, names in ((plain.root, KINDS), (packed.root, packed.shards)):
@@ -476,6 +486,7 @@ def test_a_box_larger_than_any_file(tmp_path):
         open_video(path)
 
 
+@pytest.mark.slow
 def test_fsspec_is_not_imported_for_files():
     code = (
         "import sys, dali_pipelines.clip_source, preparation.index, preparation.pack\n"
@@ -484,6 +495,7 @@ def test_fsspec_is_not_imported_for_files():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
+@pytest.mark.slow
 def test_indexing_below_a_url(plain, web, tmp_path):
     from tests.commands import run
 

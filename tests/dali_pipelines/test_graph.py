@@ -75,6 +75,7 @@ def noise(num_frames, height, width):
     return np.random.default_rng(height).integers(0, 256, (num_frames, height, width, 3), np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "height, width, size, y, x",
     [

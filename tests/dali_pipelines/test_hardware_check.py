@@ -129,6 +129,7 @@ TROUBLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, reason", TROUBLE)
 def test_streams_that_hardware_could_get_wrong_are_decoded_by_the_host(tmp_path, make, reason):
     """Named, counted, and the right frames."""

@@ -16,6 +16,7 @@ def video(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("host") / "textured.mp4", textured(60, height=SIZE[0], width=SIZE[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [[0], [59], [0, 7, 13, 59], list(range(60))])
 def test_the_wanted_frames_and_only_those(video, positions):
     decoded = decode_frames(video, np.array(positions), size=SIZE)
@@ -23,6 +24,7 @@ def test_the_wanted_frames_and_only_those(video, positions):
     assert decoded.packets_kept <= decoded.packets_read <= 60
 
 
+@pytest.mark.slow
 def test_a_region_is_that_part_of_the_whole(video):
     region = (slice(3, 50), slice(10, 90))
     decoded = decode_frames(video, np.array([5, 9]), size=SIZE, region=region)
@@ -50,6 +52,7 @@ def test_reasons(video, tmp_path):
         decode_frames(tmp_path / "text.mp4", np.array([0]), size=SIZE)
 
 
+@pytest.mark.slow
 def test_damage_is_a_fault(tmp_path):
     """Overwritten bytes are noticed where the decoder can: H.264 has no checksum, so some small damage cannot be."""
     path = write_video(tmp_path / "good.mp4", textured(40, height=240, width=320))
@@ -76,6 +79,7 @@ def test_numbered_frames_of_every_codec(numbered_videos):
         assert np.abs(decoded.frames.mean(axis=(1, 2)) - expected).max() < 12, video.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [[13], [0, 13]])
 def test_damage_in_mpeg4_is_detected_as_in_a_full_decode(tmp_path, positions):
     """FFmpeg notices that a frame ends too early once it has seen some that do not."""

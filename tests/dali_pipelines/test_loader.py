@@ -62,6 +62,7 @@ def textured_videos(tmp_path_factory) -> Manifest:
 ODD_SIDES = "not by NVDEC: torchcodec does not convert frames with odd sides as FFmpeg does"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers, decode", [(0, "auto"), (2, "host"), (2, "dali"), (0, "nvdec"), (2, "nvdec")])
 @pytest.mark.parametrize("mode", ["train", "validate", "test"])
 def test_numbered_videos_of_every_kind_give_exactly_the_planned_frames(numbered_videos, mode, workers, decode):
@@ -123,6 +124,7 @@ def test_a_file_with_a_changed_frame_size_is_a_fault_for_every_engine(tmp_path, 
     assert "a frame is 128x96, not 64x48" in made.stats.faults[0].reason
 
 
+@pytest.mark.slow
 def test_views_of_one_decode_are_neighbours_with_their_own_windows_and_crops(numbered_videos):
     long = Manifest([numbered_videos[n]._replace(label=n) for n in (0, 2, 8, 11)], root=numbered_videos.root)
     single = by_sample(loader(long, stride=8, batch_size=2))
@@ -158,6 +160,7 @@ def test_windows_of_the_test_go_from_the_start_to_the_end_with_three_crops_each(
         assert abs(middle[0] - last[0] / 2) <= 1 and np.ptp(first) == np.ptp(middle) == np.ptp(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_windows_in_parts_are_the_same_windows(numbered_videos, workers):
     """Five windows, two at once: three entries a video, the last window twice in the last of them."""
@@ -213,6 +216,7 @@ def reference_views(video, file, positions, mode, crop):
     return torch.stack([frames[:, :, y : y + crop, x : x + crop].transpose(0, 1) for y, x in corners]).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["validate", "test"])
 def test_pixels_are_those_of_resize_then_crop(textured_videos, mode):
     clips = by_sample(loader(textured_videos, mode, stride=None))
@@ -224,6 +228,7 @@ def test_pixels_are_those_of_resize_then_crop(textured_videos, mode):
         assert error.max() < 1e-3, video.path
 
 
+@pytest.mark.slow
 def test_dalis_decoder_gives_the_nearest_frame(textured_videos):
     """An error by one frame can hide in the tolerance between decoders; it cannot hide from a comparison with all."""
     clips = by_sample(loader(textured_videos, "validate", stride=None, decode="dali"))
@@ -265,6 +270,7 @@ def test_golden_three_crop_of_paddlevideo(shared_videos, num_frames):
         assert error.mean() < 0.05 and error.max() < 0.5, key
 
 
+@pytest.mark.slow
 def test_mean_std_and_half_precision(textured_videos):
     plain = by_sample(loader(textured_videos, "validate"))
     mean, std = (0.45, 0.4, 0.5), (0.225, 0.2, 0.3)
@@ -286,6 +292,7 @@ def reference(request, textured_videos):
     return request.param, clips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers, batch_size", [(0, 8), (1, 1), (2, 3), (4, 8)])
 def test_workers_and_batch_size_change_nothing(textured_videos, reference, workers, batch_size):
     mode, expected = reference
@@ -305,6 +312,7 @@ def test_ranks_share_an_epoch(textured_videos, mode, world_size):
     assert all((reference[sample_id] == together[sample_id]).all() for sample_id in reference)
 
 
+@pytest.mark.slow
 def test_seeds_and_epochs(textured_videos):
     def epochs(seed):
         made = loader(textured_videos, seed=seed)
@@ -328,6 +336,7 @@ def ids(batches):
     return [batch.sample_ids.tolist() for batch in batches]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, changes", [("train", {}), ("validate", {}), ("test", {}), ("train", {"views_per_decode": 2})]
 )
@@ -359,6 +368,7 @@ def test_state_restores_any_batch_even_with_other_workers_and_ranks(textured_vid
     assert sum(sum(merged, []), []) == sum(ids(batches[2:per_epoch]), [])
 
 
+@pytest.mark.slow
 def test_leaving_a_for_loop_early_ends_its_epoch(textured_videos):
     whole = loader(textured_videos)
     epochs = [ids(whole) for _ in range(3)]
@@ -382,6 +392,7 @@ def test_an_old_iterator_takes_no_batches_from_a_new_one(textured_videos):
     assert list(old) == [] and len([first, *new]) == len(made)
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_waiting_loses_no_batch(textured_videos):
     made = loader(textured_videos)
     expected = ids(made)
@@ -417,6 +428,7 @@ def test_evaluation_marks_its_padding(textured_videos):
     assert torch.cat([batch.labels for batch in batches])[:13].tolist() == textured_videos.labels.tolist()
 
 
+@pytest.mark.slow
 def test_evaluation_stops_its_workers_and_training_keeps_them(textured_videos):
     before = set(multiprocessing.active_children())
     evaluation = loader(textured_videos, "validate", workers=2)
@@ -434,6 +446,7 @@ def test_evaluation_stops_its_workers_and_training_keeps_them(textured_videos):
     assert not started & set(multiprocessing.active_children())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_process_however_it_ends(textured_videos, tmp_path, end):
     textured_videos.write(tmp_path / "list.csv")
@@ -457,6 +470,7 @@ def test_workers_end_with_their_process_however_it_ends(textured_videos, tmp_pat
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_a_restart_and_no_clip(textured_videos):
     expected = ids(loader(textured_videos, batch_size=2))
     made = loader(textured_videos, batch_size=2, workers=2)
@@ -469,6 +483,7 @@ def test_a_killed_worker_costs_a_restart_and_no_clip(textured_videos):
     assert got == expected and made.stats.fallbacks == {"a worker process died": 1}
 
 
+@pytest.mark.slow
 def test_a_hanging_and_a_crashing_decoder_cost_one_sample_each(textured_videos, monkeypatch):
     monkeypatch.setattr(workers_module, "ClipSource", TroubledSource)
     made = loader(textured_videos, "validate", workers=2, timeout_s=2)
@@ -482,6 +497,7 @@ def test_a_hanging_and_a_crashing_decoder_cost_one_sample_each(textured_videos, 
     assert len(list(made)) == 4 and sum(made.stats.fallbacks.values()) == 3  # neither is tried again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["stopped", "stopped while idle", "killed while idle", "killed with a lock"])
 def test_workers_in_trouble_do_not_stop_the_run(textured_videos, trouble):
     """Idle ones sleep in a queue of DALI's, which waits for each that it wakes; one may die while it holds a lock."""
@@ -505,6 +521,7 @@ def test_workers_in_trouble_do_not_stop_the_run(textured_videos, trouble):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_end_the_run(textured_videos, monkeypatch):
     monkeypatch.setattr(workers_module, "ClipSource", DyingSource)
     with pytest.raises(InputError, match="the loader's processes keep ending"):
@@ -534,6 +551,7 @@ def test_a_full_temporary_folder_is_named(textured_videos, monkeypatch):
         loader(textured_videos)
 
 
+@pytest.mark.slow
 def test_workers_do_not_load_torch_or_rerun_the_users_script(textured_videos, tmp_path):
     """The script has no main guard: spawn would run it again in every worker, and load torch."""
     textured_videos.write(tmp_path / "list.csv")
@@ -561,6 +579,7 @@ def test_workers_do_not_load_torch_or_rerun_the_users_script(textured_videos, tm
 # -- what cannot be read --
 
 
+@pytest.mark.slow
 def test_unreadable_videos_are_black_invalid_and_named(textured_videos, tmp_path):
     videos = [textured_videos[n]._replace(path=str(textured_videos.file(n))) for n in range(8)]
     (tmp_path / "text.mp4").write_text("no video " * 100)

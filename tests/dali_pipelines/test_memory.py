@@ -65,6 +65,7 @@ print(before, peak_mib() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec, pix_fmt, suffix, mode, decode",
     [
@@ -115,6 +116,7 @@ def test_frames_larger_than_the_container_says(tmp_path):
         probe(path, max_pixels=10**6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, changes", [("train", {}), ("train", {"views_per_decode": 2}), ("validate", {}),
                                            ("test", {}), ("test", {"num_windows": 2})])  # fmt: skip
 def test_crops_by_the_workers_match_the_graph(tmp_path, monkeypatch, mode, changes):
@@ -142,6 +144,7 @@ def test_crops_by_the_workers_match_the_graph(tmp_path, monkeypatch, mode, chang
         assert error.max() < 0.51 and error.mean() > 0.1  # it is rounded
 
 
+@pytest.mark.slow
 def test_a_worker_without_memory_costs_one_video(tmp_path, small, monkeypatch):
     monkeypatch.setattr(workers, "ClipSource", HungrySource)
     large = probe(write_flat(tmp_path / "bomb.avi", "mjpeg", "yuvj420p"))

@@ -77,6 +77,7 @@ def some(tmp_path_factory) -> Manifest:
 # -- frames and pixels --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["train", "validate", "test"])
 def test_clips_match_the_host_decoder(numbered_videos, mode, workers):
@@ -92,6 +93,7 @@ def test_clips_match_the_host_decoder(numbered_videos, mode, workers):
     assert made.stats.engines == {"nvdec": 20, "host": 4} and not made.stats.faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec, suffix", [("h264", "mp4"), ("h264", "mkv"), ("hevc", "mp4"), ("mpeg4", "mp4"), ("vp9", "webm")]
 )
@@ -134,6 +136,7 @@ SAME_BLOCKS = [(256, 340), (256, 344), (256, 352), (180, 320), (192, 320)]
 """Sizes, of which some are the same in whole macroblocks: the same hardware decoder is reused for them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec, suffix", [("h264", "mp4"), ("h264", "mkv"), ("h264", "ts"), ("hevc", "mp4"), ("hevc", "ts")]
 )
@@ -168,6 +171,7 @@ def test_mpeg4_packets_carry_the_header(tmp_path, suffix):
 COLOURS = [(matrix, full) for matrix in (None, 1, 5, 6, 9) for full in (False, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix, full_range", COLOURS)
 @pytest.mark.parametrize("codec, suffix", [("h264", "mp4"), ("hevc", "mp4"), ("vp9", "webm")])
 def test_engines_agree_on_colours(tmp_path, codec, suffix, matrix, full_range):
@@ -207,6 +211,7 @@ def test_golden_three_crop_of_paddlevideo(shared_videos, num_frames):
 # -- both engines at once --
 
 
+@pytest.mark.slow
 def test_the_share_of_the_host_depends_on_nothing_but_the_video(some):
     def engines(**changes):
         made = loader(some, host_share=0.5, **changes)
@@ -225,6 +230,7 @@ def test_the_share_of_the_host_depends_on_nothing_but_the_video(some):
     assert set(loader(some).decoders.values()) == {"torchcodec"}
 
 
+@pytest.mark.slow
 def test_the_share_is_part_of_the_position(some):
     """A resumed run decodes each video where it was decoded before, whatever this machine would choose."""
     before = loader(some, host_share=0.5)
@@ -265,6 +271,7 @@ def fail(monkeypatch, sizes, error):
     monkeypatch.setattr(nvdec, "decode_file", failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [RuntimeError("Failed to create NVDEC decoder: 2\nmore"), torch.OutOfMemoryError("full")]
 )
@@ -284,6 +291,7 @@ def test_the_host_decodes_the_same_bytes_if_nvdec_fails(some, monkeypatch, error
     assert len(opened) >= 2 and all(source.path == "" and source.data for source in opened)
 
 
+@pytest.mark.slow
 def test_a_damaged_stream_costs_one_sample_and_no_restart(some, tmp_path, monkeypatch):
     videos = [some[n]._replace(path=some.file(n)) for n in range(len(some))]
     data = bytearray(Path(videos[1].path).read_bytes())  # VP9
@@ -310,6 +318,7 @@ def test_a_damaged_stream_costs_one_sample_and_no_restart(some, tmp_path, monkey
     assert all((engine == "") == (not valid) for b in batches for engine, valid in zip(b.engines, b.valid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec, suffix",
     [
@@ -365,6 +374,7 @@ def test_a_stream_that_changes_between_sizes_announced_at_its_start_is_a_fault(t
     assert not next(iter(made)).valid[0] and "a frame is 128x64, not 128x96" in made.stats.faults[0].reason
 
 
+@pytest.mark.slow
 def test_av1_that_changes_its_size_is_a_fault(tmp_path):
     """Its sequence header keeps the size; the frames' own headers have another."""
     options = {"svtav1-params": "resize-mode=1:resize-denom=16:resize-kf-denom=8"}
@@ -394,6 +404,7 @@ def test_frames_in_another_order_than_planned_are_noticed(tmp_path):
     assert reasons == {"frames come out in another order than their headers say"}
 
 
+@pytest.mark.slow
 def test_a_thread_that_hangs_costs_one_sample(some, monkeypatch):
     decode, ended = nvdec.decode_file, threading.Event()
 
@@ -421,6 +432,7 @@ def test_bugs_are_not_faults(some, monkeypatch):
 # -- what it holds on to --
 
 
+@pytest.mark.slow
 def test_frames_decoded_ahead_are_bounded(some, monkeypatch):
     expected = by_sample(loader(some))
     ahead = []
@@ -435,6 +447,7 @@ def test_frames_decoded_ahead_are_bounded(some, monkeypatch):
     assert max(ahead) == 0
 
 
+@pytest.mark.slow
 def test_a_loader_that_is_dropped_leaves_no_thread_and_no_process(some):
     gc.collect()
     gc.disable()  # nothing may wait for the collector
@@ -488,6 +501,7 @@ def test_evaluation_decodes_nothing_past_its_end(some, monkeypatch):
         assert sorted(number for number in decoded if number != PADDING) == list(range(12))
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_mid_epoch_exits_cleanly(some, tmp_path):
     """A thread that is within C++ when the interpreter ends would abort it."""
     some.write(tmp_path / "list.csv")
@@ -505,6 +519,7 @@ def test_a_script_that_ends_mid_epoch_exits_cleanly(some, tmp_path):
         assert done.returncode == 0 and not done.stderr
 
 
+@pytest.mark.slow
 def test_threads_that_cannot_start_end_the_run(some, monkeypatch):
     def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -527,6 +542,7 @@ def test_threads_that_cannot_start_end_the_run(some, monkeypatch):
 # -- what must be installed --
 
 
+@pytest.mark.slow
 def test_torchcodec_takes_the_ffmpeg_of_pyav():
     """One FFmpeg in the process, and none that the system would have to bring."""
     script = (

@@ -61,6 +61,7 @@ def check(path, matrix, *, decode):
     assert error.mean() < 2 / 255 if decode == "dali" else error.max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode, codec", [("host", "h264"), ("nvdec", "h264"), ("nvdec", "hevc"), ("dali", "vp9")])
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_all_eight_orientations_with_every_engine(tmp_path, matrix, decode, codec):

@@ -78,6 +78,7 @@ def same(batch, other) -> bool:
     return bool(batch.valid.all() and other.valid.all()) and torch.equal(batch.clips, other.clips)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers, decode", [(0, "auto"), (1, "auto"), (1, "nvdec"), (0, "dali")])
 def test_the_same_clips_and_no_demuxer(indexed, workers, decode):
     batch, stats = clips(indexed, workers=workers, decode=decode)
@@ -87,6 +88,7 @@ def test_the_same_clips_and_no_demuxer(indexed, workers, decode):
     assert stats.packets_read == stats.packets_kept == read_through.packets_kept < read_through.packets_read
 
 
+@pytest.mark.slow
 def test_rotated_and_trimmed_by_an_edit_list(tmp_path):
     """What an edit list cuts out is decoded and not shown, also where no demuxer says so."""
     options = {"x264-params": "keyint=60:bframes=2:scenecut=0"}
@@ -141,6 +143,7 @@ def test_a_changed_file_is_read_without_the_index(indexed, tmp_path, change, rea
     assert good or change is without_its_end
 
 
+@pytest.mark.slow
 def test_a_file_that_was_replaced_by_one_of_the_same_size(indexed, tmp_path):
     """Only the packets' content reveals the change; the new file is decoded."""
     manifest = changed(indexed, tmp_path, lambda data: data)
@@ -156,6 +159,7 @@ def test_a_file_that_was_replaced_by_one_of_the_same_size(indexed, tmp_path):
     assert sum(stats.fallbacks.values()) == 1 and next(iter(stats.fallbacks)).startswith(READ_ALL)
 
 
+@pytest.mark.slow
 def test_an_edit_list_that_has_changed_is_noticed(tmp_path):
     """It decides which frames are shown. The size, the first 4 KiB and the packets are the same."""
     write_video(tmp_path / "whole.mp4", textured(FRAMES, height=72, width=96))
@@ -199,6 +203,7 @@ def test_videos_missing_from_the_index_are_counted(indexed, tmp_path):
     assert stats.fallbacks == {READ_ALL + "this video is not in the index": 1}
 
 
+@pytest.mark.slow
 def test_containers_that_cut_packets_say_so(tmp_path):
     write_video(tmp_path / "a.ts", textured(30, height=72, width=96))
     manifest, _ = index([("a.ts", 0)], root=tmp_path, journal=tmp_path / "j", pool=WorkerPool(workers=1))
@@ -208,6 +213,7 @@ def test_containers_that_cut_packets_say_so(tmp_path):
     assert stats.fallbacks == {READ_ALL + "its packets are not stored in one piece": 1}
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_a_damaged_index_never_gives_wrong_frames(indexed, tmp_path_factory, data):
@@ -236,6 +242,7 @@ def test_a_damaged_index_never_gives_wrong_frames(indexed, tmp_path_factory, dat
     assert all(reason.startswith(READ_ALL) for reason in stats.fallbacks)
 
 
+@pytest.mark.slow
 def test_entries_that_claim_too_much(indexed):
     """Sizes, places and counts that no file has, made with a good checksum: each is a reason, and takes no memory."""
     source = Source(str(indexed.root / NAMES[0]))
@@ -263,6 +270,7 @@ def test_entries_that_claim_too_much(indexed):
             changed.stream.context()
 
 
+@pytest.mark.slow
 def test_an_unforeseen_entry_is_not_a_fault(indexed, tmp_path):
     """One with a good checksum, and without a type that anything expects."""
     entries = {}
@@ -300,6 +308,7 @@ def test_a_file_that_is_not_an_index_is_not_overwritten(indexed, tmp_path):
     check_overwritable(tmp_path / "some.csv")
 
 
+@pytest.mark.slow
 def test_copies_and_shards_have_their_own_index(indexed, tmp_path):
     job = Job(
         indexed, tmp_path / "copies", Settings(64, 8, "h264", 30), journal=tmp_path / "j", pool=WorkerPool(workers=1)
@@ -315,6 +324,7 @@ def test_copies_and_shards_have_their_own_index(indexed, tmp_path):
         assert stats.fallbacks == {} and stats.packets_read == stats.packets_kept
 
 
+@pytest.mark.slow
 def test_a_rebuilt_index_is_used_at_once(indexed, tmp_path):
     """Also in the process that has read the old one."""
     shutil.copytree(indexed.root, tmp_path, dirs_exist_ok=True)
@@ -351,6 +361,7 @@ def test_the_index_is_mapped_by_the_workers(indexed):
 # -- over the network --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
 @pytest.mark.parametrize("decode", ["auto", "nvdec"])
 def test_only_the_packets_of_a_clip_are_transferred(indexed, tmp_path, decode, shards):
@@ -395,6 +406,7 @@ def test_any_file_system_of_fsspec(indexed):
     assert same(batch, clips(indexed)[0]) and stats.fallbacks == {} and stats.packets_read == stats.packets_kept
 
 
+@pytest.mark.slow
 def test_a_cache_keeps_whole_files_and_is_read_by_the_index(indexed, tmp_path):
     with serve(indexed.root) as server:
         manifest = Manifest(list(indexed), root=server.url)
@@ -406,6 +418,7 @@ def test_a_cache_keeps_whole_files_and_is_read_by_the_index(indexed, tmp_path):
         assert same(clips(manifest, cache=tmp_path)[0], batch) and server.sent == sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["replaced", "longer"])
 def test_a_file_that_has_changed_on_its_server_is_fetched(indexed, tmp_path, change):
     """Also if its packets are what they were: a server says how long a file is."""
@@ -422,6 +435,7 @@ def test_a_file_that_has_changed_on_its_server_is_fetched(indexed, tmp_path, cha
     assert same(batch, clips(plain)[0]) and sum(stats.fallbacks.values()) == 1
 
 
+@pytest.mark.slow
 def test_ranges_are_joined_if_that_is_cheaper(tmp_path):
     data = np.random.default_rng(0).bytes(200_000)
     (tmp_path / "a").write_bytes(data)

@@ -122,6 +122,7 @@ def demuxed(file):
         return [packet for packet in container.demux(video=0) if packet.size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec, examples", [(codec, 40 if codec in ("h264", "hevc") else 20) for codec in CONTAINERS])
 def test_any_frames_of_any_stream(tmp_path_factory, codec, examples):
     folder = tmp_path_factory.mktemp("streams")
@@ -220,6 +221,7 @@ def test_an_open_group_starts_where_the_codec_allows(tmp_path, codec, params):
     assert len(kept(path, [59], in_one_go=True)[0]) > len(selection.runs[0])  # not without a reset: from the IDR on
 
 
+@pytest.mark.slow
 def test_frames_removed_by_an_edit_list_are_fed_but_never_shown(tmp_path):
     write_video(tmp_path / "whole.mp4", FRAMES, options={"x264-params": "keyint=100:bframes=2:scenecut=0"})
     with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(tmp_path / "cut.mp4"), "w") as out:
@@ -242,6 +244,7 @@ def raw_packets(path):
         return [bytes(packet) for packet in container.demux(video=0) if packet.size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec, suffix", [("h264", "mp4"), ("h264", "mkv"), ("mpeg4", "mkv"), ("hevc", "mp4")])
 @pytest.mark.parametrize("times", ["as decoded", "shuffled", "doubled"])
 def test_timestamps_play_no_part(tmp_path, codec, suffix, times):
@@ -285,6 +288,7 @@ def fallback(path, share=0.7):
     return decoded.fallback
 
 
+@pytest.mark.slow
 def test_packed_b_frames_and_not_coded_ones(tmp_path):
     """As in DivX files: a P and a B frame in one packet, then a packet that says "nothing new"."""
     whole = write_video(
@@ -311,6 +315,7 @@ def test_packed_b_frames_and_not_coded_ones(tmp_path):
     assert fallback(skips) == "frames that are not coded"
 
 
+@pytest.mark.slow
 def test_a_file_that_begins_in_the_middle(tmp_path):
     whole = write_video(tmp_path / "whole.ts", FRAMES, options={"x264-params": "keyint=20:scenecut=0:bframes=2"})
     data = open(whole, "rb").read()
@@ -321,6 +326,7 @@ def test_a_file_that_begins_in_the_middle(tmp_path):
     assert decoded.fallback and (decoded.frames == everything[[0, 20]]).all()
 
 
+@pytest.mark.slow
 def test_parameters_that_change_within_the_file(tmp_path):
     parts = [
         raw_packets(write_video(tmp_path / f"{n}.h264", FRAMES[30 * n : 30 * n + 30], options={"x264-params": params}))
@@ -330,6 +336,7 @@ def test_parameters_that_change_within_the_file(tmp_path):
     assert fallback(str(tmp_path / "both.h264")) == "the parameters of the stream change"
 
 
+@pytest.mark.slow
 def test_a_recording_continued_with_other_parameters(tmp_path):
     """FLV has them in a packet of its own, which the demuxer hands over beside the next."""
 
@@ -366,6 +373,7 @@ def test_colours_that_change_within_the_file(tmp_path):
         assert fallback(path) == "the colours of the frames change"
 
 
+@pytest.mark.slow
 def test_an_hevc_sequence_that_ends_within_the_file(tmp_path):
     params = "log-level=none:keyint=12:min-keyint=12:bframes=3:open-gop=1:scenecut=0"
     whole = write_video(tmp_path / "a.hevc", FRAMES, codec="hevc", options={"x265-params": params})
@@ -376,6 +384,7 @@ def test_an_hevc_sequence_that_ends_within_the_file(tmp_path):
     assert fallback(str(tmp_path / "ended.hevc")) == "a sequence ends within the file"
 
 
+@pytest.mark.slow
 def test_mpeg4_b_frames_that_were_not_announced(tmp_path):
     """Old encoders set low_delay in spite of them: FFmpeg then shows a reference before the B frames that follow."""
     whole = write_video(tmp_path / "a.m4v", FRAMES, codec="mpeg4", options={"bf": "2", "g": "100"})
@@ -413,6 +422,7 @@ def test_a_codec_without_a_parser(tmp_path):
     assert fallback(path) == "no parser for mpeg2video"
 
 
+@pytest.mark.slow
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -453,6 +463,7 @@ def selected(file, positions, in_one_go):
             return None, str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_one_go", [False, True])
 def test_long_videos_are_not_held_in_memory_and_give_the_same_packets(numbered_videos, monkeypatch, in_one_go):
     """With a limit of nothing: what is held is what is needed, or, in one go, it may be said that it is not enough."""

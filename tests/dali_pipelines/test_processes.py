@@ -84,6 +84,7 @@ def wait_until(condition, seconds: float) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.3, None])
 def test_a_kill_leaves_nothing(video, tmp_path, delay):
     """Seconds after its first worker's start; None: once it has a first batch."""
@@ -112,6 +113,7 @@ def test_a_kill_leaves_nothing(video, tmp_path, delay):
     assert not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.slow
 def test_idle_processes_of_a_pool_end_with_their_process(tmp_path):
     marker = f"{tmp_path}"
     process = start(tmp_path, POOL, marker=marker)
@@ -144,6 +146,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_child", [False, True])
 def test_a_worker_that_hangs_ends_with_its_process(tmp_path, by_child):
     marker = f"{tmp_path}"
@@ -243,6 +246,7 @@ def resources() -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_a_fork_that_drops_its_copy_of_a_loader_ends_and_the_loader_lives(video):
     made = ClipLoader(
         Manifest([video] * 6), mode="train", batch_size=2, num_frames=2, crop_size=16, stride=None, workers=1
@@ -262,6 +266,7 @@ def test_a_fork_that_drops_its_copy_of_a_loader_ends_and_the_loader_lives(video)
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, decode", [("train", "host"), ("train", "nvdec"), ("validate", "host")])
 def test_loaders_that_are_dropped_leave_nothing(video, mode, decode):
     def drop(workers: int, *, is_read: bool) -> None:
@@ -286,6 +291,7 @@ def test_loaders_that_are_dropped_leave_nothing(video, mode, decode):
         assert wait_until(lambda: resources() == before, 10), (resources(), before)
 
 
+@pytest.mark.slow
 def test_ends_with_the_parent_only(tmp_path):
     """It does nothing in a process that was not started as a worker."""
     group = os.getpgid(0)

@@ -66,6 +66,7 @@ def by_pandas(path: Path, rows: list[list[str]]) -> None:
     assert pandas.read_csv(path, **settings).to_numpy().tolist() == rows
 
 
+@pytest.mark.slow
 @every_name
 @given(names=st.lists(NAMES, min_size=1, max_size=4), root=NAMES)
 @example(names=list(FORMULAS), root="a\nb")
@@ -85,6 +86,7 @@ def test_manifests_are_read_back(tmp_path, names, root):
         assert [row[0] for row in rows_of(tmp_path / "body.csv")[1:]] == names
 
 
+@pytest.mark.slow
 @every_name
 @given(names=st.lists(NAMES, min_size=2, max_size=4, unique=True))
 @example(names=list(FORMULAS))
@@ -110,6 +112,7 @@ def test_results_are_read_back(tmp_path, names):
     assert [row[1] for row in table] == names and table[1][6] == names[2 % count]
 
 
+@pytest.mark.slow
 @every_name
 @given(names=st.lists(NAMES, min_size=1, max_size=3))
 @example(names=list(FORMULAS))

@@ -30,6 +30,8 @@ from tests.commands import PROJECT, run
 from tests.training.sharing import evaluations
 from tests.videos import textured, write_video
 
+pytestmark = pytest.mark.slow
+
 IN_PROCESS = ("device=cpu", "data.workers=0")
 
 

@@ -140,6 +140,7 @@ def read(path):
     return Page(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_evaluation(evaluation):
     page = read(write_report(evaluation))
     value = {attributes["id"]: float(attributes["value"]) for attributes, _ in page.all("data")}
@@ -183,6 +184,7 @@ def pictures_of(page):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0, 2, 24])
 def test_the_most_confident_mistakes_are_shown(evaluation, most):
     page = read(write_report(evaluation, most_cards=most))
@@ -193,6 +195,7 @@ def test_the_most_confident_mistakes_are_shown(evaluation, most):
         assert (card["data-label"], len(each)) == (str(row % 3), 4)
 
 
+@pytest.mark.slow
 def test_frames_are_those_that_the_network_saw(tmp_path):
     """Including rotated videos, and a long one whose frames are far apart."""
     videos = []
@@ -213,6 +216,7 @@ def test_frames_are_those_that_the_network_saw(tmp_path):
         assert distance.diagonal().max() < 10, "another part of the picture"
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched(evaluation):
     path = write_report(evaluation)
     text = path.read_text(encoding="utf-8")
@@ -421,6 +425,7 @@ def test_nasty_names_in_the_browser(nasty, tmp_path):
     assert not dom.all("img") and len(visible(dom)) == 5
 
 
+@pytest.mark.slow
 def test_400_classes_and_20000_videos(tmp_path):
     """As large as Kinetics-400's validation; -s prints size and time."""
     random = np.random.default_rng(0)

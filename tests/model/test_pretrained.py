@@ -173,6 +173,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_small_files_that_ask_for_much_memory(tmp_path, name):
     (tmp_path / "w.pdparams").write_bytes(BOMBS[name])
@@ -189,6 +190,7 @@ def test_a_small_file_of_many_names_for_one_array_takes_no_more_memory(tmp_path)
     assert len({tensor.data_ptr() for tensor in tensors.values()}) == 1 and len(tensors) == 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", [{5: "x"}, {(1, 2): "x"}, {None: "x"}, {b"a": "x"}, {"model": {"a": "x"}, "b": "x"}]
 )
@@ -228,6 +230,7 @@ def test_other_forms_of_pdparams(tmp_path, form):
     assert all((model.state_dict()[name] == value).all() for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_damaged_pdparams_are_named_and_change_nothing(tmp_path):
     whole = (DATA / "tiny.pdparams").read_bytes()
     random = np.random.default_rng(0)
@@ -264,6 +267,7 @@ def image_vit(timm, **changes):
     return scatter(timm.create_model("vit_base_patch16_224_miil.in21k", pretrained=False, **sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("num_frames", [1, 4])
 def test_an_image_network_starts_as_itself_on_every_frame(timm, tmp_path, suffix, num_frames):
@@ -324,6 +328,7 @@ def their_logits(theirs, clips):
         return theirs(clips.transpose(1, 2)).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("attention", KINDS)
 def test_logits_of_hugging_face(hugging_face, tmp_path, attention, qkv_bias):
@@ -597,6 +602,7 @@ def hub(monkeypatch, tmp_path):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_weights_by_name_from_the_hub(hub, tmp_path):
     vit = {name: value for name, value in scatter(network()).state_dict().items() if "temporal" not in name}
     del vit["time_embed"]
@@ -610,6 +616,7 @@ def test_weights_by_name_from_the_hub(hub, tmp_path):
     assert (model.blocks[1].attn.qkv.weight == vit["blocks.1.attn.qkv.weight"]).all()
 
 
+@pytest.mark.slow
 def test_names_that_the_hub_does_not_know(hub):
     for name, message in (
         ("timm/nothing", "has none of model.safetensors, pytorch_model.bin"),

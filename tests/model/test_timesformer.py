@@ -212,6 +212,7 @@ def gradients(model, run, clips):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["divided_space_time", "joint_space_time", "space_only"])
 def test_activation_checkpointing_keeps_gradients_and_memory(kernels, attention):
     model, clips = network(attention=attention, drop_path=0.5, depth=3).train(), torch.rand(2, 3, 3, 32, 32)
@@ -269,6 +270,7 @@ def test_a_gpu_computes_what_the_cpu_does(attention):
         torch.testing.assert_close(model(clips).float().cpu(), logits, rtol=0.1, atol=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attention, checkpointing",
     [("divided_space_time", False), ("divided_space_time", True), ("joint_space_time", True), ("space_only", False)],
@@ -291,6 +293,7 @@ def test_is_one_graph(kernels, attention, checkpointing):
             compiled(clips)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_network_compiled_for_a_gpu_computes_the_same(monkeypatch):
     """Within the noise of bf16."""

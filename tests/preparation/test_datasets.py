@@ -182,6 +182,7 @@ def kinetics(video, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_kinetics_as_a_user_runs_it(kinetics):
     command = ["prepare.py", "kinetics400", "--annotations", "k400_train.csv", "k400_val.csv", "--videos", "videos"]
     done = run(*command, cwd=kinetics)
@@ -206,6 +207,7 @@ def test_kinetics_as_a_user_runs_it(kinetics):
     assert done.returncode == 2 and "train.csv: exists and is not a manifest" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_writes_the_same(kinetics):
     command = [sys.executable, ROOT / "prepare.py", "kinetics400", "--annotations", "k400_train.csv", "--videos"]
     command += ["videos", "--verify", "decode"]
@@ -226,6 +228,7 @@ def test_killed_and_started_again_it_writes_the_same(kinetics):
         assert texts[0].replace("unbroken", "broken") == texts[1]
 
 
+@pytest.mark.slow
 def test_parts_of_a_slurm_array_merge(kinetics):
     command = ["prepare.py", "kinetics400", "--annotations", "k400_train.csv", "--videos", "videos", "--out", "parts"]
     for part in (1, 0):
@@ -242,6 +245,7 @@ def test_parts_of_a_slurm_array_merge(kinetics):
     assert not list((kinetics / "parts").glob("*journal*"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_said(video, tmp_path):
     put(video, tmp_path / "videos" / "holiday.mp4")
     (tmp_path / "train.csv").write_text(HEADER + "archery,-3B32lodo2M,59,69,train,0\n")
@@ -253,6 +257,7 @@ def test_a_folder_of_something_else_is_said(video, tmp_path):
     assert done.returncode == 2 and "nowhere: no such folder of videos" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["{parent}/{name}", "{name}", "UCF-101/{parent}/{name}"])
 def test_ucf101_as_a_user_runs_it(video, tmp_path, layout):
     classes = read_labels_of_ucf101()

@@ -42,6 +42,7 @@ def _decode(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+@pytest.mark.slow
 def test_every_file_is_listed_and_holds_what_was_drawn(rendered):
     out, listed = rendered
     paths = [path for split in ("train", "val") for path, _ in listed[split]]
@@ -75,6 +76,7 @@ def test_every_codec_is_there_and_most_are_h264(rendered):
     assert suffixes[".mp4"] > TRAIN_VIDEOS / 2
 
 
+@pytest.mark.slow
 def test_sizes_lengths_and_rates_vary_within_their_ranges():
     scenes = [_scene(split="train", index=index) for index in range(2000)]
     frames = [len(scene.path) for scene in scenes]
@@ -93,6 +95,7 @@ def test_sizes_lengths_and_rates_vary_within_their_ranges():
     assert len({scene.rate for scene in scenes}) == 9
 
 
+@pytest.mark.slow
 def test_h264_has_b_frames_and_one_keyframe(rendered):
     out, listed = rendered
     paths = [path for path, _ in listed["train"] if path.endswith(".mp4")]
@@ -103,6 +106,7 @@ def test_h264_has_b_frames_and_one_keyframe(rendered):
         assert sum(frame.key_frame for frame in frames) == (1 if len(frames) <= 250 else 2)
 
 
+@pytest.mark.slow
 def test_files_show_the_drawn_frames(rendered):
     """Every codec: the encoder got the right colours, and no frame is lost, doubled or moved."""
     out, listed = rendered
@@ -113,6 +117,7 @@ def test_files_show_the_drawn_frames(rendered):
         assert difference.max() < 10, path
 
 
+@pytest.mark.slow
 def test_bytes_depend_on_the_seed_and_on_nothing_else(rendered, tmp_path):
     out, _ = rendered
     expected = _bytes(out)

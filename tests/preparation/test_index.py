@@ -126,6 +126,7 @@ def test_folders_of_splits_are_not_classes(tmp_path):
         read_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folder, tmp_path):
     """As a user runs it: from the manifest, and from a file of names."""
     for name in ("jump/c.avi", "run fast/a.mp4", "swim/e.mp4"):
@@ -173,6 +174,7 @@ def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_files_of_cameras_and_other_programs_are_found_and_read(tmp_path):
     """Real ones: container and codec are what the suffix says."""
     made = [("a.MTS", "ts", "h264"), ("b.m2ts", "ts", "h264"), ("c.3g2", "3g2", "h264"), ("d.asf", "asf", "mpeg4")]
@@ -188,6 +190,7 @@ def test_files_of_cameras_and_other_programs_are_found_and_read(tmp_path):
     assert found == [(f"x/{name}", codec) for name, _, codec in made]
 
 
+@pytest.mark.slow
 def test_linked_videos_are_indexed(folder, tmp_path):
     """As a user runs it: a link in a class, and a class that is a link."""
     (tmp_path / "root" / "x").mkdir(parents=True)
@@ -200,6 +203,7 @@ def test_linked_videos_are_indexed(folder, tmp_path):
     assert manifest.labels.tolist() == [0, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_good_are_kept_in_order_and_the_bad_are_named(folder, tmp_path, workers):
     listed, classes, _ = read_folder(folder)
@@ -239,6 +243,7 @@ def test_the_split_is_by_class_and_always_the_same():
     assert split_train_val(listed, 0) == (listed, [])
 
 
+@pytest.mark.slow
 def test_index_and_folder_as_a_user_runs_them(folder, tmp_path):
     (tmp_path / "list.txt").write_text("swim/e.mp4 0\njump/broken.mp4 1\njump/c.avi 1\n")
     (tmp_path / "names.txt").write_text("swimming\njumping\n")

@@ -30,6 +30,8 @@ from preparation.pack import pack
 from tests.commands import CONFIG, PROJECT, run
 from tests.videos import textured, write_video
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("ash", "birch", "cedar", "ä")
 
 

@@ -84,6 +84,7 @@ def folder(tmp_path) -> Path:
     end_children()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_codec_frames_one_to_one_in_closed_groups_that_selection_understands(tmp_path, codec):
     video = probe(write_video(tmp_path / "v.mp4", numbered(53, height=64, width=96), codec="h264"))
@@ -226,6 +227,7 @@ def test_ranges_are_converted_without_bias(to_full):
     assert np.abs([(made - expected)[luma].mean(), (made - expected)[~luma].mean()]).max() < 0.05
 
 
+@pytest.mark.slow
 def test_labels_order_and_classes_are_kept(folder):
     done = command(folder)
     assert done.returncode == 0, done.stderr
@@ -241,6 +243,7 @@ def test_labels_order_and_classes_are_kept(folder):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["a", "all.csv", "all.packets", "b", "c.mp4"]
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_and_other_settings_do(folder):
     assert command(folder).returncode == 0
     before = files(folder / "out")
@@ -257,6 +260,7 @@ def test_a_second_run_does_nothing_and_other_settings_do(folder):
     assert all(Manifest.read(folder / "out" / "all.csv")[row].gop == 4 for row in range(5))
 
 
+@pytest.mark.slow
 def test_a_source_that_has_changed_is_encoded_again(folder):
     assert command(folder).returncode == 0
     before = files(folder / "out")
@@ -268,6 +272,7 @@ def test_a_source_that_has_changed_is_encoded_again(folder):
     assert numbers(folder / "out" / "c.mp4") == list(range(9))
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_where_it_was(folder):
     """A real kill -9, as soon as another copy is there, until a run comes to its end."""
     for number in range(6):
@@ -300,6 +305,7 @@ def test_killed_anywhere_it_goes_on_where_it_was(folder):
     assert not list((folder / "out").glob("*.journal*"))
 
 
+@pytest.mark.slow
 def test_a_journal_that_is_out_of_date_is_not_believed(folder):
     """Killed, then run with other settings, then with the first ones again."""
     manifest, journal = Manifest.read(folder / "all.csv"), folder / "j"
@@ -311,6 +317,7 @@ def test_a_journal_that_is_out_of_date_is_not_believed(folder):
         assert not rejected and all(copies[row].gop == probe(copies.file(row)).gop == gop for row in range(5))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
     manifest = Manifest.read(folder / "all.csv")
     job = Job(manifest, folder / "out", Settings(short_side=32), journal=folder / "j", pool=WorkerPool(workers=1))
@@ -336,6 +343,7 @@ def test_a_full_disk_is_said_before_and_while(folder, monkeypatch):
     assert len(made) == 5 and not rejected
 
 
+@pytest.mark.slow
 def test_bad_videos_are_left_out_and_the_rest_goes_on(folder):
     (folder / "a" / "1.mp4").write_text("no video " * 50)
     write_video(folder / "b" / "1.webm", numbered(7, height=48, width=64), codec="vp9")
@@ -380,6 +388,7 @@ def test_names():
     assert list(shards.values()) == ["s/0/a.mp4.mp4", "s/1/a.mp4.mp4"]
 
 
+@pytest.mark.slow
 def test_a_video_listed_twice_and_by_other_spellings_is_one_copy(folder):
     videos = [Manifest.read(folder / "all.csv")[0]._replace(label=label) for label in (0, 1)]
     videos.append(videos[0]._replace(path="a/../c.mp4", label=2))
@@ -391,6 +400,7 @@ def test_a_video_listed_twice_and_by_other_spellings_is_one_copy(folder):
     assert len(files(folder / "out")) == 1 and len(copies) == 4
 
 
+@pytest.mark.slow
 def test_originals_and_other_files_are_never_overwritten(folder):
     before = files(folder)
     for out in (".", "../" + folder.name):
@@ -420,6 +430,7 @@ def test_originals_and_other_files_are_never_overwritten(folder):
     assert {name: now[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(folder):
     for part in (1, 0):
         done = command(folder, "--shard", f"{part}/2")
@@ -430,6 +441,7 @@ def test_parts_make_the_whole(folder):
     assert files(folder / "out") == before and len(Manifest.read(folder / "out" / "all.csv")) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--crf", "52"], "--crf is 52; expected 0 to 51 for h264"), (["--short-side", "1"], "--short-side is 1")],

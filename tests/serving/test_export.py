@@ -83,6 +83,7 @@ def in_onnxruntime(path, clips):
     return output.name, torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attention, qkv_bias", [("divided_space_time", True), ("joint_space_time", False), ("space_only", True)]
 )
@@ -97,6 +98,7 @@ def test_onnx_gives_the_logits_of_the_network(attention, qkv_bias, clips, tmp_pa
         torch.testing.assert_close(logits, weights.build()(given), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_three_views_are_averaged_inside(weights, clips, tmp_path):
     export_onnx(tmp_path / "w.onnx", weights, clips, views=3)
     for batch in (1, 2, 5):
@@ -109,6 +111,7 @@ def test_three_views_are_averaged_inside(weights, clips, tmp_path):
         open_exported(tmp_path / "w.onnx")(torch.zeros(1, 2, 3, 4, 32, 32))
 
 
+@pytest.mark.slow
 def test_metadata_of_an_onnx_file(weights, onnx_file):
     model = onnx.load(onnx_file)
     onnx.checker.check_model(model, full_check=True)
@@ -123,6 +126,7 @@ def test_metadata_of_an_onnx_file(weights, onnx_file):
     assert str(PROJECT).encode() not in onnx_file.read_bytes()  # nor of the machine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
 def test_an_opened_export_gives_the_probabilities_of_evaluation(kind, weights, onnx_file, torch_file):
     exported = open_exported({"onnx": onnx_file, "torch": torch_file}[kind])
@@ -136,6 +140,7 @@ def test_an_opened_export_gives_the_probabilities_of_evaluation(kind, weights, o
         exported(torch.zeros(1, 3, 4, 32, 32))
 
 
+@pytest.mark.slow
 def test_torch_with_views_and_in_float16(weights, clips, tmp_path):
     export_torch(tmp_path / "w.pt2", weights, clips, views=3, precision="float16")
     exported = open_exported(tmp_path / "w.pt2")
@@ -161,6 +166,7 @@ def test_a_torch_file_holds_no_pickle(torch_file):
     assert str(PROJECT).encode() not in torch_file.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, limit", [("float16", 2e-2), ("int8", 0.5)])
 def test_smaller_files(precision, limit, weights, clips, onnx_file, tmp_path):
     # One class ahead of the others: int8 moves these logits by a tenth, which turns the top-1 of some clip otherwise.
@@ -220,6 +226,7 @@ def in_process(monkeypatch, *arguments):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, suffix", [("onnx", ".onnx"), ("torch", ".pt2")])
 def test_a_mismatch_fails_and_deletes_nothing(kind, suffix, weights_file, monkeypatch, capsys):
     module, opener = {"onnx": (onnx_format, open_onnx), "torch": (torch_format, open_torch)}[kind]
@@ -409,6 +416,7 @@ def test_compressed_metadata_of_a_torch_file_is_not_unpacked(tmp_path, monkeypat
         open_exported(path)
 
 
+@pytest.mark.slow
 def test_an_operator_of_a_torch_file_that_fails_is_named(torch_file, tmp_path):
     path = _rewritten(
         torch_file, tmp_path / "odd.pt2", text=(b"torch.ops.aten.gelu.default", b"torch.ops.aten.det.default")
@@ -423,6 +431,7 @@ def test_names_of_hugging_face_round_trip():
     assert to_hugging_face("blocks.3.temporal_norm1.bias") == "timesformer.encoder.layer.3.temporal_layernorm.bias"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchvision_loads")
 @pytest.mark.parametrize("attention, qkv_bias", [("divided_space_time", False), ("joint_space_time", True)])
 def test_hugging_face_gives_the_same_logits(attention, qkv_bias, clips, tmp_path):
@@ -455,6 +464,7 @@ def test_hugging_face_gives_the_same_logits(attention, qkv_bias, clips, tmp_path
         export_hugging_face(folder, weights, clips)
 
 
+@pytest.mark.slow
 def test_the_model_card_has_the_numbers_of_the_evaluation(weights, small_data, tmp_path):
     """From weights to card through the commands; a card never has the numbers of other weights or clips."""
     for name, factor in (("best", 1), ("other", 2)):
@@ -541,6 +551,7 @@ def test_a_repository_for_triton(views, weights, onnx_file, tmp_path):
     assert session.get_inputs()[0].shape[0] == "batch"
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(weights, small_data, tmp_path):
     """With weights alone, and the run's config.yaml beside them."""
     folder = tmp_path / "run"
@@ -561,6 +572,7 @@ def test_as_a_user_runs_it(weights, small_data, tmp_path):
     assert again.returncode == 0 and "compared on 1 video: largest difference of a probability" in again.stdout
 
 
+@pytest.mark.slow
 def test_wrong_arguments(weights_file, monkeypatch, tmp_path):
     (tmp_path / "folder.onnx").mkdir()
     for arguments, message in [
@@ -607,6 +619,7 @@ def test_missing_packages_are_named(weights_file, weights, clips, onnx_file, tmp
     assert "NOT VERIFIED: transformers cannot be imported" in export_hugging_face(tmp_path / "hf", weights, clips)
 
 
+@pytest.mark.slow
 def test_more_frames_than_the_weights_have(weights_file, clips, tmp_path):
     weights, config, _ = open_weights(str(weights_file), None, ["data.num_frames=8"])
     clips = clips_to_compare(weights, config, [], None, beside=weights_file)
@@ -616,6 +629,7 @@ def test_more_frames_than_the_weights_have(weights_file, clips, tmp_path):
     assert exported.input_shape == (3, 8, 32, 32) and exported.preprocessing["num_frames"] == 8
 
 
+@pytest.mark.slow
 def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, monkeypatch):
     from common.config import load_config
     from common.distributed import start_process

@@ -32,6 +32,8 @@ from serving.verification import Clips, synthetic_views
 from tests.commands import PROJECT, run
 from tests.videos import textured, write_video
 
+pytestmark = pytest.mark.slow
+
 IN_PROCESS = ("-o", "device=cpu", "data.workers=0")  # quicker for a few videos
 CLASSES = ("ash", "birch", "cedar, Lebanese")
 

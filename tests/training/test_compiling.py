@@ -88,6 +88,7 @@ def test_settings_are_refused_before_anything_is_written(config_file, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_without_a_compiler(monkeypatch, config_file, tmp_path):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what others compiled works without one
@@ -99,6 +100,7 @@ def test_without_a_compiler(monkeypatch, config_file, tmp_path):
     assert message in done.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_matches_the_eager_one_and_resumes_exactly(config_file, tmp_path, capsys):
     """Two micro-steps, drop path, epochs with validation; broken off and resumed, by a new compiler."""
@@ -114,6 +116,7 @@ def test_a_compiled_run_matches_the_eager_one_and_resumes_exactly(config_file, t
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_run_that_started_in_another_mode_says_so(config_file, capsys):
     train(config_file, "train.max_steps=2")
@@ -122,6 +125,7 @@ def test_a_run_that_started_in_another_mode_says_so(config_file, capsys):
     assert "network compiled; it started as eager, so rounding and the draws of drop" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_with_the_order_of_sums_of_a_gpu(config_file, tmp_path, monkeypatch):
     """A compiled backward pass refuses another setting of deterministic algorithms than its forward pass had."""
@@ -140,6 +144,7 @@ def test_a_compiled_run_with_the_order_of_sums_of_a_gpu(config_file, tmp_path, m
     assert counters["stats"]["unique_graphs"] - 1 == 4
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_run_of_two_processes(config_file, tmp_path, checkpointing):
@@ -157,6 +162,7 @@ def test_a_compiled_run_of_two_processes(config_file, tmp_path, checkpointing):
     assert_equal_weights(tmp_path / "eager", tmp_path / "compiled", within=1e-4)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_student_and_its_teacher(config_file, tmp_path):
     train(config_file, "train.max_steps=1", f"output={tmp_path}/teacher")

@@ -25,6 +25,8 @@ from training.engine import Trainer
 from training.monitor import Monitor
 from training.run_state import RunState
 
+pytestmark = pytest.mark.slow
+
 # Everything that draws at random or remembers: mixing, drop path, moments, averages; and workers.
 SETTINGS = ["optim.name=adamw", "optim.lr=0.002", "optim.warmup_start_lr=0.001", "mix.cutmix_prob=0.5"]
 SETTINGS += ["mix.mixup_alpha=0.2", "train.swa_epochs=3", "train.epochs=8", "train.checkpoint_every_steps=1"]

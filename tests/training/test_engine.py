@@ -18,6 +18,8 @@ from tests.commands import run
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.engine import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 def train(config_file, *overrides, resume=False):
     config = load_config(str(config_file), overrides)

@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from dali_pipelines.manifest import Manifest
 from tests.commands import CONFIG, PROJECT, run
 
+pytestmark = pytest.mark.slow
+
 COUNTS = (1, 2, 4)
 STEPS = 3
 SETTINGS = {"model.drop_path": 0, "optim.global_batch_size": 16, "train.max_steps": STEPS}

@@ -32,6 +32,7 @@ def events(folder):
     return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
+@pytest.mark.slow
 def test_tensorboard_and_the_lines_hold_the_same(config_file, tmp_path):
     train(config_file, "train.epochs=2", "train.log_every_steps=2", "train.swa_epochs=1")
     output = tmp_path / "output"
@@ -50,6 +51,7 @@ def test_tensorboard_and_the_lines_hold_the_same(config_file, tmp_path):
     assert first["data/packets_read"] >= first["data/packets_kept"] > 0 and 0.1 < first["host/memory_gib"] < 24
 
 
+@pytest.mark.slow
 def test_the_image_shows_mixed_clips_once_per_epoch(config_file, tmp_path):
     """Mixup with a share of about a half: the clips of a run with it are other ones, of as many pixels."""
     train(config_file, "train.epochs=2", f"output={tmp_path}/plain")
@@ -60,6 +62,7 @@ def test_the_image_shows_mixed_clips_once_per_epoch(config_file, tmp_path):
     assert mixed[0].encoded_image_string != plain[0].encoded_image_string
 
 
+@pytest.mark.slow
 def test_config_and_hyperparameters_are_shown(config_file, tmp_path):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -75,6 +78,7 @@ def test_config_and_hyperparameters_are_shown(config_file, tmp_path):
     assert "_hparams_/session_end_info" in found.summary_metadata
 
 
+@pytest.mark.slow
 def test_after_a_kill_no_step_appears_twice(config_file, tmp_path):
     """Killed after step 5, whose log went further than the newest checkpoint."""
     train(config_file, "train.epochs=2")
@@ -90,6 +94,7 @@ def test_after_a_kill_no_step_appears_twice(config_file, tmp_path):
     assert [picture.step for picture in found.Images("train/clips")] == [1, 4]
 
 
+@pytest.mark.slow
 def test_a_writer_that_had_to_be_opened_again_takes_nothing_away(config_file, tmp_path, monkeypatch):
     """TensorBoard's file on a disk that is full at step 4; what was written before stays, what follows too."""
     plain = Monitor.log_interval
@@ -119,6 +124,7 @@ def test_values_that_are_not_finite_are_null_in_the_lines(tmp_path, config_file)
     assert (values["a"], values["b"], values["c"]) == (None, None, 2.5)
 
 
+@pytest.mark.slow
 def test_lines_without_a_terminal(config_file, capsys):
     train(config_file, "train.epochs=1", "train.log_every_steps=3")
     said = capsys.readouterr()
@@ -126,6 +132,7 @@ def test_lines_without_a_terminal(config_file, capsys):
     assert re.search(line, said.out) and said.err == ""
 
 
+@pytest.mark.slow
 def test_the_start_says_what_runs_where(config_file, capsys):
     train(config_file, "train.epochs=1", "data.batch_size=2", "optim.name=lamb", "train.precision=bf16")
     said = capsys.readouterr().out.splitlines()
@@ -144,6 +151,7 @@ def test_the_start_says_what_runs_where(config_file, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_the_progress_bar_on_a_terminal(config_file, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
@@ -204,6 +212,7 @@ def profiled(config_file, *overrides):
         Trainer(config, process, resume=False, profile=True).train()
 
 
+@pytest.mark.slow
 def test_the_profile_labels_the_parts_of_a_step(config_file, tmp_path, capsys):
     profiled(config_file)
     said = capsys.readouterr().out

@@ -15,6 +15,8 @@ from training.checkpoints import load_newest_checkpoint
 from training.engine import Trainer
 from training.run_state import RunState
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def spoil(monkeypatch):

@@ -108,6 +108,7 @@ def test_apex_computes_what_torch_does(monkeypatch, name, momentum):
     assert (weights["head.weight"] - untouched["head.weight"]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_lamb_is_that_of_timm(torchvision_loads):
     from timm.optim import Lamb
 

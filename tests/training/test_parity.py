@@ -11,6 +11,8 @@ from dali_pipelines.batches import Batch
 from tests.conftest import DATA
 from training.engine import Trainer
 
+pytestmark = pytest.mark.slow
+
 RECIPE = [
     "data.crop_size=64", "data.num_frames=4",
     "model.embed_dim=48", "model.depth=3", "model.num_heads=3", "model.drop_path=0",

@@ -14,6 +14,8 @@ from model import TimeSformer
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training.engine import Trainer
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("ash", "birch", "cedar")
 MIX = ["mix.cutmix_prob=0.5", "mix.mixup_alpha=0.2"]
 
