@@ -303,6 +303,7 @@ def test_ends_with_the_parent_only(tmp_path):
 
 def test_ctrl_c_waits_until_the_workers_have_their_input():
     """Also if the signal comes to a thread that was there before: Python handles it in the main thread all the same."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     go, reached = threading.Event(), threading.Event()
     other = threading.Thread(target=lambda: (go.wait(), signal.raise_signal(signal.SIGINT)))
     other.start()
@@ -317,3 +318,4 @@ def test_ctrl_c_waits_until_the_workers_have_their_input():
     with pytest.raises(KeyboardInterrupt):
         start_workers()
     assert reached.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
