@@ -223,8 +223,9 @@ class Plain:
         self.errors = 0
         try:
             with av.open(path, metadata_errors="replace") as container:
-                stream = video_stream(container)
-                if stream is None:
+                try:
+                    stream = video_stream(container)
+                except InputError:
                     return
                 stream.codec_context.thread_count = 1
                 if stream.codec_context.codec.canonical_name in ("mjpeg", "png"):  # they make up what is missing
