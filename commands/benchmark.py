@@ -15,6 +15,7 @@ import argparse
 import os
 from pathlib import Path
 
+from common.command_line import add_override_argument
 from dali_pipelines.errors import InputError
 
 
@@ -66,15 +67,7 @@ def main() -> None:
     model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON")
     train = commands.add_parser("train", help="clips per second of a run's loader, its network, and both together")
     train.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
-    train.add_argument(
-        "-o",
-        "--override",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override values of the file",
-    )
+    add_override_argument(train)
     train.add_argument("--steps", type=int, default=30, help="optimizer steps per run (default 30)")
     train.add_argument("--rounds", type=int, default=5, help="runs of each contestant (default 5)")
     train.add_argument(

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from common.command_line import add_override_argument
+
 
 def main() -> int:
     """Runs evaluate.py; returns its exit status."""
@@ -29,9 +31,7 @@ def main() -> int:
     mode.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results folders, or their results.json")
     mode.add_argument("--report", type=Path, metavar="DIR", help="only rewrite report.html in a results folder")
     parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
-    parser.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
-    )
+    add_override_argument(parser)
     parser.add_argument(
         "--allow-missing", action="store_true", help="exit with 0 even if videos cannot be read, unless none can"
     )

@@ -14,6 +14,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from common.command_line import add_override_argument
 from dali_pipelines.errors import InputError
 from serving.export_formats import FORMATS, ExportRequest
 
@@ -25,9 +26,7 @@ def main() -> int:
         "-w", "--weights", required=True, help="best.safetensors of a run, or with -c third-party weights"
     )
     parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
-    parser.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
-    )
+    add_override_argument(parser)
     parser.add_argument("--format", required=True, choices=tuple(FORMATS))
     parser.add_argument("--out", type=Path, metavar="PATH", help=_outputs())
     precisions = dict.fromkeys(itertools.chain.from_iterable(each.precisions for each in FORMATS.values()))

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.command_line import add_override_argument
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import csv_writer, for_data
 
@@ -33,9 +34,7 @@ def main() -> int:
         "-w", "--weights", required=True, help="best.safetensors of a run or an export, or with -c third-party weights"
     )
     parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
-    parser.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
-    )
+    add_override_argument(parser)
     parser.add_argument(
         "videos",
         nargs="+",

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.command_line import add_override_argument
 from common.labels import read_labels
 from common.locking import FolderLock
 from common.worker_pool import WorkerPool, remove_journals
@@ -156,9 +157,7 @@ def main() -> None:
     budget = verbs.add_parser("budget", help="estimate whether decoding keeps up with training, and what would help")
     budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="manifest of the training videos")
     budget.add_argument("-c", "--config", metavar="FILE", help="YAML file of the run (default: ViT-B, 8 frames)")
-    budget.add_argument(
-        "-o", "--override", nargs="+", default=[], metavar="KEY=VALUE", help="override values of the config"
-    )
+    add_override_argument(budget)
     budget.add_argument("--gpu", metavar="NAME", help="training GPU: a100, h100, h200, ... (default: measure here)")
     budget.add_argument("--gpus", type=_count, default=1, metavar="N", help="number of GPUs (default 1)")
     budget.add_argument(

@@ -9,6 +9,7 @@ On SIGTERM or SIGUSR1 (Slurm) it saves everything and exits with 75; --resume co
 
 import argparse
 
+from common.command_line import add_override_argument
 from common.preemption import Preemption
 
 
@@ -16,15 +17,7 @@ def main() -> None:
     """Runs train.py."""
     parser = argparse.ArgumentParser(description="Train a TimeSformer.")
     parser.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
-    parser.add_argument(
-        "-o",
-        "--override",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override values of the file",
-    )
+    add_override_argument(parser)
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in the output folder"
     )

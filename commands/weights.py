@@ -7,6 +7,7 @@ python weights.py convert ppTimeSformer_k400_8f.pdparams -c configs/pptimesforme
 import argparse
 from pathlib import Path
 
+from common.command_line import add_override_argument
 from dali_pipelines.errors import InputError
 
 
@@ -19,9 +20,7 @@ def main() -> None:
     convert = commands.add_parser("convert", help="save third-party weights and their config in one file")
     convert.add_argument("weights", metavar="FILE", help="weights as for train.pretrained, including the head")
     convert.add_argument("-c", "--config", required=True, help="YAML file; needs data.labels")
-    convert.add_argument(
-        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
-    )
+    add_override_argument(convert)
     for command in (average, convert):
         command.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new .safetensors file")
     arguments = parser.parse_args()

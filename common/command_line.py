@@ -1,5 +1,6 @@
 """How every command starts, ends and reports errors."""
 
+import argparse
 import io
 import os
 import sys
@@ -8,6 +9,13 @@ from collections.abc import Callable
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import ForPeople
+
+
+def add_override_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `-o KEY=VALUE ...`, which may be repeated, as `override`."""
+    parser.add_argument(
+        "-o", "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config values"
+    )
 
 
 def run_command(main: Callable[[], int | None]) -> None:
