@@ -2,13 +2,18 @@
 
 Precedence: `-o` > file > the file's `base` > defaults. An unknown key is an error. Every value is set in one place: the
 network's num_frames, image_size and num_classes follow from `data`.
+
+A relative path in a file starts at the folder of that file, like `base`, wherever a command is run. A path after `-o`
+starts at the current folder, and so does the default of `output`.
 """
 
 import contextlib
+import copy
 import dataclasses
-import difflib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -17,8 +22,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.config_hints import hint_for, is_paddle_config, paddle_settings
 from common.config_rules import check_value
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import is_url
 from dali_pipelines.host_decoder import MAX_PIXELS
 from model.attention_types import ATTENTION_TYPES
 
@@ -28,13 +35,21 @@ class ModelConfig:
     """Arguments of `model.TimeSformer`."""
 
     patch_size: int = 16
+    """Side of a square patch in pixels."""
     embed_dim: int = 768
+    """Width of the network: values per patch."""
     depth: int = 12
+    """Number of blocks."""
     num_heads: int = 12
+    """Attention heads; they divide the width."""
     qkv_bias: bool = False
+    """Biases of the queries, keys and values. PP-TimeSformer has none, the original TimeSformer has them."""
     attention: str = "divided_space_time"
+    """divided_space_time, joint_space_time or space_only."""
     drop_path: float = 0.1
+    """Stochastic depth: probability, 0 to 1, that training leaves out the last block; it rises from 0 at the first."""
     embed_init_std: float = 0.02
+    """Standard deviation of the embeddings' initial values."""
 
 
 @dataclass
@@ -44,11 +59,13 @@ class DataConfig:
     train: str | None = None
     """Manifest made by prepare.py."""
     val: str | None = None
+    """Manifest of the videos for validation during training."""
     test: str | None = None
     """Manifest for evaluate.py; default: `val`."""
     labels: str | None = None
     """File with one class name per line; default: the names in the training manifest."""
     num_frames: int = 8
+    """Frames in a clip."""
     crop_size: int = 224
     """Side of the square crop in pixels."""
     short_side: list[int] | None = None
@@ -57,12 +74,15 @@ class DataConfig:
     stride: float | None = 32
     """A clip spans stride * num_frames / target_fps seconds; null: the whole video."""
     target_fps: float = 30
+    """Frame rate in which `stride` counts, whatever the rate of the video."""
     past_end: str = "fit"
     """What happens to a clip longer than the video: "fit" shrinks it, "hold" repeats the last frame."""
     flip: bool = True
     """Mirror half of the training clips."""
     mean: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Of red, green and blue, 0 to 1: subtracted from the pixels."""
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """Of red, green and blue, 0 to 1: the pixels are divided by it."""
     batch_size: int | None = None
     """Clips per micro-batch of a process; default: its share of the global batch."""
     workers: int | None = None
@@ -99,13 +119,17 @@ class OptimConfig:
     lr: float = 0.0025
     """Learning rate at the end of the warm-up, for the global batch."""
     warmup_start_lr: float = 0.00025
+    """Learning rate of the first step."""
     warmup_epochs: float = 2
+    """Epochs in which the learning rate rises; 0.5 is half of the first one."""
     final_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     decay_epochs: list[float] = field(default_factory=list)
     """If given, the rate falls to a tenth after each of these epochs instead of following a cosine."""
     momentum: float = 0.9
+    """Of sgd."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the two moments of adamw and lamb."""
     weight_decay: float = 7e-5
     """Not applied to the class token, the position and time embeddings and the head's bias."""
     clip_norm: float | None = 40.0
@@ -136,6 +160,7 @@ class DistillConfig:
     """Weights file of train.py with the same classes, crop size, mean and std, and the same number of frames or a
     multiple of it."""
     temperature: float = 3.0
+    """Divides the logits of both networks; more than 1 makes the probabilities softer."""
     weight: float = 0.5
     """Weight of the teacher, 0 to 1; the rest is the weight of the labels."""
 
@@ -145,12 +170,14 @@ class TrainConfig:
     """The run: length, precision, starting weights, checkpoints."""
 
     epochs: int = 20
+    """Length of the run, and of the schedule of the learning rate."""
     max_steps: int | None = None
     """Stop after this number of steps; the schedule still spans `epochs`."""
     precision: str = "auto"
     """float32, bf16, fp16 (with dynamic loss scaling); auto: bf16 on a GPU that supports it, otherwise float32; amp
     (same as --amp): bf16, or fp16 on a GPU without it."""
     label_smoothing: float = 0.1
+    """Share of each label, 0 to 1, that is spread over all classes."""
     pretrained: str | None = None
     """Initial weights: a file, folder or name on the Hugging Face Hub, see `model.load_pretrained`."""
     swa_epochs: int = 0
@@ -164,6 +191,7 @@ class TrainConfig:
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints, in addition to one at the end of every epoch; null: no others."""
     log_every_steps: int = 10
+    """Steps between lines of the log."""
     on_nan: str = "stop"
     """What to do if a loss or gradient is not finite: stop, or rollback (to the last checkpoint; the clips of that step
     are then left out). In fp16 such steps are skipped, as long as the loss scale can still fall."""
@@ -176,7 +204,9 @@ class Config:
     """All settings of a run."""
 
     name: str = "timesformer"
+    """Names the run, and its folder below output/."""
     seed: int = 0
+    """Of all random draws: initial weights, order of the videos, crops, mixing."""
     output: str = "output/${name}"
     """Folder for all files that a run writes."""
     device: str = "auto"
@@ -189,14 +219,31 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+_PATHS = (
+    "output",
+    "data.train",
+    "data.val",
+    "data.test",
+    "data.labels",
+    "data.cache",
+    "train.pretrained",
+    "distill.teacher",
+)
+"""Keys whose values are paths (or URLs)."""
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")  # train.pretrained: a repository on the Hugging Face Hub
+
+
 def load_config(path: str | None, overrides: Sequence[str] = (), *, defaults: dict[str, Any] | None = None) -> Config:
     """The settings in file `path` (None: no file) with `KEY=VALUE` overrides, over `defaults`.
 
+    A name without a folder, such as finetune.yaml, also finds the file that comes with this project (configs/).
     Raises `InputError` that names the key and, for an unknown key, the closest known one.
     """
     layers = [("defaults", OmegaConf.create(defaults or {}))]
     if path is not None:
-        layers.extend(_read_layers(path))
+        layers.extend(_read_layers(_find(path)))
     for override in overrides:
         if "=" not in override:
             raise InputError(f"-o {override}: expected KEY=VALUE, such as -o optim.lr=0.001")
@@ -228,8 +275,34 @@ def read_run_config(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The settings as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The settings as YAML, with absolute paths, so that the file means the same in any folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(absolute_paths(config)))
+
+
+def absolute_paths(config: Config) -> Config:
+    """A copy of the settings with absolute paths."""
+    changed = OmegaConf.to_object(_map_paths(OmegaConf.structured(config), os.path.abspath))
+    assert isinstance(changed, Config)  # the structure of `config`
+    return changed
+
+
+def _map_paths(layer: DictConfig, change: Callable[[str], str]) -> DictConfig:
+    """A copy of settings with `change` applied to each path in them; URLs, and names on the Hugging Face Hub, which
+    look like paths, are kept."""
+    layer = copy.deepcopy(layer)
+    for key in _PATHS:
+        section, _, name = key.rpartition(".")
+        values = layer.get(section) if section else layer
+        if not isinstance(values, DictConfig) or OmegaConf.is_missing(values, name) or name not in values:
+            continue
+        value = _to_dict(values)[name]  # before interpolation
+        if not isinstance(value, str) or not value or is_url(value) or value.startswith("${"):
+            continue
+        changed = change(value)
+        if key == "train.pretrained" and _HUB_NAME.fullmatch(value) and not os.path.exists(changed):
+            continue
+        values[name] = changed
+    return layer
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -255,8 +328,14 @@ def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
         if path in [name for name, _ in layers]:
             raise InputError(f"{path}: its `base` leads back to itself")
         content = _to_dict(_read_yaml(path))
+        if is_paddle_config(content):
+            raise InputError(
+                f"{path}: a config of PaddleVideo. Take one of configs/, such as pptimesformer_k400.yaml; this file's "
+                f"settings here are: -o {paddle_settings(content)} (docs/migrate.md)"
+            )
         base = content.pop("base", None)
-        layers.insert(0, (path, OmegaConf.create(content)))
+        folder = Path(path).parent
+        layers.insert(0, (path, _map_paths(OmegaConf.create(content), functools.partial(_below, folder))))
         if base is None:
             return layers
         if not isinstance(base, str) or not base.endswith((".yaml", ".yml")):
@@ -264,7 +343,18 @@ def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
         path = os.path.normpath(Path(path).parent / base)
 
 
+def _find(path: str) -> str:
+    shipped = _CONFIGS / path
+    return str(shipped) if path == shipped.name and not os.path.lexists(path) and shipped.is_file() else path
+
+
+def _below(folder: Path, path: str) -> str:
+    return os.path.normpath(folder / path)
+
+
 def _read_yaml(path: str) -> DictConfig:
+    if path.endswith(".py"):
+        raise InputError(f"{path}: a config of mmaction2; expected a YAML file. docs/migrate.md has its keys here")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -295,7 +385,7 @@ def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = ""
         return
     for key, value in given.items():
         if key not in known:
-            raise InputError(f"{source}: unknown key {prefix}{key}{_hint(prefix, str(key), list(known))}")
+            raise InputError(f"{source}: unknown key {prefix}{key}{_hint(prefix, str(key), value)}")
         section = known[key]
         if not isinstance(section, dict):
             continue
@@ -305,13 +395,10 @@ def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = ""
         _check_keys(source, value, section, f"{prefix}{key}.")
 
 
-def _hint(prefix: str, key: str, known: list[str]) -> str:
+def _hint(prefix: str, key: str, value: Any) -> str:
     if prefix == "model." and key in ("num_frames", "image_size", "num_classes"):
         return "; it follows from data.num_frames, data.crop_size and the class names"
-    all_keys = list(flat(_to_dict(OmegaConf.structured(Config))))
-    near = difflib.get_close_matches(f"{prefix}{key}", all_keys, n=1, cutoff=0.5)
-    near = near or [name for name in all_keys if name.split(".")[-1] == key]
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+    return hint_for(prefix, key, value, list(flat(_to_dict(OmegaConf.structured(Config)))))
 
 
 def _check_values(config: Config) -> None:

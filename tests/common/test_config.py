@@ -1,11 +1,24 @@
 """Configs: precedence, and errors that name the key."""
 
+import dataclasses
+import os
 import re
 from pathlib import Path
 
 import pytest
 
-from common.config import ModelConfig, clip_settings, load_config, preprocessing, to_yaml
+from commands.train import main as train_command
+from common.config import (
+    Config,
+    ModelConfig,
+    absolute_paths,
+    clip_settings,
+    flat,
+    load_config,
+    preprocessing,
+    to_yaml,
+)
+from common.settings import settings
 from dali_pipelines import ClipLoader, InputError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -30,7 +43,7 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(file):
 def test_the_resolved_config_reads_back(file, tmp_path):
     config = load_config(file, ["seed=3"])
     (tmp_path / "b.yaml").write_text(to_yaml(config))
-    assert load_config(str(tmp_path / "b.yaml")) == config
+    assert load_config(str(tmp_path / "b.yaml")) == absolute_paths(config)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +51,15 @@ def test_the_resolved_config_reads_back(file, tmp_path):
     [
         ("data.num_frame=8", "unknown key data.num_frame; did you mean data.num_frames"),
         ("lr=1", "unknown key lr; did you mean optim.lr"),
-        ("learning=1", "unknown key learning; known: name"),
+        ("learning=1", "unknown key learning; known: name, seed, output, device, model, data"),
+        ("optim.learning_rate=1", "unknown key optim.learning_rate; did you mean optim.lr?"),
+        ("model.backbone.num_frames=3", r"unknown key model.backbone; did you mean data.num_frames\?"),
+        ("optim.foo=1", "unknown key optim.foo; known: optim.name, optim.implementation"),  # no guess
+        ("MODEL.backbone.num_seg=16", "a section of PaddleVideo; here it is data.num_frames=16"),
+        ("PIPELINE.test.sample.num_seg=16", "here it is data.num_frames=16"),
+        ("OPTIMIZER.name=Momentum", "here it is optim.name=sgd"),
+        ("MODEL.head.num_classes=5", r"the number of classes follows from the class names \(data.labels\)"),
+        ("METRIC.name=CenterCropMetric", "a section of PaddleVideo; docs/migrate.md says"),
         ("model.num_classes=3", "it follows from"),
         ("data=3", "data is a section"),
         ("data.num_frames=eight", "data.num_frames: Value 'eight'"),
@@ -124,6 +145,85 @@ def test_a_file_extends_its_base(file, tmp_path):
     (tmp_path / "bad.yaml").write_text("base: gone.yaml\n")
     with pytest.raises(FileNotFoundError, match=r"gone.yaml"):
         load_config(str(tmp_path / "bad.yaml"))
+
+
+def test_a_config_of_another_project_is_translated(tmp_path):
+    (tmp_path / "paddle.yaml").write_text(
+        """
+        MODEL: {backbone: {pretrained: "", num_seg: 16, qkv_bias: False}, head: {num_classes: 400, ls_eps: 0.1}}
+        DATASET: {batch_size: 8, train: {file_path: data/k400/train.list}}
+        PIPELINE:
+            train:
+                sample: {num_seg: 16}
+                transform: [Normalization: {mean: [0, 0, 0]}, JitterScale: {min_size: 256, max_size: 320}]
+            test: {transform: [JitterScale: {min_size: 224, max_size: 224}, UniformCrop: {target_size: 224}]}
+        OPTIMIZER: {name: Momentum, learning_rate: {cosine_base_lr: 0.0025}, weight_decay: {value: 7e-5}}
+        model_name: ppTimeSformer
+        """
+    )
+    with pytest.raises(InputError, match="a config of PaddleVideo. Take one of configs/") as raised:
+        load_config(str(tmp_path / "paddle.yaml"))
+    typed = re.search(r"here are: -o (.*) \(docs/migrate.md\)", str(raised.value))[1].split()
+    config = load_config(None, typed)  # what the message says can be typed
+    assert (config.data.num_frames, config.data.crop_size, config.data.short_side) == (16, 224, [256, 320])
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("sgd", 0.0025, 7e-5)
+    assert (config.model.qkv_bias, config.train.label_smoothing, config.data.train) == (
+        False,
+        0.1,
+        "data/k400/train.list",
+    )
+    with pytest.raises(InputError, match="timesformer.py: a config of mmaction2"):
+        load_config("timesformer.py")
+
+
+def test_a_path_in_a_file_starts_at_that_file(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "there.pdparams").touch()
+    (tmp_path / "base.yaml").write_text(
+        "data: {train: a/train.csv, labels: names.txt, val: /b/val.csv, test: 's3://c/test.csv'}\n"
+        "train: {pretrained: owner/name}\n"
+    )
+    (tmp_path / "inner" / "own.yaml").write_text(
+        "base: ../base.yaml\nname: x\noutput: ../runs/${name}\ndata: {labels: own.txt}\n"
+    )
+    for folder, path in (
+        (tmp_path, "inner/own.yaml"),
+        (tmp_path / "inner", "own.yaml"),
+        ("/", f"{tmp_path}/inner/own.yaml"),
+    ):
+        monkeypatch.chdir(folder)
+        config = absolute_paths(load_config(path, ["data.cache=typed"]))
+        assert config.data.train == f"{tmp_path}/a/train.csv" and config.data.labels == f"{tmp_path}/inner/own.txt"
+        assert (config.data.val, config.data.test) == ("/b/val.csv", "s3://c/test.csv")
+        assert config.output == f"{tmp_path}/runs/x" and config.train.pretrained == "owner/name"  # on the Hub
+        assert config.data.cache == os.path.abspath("typed")
+        (tmp_path / "inner" / "saved.yaml").write_text(to_yaml(config))
+        assert load_config(f"{tmp_path}/inner/saved.yaml") == config
+    monkeypatch.chdir(tmp_path)
+    assert load_config("base.yaml").output == "output/timesformer"  # the default starts at the current folder
+    assert load_config("demo.yaml") == load_config(str(CONFIGS[0].parent / "demo.yaml"))  # comes with the project
+
+
+def test_every_setting_is_explained(file, tmp_path, in_process):
+    assert [each.key for each in settings()] == list(flat(dataclasses.asdict(Config())))
+    assert all(each.meaning for each in settings())
+    status, printed, _ = in_process(train_command, "-c", file, "--print-config", "--amp", "-o", "data.train=a.csv")
+    (tmp_path / "printed.yaml").write_text(printed)
+    expected = load_config(file, ["data.train=a.csv", "train.precision=amp"])
+    assert status == 0 and load_config(str(tmp_path / "printed.yaml")) == absolute_paths(expected)
+    assert "  # Learning rate at the end of the warm-up, for the global batch.\n  lr: 0.001\n" in printed
+    status, printed, _ = in_process(train_command, "--list-settings", "optim.l")
+    assert (status, printed) == (
+        0,
+        "optim.lr: float = 0.0025\n    Learning rate at the end of the warm-up, for the global batch.\n",
+    )
+    status, _, error = in_process(train_command, "--list-settings", "foo")
+    assert status == 2 and "no setting begins with foo; expected one of name, seed" in error
+
+
+def test_what_paddlevideo_calls_testing_is_another_command(in_process):
+    status, _, error = in_process(train_command, "--test", "-c", "demo.yaml", "-w", "a.pdparams")
+    assert status == 2 and "To test: evaluate.py -w a.pdparams -c demo.yaml" in error
 
 
 def test_clip_settings_fit_the_loader(numbered_videos):

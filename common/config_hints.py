@@ -1,0 +1,200 @@
+"""What to type instead of an unknown key: misspelt keys, other names for a setting, and the keys of PaddleVideo."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+_SYNONYMS = {
+    "accumulate_grad_batches": "optim.global_batch_size",
+    "amp": "train.precision",
+    "augment": "augment.randaugment_ops",
+    "base_lr": "optim.lr",
+    "batch": "optim.global_batch_size",
+    "class_names": "data.labels",
+    "clip_len": "data.num_frames",
+    "early_stop": "train.early_stopping",
+    "ema": "train.ema_decay",
+    "embed_dims": "model.embed_dim",
+    "fps": "data.target_fps",
+    "frame_interval": "data.stride",
+    "frames": "data.num_frames",
+    "freeze": "train.freeze_blocks",
+    "freeze_backbone": "train.freeze_blocks",
+    "grad_clip": "optim.clip_norm",
+    "image_size": "data.crop_size",
+    "img_size": "data.crop_size",
+    "learning_rate": "optim.lr",
+    "logger": "train.loggers",
+    "max_epochs": "train.epochs",
+    "mixup": "mix.mixup_alpha",
+    "cutmix": "mix.cutmix_prob",
+    "mlflow": "train.loggers",
+    "num_epochs": "train.epochs",
+    "num_segments": "data.num_frames",
+    "num_workers": "data.workers",
+    "optimizer": "optim.name",
+    "output_dir": "output",
+    "patience": "train.early_stopping",
+    "randaugment": "augment.randaugment_ops",
+    "random_erasing": "augment.erasing_prob",
+    "sampling_rate": "data.stride",
+    "swa": "train.swa_epochs",
+    "teacher": "distill.teacher",
+    "tensorboard": "train.loggers",
+    "val_interval": "train.validate_every",
+    "wandb": "train.loggers",
+    "warmup": "optim.warmup_epochs",
+    "weights": "train.pretrained",
+}
+"""Other names -> key."""
+
+_PADDLE_SECTIONS = (
+    "MODEL",
+    "DATASET",
+    "PIPELINE",
+    "OPTIMIZER",
+    "GRADIENT_ACCUMULATION",
+    "MIX",
+    "METRIC",
+    "INFERENCE",
+)
+
+_PADDLE_KEYS = {
+    "MODEL.backbone.pretrained": "train.pretrained",
+    "MODEL.backbone.img_size": "data.crop_size",
+    "MODEL.backbone.patch_size": "model.patch_size",
+    "MODEL.backbone.embed_dim": "model.embed_dim",
+    "MODEL.backbone.depth": "model.depth",
+    "MODEL.backbone.num_heads": "model.num_heads",
+    "MODEL.backbone.qkv_bias": "model.qkv_bias",
+    "MODEL.backbone.drop_path_rate": "model.drop_path",
+    "MODEL.backbone.num_seg": "data.num_frames",
+    "MODEL.backbone.attention_type": "model.attention",
+    "MODEL.head.ls_eps": "train.label_smoothing",
+    "MODEL.runtime_cfg.test.num_seg": "data.num_frames",
+    "DATASET.batch_size": "data.batch_size",
+    "DATASET.num_workers": "data.workers",
+    "DATASET.train.file_path": "data.train",
+    "DATASET.valid.file_path": "data.val",
+    "DATASET.test.file_path": "data.test",
+    "PIPELINE.*.decode.num_seg": "data.num_frames",
+    "PIPELINE.*.sample.num_seg": "data.num_frames",
+    "PIPELINE.*.transform.Normalization.mean": "data.mean",
+    "PIPELINE.*.transform.Normalization.std": "data.std",
+    "PIPELINE.*.transform.*Crop.target_size": "data.crop_size",
+    "OPTIMIZER.name": "optim.name",
+    "OPTIMIZER.momentum": "optim.momentum",
+    "OPTIMIZER.learning_rate.max_epoch": "train.epochs",
+    "OPTIMIZER.learning_rate.warmup_epochs": "optim.warmup_epochs",
+    "OPTIMIZER.learning_rate.warmup_start_lr": "optim.warmup_start_lr",
+    "OPTIMIZER.learning_rate.cosine_base_lr": "optim.lr",
+    "OPTIMIZER.weight_decay.value": "optim.weight_decay",
+    "OPTIMIZER.grad_clip.value": "optim.clip_norm",
+    "GRADIENT_ACCUMULATION.global_batch_size": "optim.global_batch_size",
+    "MIX.cutmix_prob": "mix.cutmix_prob",
+    "MIX.cutmix_alpha": "mix.cutmix_alpha",
+    "MIX.mixup_alpha": "mix.mixup_alpha",
+    "INFERENCE.num_seg": "data.num_frames",
+    "INFERENCE.target_size": "data.crop_size",
+    "INFERENCE.mean": "data.mean",
+    "INFERENCE.std": "data.std",
+}
+"""Keys of PaddleVideo configs/recognition/pptimesformer/*.yaml, with fnmatch patterns -> our keys."""
+
+_PADDLE_ELSEWHERE = {
+    "MODEL.head.num_classes": "the number of classes follows from the class names (data.labels)",
+    "MODEL.runtime_cfg.test.avg_type": "evaluate.py --average prob|score",
+    "DATASET.test_batch_size": "the batch of a test never changes its result; data.batch_size sets it",
+    "DATASET.*.data_prefix": "prepare.py index --root",
+    "PIPELINE.*.transform.JitterScale.*": "data.short_side=[low,high]",
+}
+"""The same for what is not one key here -> where it is."""
+
+_PADDLE_OPTIMIZERS = {"Momentum": "sgd", "AdamW": "adamw", "Adam": "adamw", "Lamb": "lamb"}
+
+
+def hint_for(section: str, key: str, value: Any, known: Sequence[str]) -> str:
+    """What to set instead of the unknown `key`, for the end of an error message.
+
+    section: the part of the key that is known, such as "optim.", or "". value: a value, or the dict of a section.
+    known: all keys there are, such as "optim.lr".
+    """
+    if not section and key in _PADDLE_SECTIONS:
+        return f", {_paddle_hint({key: value})}"
+    for leaf in [each.rpartition(".")[2] for each, _ in _leaves({key: value})]:
+        if near := _nearest(section, leaf, known):
+            return f"; did you mean {near}?"
+    inside = [each for each in known if each.startswith(section)]
+    names = inside if section else dict.fromkeys(each.partition(".")[0] for each in inside)
+    return f"; known: {', '.join(names)}"
+
+
+def is_paddle_config(content: Mapping[Any, Any]) -> bool:
+    """Whether a YAML file has the sections of PaddleVideo."""
+    return any(section in content for section in _PADDLE_SECTIONS)
+
+
+def paddle_settings(content: Mapping[Any, Any]) -> str:
+    """Our settings for a config of PaddleVideo, as they would follow `-o`."""
+    return " ".join(f"{key}={value}" for key, value in _translated(content).items())
+
+
+def _paddle_hint(content: Mapping[Any, Any]) -> str:
+    if settings := paddle_settings(content):
+        return f"a section of PaddleVideo; here it is {settings} (docs/migrate.md)"
+    for key, _ in _leaves(content):
+        for pattern, where in _PADDLE_ELSEWHERE.items():
+            if fnmatch.fnmatchcase(key, pattern):
+                return f"a section of PaddleVideo; here: {where} (docs/migrate.md)"
+    return "a section of PaddleVideo; docs/migrate.md says what is different here"
+
+
+def _translated(content: Mapping[Any, Any]) -> dict[str, str]:
+    """Our keys and values; the first value of a key wins, as PaddleVideo's training comes before its test."""
+    settings: dict[str, str] = {}
+    sides: dict[str, Any] = {}
+    for key, value in _leaves(content):
+        for pattern, ours in _PADDLE_KEYS.items():
+            if fnmatch.fnmatchcase(key, pattern) and value not in (None, ""):
+                is_optimizer = ours == "optim.name"
+                settings.setdefault(ours, _typed(_PADDLE_OPTIMIZERS.get(value, value) if is_optimizer else value))
+        if fnmatch.fnmatchcase(key, "PIPELINE.train.transform.JitterScale.*_size"):
+            sides[key.rpartition(".")[2]] = value
+    if len(sides) == 2:
+        settings["data.short_side"] = _typed([sides["min_size"], sides["max_size"]])
+    return settings
+
+
+def _typed(value: Any) -> str:
+    """A value as it would be typed after `-o KEY=`."""
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+
+
+def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested dict by their dotted keys; a list of sections counts as one section."""
+    if isinstance(content, list) and any(isinstance(each, dict) for each in content):
+        for each in content:
+            yield from _leaves(each, prefix)
+    elif isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, content
+
+
+def _nearest(section: str, leaf: str, known: Iterable[str]) -> str | None:
+    """The key that is meant by the name `leaf`, or None if none is near."""
+    known = list(known)
+    names = {each.rpartition(".")[2] for each in known}
+    inside = [each for each in known if each.startswith(section)]
+    for candidates in (inside, known):
+        if found := [each for each in candidates if each.rpartition(".")[2] == leaf]:
+            return found[0]
+    if (ours := _SYNONYMS.get(leaf.lower())) in known:
+        return ours
+    for candidates in (inside, known):
+        close = difflib.get_close_matches(leaf, [each.rpartition(".")[2] for each in candidates], n=1, cutoff=0.8)
+        if close and close[0] in names:
+            return next(each for each in candidates if each.rpartition(".")[2] == close[0])
+    return None
