@@ -1,4 +1,4 @@
-"""Loads weights from PaddleVideo, timm, facebookresearch/TimeSformer, Hugging Face and train.py into a `TimeSformer`.
+"""Loads weights from PaddleVideo, timm, facebookresearch/TimeSformer, Hugging Face, mmaction2 and train.py.
 
 Every tensor of the file and the network is reported as loaded, adapted, not loaded or left out, with the reason;
 anything unexplained raises `WeightsError`, and leaves the network unchanged.
@@ -124,6 +124,11 @@ def _our_names(file: WeightsFile) -> tuple[str, dict[str, Tensor], bool]:
     rename: Callable[[str], str]
     if any("encoder.layer." in name for name in tensors):
         origin, rename = "Hugging Face", from_hugging_face
+    elif any("transformer_layers.layers." in name for name in tensors):
+        is_image = not any(name.startswith("cls_head.") for name in tensors)
+        origin, rename = "an image ViT of mmaction2" if is_image else "mmaction2", from_mmaction
+        if not any("attentions.1." in name for name in tensors):
+            tensors = {name.replace(".attentions.0.", ".attentions.1."): value for name, value in tensors.items()}
     elif prefix.endswith("backbone."):
         origin, rename = "PaddleVideo", lambda name: re.sub(r"^head\.fc\.", "head.", name)
     else:
@@ -136,6 +141,27 @@ def _our_names(file: WeightsFile) -> tuple[str, dict[str, Tensor], bool]:
         some = ", ".join(sorted(file.tensors)[:3])[:200] or "nothing"
         raise WeightsError(f"{file.path}: not weights of a known vision transformer; it contains {some}, ...")
     return origin, tensors, is_image
+
+
+_MMACTION_NAMES = {
+    "transformer_layers.layers.": "blocks.",
+    "patch_embed.projection.": "patch_embed.proj.",
+    "attentions.0.norm.": "temporal_norm1.",
+    "attentions.0.temporal_fc.": "temporal_fc.",
+    "attentions.0.attn.": "temporal_attn.",
+    "attentions.1.norm.": "norm1.",
+    "attentions.1.attn.": "attn.",
+    "ffns.0.norm.": "norm2.",
+    "norms.0.": "norm1.",
+    "norms.1.": "norm2.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "ffns.0.layers.0.0.": "mlp.fc1.",
+    "ffns.0.layers.1.": "mlp.fc2.",
+    "cls_head.fc_cls.": "head.",
+}
+"""Parts of names in mmaction2's TimeSformer (mmaction/models/backbones/timesformer.py) -> ours, to replace in this
+order. Its first attention is the one over time only if there are two."""
 
 
 def _unwrapped(file: WeightsFile) -> tuple[dict[str, Tensor], str]:
@@ -169,6 +195,13 @@ def _renamed(path: str, tensors: dict[str, Tensor], rename: Callable[[str], str]
 def from_hugging_face(name: str) -> str:
     """timesformer.encoder.layer.3.attention.attention.qkv.weight -> blocks.3.attn.qkv.weight"""
     for their_part, our_part in _HUGGING_FACE_NAMES.items():
+        name = name.replace(their_part, our_part)
+    return name
+
+
+def from_mmaction(name: str) -> str:
+    """transformer_layers.layers.3.attentions.1.attn.in_proj_weight -> blocks.3.attn.qkv.weight"""
+    for their_part, our_part in _MMACTION_NAMES.items():
         name = name.replace(their_part, our_part)
     return name
 

@@ -269,7 +269,10 @@ def _state_dicts(content: object) -> dict[str, dict[Any, Any]]:
 WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """Parts of names that torch adds: DataParallel and AveragedModel, torch.compile, checkpointing, FSDP."""
 
-_FIRST_BLOCK = re.compile(r"((?:.*\.)?)(?:blocks\.0\.attn|encoder\.layer\.0\.attention\.attention)\.qkv\.weight")
+_FIRST_BLOCK = re.compile(
+    r"((?:.*\.)?)(?:(?:blocks\.0\.attn|encoder\.layer\.0\.attention\.attention)\.qkv\.weight"
+    r"|transformer_layers\.layers\.0\.attentions\.0\.attn\.in_proj_weight)"
+)
 
 AVERAGED_COUNT = "n_averaged"
 """A tensor of torch's AveragedModel, beside its network."""

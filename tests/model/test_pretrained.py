@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from model import TimeSformer, WeightsError, load_pretrained
 from model.pdparams import read_pdparams
@@ -379,6 +380,100 @@ def test_checkpoints_of_facebookresearch(hugging_face, tmp_path, prefix):
     assert report.origin == "facebookresearch/TimeSformer"
     with torch.no_grad():
         torch.testing.assert_close(model(clips), their_logits(theirs, clips), atol=1e-5, rtol=1e-5)
+
+
+class MmactionBlock(nn.Module):
+    """A block with the names of mmaction2's (mmaction/models/common/transformer.py), on torch's own attention."""
+
+    def __init__(self, attention: str, width: int, heads: int):
+        super().__init__()
+        is_divided = attention == "divided_space_time"
+        self.attentions = nn.ModuleList(nn.Module() for _ in range(1 + is_divided))
+        for each in self.attentions:
+            each.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+            if is_divided:
+                each.norm = nn.LayerNorm(width, eps=1e-6)
+        if is_divided:
+            self.attentions[0].temporal_fc = nn.Linear(width, width)
+        ffn = nn.Module()
+        first = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
+        ffn.layers = nn.Sequential(first, nn.Linear(4 * width, width))
+        if is_divided:
+            ffn.norm = nn.LayerNorm(width, eps=1e-6)
+        else:
+            self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.ffns = nn.ModuleList([ffn])
+
+    def forward(self, tokens, frames: int):
+        """tokens [B, 1 + P * T, D], patches before frames, or [B * T, 1 + P, D] if frames are apart."""
+        ffn = self.ffns[0]
+        if len(self.attentions) == 1:
+            normed = self.norms[0](tokens)
+            tokens = tokens + self.attentions[0].attn(normed, normed, normed)[0]
+            return tokens + ffn.layers(self.norms[1](tokens))
+        time, space = self.attentions
+        count, width = len(tokens), tokens.shape[-1]
+        patches = tokens[:, 1:]
+        normed = time.norm(patches.reshape(-1, frames, width))
+        patches = patches + time.temporal_fc(time.attn(normed, normed, normed)[0]).reshape(count, -1, width)
+        by_frame = patches.reshape(count, -1, frames, width).transpose(1, 2).flatten(0, 1)
+        cls = tokens[:, :1].repeat_interleave(frames, 0)
+        normed = space.norm(torch.cat([cls, by_frame], 1))
+        found = space.attn(normed, normed, normed)[0]
+        of_patches = found[:, 1:].unflatten(0, (count, frames)).transpose(1, 2).reshape(count, -1, width)
+        change = torch.cat([found[:, :1].unflatten(0, (count, frames)).mean(1), of_patches], 1)
+        tokens = torch.cat([tokens[:, :1], patches], 1) + change
+        return tokens + ffn.layers(ffn.norm(tokens))
+
+
+def mmaction_state_and_logits(attention: str, clips) -> tuple[dict, torch.Tensor]:
+    """A state dict with mmaction2's names, and the logits of its network for clips [B, 3, T, S, S]."""
+    width, frames, patches = 24, clips.shape[2], (clips.shape[-1] // 16) ** 2
+    top = nn.ModuleDict({"backbone": nn.Module(), "cls_head": nn.Module()})
+    backbone = top["backbone"]
+    backbone.cls_token = nn.Parameter(torch.randn(1, 1, width))
+    backbone.pos_embed = nn.Parameter(torch.randn(1, patches + 1, width))
+    if attention != "space_only":
+        backbone.time_embed = nn.Parameter(torch.randn(1, frames, width))
+    backbone.patch_embed = nn.ModuleDict({"projection": nn.Conv2d(3, width, 16, 16)})
+    backbone.norm = nn.LayerNorm(width, eps=1e-6)
+    blocks = nn.ModuleList(MmactionBlock(attention, width, 3) for _ in range(2))
+    backbone.transformer_layers = nn.ModuleDict({"layers": blocks})
+    top["cls_head"].fc_cls = nn.Linear(width, 5)
+    for value in top.parameters():
+        nn.init.normal_(value, std=0.3)
+    count = len(clips)
+    tokens = backbone.patch_embed["projection"](clips.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+    tokens = torch.cat([backbone.cls_token.expand(len(tokens), -1, -1), tokens], 1) + backbone.pos_embed
+    if attention != "space_only":
+        over_time = tokens[:, 1:].unflatten(0, (count, frames)).transpose(1, 2) + backbone.time_embed
+        tokens = torch.cat([tokens[::frames, :1], over_time.reshape(count, -1, width)], 1)
+    for block in blocks:
+        tokens = block(tokens, frames)
+    if attention == "space_only":
+        tokens = tokens.unflatten(0, (count, frames)).mean(1)
+    return top.state_dict(), top["cls_head"].fc_cls(backbone.norm(tokens)[:, 0])
+
+
+@pytest.mark.parametrize("attention", ["divided_space_time", "joint_space_time", "space_only"])
+def test_checkpoints_of_mmaction2(tmp_path, attention):
+    clips = torch.rand(2, 3, 4, 32, 32)
+    with torch.no_grad():
+        state, logits = mmaction_state_and_logits(attention, clips)
+        torch.save({"meta": {"epoch": 15}, "state_dict": state}, tmp_path / "w.pth")
+        model = network(qkv_bias=True, attention=attention)
+        report = load_pretrained(model, tmp_path / "w.pth")
+        assert report.origin == "mmaction2" and not report.initial and not report.adapted
+        torch.testing.assert_close(model.eval()(clips), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_network_of_mmaction2(tmp_path):
+    state, _ = mmaction_state_and_logits("space_only", torch.rand(1, 3, 1, 32, 32))
+    state = {name.removeprefix("backbone."): value for name, value in state.items() if "cls_head" not in name}
+    torch.save({"state_dict": state}, tmp_path / "vit.pth")
+    report = load_pretrained(network(qkv_bias=True), tmp_path / "vit.pth")
+    assert report.origin == "an image ViT of mmaction2" and list(report.initial) == ["head.weight", "head.bias"]
+    assert any("copied from the attention" in how for how in report.adapted.values())
 
 
 def wrapped(state: dict, *prefixes: str) -> dict:
