@@ -1,4 +1,4 @@
-"""Builds the API reference from the docstrings with pdoc, and fails on broken links.
+"""Builds the API reference from the docstrings with pdoc, and fails on broken links or a stale docs/reference.md.
 
 python -m docs.build output/docs
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pdoc
+
+from docs.reference import PAGE, reference
 
 PACKAGES = ("dali_pipelines", "model", "training", "evaluation", "serving", "preparation", "common", "benchmarks")
 _PROJECT = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ class _Page(HTMLParser):
 
 
 def broken_links(pages: list[Path]) -> list[str]:
-    """Returns `page: link` for each relative link to a missing file or anchor."""
+    """Returns a line for each relative link to a missing file or anchor."""
     parsed = {page.resolve(): _parse(page) for page in pages}
     broken = []
     for page, (links, _) in parsed.items():
@@ -49,7 +51,7 @@ def broken_links(pages: list[Path]) -> list[str]:
             target = (page.parent / name).resolve() if name else page
             known = parsed.get(target)
             if not target.exists() or (anchor and known is not None and anchor not in known[1]):
-                broken.append(f"{page}: {link}")
+                broken.append(f"{page}: broken link: {link}")
     return broken
 
 
@@ -64,7 +66,7 @@ def _parse(page: Path) -> tuple[list[str], set[str]]:
 
 
 def build(out: Path) -> list[str]:
-    """Writes the pages below `out`; returns the broken links in all pages."""
+    """Writes the pages below `out`; returns the broken links in all pages, and whether docs/reference.md is stale."""
     warnings.filterwarnings("ignore", "Error parsing type annotation")  # PyAV's classes are generic only in its stubs
     pdoc.render.configure(docformat="markdown", show_source=False, search=False)
     packages = [importlib.import_module(name) for name in PACKAGES]
@@ -76,13 +78,14 @@ def build(out: Path) -> list[str]:
     ]
     pdoc.pdoc(*PACKAGES, *modules, output_directory=out)
     guides = [_PROJECT / "README.md", _PROJECT / "CONTRIBUTING.md", *sorted((_PROJECT / "docs").glob("*.md"))]
-    return broken_links([*sorted(out.rglob("*.html")), *guides])
+    stale = [] if PAGE.read_text(encoding="utf-8") == reference() else [f"{PAGE}: stale; run python -m docs.reference"]
+    return stale + broken_links([*sorted(out.rglob("*.html")), *guides])
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     broken = build(folder)
     for line in broken:
-        print(f"broken link: {line}", file=sys.stderr)
-    print(f"{folder}/index.html" if not broken else f"{len(broken)} broken links")
+        print(line, file=sys.stderr)
+    print(f"{folder}/index.html" if not broken else f"{len(broken)} broken links or stale pages")
     sys.exit(bool(broken))
