@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
+from torch.nn.functional import affine_grid, grid_sample
 
 from common.config import AugmentConfig
 
@@ -90,7 +90,8 @@ def colour(clip: Tensor, factor: float) -> Tensor:
 def sharpness(clip: Tensor, factor: float) -> Tensor:
     """0 is blurred by PIL's SMOOTH filter, except at the borders, 1 the clip itself."""
     smooth = clip.clone()
-    smooth[..., 1:-1, 1:-1] = (avg_pool2d(clip, 3, stride=1) * 9 + clip[..., 1:-1, 1:-1] * 4) / 13
+    rows = clip[..., :-2, :] + clip[..., 1:-1, :] + clip[..., 2:, :]  # on a CPU, avg_pool2d takes 18 times as long
+    smooth[..., 1:-1, 1:-1] = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * clip[..., 1:-1, 1:-1]) / 13
     return _blend(smooth, clip, factor)
 
 

@@ -122,9 +122,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_summary(optimizer: torch.optim.Optimizer, implementation: str) -> str:
-    """The optimizer and its implementation, such as "SGD (torch fused)"."""
+    """The optimizer and its implementation, such as "SGD (torch fused)", and the range of its groups' `lr_factor`."""
     by = {"apex": "Apex", "fused": "torch fused", "foreach": "torch foreach"}[implementation]
-    return f"{type(optimizer).__name__} ({by})"
+    factors = [group["lr_factor"] for group in optimizer.param_groups]
+    rates = f" with {min(factors):.2g} to {max(factors):.2g} times the learning rate" if set(factors) != {1.0} else ""
+    return f"{type(optimizer).__name__} ({by}){rates}"
 
 
 class Lamb(torch.optim.Optimizer):

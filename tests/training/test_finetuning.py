@@ -41,6 +41,7 @@ def test_a_fine_tuned_run_resumes_exactly(config_file, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trainer = train(config_file, *recipe, f"output={whole}")
     said = capsys.readouterr().out
+    assert "optimizer AdamW (torch fused) with 0.7 to 5 times the learning rate" in said
     assert "average of 6 steps: val top-1 0." in said and f"{whole}/ema.safetensors" in said
     train(config_file, *recipe, f"output={parts}", "train.max_steps=4")
     assert (parts / "ema.safetensors").exists()  # also in the middle of an epoch
