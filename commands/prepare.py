@@ -97,6 +97,14 @@ def main() -> None:
     demo.add_argument("--train-videos", type=_count, default=2400, metavar="N")
     demo.add_argument("--val-videos", type=_count, default=400, metavar="N")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--motions",
+        nargs="+",
+        choices=CLASSES,
+        default=CLASSES,
+        metavar="MOTION",
+        help=f"classes, of which there are {', '.join(CLASSES)} (default: all)",
+    )
     demo.set_defaults(run=_demo, **vars(probing.parse_args([])) | {"workers": None})
 
     listed = verbs.add_parser("index", parents=[probing], help="make a manifest from a list of `path label` lines")
@@ -221,6 +229,7 @@ def _lock(arguments: argparse.Namespace, *manifests: Path) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seed < 2**64:
         raise InputError(f"--seed is {arguments.seed}; expected 0 or more, less than 2**64")
+    motions = tuple(dict.fromkeys(arguments.motions))
     _lock(arguments, *(arguments.out / f"{name}.csv" for name in ("train", "val")))
     total = arguments.train_videos + arguments.val_videos
     with tqdm(total=total, unit="video", desc="render", dynamic_ncols=True, disable=_quiet()) as bar:
@@ -230,10 +239,11 @@ def _demo(arguments: argparse.Namespace) -> None:
             val_videos=arguments.val_videos,
             seed=arguments.seed,
             workers=arguments.workers or len(os.sched_getaffinity(0)),
+            motions=motions,
             progress=lambda done, _: bar.update(done - bar.n),
         )
     for name, entries in listed.items():
-        _write_manifest(entries, arguments.out / f"{name}.csv", arguments.out, CLASSES, arguments)
+        _write_manifest(entries, arguments.out / f"{name}.csv", arguments.out, motions, arguments)
 
 
 def _index(arguments: argparse.Namespace) -> None:

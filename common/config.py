@@ -132,6 +132,11 @@ class OptimConfig:
     """Decay of the two moments of adamw and lamb."""
     weight_decay: float = 7e-5
     """Not applied to the class token, the position and time embeddings and the head's bias."""
+    layer_decay: float = 1.0
+    """Factor for the learning rate per layer, from the last norm down to the embeddings; 1: the same rate everywhere.
+    For fine-tuning, 0.65 to 0.8 is common."""
+    head_lr_factor: float = 1.0
+    """Factor for the learning rate of the head. A new head may need more than the pretrained layers."""
     clip_norm: float | None = 40.0
     """Largest norm of all gradients combined; null: no clipping."""
     global_batch_size: int = 64
@@ -150,6 +155,18 @@ class MixConfig:
     """The same for Mixup; 0: no Mixup."""
     cutmix_box: str = "space"
     """space: rows and columns of all frames, as in the paper; reference: what PaddleVideo's code does."""
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of training clips on their device, the same in all frames of a clip: see `training.augmentation`."""
+
+    randaugment_ops: int = 0
+    """RandAugment: number of random operations per clip; 0: none."""
+    randaugment_magnitude: float = 9.0
+    """Strength of these operations, 0 to 10."""
+    erasing_prob: float = 0.0
+    """Random erasing: share of clips, 0 to 1, in which a random box is filled with noise."""
 
 
 @dataclass
@@ -178,8 +195,17 @@ class TrainConfig:
     (same as --amp): bf16, or fp16 on a GPU without it."""
     label_smoothing: float = 0.1
     """Share of each label, 0 to 1, that is spread over all classes."""
+    class_weights: str | None = None
+    """balanced: in the loss of the labels, a clip weighs inversely to the frequency of its class in `data.train`, 1 on
+    average; null: all clips weigh 1."""
     pretrained: str | None = None
     """Initial weights: a file, folder or name on the Hugging Face Hub, see `model.load_pretrained`."""
+    freeze_blocks: int = 0
+    """Keep the embeddings and this number of first blocks as they are in `pretrained`; 0: train everything;
+    `model.depth`: train only the last norm and the head."""
+    ema_decay: float | None = None
+    """Decay per step of an exponential moving average of the weights, which is written to ema.safetensors; null: none.
+    It is shorter in the first steps: min(ema_decay, (1 + n) / (10 + n)) after n steps."""
     swa_epochs: int = 0
     """Number of final epochs whose weights are averaged into swa.safetensors; 0: none."""
     activation_checkpointing: bool = False
@@ -214,6 +240,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -416,6 +443,14 @@ def _check_values(config: Config) -> None:
          f"{config.train.epochs}: the learning rate would never reach optim.lr"),
         (config.train.swa_epochs <= config.train.epochs,
          f"train.swa_epochs is {config.train.swa_epochs}; expected at most train.epochs, {config.train.epochs}"),
+        (not config.train.swa_epochs or config.train.ema_decay is None,
+         f"train.swa_epochs is {config.train.swa_epochs} and train.ema_decay is {config.train.ema_decay}; only one "
+         "average is kept: set train.swa_epochs=0 or train.ema_decay=null"),
+        (config.train.freeze_blocks <= model.depth,
+         f"train.freeze_blocks is {config.train.freeze_blocks}; expected at most model.depth, {model.depth}"),
+        (not config.train.freeze_blocks or config.train.pretrained is not None,
+         f"train.freeze_blocks is {config.train.freeze_blocks} without train.pretrained, so random weights would be "
+         "frozen; name the weights, or set train.freeze_blocks=0"),
     ]:  # fmt: skip
         if not holds:
             raise InputError(message)

@@ -19,7 +19,7 @@ class Rule(NamedTuple):
 
 
 def _one_of(*allowed: str) -> Rule:
-    return Rule(lambda value: value in allowed, f"one of {', '.join(allowed)}")
+    return Rule(lambda value: value in allowed, f"{'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}")
 
 
 def _optional(rule: Rule) -> Rule:
@@ -78,8 +78,13 @@ RULES = {
         "two numbers, 0 or more, below 1",
     ),
     "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.layer_decay": Rule(lambda value: 0 < value <= 1, "more than 0, at most 1"),
+    "optim.head_lr_factor": _POSITIVE,
     "optim.clip_norm": _optional(_POSITIVE),
     "optim.global_batch_size": _COUNT,
+    "augment.randaugment_ops": _NOT_NEGATIVE,
+    "augment.randaugment_magnitude": Rule(lambda value: 0 <= value <= 10, "0 to 10"),
+    "augment.erasing_prob": _FRACTION,
     "mix.cutmix_prob": _FRACTION,
     "mix.cutmix_alpha": _POSITIVE,
     "mix.mixup_alpha": _NOT_NEGATIVE,
@@ -90,6 +95,9 @@ RULES = {
     "train.max_steps": _optional(_COUNT),
     "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
     "train.label_smoothing": _SHARE,
+    "train.class_weights": _optional(_one_of("balanced")),
+    "train.freeze_blocks": _NOT_NEGATIVE,
+    "train.ema_decay": _optional(_SHARE),
     "train.swa_epochs": _NOT_NEGATIVE,
     "train.compile": Rule(lambda value: str(value).lower() in ("auto", "true", "false"), "auto, true or false"),
     "train.checkpoint_every_steps": _optional(_COUNT),

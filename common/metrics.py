@@ -45,8 +45,7 @@ class Metric:
     GPU_COMPUTE_SHARE = "gpu/compute_share"
 
     VALIDATION = ("val/top1", "val/top5", "val/loss")
-    AVERAGED_VALIDATION = ("swa/top1", "swa/top5", "swa/loss")
-    """The same for the averaged weights."""
+    """Averaged weights have the same with swa/ or ema/ instead of val/."""
 
 
 def top_k_counts(scores: Tensor, labels: Tensor, *, ks: tuple[int, ...] = (1, 5)) -> Tensor:

@@ -33,6 +33,7 @@ class TimeSformer(nn.Module):
     embed_init_std: standard deviation of the class token, position and time embeddings at initialisation. 0.02 suits
         fine-tuning of pretrained weights; a small network trained from scratch needs more to learn the order of frames.
     activation_checkpointing: an attribute, for long clips: training keeps only the input of a block, and runs it twice.
+    frozen_blocks: an attribute, the number of first blocks that `freeze` has frozen.
 
     Raises `ValueError` for settings that do not fit together.
     """
@@ -64,6 +65,7 @@ class TimeSformer(nn.Module):
         self.num_heads = num_heads
         self.drop_path = drop_path
         self.activation_checkpointing = False
+        self.frozen_blocks = 0
         self.input_shape = (3, num_frames, image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -81,6 +83,16 @@ class TimeSformer(nn.Module):
         time_embedding = [self.time_embed] if self.attention_type.has_time_embedding else []
         for embedding in (self.cls_token, self.pos_embed, *time_embedding):
             nn.init.normal_(embedding, std=embed_init_std)
+
+    def freeze(self, num_blocks: int) -> None:
+        """Exclude the embeddings and the first `num_blocks` blocks from training, for fine-tuning. They need no
+        gradients, and drop no paths. Raises `ValueError` if there are fewer blocks."""
+        if not 0 <= num_blocks <= len(self.blocks):
+            raise ValueError(f"num_blocks is {num_blocks}; expected 0 to {len(self.blocks)}")
+        self.frozen_blocks = num_blocks
+        trained = ("head.", "norm.", *(f"blocks.{index}." for index in range(num_blocks, len(self.blocks))))
+        for name, value in self.named_parameters():
+            value.requires_grad_(name.startswith(trained))
 
     def forward(self, clips: Tensor) -> Tensor:
         """Clips [B, 3, T, S, S] -> logits [B, K]. Autocast does not apply to the head."""
@@ -112,7 +124,8 @@ class TimeSformer(nn.Module):
         return features
 
     def _draw_paths(self, x: Tensor) -> "list[Paths | None]":
-        """Draws the drop path of every block, for patches [B, N, T, D], in float32. None: nothing is dropped."""
+        """Draws the drop path of every block, for patches [B, N, T, D], in float32. None: nothing is dropped,
+        as in frozen blocks."""
         batch, num_patches, num_frames, _ = x.shape
         depth = len(self.blocks)
         if not self.training or not self.drop_path or depth == 1:
@@ -121,7 +134,8 @@ class TimeSformer(nn.Module):
         drawn = torch.rand(depth - 1, batch, num_patches + num_frames + 1, device=x.device) < keep
         time, space, mlp = (drawn / keep).split([num_patches, num_frames, 1], dim=2)
         each_block = zip(time[:, :, :, None, None], space[:, :, None, :, None], mlp[:, :, :, None, None], strict=True)
-        return [None, *(Paths(*each) for each in each_block)]
+        paths = [None, *(Paths(*each) for each in each_block)]
+        return [None if index < self.frozen_blocks else each for index, each in enumerate(paths)]
 
 
 class Paths(NamedTuple):

@@ -17,7 +17,7 @@ This module does not import torch, because its functions run in worker processes
 import colorsys
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -114,13 +114,15 @@ def render_demo(
     val_videos: int,
     seed: int,
     workers: int,
+    motions: Sequence[str] = CLASSES,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, list[tuple[str, int]]]:
     """Writes out/videos/train/00000_left.mp4 and so on.
 
-    Returns {"train": [(path relative to out, label), ...], "val": [...]}. Video i of a split has label i % 8, so
-    every prefix is balanced. A video depends only on (seed, split, i): the number of videos and of workers
-    does not change a byte of it. `progress` gets (videos done, total).
+    Returns {"train": [(path relative to out, label), ...], "val": [...]}. A label is an index into `motions`, which are
+    some of `CLASSES`. Video i of a split has label i % len(motions), so every prefix is balanced. A video depends only
+    on (seed, split, i) and its motion: the number of videos and of workers does not change a byte of it. `progress`
+    gets (videos done, total).
     """
     tasks = [("train", index) for index in range(train_videos)]
     tasks += [("val", index) for index in range(val_videos)]
@@ -130,9 +132,9 @@ def render_demo(
         for unfinished in (out / "videos" / split).glob("*.part"):  # left by a killed run
             if time.time() - unfinished.stat().st_mtime > 3600:
                 unfinished.unlink(missing_ok=True)
-    paths = _render_all(partial(_render_video, out, seed), tasks, workers=workers)
+    paths = _render_all(partial(_render_video, out, seed, tuple(motions)), tasks, workers=workers)
     for done, ((split, index), path) in enumerate(zip(tasks, paths, strict=True), start=1):
-        listed[split].append((path, index % len(CLASSES)))
+        listed[split].append((path, index % len(motions)))
         if progress is not None:
             progress(done, len(tasks))
     return listed
@@ -153,11 +155,11 @@ def _render_all(
         yield from pool.map(render, tasks, chunksize=8)
 
 
-def _render_video(out: Path, seed: int, task: tuple[str, int]) -> str:
+def _render_video(out: Path, seed: int, motions: tuple[str, ...], task: tuple[str, int]) -> str:
     """Renders one video and returns its path relative to `out`."""
     split, index = task
     rng = _generator(seed=seed, split=split, index=index)
-    scene = _draw_scene(rng, label=index % len(CLASSES))
+    scene = _draw_scene(rng, label=CLASSES.index(motions[index % len(motions)]))
     path = f"videos/{split}/{index:05d}_{CLASSES[scene.label]}{scene.suffix}"
     # A killed run leaves a file with this name, never half a video under the final name. Names are unique per process.
     unfinished = out / f"{path}.{os.getpid()}.part"

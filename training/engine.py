@@ -38,10 +38,10 @@ class Trainer(StepTrainer):
             Trainer(config, process, resume=False).train()
 
     Writes below `config.output`: best.safetensors, last.safetensors, checkpoints/, tensorboard/, metrics.jsonl and
-    config.yaml; on demand swa.safetensors and profile/; faults.csv if videos cannot be read. Raises `InputError` for
-    settings and data that cannot work, such as more unreadable videos than `data.max_fault_fraction`, and `SystemExit`
-    with `REQUEUE` if `preemption` asked the run to end. If a run ends early for any other reason, its last finished
-    step is saved, unless the process is killed.
+    config.yaml; on demand swa.safetensors or ema.safetensors, and profile/; faults.csv if videos cannot be read. Raises
+    `InputError` for settings and data that cannot work, such as more unreadable videos than `data.max_fault_fraction`,
+    and `SystemExit` with `REQUEUE` if `preemption` asked the run to end. If a run ends early for any other reason, its
+    last finished step is saved, unless the process is killed.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Trainer(StepTrainer):
         epoch = (self.step - 1) // self.steps_per_epoch
         self._report_faults(self.train_loader, epoch, mode="train")
         is_whole = self.step % self.steps_per_epoch == 0
-        average = self._update_average(epoch) if is_whole else []
+        average = self._update_average(epoch)
         (accuracy, *averaged), num_unreadable = self.validate(self.network, *average)
         self._report_faults(self.val_loader, epoch, mode="validate")
         if not math.isfinite(accuracy.loss):
@@ -172,11 +172,12 @@ class Trainer(StepTrainer):
             names.append("best")
         lines = [self._epoch_line(epoch, accuracy, is_best=is_best, num_unreadable=num_unreadable)]
         if averaged and self.average is not None:
-            names.append("swa")
-            metrics |= dict(zip(Metric.AVERAGED_VALIDATION, averaged[0]))
+            names.append(self.average.name)
+            keys = [key.replace("val/", f"{self.average.name}/") for key in Metric.VALIDATION]
+            metrics |= dict(zip(keys, averaged[0]))
             lines.append(
-                f"average of {self.average.count} epochs: val top-1 {averaged[0].top1:.4f}, "
-                f"top-5 {averaged[0].top5:.4f}: {self.output}/swa.safetensors"
+                f"{self.average.summary()}: val top-1 {averaged[0].top1:.4f}, "
+                f"top-5 {averaged[0].top5:.4f}: {self.output}/{self.average.name}.safetensors"
             )
         self.monitor.log(self.step, metrics)
         self._collect_writes()
@@ -263,7 +264,10 @@ class Trainer(StepTrainer):
     def _update_average(self, epoch: int) -> list[nn.Module]:
         """The averaged network, including the weights of this epoch; empty before averaging starts."""
         average = self.average
-        if average is None or epoch < average.first_epoch:
+        if average is not None and average.is_per_step:
+            return [average.network] if average.count else []
+        is_whole = self.step % self.steps_per_epoch == 0
+        if average is None or epoch < average.first_epoch or not is_whole:
             return []
         if average.count == epoch - average.first_epoch:  # otherwise done by a run that ended here
             with self.state.committing():

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from common.config import OptimConfig
 from common.precision import ApexMultiTensor, TorchMultiTensor
 from dali_pipelines.errors import InputError
+from model import TimeSformer
 
 _NO_DECAY = ("cls_token", "pos_embed", "time_embed", "head.bias")
 """Parameters without L2 decay in PaddleVideo's pptimesformer (vit_tweaks.py, ppTimeSformer_head.py); all others have
@@ -61,13 +61,12 @@ def make_multi_tensor(implementation: str, device: torch.device) -> TorchMultiTe
     return ApexMultiTensor(device) if implementation == "apex" else TorchMultiTensor()
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig, implementation: str) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, AdamW or LAMB, in the implementation that `resolve_implementation` returned."""
-    named = list(model.named_parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [value for name, value in named if name not in _NO_DECAY]},
-        {"params": [value for name, value in named if name in _NO_DECAY], "weight_decay": 0.0},
-    ]
+def make_optimizer(model: TimeSformer, optim: OptimConfig, implementation: str) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, AdamW or LAMB, in the implementation that `resolve_implementation` returned.
+
+    Frozen parameters are left out. Each group has an `lr_factor`: see `set_learning_rate`.
+    """
+    groups = _parameter_groups(model, optim)
     common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     sgd: dict[str, Any] = {"momentum": optim.momentum, "nesterov": optim.momentum > 0}
     betas = (optim.betas[0], optim.betas[1])
@@ -89,10 +88,45 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, implementation: str) ->
     return torch.optim.AdamW(groups, **common, betas=betas)
 
 
+def _parameter_groups(model: TimeSformer, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters by their `lr_factor`; of each factor, those with weight decay come first."""
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            continue
+        factor, decays = _lr_factor(name, len(model.blocks), optim), name not in _NO_DECAY
+        group = groups.setdefault((factor, not decays), {"params": [], "lr_factor": factor})
+        group["params"].append(value)
+        if not decays:
+            group["weight_decay"] = 0.0
+    return [groups[key] for key in sorted(groups)]
+
+
+def _lr_factor(name: str, depth: int, optim: OptimConfig) -> float:
+    """The learning rate of parameter `name`, as a multiple of that of the last norm.
+
+    `layer_decay` applies once per layer below the head, as in BEiT (microsoft/unilm, beit/optim_factory.py): the
+    embeddings are layer 0, block i (from 0) is layer i + 1, the last norm and the head are layer depth + 1.
+    """
+    part, *rest = name.split(".")
+    if part == "head":
+        return optim.head_lr_factor
+    layer = depth + 1 if part == "norm" else int(rest[0]) + 1 if part == "blocks" else 0
+    return optim.layer_decay ** (depth + 1 - layer)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Let the next step use the learning rate `lr`, times the `lr_factor` of each group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
 def optimizer_summary(optimizer: torch.optim.Optimizer, implementation: str) -> str:
-    """The optimizer and its implementation, such as "SGD (torch fused)"."""
+    """The optimizer and its implementation, such as "SGD (torch fused)", and the range of its groups' `lr_factor`."""
     by = {"apex": "Apex", "fused": "torch fused", "foreach": "torch foreach"}[implementation]
-    return f"{type(optimizer).__name__} ({by})"
+    factors = [group["lr_factor"] for group in optimizer.param_groups]
+    rates = f" with {min(factors):.2g} to {max(factors):.2g} times the learning rate" if set(factors) != {1.0} else ""
+    return f"{type(optimizer).__name__} ({by}){rates}"
 
 
 class Lamb(torch.optim.Optimizer):

@@ -29,9 +29,12 @@ _FIXED = (
     "data.views_per_decode",
     "optim.name",
     "optim.global_batch_size",
+    "optim.layer_decay",
+    "optim.head_lr_factor",
+    "train.freeze_blocks",
     "seed",
 )
-"""Sections and keys that decide the network, the meaning of its inputs, or the order of clips."""
+"""Sections and keys that decide the network, the meaning of its inputs, the optimizer's state or the order of clips."""
 
 _MAY_CHANGE = ("model.drop_path", "model.embed_init_std")  # only matter in training, or when it starts
 
@@ -143,7 +146,7 @@ def check_resumable(
     last = Path(config.output) / "last.safetensors"
     weights = last if last.exists() else path
     remedy = f"or start a new run from these weights: -o train.pretrained={weights} output=DIR"
-    before, now = flat(state["config"]), flat(dataclasses.asdict(config))
+    before, now = flat(dataclasses.asdict(Config())) | flat(state["config"]), flat(dataclasses.asdict(config))
     changed = [key for key in now if key in before and before[key] != now[key] and key not in _SILENT]
     for key in changed:
         if key not in _MAY_CHANGE and (key in _FIXED or key.split(".")[0] in _FIXED):
@@ -154,7 +157,13 @@ def check_resumable(
     _check_videos(path, state, f"data.train {config.data.train}", num_videos, checksums["train"], remedy)
     average = state["average"]
     average_from = config.train.epochs - config.train.swa_epochs if config.train.swa_epochs else None
-    if average and average["n_averaged"] and state["average_from"] != average_from:
+    if state.get("average_kind") == "ema":  # may end, not change into the other kind
+        if average["n_averaged"] and config.train.swa_epochs:
+            raise InputError(
+                f"{path}: has a moving average of the weights; resume with train.swa_epochs=0, and with the old "
+                "train.ema_decay to continue it, or name another folder with -o output=DIR"
+            )
+    elif average and average["n_averaged"] and state["average_from"] != average_from:
         raise InputError(
             f"{path}: weights have been averaged since epoch {state['average_from'] + 1}; resume with the old "
             "train.epochs and train.swa_epochs, or name another folder with -o output=DIR"

@@ -142,6 +142,7 @@ class RunState:
                 "loss_scale": self._loss_scale.state_dict(),
                 "average": None if self._average is None else self._average.state_dict(),
                 "average_from": None if self._average is None else self._average.first_epoch,
+                "average_kind": None if self._average is None else self._average.name,
                 "loader": self._loader_position,
                 "failed": self.num_failed,
                 "left_out": sorted(self.left_out),
@@ -196,12 +197,12 @@ class RunState:
         self.best_top1, self.num_failed = state["best_top1"], state["failed"]
 
     def weights(self, state: dict[str, Any], name: str) -> Weights:
-        """The content of the weights file `name` (last, best or swa) for a `state_dict`."""
+        """The content of the weights file `name` (last, best, swa or ema) for a `state_dict`."""
         return Weights(
             model=dataclasses.asdict(self._config.model),
             preprocessing=preprocessing(self._config.data),
             classes=self._classes,
-            state=averaged_weights(state["average"]) if name == "swa" else state["network"],
+            state=averaged_weights(state["average"]) if name in ("swa", "ema") else state["network"],
         )
 
 

@@ -18,14 +18,14 @@ _MAX_FAILED_WRITES = 3  # in a row, before a run stops
 
 
 class Saver:
-    """Writes checkpoints, and the weights files last, best and swa; for the main process.
+    """Writes checkpoints, and the weights files last, best and swa or ema; for the main process.
 
     The states are those of `RunState.state_dict`. Pending weights are written before any newer checkpoint: a run that
     resumes from an older one writes them again.
     """
 
     def __init__(self, output: Path, weights: Callable[[dict[str, Any], str], Weights]):
-        """weights: builds the content of the file last, best or swa from a state."""
+        """weights: builds the content of the file last, best, swa or ema from a state."""
         self.folder = output / "checkpoints"
         self.saved = (0, False)
         """`RunState.position` of the newest checkpoint."""

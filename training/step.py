@@ -16,13 +16,20 @@ from common.precision import LossScale, autocast, gradient_factor, make_determin
 from common.preemption import Preemption
 from common.weights import build_network
 from dali_pipelines.batches import Batch
-from training.averaging import WeightAverage
+from training.augmentation import augment_clips
+from training.averaging import make_average
 from training.compiling import check_compile, compile_network, decide_compile
 from training.data import make_data, read_teacher
-from training.losses import summed_cross_entropy, summed_distillation
+from training.losses import balanced_class_weights, summed_cross_entropy, summed_distillation
 from training.mixing import Mixed, mix_clips
 from training.monitor import NullMonitor
-from training.optimizer import learning_rate, make_multi_tensor, make_optimizer, resolve_implementation
+from training.optimizer import (
+    learning_rate,
+    make_multi_tensor,
+    make_optimizer,
+    resolve_implementation,
+    set_learning_rate,
+)
 from training.profiling import record_function
 from training.recovery import Recovery
 from training.run_state import RunState
@@ -56,9 +63,13 @@ class StepTrainer:
         self.network = build_network(config.model, preprocessing(config.data), len(self.classes))
         self.network.activation_checkpointing = config.train.activation_checkpointing
         self.network.to(process.device)
-        self.average: WeightAverage | None = None
-        if config.train.swa_epochs:
-            self.average = WeightAverage(self.network, first_epoch=config.train.epochs - config.train.swa_epochs)
+        if config.train.freeze_blocks:
+            self.network.freeze(config.train.freeze_blocks)
+        self.average = make_average(self.network, config.train)
+        self.class_weights: Tensor | None = None
+        if config.train.class_weights == "balanced":
+            weights = balanced_class_weights(self.train_loader.manifest.labels, len(self.classes))
+            self.class_weights = weights.to(process.device)
         self.model: nn.Module = self.network
         if process.world_size > 1:
             # The gradient buckets hold the sums of a step's micro-batches; `train_step` divides.
@@ -112,8 +123,7 @@ class StepTrainer:
         lr = learning_rate(self.step, optim, steps_per_epoch=self.steps_per_epoch, epochs=epochs)
         if self.step in self.state.left_out:
             return self._leave_out(batches, lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.model.train()
         self.recovery.begin_step()
         if self.state.mode == "CUDA graphs":
@@ -144,12 +154,17 @@ class StepTrainer:
         their label first and among the first five, and of valid clips."""
         self.process.heartbeat.update("computing")
         labels, valid = (value.to(self.process.device, non_blocking=True) for value in (batch.labels, batch.valid))
-        # Mixing and drop path draw from (seed, step, rank, micro-step), so a resumed run draws the same.
-        key = np.random.SeedSequence([self.config.seed, self.step, self.process.rank, micro_step])
+        # Augmentation and drop path draw from (seed, step, rank, micro-step), so a resumed run draws the same.
+        config = self.config
+        key = np.random.SeedSequence([config.seed, self.step, self.process.rank, micro_step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        mixing, augmenting = map(np.random.default_rng, key.spawn(2))
         with self._reducing_gradients(is_last):
             with record_function("forward"):
-                mixed = mix_clips(batch.clips, batch.valid, self.config.mix, np.random.default_rng(key.spawn(1)[0]))
+                clips = augment_clips(
+                    batch.clips, config.augment, augmenting, mean=config.data.mean, std=config.data.std
+                )
+                mixed = mix_clips(clips, batch.valid, config.mix, mixing)
                 clips = mixed.clips[:, :, :: self.teacher_frames]
                 with autocast(self.process.device, self.precision):
                     logits = self.model(clips)
@@ -158,9 +173,9 @@ class StepTrainer:
                 self.process.heartbeat.update(WAITING)
             with record_function("backward"):
                 # In fp16 a step's sum would overflow sooner than its mean; `train_step` corrects the divisor.
-                (loss * (self.loss_scale.value / self.config.optim.global_batch_size)).backward()
+                (loss * (self.loss_scale.value / config.optim.global_batch_size)).backward()
         if micro_step == 0 and self.step % self.steps_per_epoch == 0:
-            self.monitor.log_clips(self.step + 1, clips, mean=self.config.data.mean, std=self.config.data.std)
+            self.monitor.log_clips(self.step + 1, clips, mean=config.data.mean, std=config.data.std)
         scores = logits.detach().float()
         if self.state.mode == "CUDA graphs":  # the next micro-step overwrites them
             scores = scores.clone()
@@ -174,8 +189,10 @@ class StepTrainer:
         """The loss of logits [B, K], summed over valid clips [B]: of the labels [B] by their shares, and of the
         teacher."""
         distill = self.config.distill
+        label_smoothing, class_weights = self.config.train.label_smoothing, self.class_weights
         losses = [
-            share * summed_cross_entropy(logits, each, valid, label_smoothing=self.config.train.label_smoothing)
+            share
+            * summed_cross_entropy(logits, each, valid, label_smoothing=label_smoothing, class_weights=class_weights)
             for share, each in mixed.label_shares(labels)
         ]
         loss = torch.stack(losses).sum()
@@ -210,6 +227,8 @@ class StepTrainer:
             if result.valid and not result.skipped:  # without clips, momentum and decay would move the weights
                 self.multi_tensor.scale_(gradients, factor)
                 self.optimizer.step()
+                if self.average is not None and self.average.is_per_step:
+                    self.average.update(self.network)
                 self.recovery.note_good_step()
             self.loss_scale.update(overflow=result.skipped)
             self.network.zero_grad(set_to_none=True)

@@ -10,6 +10,8 @@ import av
 import numpy as np
 import pytest
 
+from commands import prepare
+from dali_pipelines.manifest import Manifest
 from preparation import demo
 
 SEED = 5
@@ -127,6 +129,24 @@ def test_bytes_depend_on_the_seed_and_on_nothing_else(rendered, tmp_path):
     assert all(expected[path] == data for path, data in _bytes(tmp_path / "fewer").items())
     _render(tmp_path / "other", seed=SEED + 1, train=8, val=8)
     assert not set(_bytes(tmp_path / "other").values()) & set(expected.values())
+
+
+@pytest.mark.slow
+def test_some_of_the_motions(tmp_path, in_process):
+    status, _, errors = in_process(
+        prepare.main, "demo", "--out", tmp_path, "--motions", "away", "left",
+        "--train-videos", 4, "--val-videos", 2, "--workers", 1,
+    )  # fmt: skip
+    assert status == 0, errors
+    manifest = Manifest.read(tmp_path / "train.csv")
+    assert manifest.classes == ("away", "left") and [video.label for video in manifest] == [0, 1, 0, 1]
+    names = [Path(video.path).stem for video in manifest]
+    assert names == ["00000_away", "00001_left", "00002_away", "00003_left"]
+    rng = demo._generator(seed=0, split="train", index=1)
+    drawn = np.stack(list(demo._render_frames(rng, demo._draw_scene(rng, label=demo.CLASSES.index("left")))))
+    assert np.abs(drawn.astype(int) - _decode(tmp_path / manifest[1].path)).mean() < 10
+    status, _, errors = in_process(prepare.main, "demo", "--out", tmp_path, "--motions", "sideways")
+    assert status == 2 and "invalid choice: 'sideways'" in errors
 
 
 def test_train_and_val_share_no_video(rendered):

@@ -42,8 +42,8 @@ def faults_by_step(folder):
     return [line["train/faults"] for line in lines(folder) if "train/loss" in line]
 
 
-def assert_equal_weights(one, two, *, within=0.0):
-    first, second = (load_weights(folder / "last.safetensors").state for folder in (one, two))
+def assert_equal_weights(one, two, *, within=0.0, name="last"):
+    first, second = (load_weights(folder / f"{name}.safetensors").state for folder in (one, two))
     for name, value in first.items():
         torch.testing.assert_close(
             value, second[name], atol=within, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
@@ -140,6 +140,7 @@ def fault_rows(folder):
 
 def test_two_processes_match_one_even_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
     settings = ["-c", config_with_bad_videos, "-o", "model.drop_path=0"]
+    settings += ["train.ema_decay=0.5", "train.class_weights=balanced"]
     one = run("train.py", *settings, "data.batch_size=2")
     assert one.returncode == 0, one.stderr
     two = run("train.py", *settings, f"output={tmp_path}/two", processes=2)
@@ -148,6 +149,7 @@ def test_two_processes_match_one_even_with_unreadable_videos(config_with_bad_vid
     assert two.stdout.count("epoch 1:") == 1 and "1 unreadable videos counted as wrong" in two.stdout
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "output"), abs=1e-5)
     assert_equal_weights(tmp_path / "output", tmp_path / "two", within=1e-5)
+    assert_equal_weights(tmp_path / "output", tmp_path / "two", within=1e-5, name="ema")
     validations = [
         [line["val/top1"] for line in lines(tmp_path / name) if "val/top1" in line] for name in ("output", "two")
     ]

@@ -9,7 +9,15 @@ from common.config import OptimConfig
 from dali_pipelines import InputError
 from model import TimeSformer
 from tests.apex_double import install
-from training.optimizer import learning_rate, load_optimizer_state, make_optimizer, resolve_implementation
+from training.optimizer import (
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+    resolve_implementation,
+    set_learning_rate,
+)
+
+KINDS = ("sgd", "adamw", "lamb")
 
 # ../shared/golden/train_tiny.npz `lrs`: warm-up of 4 steps from 0.005, cosine from 0.05 over 12
 PADDLEVIDEO = [0.005, 0.013125, 0.02125, 0.029375, 0.0375, 0.031470476127563, 0.025, 0.018529523872437, 0.0125]
@@ -69,9 +77,71 @@ def test_embeddings_and_the_heads_bias_do_not_decay(name, implementation):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
 
 
-# -- who computes it --
+# -- learning rates by layer --
 
-KINDS = ("sgd", "adamw", "lamb")
+
+def network(depth=2):
+    return TimeSformer(num_frames=2, image_size=32, num_classes=3, embed_dim=24, depth=depth, num_heads=3)
+
+
+def factors(model, optimizer):
+    """lr_factor of every parameter in the optimizer."""
+    names = {value: name for name, value in model.named_parameters()}
+    return {names[value]: group["lr_factor"] for group in optimizer.param_groups for value in group["params"]}
+
+
+def test_one_rate_is_two_groups():
+    """So that optimizer states of older runs fit."""
+    model = network()
+    decaying, others = make_optimizer(model, OptimConfig(), "foreach").param_groups
+    names = [name for name, _ in model.named_parameters()]
+    found = factors(model, make_optimizer(model, OptimConfig(), "foreach"))
+    kept = ("cls_token", "pos_embed", "time_embed", "head.bias")
+    assert list(found) == [*(name for name in names if name not in kept), *(name for name in names if name in kept)]
+    assert len(others["params"]) == 4 and (decaying["lr_factor"], others["lr_factor"]) == (1, 1)
+
+
+def test_rates_fall_from_the_head_to_the_embeddings():
+    model = network(depth=3)
+    optimizer = make_optimizer(model, OptimConfig(layer_decay=0.5, head_lr_factor=10), "foreach")
+    expected = {"head": 10, "norm": 1, "blocks.2": 0.5, "blocks.1": 0.25, "blocks.0": 0.125}
+    for name, factor in factors(model, optimizer).items():
+        assert factor == next((each for part, each in expected.items() if name.startswith(f"{part}.")), 0.0625), name
+    undecayed = [group for group in optimizer.param_groups if group["weight_decay"] == 0]
+    assert sum(len(group["params"]) for group in undecayed) == 4  # as without factors
+
+
+@pytest.mark.parametrize("name, implementation", [(name, each) for name in KINDS for each in ("foreach", "apex")])
+def test_a_factor_scales_the_steps_of_its_layer(monkeypatch, name, implementation):
+    install(monkeypatch)
+
+    def moved(**optim):
+        torch.manual_seed(0)
+        model = network()
+        config = OptimConfig(name=name, weight_decay=0.1, **optim)
+        optimizer = make_optimizer(model, config, implementation)
+        set_learning_rate(optimizer, 0.01)
+        before = {key: value.detach().clone() for key, value in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return {key: value.detach() - before[key] for key, value in model.named_parameters()}, factors(model, optimizer)
+
+    (plain, _), (scaled, each) = moved(), moved(layer_decay=0.5, head_lr_factor=4)
+    assert set(each.values()) == {4, 1, 0.5, 0.25, 0.125}
+    for key, factor in each.items():
+        torch.testing.assert_close(scaled[key], plain[key] * factor, atol=1e-6, rtol=1e-3)
+
+
+def test_frozen_parameters_are_not_in_the_optimizer():
+    model = network()
+    model.freeze(1)
+    names = factors(model, make_optimizer(model, OptimConfig(), "foreach"))
+    assert {name.partition(".")[0] for name in names} == {"blocks", "norm", "head"}
+    assert not any(name.startswith("blocks.0.") for name in names)
+
+
+# -- who computes it --
 
 
 def updated(optim, implementation, *, steps=4, start=None, make=make_optimizer):
