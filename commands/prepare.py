@@ -3,6 +3,7 @@
 python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
+python prepare.py frames --list train_frames.txt --root rawframes --out train.csv
 python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
 python prepare.py transcode -m my_videos/train.csv --out small_videos
 python prepare.py pack -m my_videos/train.csv --out packed
@@ -29,6 +30,7 @@ from common.locking import FolderLock
 from common.worker_pool import WorkerPool, remove_journals
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import is_url
+from dali_pipelines.folders import frame_folders_below, videos_below
 from dali_pipelines.gpus import find_gpu
 from dali_pipelines.host_decoder import MAX_PIXELS
 from dali_pipelines.manifest import Manifest
@@ -42,6 +44,7 @@ from preparation.datasets import (
     ucf101_annotations,
 )
 from preparation.demo import CLASSES, render_demo
+from preparation.frames import read_frame_list
 from preparation.index import (
     Listed,
     Rejected,
@@ -91,6 +94,7 @@ def main() -> None:
     probing.add_argument(
         "--verify", choices=["decode"], help="decode every file completely; default: headers and packets"
     )
+    probing.set_defaults(fps=None, find=videos_below)
 
     demo = verbs.add_parser("demo", parents=[workers], help="render a small data set of eight motions")
     demo.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -133,6 +137,26 @@ def main() -> None:
         help="for more splits: a manifest, or a file of class names, that defines the labels (default: the folders)",
     )
     folder.set_defaults(run=_folder)
+
+    frames = verbs.add_parser(
+        "frames", parents=[probing], help="make manifests of videos that are folders of JPEG or PNG frames"
+    )
+    frames.add_argument(
+        "folder", type=Path, nargs="?", metavar="DIR", help="folder with one folder per class, with frame folders in it"
+    )
+    frames.add_argument("--list", type=Path, metavar="FILE", help="or a list of `frame_dir total_frames label` lines")
+    frames.add_argument("--root", default=".", metavar="DIR", help="with --list: what its folders are relative to")
+    frames.add_argument(
+        "--out", type=Path, help="manifest NAME.csv; with DIR also a folder for train.csv and val.csv (default: DIR)"
+    )
+    frames.add_argument("--fps", type=_positive, default=30, metavar="N", help="frames per second (default 30)")
+    frames.add_argument(
+        "--val-fraction", type=float, default=0.1, metavar="F", help="with DIR: share for val.csv (default 0.1)"
+    )
+    frames.add_argument(
+        "--classes", "--labels", metavar="FROM", help="class names: a file with one per line, or a manifest"
+    )
+    frames.set_defaults(run=_frames, find=frame_folders_below)
 
     for count, name in ((400, "k400"), (600, "k600"), (700, "k700")):
         kinetics = verbs.add_parser(
@@ -260,7 +284,8 @@ def _folder(arguments: argparse.Namespace) -> None:
     out = arguments.out or arguments.folder
     if arguments.out and out.suffix not in ("", ".csv"):
         raise InputError(f"--out {out}: expected a folder, or a file name that ends in .csv")
-    listed, classes, note = read_folder(arguments.folder, read_labels(arguments.classes) if arguments.classes else ())
+    classes = read_labels(arguments.classes) if arguments.classes else ()
+    listed, classes, note = read_folder(arguments.folder, classes, arguments.find)
     if note:
         print(f"{arguments.folder}: {note}")
     files = [out] if out.suffix == ".csv" else [out / "train.csv", out / "val.csv"]
@@ -275,6 +300,28 @@ def _folder(arguments: argparse.Namespace) -> None:
             _write_manifest(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
         else:
             print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
+
+
+def _frames(arguments: argparse.Namespace) -> None:
+    if (arguments.folder is None) == (arguments.list is None) or (arguments.list and not arguments.out):
+        raise InputError("expected: prepare.py frames DIR, or: prepare.py frames --list LIST --root DIR --out FILE.csv")
+    print(f"taken as {arguments.fps:g} frames/s, as image files have no frame rate; set it with --fps")
+    if arguments.list is None:
+        _folder(arguments)
+        return
+    check_overwritable(arguments.out)
+    classes = read_labels(arguments.classes) if arguments.classes else ()
+    listed, rejected, differing = read_frame_list(arguments.list, arguments.root)
+    _lock(arguments, arguments.out)
+    _write_manifest(listed, arguments.out, arguments.root, classes, arguments, rejected=rejected)
+    if differing:
+        file = arguments.out.with_name(f"{arguments.out.stem}.differing.csv")
+        write_table(file, ("folder", "listed", "found"), differing)
+        folder, expected, count = differing[0]
+        print(
+            f"{len(differing)} of {len(listed)} folders have more or fewer frames than the list says, and are used as "
+            f"they are: {folder} has {count}, not {expected}; all in {file}"
+        )
 
 
 def _kinetics(arguments: argparse.Namespace) -> None:
@@ -426,9 +473,11 @@ def _write_manifest(
     arguments: argparse.Namespace,
     found: FoundSplit | None = None,
     longest_s: float = math.inf,
+    rejected: Sequence[Rejected] = (),
 ) -> None:
     """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
 
+    rejected: listed videos that cannot even be probed.
     found: the split of the listed videos; its missing videos count as rejected.
     longest_s: longer videos (in seconds) are reported.
     """
@@ -436,7 +485,7 @@ def _write_manifest(
     check_overwritable(out)
     journal = out.with_name(f"{out.name}.journal")
     pool = _worker_pool(arguments, out.name)
-    manifest, rejected = index(
+    manifest, unreadable = index(
         listed,
         root=root,
         journal=journal,
@@ -445,12 +494,16 @@ def _write_manifest(
         copies=found.copies,
         decode=arguments.verify == "decode",
         max_pixels=arguments.max_pixels,
+        frames_fps=arguments.fps,
     )
     if not pool.is_whole:
         _print_part_done(out, pool)
         return
-    manifest.rejected += len(found.missing)
-    nothing = f"none of the {len(listed)} listed videos can be read below {manifest.root}"
+    manifest.rejected += len(found.missing) + len(rejected)
+    rejected = [*rejected, *unreadable]
+    nothing = (
+        f"none of the {len(listed) + len(rejected) - len(unreadable)} listed videos can be read below {manifest.root}"
+    )
     _save(manifest, rejected, out, journal, nothing=nothing)
     print(f"{out}: {len(manifest)} of {manifest.listed} videos, {len(set(manifest.labels.tolist()))} classes")
     print(f"  {summary(manifest)}")

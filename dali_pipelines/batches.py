@@ -8,7 +8,18 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 
 class Batch(NamedTuple):
-    """One batch. Clips are on the loader's device, everything else is in host memory."""
+    """One batch. Clips are on the loader's device, everything else is in host memory.
+
+    Every batch has B rows on every rank. In validation and test, the last step is rarely full: it is padded with rows
+    whose label and sample id are -1, and whose `valid` is False. With 7 videos and batches of 4, the second batch has
+
+        sample_ids   [ 4,  5,  6, -1]
+        valid        [ True,  True,  True, False]
+
+    A video that cannot be read keeps its label and sample id, but is not valid either. Leave out the rows that are not
+    valid when you count or average: `batch.clips[batch.valid]`. Training has no padding: it drops a step that is not
+    full.
+    """
 
     clips: torch.Tensor
     """[B, C, T, H, W]; mode "test": [B, V, C, T, H, W], V = 3 crops of each window. float32 or float16,
@@ -18,9 +29,10 @@ class Batch(NamedTuple):
     sample_ids: torch.Tensor
     """int64 [B]: row in the manifest; -1 if the entry is padding."""
     valid: torch.Tensor
-    """bool [B]: False for padding and for videos that cannot be read; those clips are black."""
+    """bool [B]: False for padding (sample id -1) and for videos that cannot be read; those clips are black."""
     engines: tuple[str, ...] = ()
-    """What decoded each clip: "nvdec" (torchcodec), "dali" or "host" (PyAV); "" if it is not valid."""
+    """What decoded each clip: "nvdec" (torchcodec), "dali", or "host" (the workers: PyAV, or DALI for frames that are
+    images); "" if it is not valid."""
 
 
 class Outcome(NamedTuple):

@@ -16,7 +16,15 @@ from dali_pipelines.crops import Reducer
 from dali_pipelines.engines import Routing
 from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import Source, fetch, open_video
-from dali_pipelines.host_decoder import check_pixels, decode_frames, decode_indexed, size_mismatch
+from dali_pipelines.frame_names import is_frames
+from dali_pipelines.host_decoder import (
+    check_pixels,
+    decode_frames,
+    decode_images,
+    decode_indexed,
+    read_images,
+    size_mismatch,
+)
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
 from dali_pipelines.packet_index import IndexedVideo, PacketIndex, StaleIndexError, open_header
 from dali_pipelines.packets import Remuxed, remux, remux_packets, video_stream
@@ -38,7 +46,10 @@ class Sample(NamedTuple):
     frames: np.ndarray
     """uint8 [N, H, W, 3], decoded here; one black pixel if `is_host` is false."""
     encoded: np.ndarray
-    """uint8 [bytes]: a small file with the packets it needs; one zero byte if `is_host` is true."""
+    """uint8 [bytes]: a small file with the packets it needs, or images one after the other; one zero byte if `is_host`
+    is true."""
+    image_ends: np.ndarray
+    """int32 [N]: where in `encoded` each image ends; empty if it holds none."""
     size: np.ndarray
     """int32 [2]: height and width of the frames in that file; the video's frame may be a part of them, top left."""
     positions: np.ndarray
@@ -157,6 +168,8 @@ class ClipSource:
         check_pixels((video.height, video.width), self._max_pixels)
         plan = plan_sample(video, self._view, seed=self._sampler.seed, epoch=epoch, sample_id=sample_id, part=part)
         source, note = self._manifest.source(sample_id), ""
+        if is_frames(source.path):
+            return self._from_images(source, video, plan, sample_id)
         if self._index is None or self._cache is not None:  # a cache keeps whole files
             source = self._fetch(source, video)
         if self._index is not None:
@@ -169,6 +182,22 @@ class ClipSource:
                 note = f"read without the packet index: {type(error).__name__}: {error}"
         source = self._fetch(source, video)
         return self._make(source, video, plan, sample_id, note=note or source.note)
+
+    def _from_images(self, source: Source, video: Video, plan: SamplePlan, sample_id: int) -> Sample:
+        size, fallback = coded_size(video), ""
+        if self._routing.engine_for(video, sample_id) == "nvdec":
+            if _decoded_bytes(plan, size) <= _MOST_BYTES_ON_GPU:
+                images = [image.data for image in read_images(source, plan.positions, size=size, cache=self._cache)]
+                return self._sample(
+                    plan,
+                    sample_id,
+                    encoded=np.frombuffer(b"".join(images), np.uint8),
+                    image_ends=np.cumsum(list(map(len, images))),
+                    size=size,
+                    packets=(len(images), len(images)),
+                )
+            fallback = "not by nvJPEG: its frames would take too much memory"
+        return self._decoded(source, video, plan, sample_id, fallback=fallback, note="")
 
     def _fetch(self, source: Source, video: Video) -> Source:
         return fetch(source, self._cache, problem=lambda found: _other_video(found, video))
@@ -246,6 +275,8 @@ class ClipSource:
             rectangles = reduce.rectangles
         if isinstance(source, IndexedVideo):
             decoded = decode_indexed(source, plan.positions, size=size, region=region, reduce=reduce)
+        elif is_frames(source.path):
+            decoded = decode_images(source, plan.positions, size=size, region=region, reduce=reduce, cache=self._cache)
         else:
             decoded = decode_frames(source, plan.positions, size=size, region=region, reduce=reduce)
         return self._sample(
@@ -273,6 +304,7 @@ class ClipSource:
         *,
         frames: np.ndarray | None = None,
         encoded: np.ndarray | None = None,
+        image_ends: np.ndarray | None = None,
         size: tuple[int, int] = (1, 1),
         positions: np.ndarray | None = None,
         rectangles: np.ndarray | None = None,
@@ -283,6 +315,7 @@ class ClipSource:
         return Sample(
             frames=np.zeros((1, 1, 1, 3), np.uint8) if frames is None else frames,
             encoded=np.zeros(1, np.uint8) if encoded is None else encoded,
+            image_ends=np.empty(0, np.int32) if image_ends is None else image_ends.astype(np.int32),
             size=np.array(size, np.int32),
             positions=(plan.positions if positions is None else positions).astype(np.int32),
             picks=plan.picks.astype(np.int32),

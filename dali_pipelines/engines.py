@@ -13,6 +13,7 @@ import numpy as np
 
 from dali_pipelines.bitstream.codecs import CODECS
 from dali_pipelines.bitstream.parser import UncertainError
+from dali_pipelines.frame_names import CODECS as FRAME_CODECS
 from dali_pipelines.gpus import Gpu
 from dali_pipelines.hardware_check import check_hardware, matrix_of
 from dali_pipelines.manifest import Manifest, Video, coded_size
@@ -87,7 +88,12 @@ class Routing:
     seed: int = 0
 
     def engine_for(self, video: Video, sample_id: int) -> Engine:
-        """The engine for a video, judged by the manifest alone; `check` knows more once the file is open."""
+        """The engine for a video, judged by the manifest alone; `check` knows more once the file is open.
+
+        For frames that are images, "nvdec" stands for DALI's image decoder in the same stage: nvJPEG on a GPU.
+        """
+        if video.codec in FRAME_CODECS:
+            return "nvdec" if self.engine == "nvdec" else "host"
         codec = CODECS.get(video.codec)
         if codec is None or self.engine == "host":
             return "host"

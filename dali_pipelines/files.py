@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard
 import av
 
 from dali_pipelines.errors import InputError, check, reason
+from dali_pipelines.frame_names import frame_files, is_frames
 from dali_pipelines.packets import video_stream
 
 _REFUSED = {
@@ -50,7 +51,7 @@ class Source(NamedTuple):
     """The bytes of a video."""
 
     path: str
-    """A local file, or a URL."""
+    """A local file, or a URL; or either of these for the frames of a video (`frame_names`)."""
     offset: int = 0
     """Start of the video in the file, in bytes."""
     size: int | None = None
@@ -79,7 +80,7 @@ def join(root: str | os.PathLike[str], path: str) -> str:
     links = root.split("::")
     place = next(number for number, link in enumerate(links) if "://" in link)  # zip://folder::s3://bucket/file.zip
     if links[place].startswith(("http://", "https://")):
-        path = urllib.parse.quote(os.fsencode(path))
+        path = urllib.parse.quote(os.fsencode(path), safe="/{}," if is_frames(path) else "/")
     links[place] = f"{links[place].removesuffix('/')}/{path}"
     return "::".join(links)
 
@@ -97,6 +98,7 @@ def as_source(video: VideoLike) -> Source:
 def open_video(video: VideoLike) -> av.container.InputContainer:
     """Opens a file that has a video stream of a known codec. Raises `InputError` with the reason if it cannot."""
     source = fetch(video)
+    check(not is_frames(source.path), "its frames are images in files of their own, not a video file")
     try:
         if source.data is None:
             _check_file(source)
@@ -181,6 +183,9 @@ def ffmpeg_url(video: VideoLike) -> str:
 def size_of(video: VideoLike) -> int:
     """Size of the video in bytes, without reading it. Raises `InputError`."""
     source = as_source(video)
+    if is_frames(source.path):
+        files = frame_files(source.path)
+        return sum(size_of(files.path(position)) for position in range(len(files)))
     if source.data is not None:
         return len(source.data)
     try:
@@ -276,8 +281,8 @@ def fetch(
     `Source.note` says why a file is not kept.
     """
     source = as_source(video)
-    if source.data is not None or not is_url(source.path):
-        return source
+    if source.data is not None or not is_url(source.path) or is_frames(source.path):
+        return source  # of frames, only the files of a clip are fetched
     kept = cache and _place(cache, source)
     if kept and os.path.isfile(kept):
         return Source(kept)
@@ -334,7 +339,8 @@ def _check_file(source: Source) -> int:
         raise InputError("a zero byte in its name")
     state = os.stat(source.path)
     if not stat.S_ISREG(state.st_mode):  # a pipe would block forever
-        raise InputError("a folder" if stat.S_ISDIR(state.st_mode) else "not a regular file")
+        folder = "a folder, not a video file; if it holds the frames as images, see prepare.py frames"
+        raise InputError(folder if stat.S_ISDIR(state.st_mode) else "not a regular file")
     if source.size is not None and state.st_size < source.offset + source.size:
         raise InputError(
             f"the shard ends at byte {state.st_size}, the video at {source.offset + source.size}: the shard is cut "

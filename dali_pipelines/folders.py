@@ -1,4 +1,4 @@
-"""Finds the videos in a folder, and describes the files it skips."""
+"""Finds the videos in a folder, as files or as folders of frames, and describes the files it skips."""
 
 import collections
 import os
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import find_below_url, is_url
+from dali_pipelines.frame_names import name_frames
 
 _SUFFIXES = """
     264 265 266 3g2 3gp 3gp2 3gpp 3gpp2 amv asf avc avi avs2 avs3 bik cavs dav dif divx dv dvr-ms evo f4p f4v flc fli
@@ -48,8 +49,43 @@ def videos_below(root: str | os.PathLike[str]) -> Found:
         if is_video_name(path):
             videos.append(path)
         else:
-            name = os.path.basename(path)
-            kinds["._* of macOS" if name.startswith("._") else os.path.splitext(name)[1].lower() or "no suffix"] += 1
+            kinds[_kind(path)] += 1
+    return _found(videos, kinds, notes, closed)
+
+
+def frame_folders_below(root: str | os.PathLike[str]) -> Found:
+    """The folders of frames in a folder and its subfolders, or below a URL, each as the path that names its frames
+    (`frame_names`). Raises `InputError`."""
+    notes: list[str] = []
+    closed: list[str] = []
+    names: dict[str, list[str]] = {}
+    for path in find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes, closed):
+        folder, name = os.path.split(path)
+        names.setdefault(folder, []).append(name)
+    videos: list[str] = []
+    kinds: collections.Counter[str] = collections.Counter()
+    for folder, inside in names.items():
+        paths = name_frames(inside)
+        if len(paths) == 1:
+            videos.append(os.path.join(folder, paths[0]))
+            inside = [name for name in inside if not _is_image(name)]
+        elif paths:
+            notes.append(f"{folder or '.'}: skipped, as its images are numbered in {len(paths)} ways")
+        kinds.update(map(_kind, inside))
+    return _found(videos, kinds, notes, closed)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith((".jpg", ".jpeg", ".png"))
+
+
+def _kind(path: str) -> str:
+    """The kind of a file that is skipped."""
+    name = os.path.basename(path)
+    return "._* of macOS" if name.startswith("._") else os.path.splitext(name)[1].lower() or "no suffix"
+
+
+def _found(videos: list[str], kinds: "collections.Counter[str]", notes: list[str], closed: list[str]) -> Found:
     if kinds:
         named = [f"{count} {kind}" for kind, count in kinds.most_common(_KINDS_SHOWN)]
         if rest := kinds.total() - sum(count for _, count in kinds.most_common(_KINDS_SHOWN)):

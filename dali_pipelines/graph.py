@@ -26,6 +26,7 @@ class _Feed(NamedTuple):
 _FEEDS = {
     "frames": _Feed(DALIDataType.UINT8, 4, "FHWC"),
     "encoded": _Feed(DALIDataType.UINT8, 1),
+    "image_ends": _Feed(DALIDataType.INT32, 1),
     "size": _Feed(DALIDataType.INT32, 1),
     "positions": _Feed(DALIDataType.INT32, 1),
     "picks": _Feed(DALIDataType.INT32, 2),
@@ -64,7 +65,7 @@ def clip_pipeline(
     prefetch: int,
 ) -> Pipeline:
     """A pipeline, not built yet, with the outputs clips, sample_id, packets, fault, fallback, is_host, shapes of the
-    decoded frames, and size.
+    decoded frames, and two that nothing needs.
 
     Clips are (value / 255 - mean) / std: [C, T, H, W] per sample, or [V, C, T, H, W] if there are several.
     `device_id` None is the CPU. `workers` processes run the source; with 0, this process does. `threads` threads of
@@ -134,9 +135,10 @@ def _clip_pipeline(source: ClipSource, cut: Cut, device: str) -> tuple[DataNode,
     )
     frames = _merge(frames.gpu() if device == "gpu" else frames, decoded, is_host)
     clips = _clips(frames, sample["picks"], sample["rectangles"], sample["transpose"], cut)
-    shapes, unused = frames.shape(), sample["size"]  # DALI warns about source outputs that nothing uses
+    shapes = frames.shape()
+    unused = sample["size"], sample["image_ends"]  # DALI warns about source outputs that nothing uses
     results = (sample[name] for name in ("sample_id", "packets", "fault", "fallback"))
-    return clips, *results, is_host, shapes, unused
+    return clips, *results, is_host, shapes, *unused
 
 
 @pipeline_def

@@ -5,8 +5,11 @@ on the whole batch.
 """
 
 import contextlib
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import av
@@ -15,7 +18,9 @@ import numpy as np
 from dali_pipelines.bitstream.codecs import CODECS
 from dali_pipelines.bitstream.parser import MissingFrameError, UncertainError
 from dali_pipelines.errors import InputError, check, reason
-from dali_pipelines.files import Source, VideoLike, fetch, open_video
+from dali_pipelines.files import Source, VideoLike, as_source, fetch, is_url, open_video, read_bytes
+from dali_pipelines.frame_names import FrameFiles, frame_files, is_frames
+from dali_pipelines.images import batch_length, host_decoder, image_size
 from dali_pipelines.packet_index import IndexedVideo
 from dali_pipelines.packets import Flag, PacketReader, PacketSource, VideoPacket, demux, video_stream
 
@@ -54,9 +59,11 @@ def decode_frames(
 
     `size` is the (height, width) that the frames must have, `region` the rows and columns to return; `reduce` gets that
     part of each frame and returns its replacement, uint8 [h, w, 3]. Uses one thread: other processes decode other
-    samples. Raises `InputError`.
+    samples. Frames that are images in files of their own are decoded by DALI. Raises `InputError`.
     """
     source = fetch(video)
+    if is_frames(source.path):
+        return decode_images(source, positions, size=size, region=region, reduce=reduce)
 
     try:
         with open_video(source) as container:
@@ -125,9 +132,112 @@ def _collect(fed: _Fed, positions: np.ndarray, size: tuple[int, int], region: Re
     return Decoded(frames, fed.packets_read, fed.packets_kept, "")
 
 
+class ImageFile(NamedTuple):
+    """One frame that is an image in a file of its own."""
+
+    name: str
+    data: bytes
+    size: tuple[int, int]
+    """(height, width) as stored, before its EXIF orientation."""
+
+
+def read_image(files: FrameFiles, position: int, cache: str | None = None) -> ImageFile:
+    """The file of the frame at `position`. `cache`: see `files.fetch`. Raises `InputError` that names the file."""
+    check(position < len(files), f"frame {position} is needed, but its path names only {len(files)}; index it again")
+    path = files.path(position)
+    name = os.path.basename(path)
+    try:
+        data = read_bytes(fetch(path, cache, problem=_image_problem))
+        return ImageFile(name, data, image_size(data))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def read_images(
+    source: Source, positions: np.ndarray, *, size: tuple[int, int], cache: str | None = None
+) -> list[ImageFile]:
+    """The files of the frames at `positions` of a source that `is_frames`, checked to have the (height, width) `size`,
+    either way round, as EXIF may rotate them. `cache`: see `files.fetch`. Raises `InputError` that names the file."""
+    files = frame_files(source.path)
+    with ThreadPoolExecutor(_REQUESTS) if is_url(source.path) else contextlib.nullcontext() as threads:
+        read = partial(read_image, files, cache=cache)
+        images = list((threads.map if threads else map)(read, positions.tolist()))
+    for image in images:
+        if sorted(image.size) != sorted(size):
+            raise InputError(f"{image.name}: {size_mismatch(image.size, size)}")
+    return images
+
+
+_REQUESTS = 8  # in flight at a time for the frames of one clip
+
+
+def _image_problem(source: Source) -> str:
+    try:
+        image_size(read_bytes(source))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def decode_images(
+    source: Source,
+    positions: np.ndarray,
+    *,
+    size: tuple[int, int],
+    region: Region = _WHOLE,
+    reduce: Reduce | None = None,
+    cache: str | None = None,
+) -> Decoded:
+    """`decode_frames` for a source that `is_frames`. `cache`: see `files.fetch`."""
+    frames, step = np.empty(0, np.uint8), batch_length(size)
+    for first in range(0, len(positions), step):
+        some = positions[first : first + step]
+        images = read_images(source, some, size=size, cache=cache)
+        batch = decode_batch([image.data for image in images], [image.name for image in images], size=size)
+        for index, image in enumerate(batch, start=first):
+            pixels = reduce(image[region]) if reduce else image[region]
+            if not index:
+                frames = np.empty((len(positions), *pixels.shape), np.uint8)
+            frames[index] = pixels
+    return Decoded(frames, len(positions), len(positions), "")
+
+
+def decode_batch(
+    images: Sequence[bytes | np.ndarray], names: Sequence[str], *, size: tuple[int, int] | None
+) -> list[np.ndarray]:
+    """The images, uint8 [H, W, 3] each, decoded on the CPU by DALI. Raises `InputError` with the name of one that
+    cannot be decoded, or whose (height, width) is not `size`, unless that is None."""
+    decoder = host_decoder()
+    try:
+        decoded = decoder.decode(images)
+    except RuntimeError:  # it does not say which
+        for image, name in zip(images, names, strict=True):
+            try:
+                decoder.decode([image])
+            except RuntimeError:
+                raise InputError(f"{name}: not an image that DALI can decode; damaged?") from None
+        raise
+    for image, name in zip(decoded, names, strict=True):
+        if size and (difference := size_mismatch((image.shape[0], image.shape[1]), size)):
+            raise InputError(f"{name}: {difference}")
+    return decoded
+
+
+def _all_images(source: Source, frames: int, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
+    step = batch_length(size)
+    for first in range(0, frames, step):
+        positions = np.arange(first, min(first + step, frames))
+        for image in decode_images(source, positions, size=size).frames:
+            yield av.VideoFrame.from_ndarray(image, format="rgb24")
+
+
 def decode_all(video: VideoLike, *, frames: int, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
     """All frames of a video with `frames` frames of `size`, with the checks of `decode_frames`. Raises `InputError`."""
-    source = fetch(video)
+    source = as_source(video)
+    if is_frames(source.path):
+        yield from _all_images(source, frames, size)
+        return
+    source = fetch(source)
     count = 0
     try:
         with open_video(source) as container:

@@ -18,6 +18,7 @@ from dali_pipelines.decode_stage import DecodeStage
 from dali_pipelines.engines import DECODES, Decode
 from dali_pipelines.errors import InputError, check
 from dali_pipelines.files import absolute, check_reachable
+from dali_pipelines.frame_names import CODECS as FRAME_CODECS
 from dali_pipelines.graph import Cut, clip_pipeline, source_pipeline
 from dali_pipelines.host_decoder import MAX_PIXELS
 from dali_pipelines.manifest import Manifest
@@ -55,6 +56,7 @@ class ClipLoader:
     decode: what decodes.
         "auto": on a GPU, NVDEC and the workers side by side, each its share of the videos; on the CPU, the workers.
         "nvdec": NVDEC, through torchcodec, for all that it takes. On the CPU, torchcodec's CPU decoder (for tests).
+            With both, DALI decodes frames that are JPEGs on the GPU, by nvJPEG; otherwise the workers do, by DALI.
         "dali": DALI's own decoder; on a GPU NVDEC, slowly; on the CPU VP8, VP9 and MJPEG.
         "host": the workers, with PyAV.
         Videos that an engine does not take go to the workers, and are counted in `stats.fallbacks`.
@@ -231,15 +233,19 @@ class ClipLoader:
 
     @property
     def decoders(self) -> dict[str, str]:
-        """Codec -> what decodes it here: "NVDEC", "NVDEC and host (31%)", "NVDEC by DALI", "torchcodec", "DALI" or
-        "host"; single files may differ (`stats.fallbacks`)."""
+        """Codec -> what decodes it here: "NVDEC", "NVDEC and host (31%)", "NVDEC by DALI", "torchcodec", "DALI",
+        "nvJPEG" (frames that are JPEGs, by DALI) or "host"; single files may differ (`stats.fallbacks`)."""
         routing = self._workers.routing
         share = f" and host ({routing.host_share:.0%})" if routing.host_share else ""
         if routing.engine == "dali":
             name = "NVDEC by DALI" if routing.on_gpu else "DALI"
         else:
             name = ("NVDEC" if routing.on_gpu else "torchcodec") + share
-        return {codec: name if routing.takes_codec(codec) else "host" for codec in self.manifest.codecs}
+        images = "nvJPEG" if routing.engine == "nvdec" and routing.on_gpu else "DALI"
+        return {
+            codec: images if codec in FRAME_CODECS else name if routing.takes_codec(codec) else "host"
+            for codec in self.manifest.codecs
+        }
 
     def __iter__(self) -> Iterator[Batch]:
         if self._iterator is not None:

@@ -48,7 +48,8 @@ class Video(NamedTuple):
     """One row. Width and height are as shown, in pixels, with rotation metadata applied."""
 
     path: str
-    """Relative to the manifest's root, or absolute."""
+    """Relative to the manifest's root, or absolute. If the frames are images in files of their own, it names them all:
+    `archery/v1/img_{00001..00300}.jpg` (`frame_names`)."""
     label: int
     frames: int
     """Number of frames that a decoder outputs, not what the header claims."""
@@ -57,7 +58,7 @@ class Video(NamedTuple):
     width: int
     height: int
     codec: str
-    """FFmpeg's name: h264, hevc, mpeg4, vp9, ..."""
+    """FFmpeg's name: h264, hevc, mpeg4, vp9, ...; "jpeg frames" or "png frames" if the frames are images."""
     rotation: int
     """Degrees by which the coded frame is rotated anticlockwise for display, after mirroring: 0, 90, 180 or 270."""
     pixel_format: str = ""

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import torch
+from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 from dali_pipelines.bitstream.codecs import CODECS
 from dali_pipelines.bitstream.parser import UncertainError
@@ -30,7 +31,8 @@ from dali_pipelines.clip_source import Sample, bounds
 from dali_pipelines.engines import DEPTHS, Limits, LimitsByFormat, cpu_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source
-from dali_pipelines.host_decoder import decode_frames, size_mismatch
+from dali_pipelines.host_decoder import decode_batch, decode_frames, size_mismatch
+from dali_pipelines.images import ImageDecoder, batch_length
 from dali_pipelines.packets import REMUXED_FPS
 from dali_pipelines.processes import TemporaryFolder
 
@@ -38,6 +40,8 @@ _DECODERS_A_THREAD = 4
 """Hardware decoders that torchcodec keeps for reuse, per thread: data sets have videos of several sizes."""
 _DECODER_BYTES, _SURFACES = 1 << 30, 12
 """Memory for all these decoders, at 12 surfaces of the largest frame each: an estimate, not measured."""
+_IMAGE_THREADS = 8
+"""Threads of nvJPEG's part on the CPU, for the 8 or 16 images of a clip."""
 _TICK_S = 0.5
 _JOIN_S = 5.0
 
@@ -55,7 +59,7 @@ class Decoded(NamedTuple):
     rectangles: np.ndarray
     """float32 [V, 4]: y0, x0, y1, x1 in pixels of these frames."""
     engine: str
-    """"nvdec", or "host"."""
+    """"nvdec", "dali" (images), or "host"."""
     fault: str
     fallback: str
 
@@ -74,6 +78,7 @@ class DecodePool:
         self._device = device
         self._timeout_s = timeout_s
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._images = ImageDecoder(device.index, threads=min(threads, _IMAGE_THREADS))  # starts at the first image
         if device.type == "cuda":
             fitting = int(_DECODER_BYTES / (1.5 * largest * _SURFACES))
             capacity = min(max(fitting, threads), _DECODERS_A_THREAD * threads)
@@ -84,7 +89,9 @@ class DecodePool:
         self._end = weakref.finalize(self, _end_threads, self._tasks, self._threads)
 
     def _start(self) -> None:
-        thread = threading.Thread(target=_work, args=(self._tasks, self._device), name="decode", daemon=True)
+        thread = threading.Thread(
+            target=_work, args=(self._tasks, self._device, self._images), name="decode", daemon=True
+        )
         thread.start()
         self._threads.append(thread)
 
@@ -140,7 +147,7 @@ def _end_threads(tasks: "queue.SimpleQueue[Task | None]", threads: list[threadin
             thread.join(max(deadline - time.monotonic(), 0))
 
 
-def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device) -> None:
+def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device, images: ImageDecoder) -> None:
     """Runs in each thread, with its own stream on a GPU."""
     with contextlib.ExitStack() as stack:
         failure: Exception | None = None
@@ -155,19 +162,22 @@ def _work(tasks: "queue.SimpleQueue[Task | None]", device: torch.device) -> None
             try:
                 if failure is not None:
                     raise failure
-                task.outcome = _decode(task, device)
+                task.outcome = _decode(task, device, images)
             except Exception as error:
                 task.outcome = error
             task.is_done.set()
 
 
-def _decode(task: Task, device: torch.device) -> Decoded:
-    """Decodes with torchcodec, or with PyAV from the same bytes if that fails; black if both fail."""
+def _decode(task: Task, device: torch.device, images: ImageDecoder) -> Decoded:
+    """Decodes with torchcodec, or with PyAV from the same bytes if that fails; black if both fail. Images are decoded
+    by DALI on the device, or on the CPU if that fails."""
     sample = task.sample
     if sample.is_host:
         return _finish(torch.from_numpy(sample.frames), sample.rectangles, sample, device, engine="host")
     rows, columns = bounds(sample.rectangles, task.size)
     rectangles = sample.rectangles - np.array([rows.start, columns.start] * 2, np.float32)
+    if len(sample.image_ends):
+        return _decode_images(task, device, images, (rows, columns), rectangles)
     try:
         frames = decode_file(sample.encoded, sample.positions, tuple(sample.size.tolist()), device)
         return _finish(frames[:, rows, columns], rectangles, sample, device, engine="nvdec")
@@ -180,6 +190,46 @@ def _decode(task: Task, device: torch.device) -> Decoded:
     except (InputError, UncertainError) as error:
         return _black(task, device, str(error))
     return _finish(torch.from_numpy(decoded.frames), rectangles, sample, device, engine="host", fallback=fallback)
+
+
+def _decode_images(
+    task: Task, device: torch.device, decoder: ImageDecoder, region: tuple[slice, slice], rectangles: np.ndarray
+) -> Decoded:
+    sample, step = task.sample, batch_length(task.size)
+    files = np.split(sample.encoded, sample.image_ends[:-1])
+    names = [f"frame {position}" for position in sample.positions.tolist()]
+    batches = [slice(first, first + step) for first in range(0, len(files), step)]
+    try:
+        on_device = [_image_batch(files[some], task.size, device, decoder, region) for some in batches]
+        return _finish(torch.cat(on_device), rectangles, sample, device, engine="dali")
+    except (RuntimeError, ValueError) as error:
+        fallback = f"by the host, as nvJPEG failed: {_first_line(error)}"
+    try:
+        images = [image[region] for some in batches for image in decode_batch(files[some], names[some], size=task.size)]
+    except InputError as error:
+        return _black(task, device, str(error))
+    frames = torch.from_numpy(np.stack(images))
+    return _finish(frames, rectangles, sample, device, engine="host", fallback=fallback)
+
+
+def _image_batch(
+    files: list[np.ndarray],
+    size: tuple[int, int],
+    device: torch.device,
+    decoder: ImageDecoder,
+    region: tuple[slice, slice],
+) -> torch.Tensor:
+    """The region of the images, uint8 [N, H, W, 3], on the device. Raises RuntimeError."""
+    with decoder.lock:
+        decoded = decoder.run(files)
+        images = [to_torch_tensor(decoded[index], copy=False) for index in range(len(files))]
+        for image in images:
+            if reason := size_mismatch((image.shape[0], image.shape[1]), size):
+                raise RuntimeError(reason)
+        frames = torch.stack([image[region] for image in images])
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the next call reuses the memory of `images`
+        return frames
 
 
 def _finish(

@@ -13,7 +13,16 @@ from dali_pipelines.bitstream.codecs import CODECS
 from dali_pipelines.bitstream.parser import UncertainError
 from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import Source, VideoLike, as_source, fetch, open_video
-from dali_pipelines.host_decoder import MAX_PIXELS, decode_packets, prepare
+from dali_pipelines.frame_names import frame_files, is_frames
+from dali_pipelines.host_decoder import (
+    MAX_PIXELS,
+    check_pixels,
+    decode_batch,
+    decode_packets,
+    prepare,
+    read_image,
+    read_images,
+)
 from dali_pipelines.manifest import Video
 from dali_pipelines.packet_index import Recorder, Stream, no_entry
 from dali_pipelines.packets import PacketReader, VideoPacket, demux, video_stream
@@ -33,6 +42,8 @@ def probe(video: VideoLike, max_pixels: int = MAX_PIXELS, cache: str | None = No
 def probe_packets(video: VideoLike, *, max_pixels: int = MAX_PIXELS) -> tuple[Video, bytes]:
     """The result of `probe`, and the video's entry for the packet index."""
     source = fetch(video)
+    if is_frames(source.path):
+        return _probe_frames(source, max_pixels), no_entry("its frames are images in files of their own")
     try:
         with open_video(source) as container:
             stream = video_stream(container)
@@ -77,6 +88,21 @@ def probe_packets(video: VideoLike, *, max_pixels: int = MAX_PIXELS) -> tuple[Vi
         mirrored=mirrored,
     )
     return found, structure.entry
+
+
+FRAMES_FPS = 30.0
+"""The frame rate of frames in files, which have none: that of most videos."""
+
+
+def _probe_frames(source: Source, max_pixels: int) -> Video:
+    """Decodes the first frame and reads the last; the others are checked when they are decoded."""
+    files = frame_files(source.path)
+    first = read_image(files, 0)
+    check_pixels(first.size, max_pixels)
+    read_images(source, np.array([len(files) - 1]), size=first.size)
+    (image,) = decode_batch([first.data], [first.name], size=None)
+    height, width = image.shape[:2]
+    return Video(source.path, 0, len(files), FRAMES_FPS, width, height, files.codec, rotation=0, gop=1)
 
 
 class _Structure(NamedTuple):

@@ -73,7 +73,7 @@ class GraphStage:
 
     def run(self, place: int) -> tuple[torch.Tensor, list[Outcome]]:
         """See `Stage.run`."""
-        outputs, sample_ids, packets, faults, fallbacks, is_host, shapes, _ = self._workers.run(place)
+        outputs, sample_ids, packets, faults, fallbacks, is_host, shapes, *_ = self._workers.run(place)
         clips = to_torch(outputs, self._workers.pipeline, self._device)
         outcomes = []
         for index, sample_id in enumerate(np.array(sample_ids.as_tensor()).tolist()):

@@ -4,7 +4,7 @@ import base64
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,8 @@ import numpy as np
 from common.worker_pool import Failed, WorkerPool, run
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
-from dali_pipelines.folders import is_video_name, leads_back, videos_below
+from dali_pipelines.folders import Found, is_video_name, leads_back, videos_below
+from dali_pipelines.frame_names import frame_files, is_frames
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
 from dali_pipelines.packet_index import index_path, is_index
@@ -51,8 +52,11 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Li
         file, label = ("", *re.split(r"[ \t]+(?=[^ \t]*$)", line, maxsplit=1))[-2:]
         problem = _problem(file, label, root)
         if problem:
+            frames = ""
+            if re.search(r"[ \t]\d+$", file):
+                frames = f". If it lists folders of frames: prepare.py frames --list {path} --root {root} --out FILE"
             raise InputError(
-                f"{path}:{number}: expected `path label`, with one label of 0 or more; {problem}: {line[:80]!r}"
+                f"{path}:{number}: expected `path label`, with one label of 0 or more; {problem}: {line[:80]!r}{frames}"
             )
         listed.append((file, int(label)))
     if not listed:
@@ -77,6 +81,9 @@ def _problem(file: str, label: str, root: str | os.PathLike) -> str:
     if file[0] in "\"'`" and file[-1] == file[0]:
         return "found a path in quotes"
     if re.search(r"[ \t][+-]?\d+(\.\d*)?[,;]?$", file):
+        folder = re.sub(r"[ \t]+[+-]?\d+(\.\d*)?[,;]?$", "", file)
+        if not is_url(file) and not is_url(root) and os.path.isdir(join(root, folder)):
+            return "found `frame_dir total_frames label`: a list of frame folders"
         return "found more than one number (several labels, or a frame count?)"
     if "\r" in file or "\n" in file:
         return "found a line end within the path"
@@ -95,12 +102,15 @@ class Folder(NamedTuple):
     """Describes the skipped files; "" if there are none."""
 
 
-def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
+def read_folder(
+    root: str | os.PathLike, classes: Sequence[str] = (), find: Callable[[Path], Found] = videos_below
+) -> Folder:
     """Lists the videos of a folder that holds one folder per class, with videos at any depth. Paths are relative to
     `root`.
 
     The folders are labels 0, 1, ... in alphabetical order. With `classes`, labels are positions in it, and a class
-    may have no folder. Raises `InputError`, also for a folder that `classes` does not name."""
+    may have no folder. `find` is `videos_below` or `frame_folders_below`. Raises `InputError`, also for a folder that
+    `classes` does not name."""
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a folder with one folder of videos per class")
@@ -113,7 +123,7 @@ def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
             f"{root}: holds {' and '.join(folders)}, which look like splits, not classes; index each of them, "
             f"such as: folder {root / first} --out {first}.csv{more}"
         )
-    found = videos_below(root)
+    found = find(root)
     by_folder: dict[str, list[str]] = {name: [] for name in folders}
     outside = 0
     for path in found.videos:
@@ -127,9 +137,15 @@ def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
         notes.append(f"{outside} {'video is' if outside == 1 else 'videos are'} not in a class folder")
     note = "; ".join(notes)
     if not any(by_folder.values()):
+        example, hint = "videos in it, such as archery/1.mp4", ""
+        if find is not videos_below:
+            example = "a folder of frames for each video, such as archery/v1/img_00001.jpg"
+        elif re.search(r"\.(jpe?g|png)\b", note):
+            hint = f"; if these images are the frames of videos: prepare.py frames {root}"
         raise InputError(
-            f"{root}: no videos; expected a folder for each class with videos in it, such as archery/1.mp4"
+            f"{root}: no videos; expected a folder for each class with {example}"
             + (f" ({note})" if note else "")
+            + hint
         )
     if classes:
         if len(set(classes)) < len(classes):
@@ -165,12 +181,14 @@ def index(
     copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
     decode: bool = False,
     max_pixels: int = MAX_PIXELS,
+    frames_fps: float | None = None,
 ) -> tuple[Manifest, list[Rejected]]:
     """Probes every listed video. Returns the manifest of the readable ones, in the order of the list, and the others.
 
     copies: other files of a listed video, tried in order if it cannot be read.
     decode: decode each file completely, and reject those with a damaged frame.
     max_pixels: the largest accepted frame.
+    frames_fps: frames per second of videos whose frames are images in files of their own.
     journal: see `worker_pool.run`.
 
     Raises `InputError`.
@@ -209,6 +227,8 @@ def index(
         else:
             video, entry = result
             good.append(Video(*video)._replace(path=path, label=label))
+            if frames_fps and is_frames(path):
+                good[-1] = good[-1]._replace(fps=frames_fps)
             entries[key_of(good[-1])] = base64.b64decode(entry)
     manifest = Manifest(good, root=root, classes=classes, rejected=len(rejected))
     manifest.entries = entries
@@ -305,6 +325,10 @@ def summary(manifest: Manifest) -> str:
         ((manifest.column("vfr") > 0).sum(), "with a variable frame rate"),
         ((manifest.column("rotation") > 0).sum(), "rotated"),
         ((manifest.column("mirrored") > 0).sum(), "mirrored"),
+        (
+            sum(bool(frame_files(v.path).gaps) for v in manifest if is_frames(v.path)),
+            "with gaps in the frames' numbers",
+        ),
         ((~np.isin(manifest.column("pixel_format"), ["yuv420p", "yuvj420p", ""])).sum(), "not 8-bit 4:2:0"),
     ):
         if count:

@@ -26,6 +26,7 @@ from common.worker_pool import Failed, WorkerPool, run
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import check_reachable, read_bytes, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
+from dali_pipelines.frame_names import CODECS as FRAME_CODECS
 from dali_pipelines.manifest import Manifest, Video, key_of
 from dali_pipelines.packet_index import StaleIndexError, open_index
 from preparation.index import Rejected
@@ -74,6 +75,11 @@ def pack(
         raise InputError(f"{out}: holds the videos to pack, which would be overwritten; name another folder with --out")
     if not len(manifest):
         raise InputError(f"{path}: no videos in it")
+    if FRAME_CODECS.intersection(manifest.codecs):
+        raise InputError(
+            f"{path}: has videos that are folders of frames, which are not packed; make them files first: "
+            f"prepare.py transcode -m {path} --out DIR"
+        )
     check_reachable(manifest.source(0), timeout_s=pool.timeout_s)
     journal = out / f"{path.stem}.journal"
     shard_name = re.compile(re.escape(path.stem) + r"-\d{6}\.tar(\.\w+\.part)?")

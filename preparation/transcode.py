@@ -30,6 +30,7 @@ from dali_pipelines.crops import resized_size
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import Source, absolute, fetch, ffmpeg_url, open_video, size_of
 from dali_pipelines.folders import VIDEO_SUFFIXES
+from dali_pipelines.frame_names import is_frames
 from dali_pipelines.host_decoder import decode_all, decode_frames
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
 from dali_pipelines.probe import probe, probe_packets
@@ -189,8 +190,8 @@ class Job:
         tasks: dict[tuple[str, str], Task] = {}  # a video listed twice is transcoded once
         for row, (video, path) in enumerate(zip(manifest, paths)):
             key = video.shard, path
-            place, offset, size, *_ = manifest.source(row)
-            source = Source(absolute(place), offset, size)  # remote workers have a different working directory
+            source = manifest.source(row)
+            source = source._replace(path=absolute(source.path))  # remote workers have a different working directory
             original = video._replace(path=path, label=0)
             tasks.setdefault(key, Task(source, original, os.path.abspath(out), names[key], settings))
         self._tasks = [tasks[key] for key in zip(shards, paths)]
@@ -335,6 +336,8 @@ def target_names(sources: Iterable[tuple[str, str]], suffix: str) -> dict[tuple[
 
 
 def _target_name(shard: str, path: str, suffix: str, kept: int) -> str:
+    if is_frames(path) and kept == 0:  # archery/v1/img_{00001..00300}.jpg
+        return (os.path.dirname(path) or "frames") + suffix
     stem, old = os.path.splitext(path)
     if old.lower() == suffix and kept < 2:
         return path

@@ -11,8 +11,9 @@ from typing import NamedTuple, TypeVar
 
 from common.labels import read_manifest
 from dali_pipelines.errors import InputError
-from dali_pipelines.folders import is_in_loop, unreadable, videos_below
+from dali_pipelines.folders import frame_folders_below, is_in_loop, unreadable, videos_below
 from dali_pipelines.manifest import Manifest, Video
+from dali_pipelines.probe import FRAMES_FPS
 from dali_pipelines.text import MARKS, UTF16_MARKS
 
 T = TypeVar("T")
@@ -107,8 +108,12 @@ def _closed(pattern: str) -> str:
 
 
 def _below(folder: str) -> tuple[list[str], str]:
-    """Returns (paths of the videos in and below a folder, a note about skipped files)."""
+    """Returns (paths of the videos in and below a folder, a note about skipped files). If it holds no video files, but
+    folders of frames, or is one, these are the videos."""
     found = videos_below(folder)
+    if not found.videos and (frames := frame_folders_below(folder)).videos:
+        note = f"images taken as the frames of videos ({len(frames.videos)}), at {FRAMES_FPS:g} frames/s"
+        found = frames._replace(note="; ".join(filter(None, (note, frames.note))))
     return [str(Path(folder, path)) for path in found.videos], found.note
 
 

@@ -27,6 +27,7 @@ from dali_pipelines.clip_source import bounds
 from dali_pipelines.engines import Engine, Routing, general_limits
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import open_video
+from dali_pipelines.frame_names import is_frames
 from dali_pipelines.gpus import Gpu
 from dali_pipelines.host_decoder import decode_frames
 from dali_pipelines.manifest import Manifest, coded_size
@@ -109,21 +110,25 @@ def _inspect(survey: Survey, row: int, epoch: int) -> tuple[Decode, float]:
     on_gpu = file is not None
     if file is not None:
         frames[SELECTED], read = file.packets_kept, file.packets_read
-    try:
-        reader, selection = _select(survey, row, plan.positions, in_one_go=on_gpu)
-        wanted = [selection.shown[position] for position in plan.positions.tolist()]
-        starts = [number for number, packet in enumerate(reader.headers) if packet.starts_group]
-        leading = frozenset(number for number in wanted if reader.headers[number].is_leading)
-        frames[START], frames[SEEK] = max(wanted) + 1, seeking_frames(starts, wanted, leading)
-        if not on_gpu:
-            frames[SELECTED], read = sum(map(len, selection.runs)), len(reader.packets)
-    except UncertainError as error:
-        fallback = str(error)
     twice = _plan(survey, row, epoch, views=2 * survey.view.views_per_decode).positions
-    try:
-        frames[VIEWS] = sum(map(len, _select(survey, row, twice, in_one_go=on_gpu)[1].runs))
-    except UncertainError:
-        frames[VIEWS] = int(twice[-1]) + 1
+    if is_frames(video.path):  # each is decoded alone
+        read = len(plan.positions)
+        frames |= dict.fromkeys((START, SEEK, SELECTED), read) | {VIEWS: len(twice)}
+    else:
+        try:
+            reader, selection = _select(survey, row, plan.positions, in_one_go=on_gpu)
+            wanted = [selection.shown[position] for position in plan.positions.tolist()]
+            starts = [number for number, packet in enumerate(reader.headers) if packet.starts_group]
+            leading = frozenset(number for number in wanted if reader.headers[number].is_leading)
+            frames[START], frames[SEEK] = max(wanted) + 1, seeking_frames(starts, wanted, leading)
+            if not on_gpu:
+                frames[SELECTED], read = sum(map(len, selection.runs)), len(reader.packets)
+        except UncertainError as error:
+            fallback = str(error)
+        try:
+            frames[VIEWS] = sum(map(len, _select(survey, row, twice, in_one_go=on_gpu)[1].runs))
+        except UncertainError:
+            frames[VIEWS] = int(twice[-1]) + 1
     new_height, new_width = copy_size(video, SHORT_SIDE)
     copy = video._replace(
         codec="h264", pixel_format="yuv420p", height=new_height, width=new_width, rotation=0, mirrored=0

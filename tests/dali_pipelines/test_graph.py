@@ -21,6 +21,7 @@ def host_sample(rgb_frames, rectangles, *, transpose=False, sample_id=0):
     return Sample(
         frames=rgb_frames,
         encoded=np.zeros(1, np.uint8),
+        image_ends=np.zeros(0, np.int32),
         size=np.ones(2, np.int32),
         positions=np.zeros(1, np.int32),
         picks=np.arange(len(rgb_frames), dtype=np.int32)[None],
