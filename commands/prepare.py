@@ -46,9 +46,10 @@ from preparation.index import (
     Listed,
     Rejected,
     check_overwritable,
+    few_for_validation,
     index,
     read_folder,
-    read_list,
+    read_listed,
     split_train_val,
     summary,
     write_rejected,
@@ -99,8 +100,13 @@ def main() -> None:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo, **vars(probing.parse_args([])) | {"workers": None})
 
-    listed = verbs.add_parser("index", parents=[probing], help="make a manifest from a list of `path label` lines")
-    listed.add_argument("--list", type=Path, required=True, help="file of `path label` lines, as for PaddleVideo")
+    listed = verbs.add_parser("index", parents=[probing], help="make a manifest from a list of videos and labels")
+    listed.add_argument(
+        "--list",
+        type=Path,
+        required=True,
+        help="lines `path label`, as for PaddleVideo, or CSV `path,label`; in CSV, labels may be class names",
+    )
     listed.add_argument("--root", default=".", metavar="DIR", help="folder or URL that paths are relative to")
     listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     listed.add_argument(
@@ -237,11 +243,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    classes = read_labels(arguments.classes) if arguments.classes else ()
-    listed = read_list(arguments.list, arguments.root)
+    named = read_labels(arguments.classes) if arguments.classes else ()
+    listed, classes = read_listed(arguments.list, arguments.root, named)
+    if classes != named:
+        print(f"{arguments.list}: {len(classes)} class names; label 0 is {classes[0]!r}, in alphabetical order")
     check_overwritable(arguments.out)
     _lock(arguments, arguments.out)
-    _write_manifest(listed, arguments.out, arguments.root, classes, arguments)
+    _write_manifest(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")
 
 
 def _folder(arguments: argparse.Namespace) -> None:
@@ -260,11 +268,14 @@ def _folder(arguments: argparse.Namespace) -> None:
     if out.suffix == ".csv":
         _write_manifest(listed, out, arguments.folder, classes, arguments)
         return
-    for name, entries in zip(("train", "val"), split_train_val(listed, arguments.val_fraction), strict=True):
+    splits = split_train_val(listed, arguments.val_fraction)
+    for name, entries in zip(("train", "val"), splits, strict=True):
         if entries:
             _write_manifest(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
         else:
             print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
+    if warning := few_for_validation(*splits, classes):
+        print(f"warning: {warning}")
 
 
 def _kinetics(arguments: argparse.Namespace) -> None:
@@ -416,11 +427,13 @@ def _write_manifest(
     arguments: argparse.Namespace,
     found: FoundSplit | None = None,
     longest_s: float = math.inf,
+    classes_from: str = "",
 ) -> None:
     """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
 
     found: the split of the listed videos; its missing videos count as rejected.
     longest_s: longer videos (in seconds) are reported.
+    classes_from: the file that names the classes, for messages.
     """
     found = found or FoundSplit()
     check_overwritable(out)
@@ -432,6 +445,7 @@ def _write_manifest(
         journal=journal,
         pool=pool,
         classes=classes,
+        classes_from=classes_from,
         copies=found.copies,
         decode=arguments.verify == "decode",
         max_pixels=arguments.max_pixels,

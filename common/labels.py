@@ -148,6 +148,7 @@ def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: s
     different = ""
     if len(theirs) > len(classes) or (theirs and not renamed and len(theirs) < len(classes)):
         different = f"{len(theirs)} there, {len(classes)} here"
+        different += f"; does {of} lack names?" if renamed else ""
     elif theirs and not unnamed:
         moved = (k for k, each in enumerate(theirs) if each != classes[k] and (not renamed or each in classes))
         if (first := next(moved, None)) is not None:
@@ -162,5 +163,5 @@ def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: s
     if manifest.labels[worst] >= len(classes):
         raise InputError(
             f"{name}: {manifest[worst].path} has label {manifest.labels[worst]}, but there are {len(classes)} classes "
-            f"(0 to {len(classes) - 1})"
+            f"(0 to {len(classes) - 1}) in {of}"
         )

@@ -15,7 +15,7 @@ from common.labels import read_labels
 from dali_pipelines.errors import InputError
 from dali_pipelines.folders import VIDEO_SUFFIXES, videos_below
 from dali_pipelines.text import decode, read_lines
-from preparation.index import Listed, read_list
+from preparation.index import Listed, read_listed
 
 _LABELS = Path(__file__).parents[1] / "configs" / "labels"
 _SPLITS = {
@@ -65,18 +65,21 @@ class FoundSplit:
 
 def kinetics_classes(classes: int, annotations: Sequence[Path], labels: str | None) -> tuple[str, ...]:
     """Names of the 400, 600 or 700 classes in alphabetical order: from the file `labels` if given, for 400 from our own
-    list, otherwise from the annotations. Raises `InputError` if the annotations have another number of classes."""
+    list, otherwise from the annotations. Raises `InputError` if there is another number of classes."""
     if labels is not None:
-        return read_labels(labels)
+        names = read_labels(labels)
+        if len(names) != classes:
+            raise InputError(f"{labels}: {len(names)} class names; expected the {classes} of Kinetics-{classes}")
+        return names
     if classes == 400:
         return read_labels(str(_LABELS / "kinetics400.txt"))
-    names = sorted({row["label"] for path in annotations for row in _read_rows(path) or ()} - {""}, key=str.lower)
-    if len(names) != classes:
+    found = sorted({row["label"] for path in annotations for row in _read_rows(path) or ()} - {""}, key=str.lower)
+    if len(found) != classes:
         raise InputError(
-            f"{', '.join(map(str, annotations))}: {len(names)} class names; expected {classes}: give the official "
+            f"{', '.join(map(str, annotations))}: {len(found)} class names; expected {classes}: give the official "
             "train.csv as well (--annotations train.csv val.csv), or the names in a file (--labels)"
         )
-    return tuple(names)
+    return tuple(found)
 
 
 def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
@@ -84,7 +87,7 @@ def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
     `path label` as PaddleVideo, mmaction2 and SlowFast write them. Raises `InputError` that names the line."""
     rows = _read_rows(path)
     if rows is None:
-        listed = _read_lines(path)
+        listed, _ = read_listed(path, classes=classes)
         for name, label in listed:
             if label >= len(classes):
                 raise InputError(f"{path}: {name} has label {label}; expected 0 to {len(classes) - 1}")
@@ -127,18 +130,6 @@ def _read_rows(path: Path) -> list[dict[str, str]] | None:
         raise InputError(
             f"{path}:{reader.line_num}: {error}; expected the official CSV or lines `path label`"
         ) from None
-
-
-def _read_lines(path: Path) -> list[Listed]:
-    """Reads lines `path label`, or `path,label` as some projects write them."""
-    lines = read_lines(path)
-    if lines and re.fullmatch(r".*,[ \t]*\d+[ \t]*", lines[0]):
-        rows = [(number, *line.rpartition(",")) for number, line in enumerate(lines, 1) if line.strip()]
-        for number, name, _, label in rows:
-            if not name or not label.strip().isdecimal():
-                raise InputError(f"{path}:{number}: expected `path,label` with a label of 0 or more")
-        return [(name.strip().strip('"'), int(label)) for _, name, _, label in rows]
-    return read_list(path)
 
 
 def _split_of_name(path: Path) -> str:

@@ -1,9 +1,12 @@
 """Probes every video of a list or folder and makes a manifest of the readable ones."""
 
 import base64
+import csv
 import difflib
+import io
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,11 @@ from dali_pipelines.text import csv_writer, decode, split_lines
 _LARGEST_LABEL = 2**31 - 1
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
+_PATH_COLUMNS = {"path", "file", "filename", "file_name", "file_path", "filepath", "video", "video_path", "video_name"}
+_LABEL_COLUMNS = {"label", "label_id", "class", "class_id", "class_name", "classname", "category", "action", "target"}
+MIN_VAL_VIDEOS = 5
+"""With fewer videos in validation, one video moves the accuracy of its class by more than 20 points."""
+
 Listed = tuple[str, int]
 """A path, relative to a root or absolute, and its label."""
 
@@ -36,6 +44,72 @@ class Rejected:
     path: str
     label: int
     reason: str
+
+
+def read_listed(
+    path: str | os.PathLike, root: str | os.PathLike = ".", classes: Sequence[str] = ()
+) -> tuple[list[Listed], tuple[str, ...]]:
+    """Reads a list of videos, and returns it with its class names.
+
+    The list has lines `path label` (see `read_list`), or is a CSV file of `path,label` or `path;label`, with or without
+    a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names: positions
+    in `classes` or, without them, in the alphabetical order of the names. Raises `InputError` that names the line."""
+    text = decode(Path(path).read_bytes())
+    rows = _table_rows(path, text) if "\0" not in text else None
+    if rows is None:
+        return read_list(path, root), tuple(classes)
+    are_numbers = rows[0][2].isdecimal()
+    for number, file, label in rows:
+        wanted = label.isdecimal() if are_numbers else not re.fullmatch(r"[+-]?\d*\.?\d*", label)
+        if not file or not wanted or (are_numbers and int(label) > _LARGEST_LABEL):
+            kind = "numbers of 0 or more" if are_numbers else "class names"
+            raise InputError(
+                f"{path}:{number}: expected `path,label`, with labels that are {kind} as in the first row; found the "
+                f"path {file[:80]!r} and the label {label[:40]!r}"
+            )
+    if are_numbers:
+        return [(file, int(label)) for _, file, label in rows], tuple(classes)
+    classes = tuple(classes) or tuple(sorted({label for _, _, label in rows}))
+    labels = {name: label for label, name in enumerate(classes)}
+    for number, _, label in rows:
+        if label not in labels:
+            near = difflib.get_close_matches(label, classes, 1, 0)[0]
+            raise InputError(
+                f"{path}:{number}: {label[:80]!r} is not one of the {len(classes)} classes; the nearest is {near!r}"
+            )
+    return [(file, labels[label]) for _, file, label in rows], classes
+
+
+def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]] | None:
+    """(line number, path, label) of each row of a CSV list; None if the text is not one. Raises `InputError`."""
+    first = next((line for line in split_lines(text) if line.strip()), "")
+    delimiter = ";" if first.count(";") > first.count(",") else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                rows.append((reader.line_num, [cell.strip() for cell in row]))
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: {error}; expected `path label` or `path,label`") from None
+    if not rows or len(rows[0][1]) < 2:
+        return None
+    names = [cell.lower() for cell in rows[0][1]]
+    if not (_PATH_COLUMNS.isdisjoint(names) or _LABEL_COLUMNS.isdisjoint(names)):
+        file, label = (
+            next(n for n, name in enumerate(names) if name in known) for known in (_PATH_COLUMNS, _LABEL_COLUMNS)
+        )
+        table = [
+            (number, row[file], row[label]) if len(row) == len(names) else (number, "", "") for number, row in rows
+        ]
+        if len(table) == 1:
+            raise InputError(f"{path}: only a header; expected rows `path,label` below it")
+        return table[1:]
+    # An unquoted path may have a comma itself, as in `take 1,2.mp4,0`.
+    table = [(number, delimiter.join(row[:-1]), row[-1]) for number, row in rows]
+    _, first_file, first_label = table[0]
+    is_table = is_video_name(first_file) or (len(names) == 2 and first_label.isdecimal())
+    return table if first_label and is_table else None
 
 
 def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Listed]:
@@ -127,10 +201,15 @@ def read_folder(root: str | os.PathLike, classes: Sequence[str] = ()) -> Folder:
         notes.append(f"{outside} {'video is' if outside == 1 else 'videos are'} not in a class folder")
     note = "; ".join(notes)
     if not any(by_folder.values()):
-        raise InputError(
-            f"{root}: no videos; expected a folder for each class with videos in it, such as archery/1.mp4"
-            + (f" ({note})" if note else "")
-        )
+        expected = "expected a folder for each class with videos in it, such as archery/1.mp4"
+        if outside:
+            raise InputError(
+                f"{root}: {'1 video' if outside == 1 else f'{outside} videos'} in no class folder, such as "
+                f"{found.videos[0]}; {expected}. To train, move each video into the folder of its class, or list "
+                f"`path,label` in a file (prepare.py index --list FILE --root {root}). To classify the videos: "
+                f"predict.py -w WEIGHTS {root}"
+            )
+        raise InputError(f"{root}: no videos; {expected}" + (f" ({note})" if note else ""))
     if classes:
         if len(set(classes)) < len(classes):
             twice = next(name for name in classes if classes.count(name) > 1)
@@ -162,12 +241,14 @@ def index(
     journal: Path,
     pool: WorkerPool,
     classes: Sequence[str] = (),
+    classes_from: str = "",
     copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
     decode: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Manifest, list[Rejected]]:
     """Probes every listed video. Returns the manifest of the readable ones, in the order of the list, and the others.
 
+    classes_from: the file that names the classes, for messages.
     copies: other files of a listed video, tried in order if it cannot be read.
     decode: decode each file completely, and reject those with a damaged frame.
     max_pixels: the largest accepted frame.
@@ -179,6 +260,7 @@ def index(
         if classes and label >= len(classes):
             raise InputError(
                 f"{path}: label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})"
+                + (f" in {classes_from}; add the missing names there, or correct the label" if classes_from else "")
             )
     home = absolute(root)  # remote workers have a different working directory
 
@@ -249,6 +331,26 @@ def split_train_val(listed: Sequence[Listed], val_fraction: float) -> tuple[list
         for number, entry in enumerate(entries):
             (val if number in chosen else train).append(entry)
     return train, val
+
+
+def few_for_validation(train: Sequence[Listed], val: Sequence[Listed], classes: Sequence[str]) -> str:
+    """Warns of classes with fewer than `MIN_VAL_VIDEOS` videos in validation, and says what to do; "" if there are
+    none."""
+    in_val = Counter(label for _, label in val)
+    in_all = in_val + Counter(label for _, label in train)
+    few = [label for label in sorted(in_all) if in_val[label] < MIN_VAL_VIDEOS]
+    if not few or not val:
+        return ""
+    worst = min(few, key=lambda label: (in_val[label], label))
+    smallest = min(in_all.values())
+    remedy = "record more videos"
+    if smallest > MIN_VAL_VIDEOS + 1:
+        fraction = -(-100 * MIN_VAL_VIDEOS // smallest) / 100
+        remedy = f"use --val-fraction {min(fraction, 0.5):g}, or record more videos"
+    return (
+        f"{len(few)} of {len(in_all)} classes have fewer than {MIN_VAL_VIDEOS} videos for validation "
+        f"({classes[worst]!r}: {in_val[worst]}), so their accuracy will be rough; {remedy}"
+    )
 
 
 def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> None:

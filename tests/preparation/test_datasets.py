@@ -89,6 +89,9 @@ def test_classes_of_kinetics_600_are_those_of_its_annotations(tmp_path):
     assert kinetics_classes(600, [tmp_path / "train.csv"], None) == tuple(names)
     with pytest.raises(InputError, match="600 class names; expected 700"):
         kinetics_classes(700, [tmp_path / "train.csv"], None)
+    (tmp_path / "names.txt").write_text("archery\nzumba\n")
+    with pytest.raises(InputError, match="names.txt: 2 class names; expected the 600 of Kinetics-600"):
+        kinetics_classes(600, [], str(tmp_path / "names.txt"))
 
 
 @pytest.mark.parametrize(
