@@ -37,8 +37,10 @@ from preparation.datasets import (
     FoundSplit,
     Store,
     check_class_order,
+    hmdb51_annotations,
     kinetics_classes,
     read_annotations,
+    ssv2_annotations,
     ucf101_annotations,
 )
 from preparation.demo import CLASSES, render_demo
@@ -159,6 +161,29 @@ def main() -> None:
         "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
     )
     ucf101.set_defaults(run=_ucf101)
+
+    hmdb51 = verbs.add_parser("hmdb51", parents=[probing], help="make manifests of HMDB51 from its splits")
+    hmdb51.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder of CLASS_test_splitN.txt")
+    hmdb51.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
+    hmdb51.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="split to use (default 1)")
+    hmdb51.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: data/hmdb51 for split 1, data/hmdb51_split2, ..."
+    )
+    hmdb51.set_defaults(run=_hmdb51)
+
+    ssv2 = verbs.add_parser("ssv2", parents=[probing], help="make manifests of Something-Something V2")
+    ssv2.add_argument(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="something-something-v2-train.json and -validation.json",
+    )
+    ssv2.add_argument("--labels", type=Path, required=True, metavar="FILE", help="something-something-v2-labels.json")
+    ssv2.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
+    ssv2.add_argument("--out", type=Path, default=Path("data/ssv2"), metavar="DIR", help="default: data/ssv2")
+    ssv2.set_defaults(run=_ssv2)
 
     budget = verbs.add_parser("budget", help="estimate whether decoding keeps up with training, and what would help")
     budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="manifest of the training videos")
@@ -288,6 +313,18 @@ def _ucf101(arguments: argparse.Namespace) -> None:
     expected, classes = ucf101_annotations(arguments.splits, arguments.split)
     name = "ucf101" if arguments.split == 1 else f"ucf101_split{arguments.split}"
     _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+
+
+def _hmdb51(arguments: argparse.Namespace) -> None:
+    expected, classes = hmdb51_annotations(arguments.splits, arguments.split)
+    name = "hmdb51" if arguments.split == 1 else f"hmdb51_split{arguments.split}"
+    _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+
+
+def _ssv2(arguments: argparse.Namespace) -> None:
+    expected, classes = ssv2_annotations(arguments.annotations, arguments.labels)
+    _write_splits(expected, classes, arguments.out, arguments)
+    print("Some classes differ only in left and right: train with -o data.flip=false")
 
 
 def _write_splits(

@@ -81,7 +81,9 @@ def _from_json(path: str, text: str) -> tuple[str, ...] | None:
     if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
         return tuple(content)
     if isinstance(content, dict) and content:
-        pairs = [(key, value) if isinstance(value, str) else (value, key) for key, value in content.items()]
+        # {"0": "archery"}, {"archery": 0}, or {"archery": "0"} as in Something-Something V2
+        by_label = all(isinstance(value, str) for value in content.values()) and all(map(str.isdecimal, content))
+        pairs = [(key, value) if by_label else (value, key) for key, value in content.items()]
         if all(type(label) is int or (isinstance(label, str) and label.isdecimal()) for label, _ in pairs):
             return _in_order(path, [(int(label), name.strip('"')) for label, name in pairs])
     raise InputError(f"{path}: JSON that is neither a list of names nor an object of names and labels; {_EXPECTED}")

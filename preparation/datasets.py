@@ -1,9 +1,10 @@
-"""Reads the annotations of Kinetics and UCF101, official or from other projects, and finds the video files under any
-common naming scheme."""
+"""Reads the annotations of Kinetics, UCF101, HMDB51 and Something-Something V2, official or from other projects, and
+finds the video files under any common naming scheme."""
 
 import csv
 import difflib
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -169,6 +170,60 @@ def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[
     return expected, classes
 
 
+def hmdb51_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[str, ...]]:
+    """Reads the 51 files CLASS_test_splitN.txt from the folder testTrainMulti_7030_splits. A line is `VIDEO.avi 1` for
+    training, `... 2` for testing (as val) and `... 0` for a video that the split leaves out. Format: readme.txt beside
+    them, https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database.
+    Returns the videos, and the class names in alphabetical order, which number the labels. Raises `InputError`."""
+    suffix = f"_test_split{split}.txt"
+    files = sorted(folder.glob(f"*{suffix}"))
+    if len(files) != 51:
+        raise InputError(
+            f"{folder}: {len(files)} files CLASS{suffix}; expected 51: unpack test_train_splits.rar there"
+            + ("" if folder.is_dir() else " (no such folder)")
+        )
+    classes = tuple(file.name.removesuffix(suffix) for file in files)
+    parts = {"1": "train", "2": "val", "0": ""}
+    expected = []
+    for label, file in enumerate(files):
+        for number, line in enumerate(read_lines(file), start=1):
+            if not line.strip():
+                continue
+            name, _, part = line.strip().rpartition(" ")
+            if not name or part not in parts:
+                raise InputError(f"{file}:{number}: expected `VIDEO.avi 0|1|2`, not {line[:80]!r}")
+            if parts[part]:
+                expected.append(Expected(f"{classes[label]}/{name.strip()}", label, parts[part]))
+    return expected, classes
+
+
+def ssv2_annotations(annotations: Sequence[Path], labels: Path) -> tuple[list[Expected], tuple[str, ...]]:
+    """Reads something-something-v2-{train,validation}.json, lists of {"id", "label", "template", "placeholders"}, and
+    something-something-v2-labels.json, which numbers the templates without their brackets: "Holding something next to
+    something": "41". Format: https://www.qualcomm.com/developer/software/something-something-v-2-dataset.
+    Returns the videos, which are files ID.webm, and the class names. Raises `InputError`."""
+    classes = read_labels(str(labels))
+    numbers = {_plain(name): label for label, name in enumerate(classes)}
+    expected = []
+    for path in annotations:
+        split = _split_of_name(path)
+        try:
+            entries = json.loads(decode(path.read_bytes()))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error}); expected something-something-v2-{split}.json") from None
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f'{path}: expected a list of videos, such as [{{"id": "78687", "template": "..."}}]')
+        for number, entry in enumerate(entries):
+            where = f"{path}: entry {number}"
+            if not isinstance(entry, dict) or not str(entry.get("id", "")).isdecimal():
+                raise InputError(f"{where}: expected an object with the `id` of a video, such as 78687")
+            if not isinstance(template := entry.get("template"), str):
+                raise InputError(f"{where}: no `template`, so no class; the test list has none: leave it out")
+            label = _look_up(_plain(re.sub(r"[\[\]]", "", template)), numbers, where)
+            expected.append(Expected(str(entry["id"]), label, split))
+    return expected, classes
+
+
 class Store:
     """All videos below a folder or a URL. Finds them by path, by file name, or by the clip that the name encodes.
 
@@ -193,7 +248,7 @@ class Store:
                 self._by_id.setdefault(stem[:11], []).append(path)
         if not self.paths:
             raise InputError(
-                f"{self.root}: no videos in it; expected files such as train/-3B32lodo2M_000059_000069.mp4"
+                f"{self.root}: no videos in it; expected the videos in it or in folders below it"
                 + (f" ({found.note})" if found.note else "")
             )
 
