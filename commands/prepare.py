@@ -3,6 +3,7 @@
 python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
+python prepare.py huggingface my_dataset --out data/my_dataset
 python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
 python prepare.py transcode -m my_videos/train.csv --out small_videos
 python prepare.py pack -m my_videos/train.csv --out packed
@@ -18,8 +19,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -44,8 +46,10 @@ from preparation.datasets import (
     ucf101_annotations,
 )
 from preparation.demo import CLASSES, render_demo
+from preparation.huggingface import download, read_dataset
 from preparation.index import (
     Listed,
+    Part,
     Rejected,
     check_overwritable,
     few_for_validation,
@@ -185,6 +189,26 @@ def main() -> None:
     ssv2.add_argument("--out", type=Path, default=Path("data/ssv2"), metavar="DIR", help="default: data/ssv2")
     ssv2.set_defaults(run=_ssv2)
 
+    hugging_face = verbs.add_parser("huggingface", parents=[probing], help="make manifests of a Hugging Face dataset")
+    hugging_face.add_argument("dataset", metavar="NAME_OR_DIR", help="a dataset on the hub, or a folder with its files")
+    hugging_face.add_argument("--out", type=Path, metavar="DIR", help="folder for the manifests (default: data/NAME)")
+    hugging_face.add_argument(
+        "--files", metavar="PATTERN", help="files to read, such as 'data/train-*.parquet' (default: all)"
+    )
+    hugging_face.add_argument("--video-column", metavar="NAME", help="default: the only column of videos")
+    hugging_face.add_argument("--label-column", metavar="NAME", help="default: the only ClassLabel, or `label`")
+    hugging_face.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of train for val.csv if there is neither a validation nor a test split (default 0.1)",
+    )
+    hugging_face.add_argument(
+        "--classes", metavar="FROM", help="class names: a file with one per line, or a manifest with the same classes"
+    )
+    hugging_face.set_defaults(run=_hugging_face)
+
     budget = verbs.add_parser("budget", help="estimate whether decoding keeps up with training, and what would help")
     budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="manifest of the training videos")
     budget.add_argument("-c", "--config", metavar="FILE", help="YAML file of the run (default: ViT-B, 8 frames)")
@@ -277,9 +301,13 @@ def _index(arguments: argparse.Namespace) -> None:
     _write_manifest(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")
 
 
-def _folder(arguments: argparse.Namespace) -> None:
+def _check_fraction(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.val_fraction < 1:
         raise InputError(f"--val-fraction is {arguments.val_fraction}; expected 0 or more, less than 1")
+
+
+def _folder(arguments: argparse.Namespace) -> None:
+    _check_fraction(arguments)
     out = arguments.out or arguments.folder
     if arguments.out and out.suffix not in ("", ".csv"):
         raise InputError(f"--out {out}: expected a folder, or a file name that ends in .csv")
@@ -325,6 +353,47 @@ def _ssv2(arguments: argparse.Namespace) -> None:
     expected, classes = ssv2_annotations(arguments.annotations, arguments.labels)
     _write_splits(expected, classes, arguments.out, arguments)
     print("Some classes differ only in left and right: train with -o data.flip=false")
+
+
+def _hugging_face(arguments: argparse.Namespace) -> None:
+    _check_fraction(arguments)
+    root = Path(arguments.dataset)
+    if root.is_file():
+        root, arguments.files = root.parent, root.name
+    out = arguments.out or Path("data", root.resolve().name)
+    if not root.is_dir():
+        root = download(arguments.dataset, arguments.files or "*.parquet")
+        print(f"{arguments.dataset}: in {root}")
+    splits, classes = read_dataset(
+        root,
+        out,
+        pattern=arguments.files,
+        video_column=arguments.video_column,
+        label_column=arguments.label_column,
+        classes=read_labels(arguments.classes) if arguments.classes else (),
+    )
+    manifests = {}
+    for name, rows in splits.items():
+        others = len(rows.listed) - len(rows.parts) - rows.written
+        print(
+            f"{name}: {len(rows.parts)} videos read in place, {rows.written} written into {out / 'videos'}, "
+            f"{others} files of their own, {rows.unlabelled} left out for having no label"
+        )
+        manifests[name] = rows.listed
+    if set(splits) == {"train"} and arguments.val_fraction:
+        manifests["train"], manifests["val"] = split_train_val(splits["train"].listed, arguments.val_fraction)
+        print(f"no validation or test split: {len(manifests['val'])} videos of train are val (--val-fraction)")
+    parts = {name: part for rows in splits.values() for name, part in rows.parts.items()}
+    files = {name: out / f"{name}.csv" for name, listed in manifests.items() if listed}
+    for file in files.values():
+        check_overwritable(file)
+    _lock(arguments, *files.values())
+    for name, file in files.items():
+        _write_manifest(manifests[name], file, root, classes, arguments, parts=parts)
+    if not files:
+        raise InputError(f"{arguments.dataset}: no row has a label, so there is nothing to write")
+    if "val" not in files and "test" in files:
+        print(f"no validation split: to validate on the test split, train with -o data.val={files['test']}")
 
 
 def _write_splits(
@@ -465,12 +534,14 @@ def _write_manifest(
     found: FoundSplit | None = None,
     longest_s: float = math.inf,
     classes_from: str = "",
+    parts: Mapping[str, Part] = MappingProxyType({}),
 ) -> None:
     """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
 
     found: the split of the listed videos; its missing videos count as rejected.
     longest_s: longer videos (in seconds) are reported.
     classes_from: the file that names the classes, for messages.
+    parts: listed videos that are a part of a file.
     """
     found = found or FoundSplit()
     check_overwritable(out)
@@ -484,6 +555,7 @@ def _write_manifest(
         classes=classes,
         classes_from=classes_from,
         copies=found.copies,
+        parts=parts,
         decode=arguments.verify == "decode",
         max_pixels=arguments.max_pixels,
     )

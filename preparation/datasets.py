@@ -19,7 +19,7 @@ from dali_pipelines.text import decode, read_lines
 from preparation.index import Listed, read_listed
 
 _LABELS = Path(__file__).parents[1] / "configs" / "labels"
-_SPLITS = {
+SPLITS = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -30,6 +30,7 @@ _SPLITS = {
     "testing": "test",
     "holdout": "test",
 }
+"""What projects call the splits -> what we call them."""
 T = TypeVar("T")
 _CLIP = re.compile(r"(?P<id>.{11})_(?P<start>\d+)_(?P<end>\d+)")
 """YouTube id, first and last second: `-3B32lodo2M_000059_000069`."""
@@ -105,7 +106,7 @@ def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
         if not row["label"]:
             raise InputError(f"{where}: no label; expected annotations with labels")
         label = _look_up(_plain(row["label"]), labels, where)
-        split = _look_up(row["split"].strip().lower(), _SPLITS, where) if row.get("split") else _split_of_name(path)
+        split = _look_up(row["split"].strip().lower(), SPLITS, where) if row.get("split") else _split_of_name(path)
         expected.append(Expected(_clip_name(clip), label, split))
     if not expected:
         raise InputError(f"{path}: no videos in it")
@@ -135,7 +136,7 @@ def _read_rows(path: Path) -> list[dict[str, str]] | None:
 
 def _split_of_name(path: Path) -> str:
     words = re.split(r"[^a-z]+", path.stem.lower())
-    splits = {_SPLITS[word] for word in words if word in _SPLITS}
+    splits = {SPLITS[word] for word in words if word in SPLITS}
     if len(splits) != 1:
         raise InputError(f"{path}: unknown split; expected train, val or test in the file name")
     return splits.pop()

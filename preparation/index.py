@@ -17,7 +17,7 @@ import numpy as np
 
 from common.worker_pool import Failed, WorkerPool, run
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
+from dali_pipelines.files import Source, absolute, as_source, check_reachable, fetch, is_url, join
 from dali_pipelines.folders import is_video_name, leads_back, videos_below
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
@@ -35,6 +35,17 @@ MIN_VAL_VIDEOS = 5
 
 Listed = tuple[str, int]
 """A path, relative to a root or absolute, and its label."""
+
+
+class Part(NamedTuple):
+    """The place of a video within a larger file, such as a Parquet file."""
+
+    file: str
+    """Relative to the root."""
+    offset: int
+    """Start of the video in bytes."""
+    size: int
+    """Size of the video in bytes."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +254,7 @@ def index(
     classes: Sequence[str] = (),
     classes_from: str = "",
     copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    parts: Mapping[str, Part] = MappingProxyType({}),
     decode: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Manifest, list[Rejected]]:
@@ -250,6 +262,7 @@ def index(
 
     classes_from: the file that names the classes, for messages.
     copies: other files of a listed video, tried in order if it cannot be read.
+    parts: listed videos that are a part of a file.
     decode: decode each file completely, and reject those with a damaged frame.
     max_pixels: the largest accepted frame.
     journal: see `worker_pool.run`.
@@ -264,13 +277,17 @@ def index(
             )
     home = absolute(root)  # remote workers have a different working directory
 
+    def place(path: str) -> str | tuple[str, int, int]:
+        part = parts.get(path)
+        return (join(home, part.file), part.offset, part.size) if part else join(home, path)
+
     def probe_all(paths: Sequence[str]) -> list[Any]:
-        tasks = [(join(home, path), decode, None, max_pixels) for path in paths]
+        tasks = [(place(path), decode, None, max_pixels) for path in paths]
         return run(probe_file, tasks, journal=journal, pool=pool)
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:
-        check_reachable(as_source(join(home, path)), timeout_s=pool.timeout_s)
+        check_reachable(_source(place(path)), timeout_s=pool.timeout_s)
     found = probe_all(paths)
     for choice in range(max(map(len, copies.values()), default=0)):
         rows = [
@@ -290,7 +307,10 @@ def index(
             rejected.append(Rejected(path, label, result))
         else:
             video, entry = result
-            good.append(Video(*video)._replace(path=path, label=label))
+            probed = Video(*video)._replace(path=path, label=label)
+            if part := parts.get(path):
+                probed = probed._replace(shard=part.file, offset=part.offset, size=part.size)
+            good.append(probed)
             entries[key_of(good[-1])] = base64.b64decode(entry)
     manifest = Manifest(good, root=root, classes=classes, rejected=len(rejected))
     manifest.entries = entries
@@ -305,10 +325,16 @@ class Probed(NamedTuple):
     """The packet index entry, in base64."""
 
 
-def probe_file(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Probed:
-    """Probes a file; runs in a child process. `decode`: also decode it completely. `cache`: see `files.fetch`. Raises
-    `InputError`."""
-    source = fetch(path, cache)
+def _source(place: str | Sequence[Any]) -> Source:
+    return as_source(place) if isinstance(place, str) else Source(*place)
+
+
+def probe_file(
+    place: str | Sequence[Any], decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Probed:
+    """Probes a file, or a part of one: (file, offset, size). Runs in a child process. `decode`: also decode it
+    completely. `cache`: see `files.fetch`. Raises `InputError`."""
+    source = fetch(_source(place), cache)
     video, entry = probe_packets(source, max_pixels=max_pixels)
     if decode:
         for _ in decode_all(source, frames=video.frames, size=coded_size(video)):
