@@ -286,6 +286,8 @@ def benchmark_gpu_model(
     except ValueError as error:
         raise InputError(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
+    minutes = len(batch_sizes) * (_PREPARE_S + len(contestants) * rounds * seconds) / 60
+    progress(f"at most about {max(round(minutes), 1)} min: {len(contestants)} networks, {rounds} rounds a batch size")
     runners = [Runner(name, work) for name in contestants]
     try:
         measured = {batch_size: _measure(runners, batch_size, rounds, seconds) for batch_size in batch_sizes}

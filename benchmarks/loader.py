@@ -118,7 +118,7 @@ def _measure(work: Work, names: Sequence[str], *, rounds: int, batches: int) -> 
     for name in names:
         result = results[name] = {"what": CONTESTANTS[name].what, "failure": None, "runs": []}
         if not is_installed(CONTESTANTS[name]):
-            result["failure"] = "not installed"
+            result["failure"] = "not installed: make peers"
         elif name != FLOOR and (first := attempt(result, first_clips, name, work)) is not None:
             checked[name] = torch.from_numpy(first)
     for name, difference in compare(work, checked, base=OURS).items():

@@ -52,6 +52,7 @@ from model.timesformer import multiply_adds
 FORWARD, TRAINING = TASKS = ("forward", "training")
 _LARGEST_DIFFERENCE = 1e-4
 _MATMUL_SIZE = 4096
+_START_S = 8.0  # to start a process that measures memory
 
 
 def benchmark_model(
@@ -86,6 +87,7 @@ def benchmark_model(
     if OURS not in made:
         raise InputError(f"{OURS}: {failures[OURS]}")
 
+    progress(_forecast(made, rounds))
     seconds: dict[tuple[str, str, str], list[float]] = {}
     mib: dict[tuple[str, str], float | None] = {}
     for precision in PRECISIONS:
@@ -115,6 +117,23 @@ def benchmark_model(
         },
     }
     write_and_print(report, out / "model.json", table(report))
+
+
+def _forecast(made: Mapping[str, NetworkContestant], rounds: int) -> str:
+    """Says how long the measurement will take, from the second forward pass of ours in each precision."""
+    passes = 0.0
+    for precision in PRECISIONS:
+        for _ in range(2):  # the first includes one-time work
+            start = time.perf_counter()
+            made[OURS].forward(precision)
+            spent = time.perf_counter() - start
+        # A training step takes three forward passes: one step a round, and two to measure memory.
+        passes += spent * ((rounds + 1) * (1 + 3) + 2 * 3)
+    minutes = len(made) * (passes + len(PRECISIONS) * _START_S) / 60
+    return (
+        f"about {max(round(minutes), 1)} min: {len(made)} networks, {rounds} rounds, float32 and bf16; estimated from "
+        "forward passes of ours"
+    )
 
 
 def take_turns(made: Mapping[str, NetworkContestant], task: str, precision: str, rounds: int) -> dict[str, list[float]]:

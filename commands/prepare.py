@@ -4,6 +4,7 @@ python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
 python prepare.py huggingface my_dataset --out data/my_dataset
+python prepare.py budget -c configs/pptimesformer_k400.yaml --gpus 8
 python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
 python prepare.py transcode -m my_videos/train.csv --out small_videos
 python prepare.py pack -m my_videos/train.csv --out packed
@@ -209,8 +210,13 @@ def main() -> None:
     )
     hugging_face.set_defaults(run=_hugging_face)
 
-    budget = verbs.add_parser("budget", help="estimate whether decoding keeps up with training, and what would help")
-    budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="manifest of the training videos")
+    budget = verbs.add_parser(
+        "budget", help="estimate hours, GPU memory and disk of a run, and whether decoding keeps up with it"
+    )
+    budget.add_argument(
+        "-m", "--manifest", metavar="FILE", help="manifest of the training videos, to sample (default: Kinetics-400)"
+    )
+    budget.add_argument("--videos", type=_count, metavar="N", help="without -m: number of training videos")
     budget.add_argument("-c", "--config", metavar="FILE", help="YAML file of the run (default: ViT-B, 8 frames)")
     add_override_argument(budget)
     budget.add_argument("--gpu", metavar="NAME", help="training GPU: a100, h100, h200, ... (default: measure here)")
@@ -441,13 +447,23 @@ def _write_splits(
 
 def _budget(arguments: argparse.Namespace) -> None:
     gpu = find_gpu(arguments.gpu)
-    from benchmarks.budget.report import budget  # imports torch and DALI, which takes seconds
+    if arguments.manifest and arguments.videos:
+        raise InputError("--videos is the number of videos without a manifest; leave it or -m out")
+    from benchmarks.budget.cost import KINETICS_400, cost_table, run_cost  # imports torch and DALI, which takes seconds
+    from benchmarks.budget.report import budget
     from benchmarks.budget.text import table
     from common.config import load_config
 
+    config = load_config(arguments.config, arguments.override)
+    if not arguments.manifest:
+        videos, classes = arguments.videos or KINETICS_400, 400
+        gpus, network_clips = arguments.gpus, arguments.network_clips
+        cost = run_cost(config, videos=videos, classes=classes, gpus=gpus, gpu=gpu, network_clips=network_clips)
+        print(json.dumps(cost, indent=2) if arguments.json else cost_table(cost))
+        return
     report = budget(
         arguments.manifest,
-        load_config(arguments.config, arguments.override),
+        config,
         samples=arguments.samples,
         gpu=gpu,
         gpus=arguments.gpus,
@@ -455,6 +471,8 @@ def _budget(arguments: argparse.Namespace) -> None:
         network_clips=arguments.network_clips,
     )
     print(json.dumps(report, indent=2) if arguments.json else table(report))
+    if "run" in report and not arguments.json:
+        print(f"\n{cost_table(report['run'])}")
 
 
 def _transcode(arguments: argparse.Namespace) -> None:
