@@ -11,7 +11,7 @@ the class names, and the number of listed videos that were rejected:
     a.mp4,0,280,28.0,340,256,h264,0,yuv420p,0,250,0
     b.webm,1,120,29.97002997002997,256,340,vp9,90,yuv420p,1,32,0
 
-The columns after `rotation` are optional. Videos in tar shards have the further columns `shard,offset,size`.
+The columns after `rotation` are optional. Videos within larger files have the further columns `shard,offset,size`.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class Video(NamedTuple):
     gop: int = 0
     """Frames of the longest group of pictures; the whole video if its headers do not say; 0 if unknown."""
     shard: str = ""
-    """The tar file that holds the video, as `path` relative to the root; "" if the video is a file of its own."""
+    """The larger file (tar, Parquet, Arrow) that holds the video, relative to the root as `path` is; "" for none."""
     offset: int = 0
     """Start of the video in the shard, in bytes."""
     size: int = 0
