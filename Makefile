@@ -1,9 +1,10 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Every target first creates the environment in .venv.
 # For contributors: `make quick` before a commit, `make docs`, and `make torture` (an hour: docs/torture.md).
+# `make peers` installs the other loaders that `benchmark.py loader` measures.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test quick lint docs torture environment
+.PHONY: demo test quick lint docs peers torture environment
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -47,6 +48,10 @@ lint: $(READY)
 
 docs: $(READY)
 	@$(call step,the API reference,$(BIN)/python -m docs.build output/docs)
+
+peers: $(READY) requirements-peers.txt
+	@$(call step,installing the peers,$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt)
+	@echo "make peers: installed; $(BIN)/python benchmark.py loader my_videos measures them"
 
 torture: $(READY)
 	@$(BIN)/python -m tests.torture $(TORTURE)

@@ -19,7 +19,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -32,7 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.machine import gpu_matmul_tflops, machine, wait_for_gpu
 from benchmarks.networks import PATCH_SIZE, SIZES, M, NetworkWork, TorchContestant, hugging_face, ours, peer_versions
-from benchmarks.reporting import Report, at_least, at_most, command, listed, progress, target_lines, write_and_print
+from benchmarks.reporting import Report, command, listed, progress, write_and_print
 from common.precision import make_deterministic
 from dali_pipelines.errors import InputError
 from dali_pipelines.processes import end_with_parent
@@ -286,6 +286,8 @@ def benchmark_gpu_model(
     except ValueError as error:
         raise InputError(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
+    minutes = len(batch_sizes) * (_PREPARE_S + len(contestants) * rounds * seconds) / 60
+    progress(f"at most about {max(round(minutes), 1)} min: {len(contestants)} networks, {rounds} rounds a batch size")
     runners = [Runner(name, work) for name in contestants]
     try:
         measured = {batch_size: _measure(runners, batch_size, rounds, seconds) for batch_size in batch_sizes}
@@ -303,7 +305,6 @@ def benchmark_gpu_model(
             batch_size: attention_over_time(work, batch_size, device) for batch_size in batch_sizes
         },
     }
-    report["targets"] = targets(report)
     write_and_print(report, out / "model.json", table(report))
 
 
@@ -396,32 +397,6 @@ def attention_over_time(work: NetworkWork, batch_size: int, device: str) -> dict
 # -- the report --
 
 
-def _speed(batches: Mapping[int, Any], batch_size: int, name: str) -> float | None:
-    turns = batches.get(batch_size, {}).get(name, {}).get("clips_per_second")
-    return statistics.median(turns) if turns else None
-
-
-def targets(report: Report) -> list[dict[str, Any]]:
-    """The targets for a step on an H100 or H200, as far as measured."""
-    speed = partial(_speed, report["batches"])
-    memory = report["batches"].get(32, {}).get(COMPILED, {}).get("gib")
-    found = []
-    for what, value, bound in [
-        ("clips/s at batch 8, compiled", speed(8, COMPILED), 220),
-        ("clips/s at batch 32, compiled", speed(32, COMPILED), 280),
-        *(
-            (f"compiled over {PEERS[2]}, batch {size}", mine / other, 1.3)
-            for size in report["batches"]
-            if (mine := speed(size, COMPILED)) and (other := speed(size, PEERS[2]))
-        ),
-    ]:
-        if value:
-            found.append(at_least(what, value, bound))
-    if memory:
-        found.append(at_most("GiB at batch 32, compiled", memory, 20))
-    return found
-
-
 def table(report: Report) -> str:
     """The report as text."""
     found, peak = report["machine"], report["matmul_tflops"]
@@ -448,5 +423,4 @@ def table(report: Report) -> str:
             )
         each = ", ".join(f"{name} {ms:.3g}" for name, ms in report["attention_over_time_ms"][batch_size].items())
         lines.append(f"attention over time of one block, forward and backward, ms: {each}")
-    lines.append("")
-    return "\n".join([*lines, *target_lines(report["targets"], ".4g")])
+    return "\n".join(lines)

@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +35,6 @@ def write_and_print(report: Report, path: Path, text: str) -> None:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Returns the median, lowest and highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def at_least(what: str, value: float, bound: float) -> dict[str, Any]:
-    """A target that `value` meets if it is not lower than `bound`."""
-    return {"what": what, "value": value, "at_least": bound, "met": value >= bound}
-
-
-def at_most(what: str, value: float, bound: float) -> dict[str, Any]:
-    """A target that `value` meets if it is not higher than `bound`."""
-    return {"what": what, "value": value, "at_most": bound, "met": value <= bound}
-
-
-def target_lines(targets: Iterable[Mapping[str, Any]], form: str) -> list[str]:
-    """A line for each target, with its value formatted by `form`."""
-    lines = []
-    for target in targets:
-        bound = f"at least {target['at_least']}" if "at_least" in target else f"at most {target['at_most']}"
-        met = "met" if target["met"] else "missed"
-        lines.append(f"{target['what']}: {target['value']:{form}}, target {bound}: {met}")
-    return lines
 
 
 def listed(values: Mapping[str, Any]) -> str:

@@ -25,11 +25,12 @@ from dali_pipelines.plan import View
 from preparation.index import index
 
 CHECKED_BATCHES = 2
+_SHOWN = 10  # unreadable videos to print
 
 
 def find_videos(paths: Sequence[str]) -> Manifest:
-    """The videos of files, folders and manifests, with absolute paths and packet index entries. Raises
-    `InputError` if one cannot be read."""
+    """The videos of files, folders and manifests, with absolute paths and packet index entries. Those that cannot be
+    read, or that not all contestants can, are printed, counted and left out. Raises `InputError` if none is left."""
     videos: list[Video] = []
     entries: dict[int, bytes] = {}
     files: list[Path] = []
@@ -58,15 +59,22 @@ def find_videos(paths: Sequence[str]) -> Manifest:
         listed = [(os.path.abspath(file), 0) for file in files]
         with tempfile.TemporaryDirectory() as folder:
             probed, rejected = index(listed, root="/", journal=Path(folder, "journal"), pool=WorkerPool())
+        if rejected and not len(probed) and not videos:
+            more = f" (and {len(rejected) - 1} more that cannot be read)" if len(rejected) > 1 else ""
+            raise InputError(f"{rejected[0].path}: {rejected[0].reason}{more}")
+        for each in rejected[:_SHOWN]:
+            print(f"{each.path}: {each.reason}")
         if rejected:
-            raise InputError(f"{rejected[0].path}: {rejected[0].reason}")
+            more = f", {len(rejected) - _SHOWN} more than are shown" if len(rejected) > _SHOWN else ""
+            print(f"{len(rejected)} of {len(files)} files cannot be read and are skipped{more}")
         videos += probed
         entries |= probed.entries
+    upright = [video for video in videos if not (video.rotation or video.mirrored)]
+    if turned := len(videos) - len(upright):
+        print(f"{turned} videos are rotated or mirrored, which not all contestants support, and are skipped")
+    videos = upright
     if not videos:
-        raise InputError(f"{', '.join(map(str, paths))}: no videos there")
-    for video in videos:
-        if video.rotation or video.mirrored:
-            raise InputError(f"{video.path}: is rotated or mirrored, which not all contestants support")
+        raise InputError(f"{', '.join(map(str, paths))}: no videos there that can be measured")
     found = Manifest(videos)
     found.entries = entries
     return found

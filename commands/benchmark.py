@@ -7,6 +7,7 @@ python benchmark.py soak my_videos --clips 10000
 python benchmark.py model --size small --batch-size 4 --compile
 python benchmark.py model --device cuda --quick         # on a GPU: four minutes
 python benchmark.py model --device cuda --fit
+python benchmark.py model --flops -c configs/timesformer_k400.yaml
 python benchmark.py train -c configs/demo.yaml -o data.workers=2 --steps 30
 torchrun --nproc-per-node 8 benchmark.py train -c configs/pptimesformer_k400.yaml
 """
@@ -64,6 +65,11 @@ def main() -> None:
     )
     model.add_argument("--quick", action="store_true", help="GPU: two runs of 2 seconds each, four minutes in all")
     model.add_argument("--fit", action="store_true", help="only determine how many clips fit in a GPU's memory")
+    model.add_argument("--flops", action="store_true", help="only count parameters and multiply-adds, in seconds")
+    model.add_argument(
+        "-c", "--config", nargs="+", default=[], metavar="FILE", help="--flops: YAML files (default: all in configs/)"
+    )
+    add_override_argument(model)
     model.add_argument("--out", type=Path, default=Path("output/benchmark"), metavar="DIR", help="folder for JSON")
     train = commands.add_parser("train", help="clips per second of a run's loader, its network, and both together")
     train.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
@@ -94,7 +100,16 @@ def main() -> None:
         soak_loader(**arguments)
 
 
-def _benchmark_model(*, device, batch_size, rounds, compile, quick, fit, size, out, **shape) -> None:
+def _benchmark_model(
+    *, device, batch_size, rounds, compile, quick, fit, flops, config, override, size, out, **shape
+) -> None:
+    if (config or override) and not flops:
+        raise InputError("-c and -o are for --flops; the other measurements take --size, --num-frames, --image-size")
+    if flops:
+        from benchmarks.flops import flops_table
+
+        print(flops_table(config, override))
+        return
     import torch
 
     from benchmarks.networks import SIZES

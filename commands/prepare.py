@@ -4,6 +4,8 @@ python prepare.py demo --out data/demo
 python prepare.py index --list val.txt --root videos --out val.csv --labels configs/labels/kinetics400.txt
 python prepare.py folder my_videos --val-fraction 0.1
 python prepare.py frames --list train_frames.txt --root rawframes --out train.csv
+python prepare.py huggingface my_dataset --out data/my_dataset
+python prepare.py budget -c configs/pptimesformer_k400.yaml --gpus 8
 python prepare.py budget -m train.csv -c configs/pptimesformer_k400.yaml --gpu a100 --gpus 8
 python prepare.py transcode -m my_videos/train.csv --out small_videos
 python prepare.py pack -m my_videos/train.csv --out packed
@@ -19,8 +21,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -39,19 +42,24 @@ from preparation.datasets import (
     FoundSplit,
     Store,
     check_class_order,
+    hmdb51_annotations,
     kinetics_classes,
     read_annotations,
+    ssv2_annotations,
     ucf101_annotations,
 )
 from preparation.demo import CLASSES, render_demo
 from preparation.frames import read_frame_list
+from preparation.huggingface import download, read_dataset
 from preparation.index import (
     Listed,
+    Part,
     Rejected,
     check_overwritable,
+    few_for_validation,
     index,
     read_folder,
-    read_list,
+    read_listed,
     split_train_val,
     summary,
     write_rejected,
@@ -111,8 +119,13 @@ def main() -> None:
     )
     demo.set_defaults(run=_demo, **vars(probing.parse_args([])) | {"workers": None})
 
-    listed = verbs.add_parser("index", parents=[probing], help="make a manifest from a list of `path label` lines")
-    listed.add_argument("--list", type=Path, required=True, help="file of `path label` lines, as for PaddleVideo")
+    listed = verbs.add_parser("index", parents=[probing], help="make a manifest from a list of videos and labels")
+    listed.add_argument(
+        "--list",
+        type=Path,
+        required=True,
+        help="lines `path label`, as for PaddleVideo, or CSV `path,label`; in CSV, labels may be class names",
+    )
     listed.add_argument("--root", default=".", metavar="DIR", help="folder or URL that paths are relative to")
     listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     listed.add_argument(
@@ -186,8 +199,56 @@ def main() -> None:
     )
     ucf101.set_defaults(run=_ucf101)
 
-    budget = verbs.add_parser("budget", help="estimate whether decoding keeps up with training, and what would help")
-    budget.add_argument("-m", "--manifest", required=True, metavar="FILE", help="manifest of the training videos")
+    hmdb51 = verbs.add_parser("hmdb51", parents=[probing], help="make manifests of HMDB51 from its splits")
+    hmdb51.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder of CLASS_test_splitN.txt")
+    hmdb51.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
+    hmdb51.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="split to use (default 1)")
+    hmdb51.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: data/hmdb51 for split 1, data/hmdb51_split2, ..."
+    )
+    hmdb51.set_defaults(run=_hmdb51)
+
+    ssv2 = verbs.add_parser("ssv2", parents=[probing], help="make manifests of Something-Something V2")
+    ssv2.add_argument(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="something-something-v2-train.json and -validation.json",
+    )
+    ssv2.add_argument("--labels", type=Path, required=True, metavar="FILE", help="something-something-v2-labels.json")
+    ssv2.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
+    ssv2.add_argument("--out", type=Path, default=Path("data/ssv2"), metavar="DIR", help="default: data/ssv2")
+    ssv2.set_defaults(run=_ssv2)
+
+    hugging_face = verbs.add_parser("huggingface", parents=[probing], help="make manifests of a Hugging Face dataset")
+    hugging_face.add_argument("dataset", metavar="NAME_OR_DIR", help="a dataset on the hub, or a folder with its files")
+    hugging_face.add_argument("--out", type=Path, metavar="DIR", help="folder for the manifests (default: data/NAME)")
+    hugging_face.add_argument(
+        "--files", metavar="PATTERN", help="files to read, such as 'data/train-*.parquet' (default: all)"
+    )
+    hugging_face.add_argument("--video-column", metavar="NAME", help="default: the only column of videos")
+    hugging_face.add_argument("--label-column", metavar="NAME", help="default: the only ClassLabel, or `label`")
+    hugging_face.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of train for val.csv if there is neither a validation nor a test split (default 0.1)",
+    )
+    hugging_face.add_argument(
+        "--classes", metavar="FROM", help="class names: a file with one per line, or a manifest with the same classes"
+    )
+    hugging_face.set_defaults(run=_hugging_face)
+
+    budget = verbs.add_parser(
+        "budget", help="estimate hours, GPU memory and disk of a run, and whether decoding keeps up with it"
+    )
+    budget.add_argument(
+        "-m", "--manifest", metavar="FILE", help="manifest of the training videos, to sample (default: Kinetics-400)"
+    )
+    budget.add_argument("--videos", type=_count, metavar="N", help="without -m: number of training videos")
     budget.add_argument("-c", "--config", metavar="FILE", help="YAML file of the run (default: ViT-B, 8 frames)")
     add_override_argument(budget)
     budget.add_argument("--gpu", metavar="NAME", help="training GPU: a100, h100, h200, ... (default: measure here)")
@@ -271,16 +332,22 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    classes = read_labels(arguments.classes) if arguments.classes else ()
-    listed = read_list(arguments.list, arguments.root)
+    named = read_labels(arguments.classes) if arguments.classes else ()
+    listed, classes = read_listed(arguments.list, arguments.root, named)
+    if classes != named:
+        print(f"{arguments.list}: {len(classes)} class names; label 0 is {classes[0]!r}, in alphabetical order")
     check_overwritable(arguments.out)
     _lock(arguments, arguments.out)
-    _write_manifest(listed, arguments.out, arguments.root, classes, arguments)
+    _write_manifest(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")
+
+
+def _check_fraction(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.val_fraction < 1:
+        raise InputError(f"--val-fraction is {arguments.val_fraction}; expected 0 or more, less than 1")
 
 
 def _folder(arguments: argparse.Namespace) -> None:
-    if not 0 <= arguments.val_fraction < 1:
-        raise InputError(f"--val-fraction is {arguments.val_fraction}; expected 0 or more, less than 1")
+    _check_fraction(arguments)
     out = arguments.out or arguments.folder
     if arguments.out and out.suffix not in ("", ".csv"):
         raise InputError(f"--out {out}: expected a folder, or a file name that ends in .csv")
@@ -295,11 +362,14 @@ def _folder(arguments: argparse.Namespace) -> None:
     if out.suffix == ".csv":
         _write_manifest(listed, out, arguments.folder, classes, arguments)
         return
-    for name, entries in zip(("train", "val"), split_train_val(listed, arguments.val_fraction), strict=True):
+    splits = split_train_val(listed, arguments.val_fraction)
+    for name, entries in zip(("train", "val"), splits, strict=True):
         if entries:
             _write_manifest(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
         else:
             print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
+    if warning := few_for_validation(*splits, classes):
+        print(f"warning: {warning}")
 
 
 def _frames(arguments: argparse.Namespace) -> None:
@@ -334,6 +404,59 @@ def _ucf101(arguments: argparse.Namespace) -> None:
     expected, classes = ucf101_annotations(arguments.splits, arguments.split)
     name = "ucf101" if arguments.split == 1 else f"ucf101_split{arguments.split}"
     _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+
+
+def _hmdb51(arguments: argparse.Namespace) -> None:
+    expected, classes = hmdb51_annotations(arguments.splits, arguments.split)
+    name = "hmdb51" if arguments.split == 1 else f"hmdb51_split{arguments.split}"
+    _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+
+
+def _ssv2(arguments: argparse.Namespace) -> None:
+    expected, classes = ssv2_annotations(arguments.annotations, arguments.labels)
+    _write_splits(expected, classes, arguments.out, arguments)
+    print("Some classes differ only in left and right: train with -o data.flip=false")
+
+
+def _hugging_face(arguments: argparse.Namespace) -> None:
+    _check_fraction(arguments)
+    root = Path(arguments.dataset)
+    if root.is_file():
+        root, arguments.files = root.parent, root.name
+    out = arguments.out or Path("data", root.resolve().name)
+    if not root.is_dir():
+        root = download(arguments.dataset, arguments.files or "*.parquet")
+        print(f"{arguments.dataset}: in {root}")
+    splits, classes = read_dataset(
+        root,
+        out,
+        pattern=arguments.files,
+        video_column=arguments.video_column,
+        label_column=arguments.label_column,
+        classes=read_labels(arguments.classes) if arguments.classes else (),
+    )
+    manifests = {}
+    for name, rows in splits.items():
+        others = len(rows.listed) - len(rows.parts) - rows.written
+        print(
+            f"{name}: {len(rows.parts)} videos read in place, {rows.written} written into {out / 'videos'}, "
+            f"{others} files of their own, {rows.unlabelled} left out for having no label"
+        )
+        manifests[name] = rows.listed
+    if set(splits) == {"train"} and arguments.val_fraction:
+        manifests["train"], manifests["val"] = split_train_val(splits["train"].listed, arguments.val_fraction)
+        print(f"no validation or test split: {len(manifests['val'])} videos of train are val (--val-fraction)")
+    parts = {name: part for rows in splits.values() for name, part in rows.parts.items()}
+    files = {name: out / f"{name}.csv" for name, listed in manifests.items() if listed}
+    for file in files.values():
+        check_overwritable(file)
+    _lock(arguments, *files.values())
+    for name, file in files.items():
+        _write_manifest(manifests[name], file, root, classes, arguments, parts=parts)
+    if not files:
+        raise InputError(f"{arguments.dataset}: no row has a label, so there is nothing to write")
+    if "val" not in files and "test" in files:
+        print(f"no validation split: to validate on the test split, train with -o data.val={files['test']}")
 
 
 def _write_splits(
@@ -381,13 +504,23 @@ def _write_splits(
 
 def _budget(arguments: argparse.Namespace) -> None:
     gpu = find_gpu(arguments.gpu)
-    from benchmarks.budget.report import budget  # imports torch and DALI, which takes seconds
+    if arguments.manifest and arguments.videos:
+        raise InputError("--videos is the number of videos without a manifest; leave it or -m out")
+    from benchmarks.budget.cost import KINETICS_400, cost_table, run_cost  # imports torch and DALI, which takes seconds
+    from benchmarks.budget.report import budget
     from benchmarks.budget.text import table
     from common.config import load_config
 
+    config = load_config(arguments.config, arguments.override)
+    if not arguments.manifest:
+        videos, classes = arguments.videos or KINETICS_400, 400
+        gpus, network_clips = arguments.gpus, arguments.network_clips
+        cost = run_cost(config, videos=videos, classes=classes, gpus=gpus, gpu=gpu, network_clips=network_clips)
+        print(json.dumps(cost, indent=2) if arguments.json else cost_table(cost))
+        return
     report = budget(
         arguments.manifest,
-        load_config(arguments.config, arguments.override),
+        config,
         samples=arguments.samples,
         gpu=gpu,
         gpus=arguments.gpus,
@@ -395,6 +528,8 @@ def _budget(arguments: argparse.Namespace) -> None:
         network_clips=arguments.network_clips,
     )
     print(json.dumps(report, indent=2) if arguments.json else table(report))
+    if "run" in report and not arguments.json:
+        print(f"\n{cost_table(report['run'])}")
 
 
 def _transcode(arguments: argparse.Namespace) -> None:
@@ -474,12 +609,16 @@ def _write_manifest(
     found: FoundSplit | None = None,
     longest_s: float = math.inf,
     rejected: Sequence[Rejected] = (),
+    classes_from: str = "",
+    parts: Mapping[str, Part] = MappingProxyType({}),
 ) -> None:
     """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
 
     rejected: listed videos that cannot even be probed.
     found: the split of the listed videos; its missing videos count as rejected.
     longest_s: longer videos (in seconds) are reported.
+    classes_from: the file that names the classes, for messages.
+    parts: listed videos that are a part of a file.
     """
     found = found or FoundSplit()
     check_overwritable(out)
@@ -491,7 +630,9 @@ def _write_manifest(
         journal=journal,
         pool=pool,
         classes=classes,
+        classes_from=classes_from,
         copies=found.copies,
+        parts=parts,
         decode=arguments.verify == "decode",
         max_pixels=arguments.max_pixels,
         frames_fps=arguments.fps,

@@ -81,7 +81,9 @@ def _from_json(path: str, text: str) -> tuple[str, ...] | None:
     if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
         return tuple(content)
     if isinstance(content, dict) and content:
-        pairs = [(key, value) if isinstance(value, str) else (value, key) for key, value in content.items()]
+        # {"0": "archery"}, {"archery": 0}, or {"archery": "0"} as in Something-Something V2
+        by_label = all(isinstance(value, str) for value in content.values()) and all(map(str.isdecimal, content))
+        pairs = [(key, value) if by_label else (value, key) for key, value in content.items()]
         if all(type(label) is int or (isinstance(label, str) and label.isdecimal()) for label, _ in pairs):
             return _in_order(path, [(int(label), name.strip('"')) for label, name in pairs])
     raise InputError(f"{path}: JSON that is neither a list of names nor an object of names and labels; {_EXPECTED}")
@@ -148,6 +150,7 @@ def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: s
     different = ""
     if len(theirs) > len(classes) or (theirs and not renamed and len(theirs) < len(classes)):
         different = f"{len(theirs)} there, {len(classes)} here"
+        different += f"; does {of} lack names?" if renamed else ""
     elif theirs and not unnamed:
         moved = (k for k, each in enumerate(theirs) if each != classes[k] and (not renamed or each in classes))
         if (first := next(moved, None)) is not None:
@@ -162,5 +165,5 @@ def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: s
     if manifest.labels[worst] >= len(classes):
         raise InputError(
             f"{name}: {manifest[worst].path} has label {manifest.labels[worst]}, but there are {len(classes)} classes "
-            f"(0 to {len(classes) - 1})"
+            f"(0 to {len(classes) - 1}) in {of}"
         )

@@ -11,7 +11,7 @@ the class names, and the number of listed videos that were rejected:
     a.mp4,0,280,28.0,340,256,h264,0,yuv420p,0,250,0
     b.webm,1,120,29.97002997002997,256,340,vp9,90,yuv420p,1,32,0
 
-The columns after `rotation` are optional. Videos in tar shards have the further columns `shard,offset,size`.
+The columns after `rotation` are optional. Videos within larger files have the further columns `shard,offset,size`.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Video(NamedTuple):
     gop: int = 0
     """Frames of the longest group of pictures; the whole video if its headers do not say; 0 if unknown."""
     shard: str = ""
-    """The tar file that holds the video, as `path` relative to the root; "" if the video is a file of its own."""
+    """The larger file (tar, Parquet, Arrow) that holds the video, relative to the root as `path` is; "" for none."""
     offset: int = 0
     """Start of the video in the shard, in bytes."""
     size: int = 0
@@ -238,6 +238,8 @@ class Manifest:
             text = decode(path.read_bytes())
         except FileNotFoundError:
             raise InputError(f"{path}: no such manifest; `python prepare.py index` or `folder` makes one") from None
+        except IsADirectoryError:
+            raise InputError(_folder_message(path)) from None
         body = re.sub(r"\A(?:#[^\n]*\n|\s*\n)*", "", text)
         header = dict(re.findall(r"^# (root|classes|made by): (.*?)\r?$", text[: len(text) - len(body)], re.MULTILINE))
         rejected = re.search(r"^# listed \d+, kept \d+, rejected (\d+)", text[: len(text) - len(body)], re.MULTILINE)
@@ -363,10 +365,7 @@ def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], 
     names = next(reader, [])
     missing = [name for name in Video._fields if name not in (*names, *_OPTIONAL)]
     if missing:
-        raise InputError(
-            f"{path}:{first_line}: not a manifest: no column {', '.join(missing)}; "
-            "to make one from a list of `path label` lines: python prepare.py index --list LIST --root DIR --out FILE"
-        )
+        raise InputError(_header_message(path, first_line, body.partition("\n")[0].strip(), missing))
     try:
         rows = [row for row in reader if row]
     except csv.Error as error:
@@ -385,6 +384,33 @@ def _read_columns(path: Path, body: str, first_line: int) -> tuple[list[bytes], 
     if bad.any():
         raise _first_bad_line(path, body, first_line)
     return [cell_text(name).encode("utf-8", "surrogateescape") for name in table["path"]], list(good.values())
+
+
+def _folder_message(path: Path) -> str:
+    """Says what to do about a folder that was given as a manifest."""
+    if existing := sorted(each.name for each in path.glob("*.csv")):
+        return f"{path}: a folder; expected a manifest, such as {path / existing[0]}"
+    return (
+        f"{path}: a folder; expected a manifest. If it holds a folder of videos for each class, "
+        f"`python prepare.py folder {path}` makes {path / 'train.csv'} and {path / 'val.csv'}"
+    )
+
+
+def _header_message(path: Path, line: int, first: str, missing: Sequence[str]) -> str:
+    """Says what a file is whose first line does not name the columns of a manifest, and what to do."""
+    cells = first.split(";")
+    if {"path", "label", "frames"} <= set(cells):
+        return f"{path}:{line}: columns separated by semicolons; expected commas: save the file as comma-separated CSV"
+    command = "python prepare.py index --list {} --root DIR --out {}"
+    if len(cells) == 2 or first.count(",") == 1 or re.fullmatch(r"[^,;]*\S[ \t]+\d+[ \t]*", first):
+        return (
+            f"{path}:{line}: a list of videos and labels, not a manifest. Make one of it, and name that instead: "
+            + command.format(path, path.with_suffix(".manifest.csv"))
+        )
+    return (
+        f"{path}:{line}: not a manifest: no column {', '.join(missing)}; to make one from a list of `path label` or "
+        f"`path,label` lines: {command.format('LIST', 'FILE')}"
+    )
 
 
 _RANGES = {

@@ -1,9 +1,10 @@
-"""Reads the annotations of Kinetics and UCF101, official or from other projects, and finds the video files under any
-common naming scheme."""
+"""Reads the annotations of Kinetics, UCF101, HMDB51 and Something-Something V2, official or from other projects, and
+finds the video files under any common naming scheme."""
 
 import csv
 import difflib
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ from common.labels import read_labels
 from dali_pipelines.errors import InputError
 from dali_pipelines.folders import VIDEO_SUFFIXES, videos_below
 from dali_pipelines.text import decode, read_lines
-from preparation.index import Listed, read_list
+from preparation.index import Listed, read_listed
 
 _LABELS = Path(__file__).parents[1] / "configs" / "labels"
-_SPLITS = {
+SPLITS = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -29,6 +30,7 @@ _SPLITS = {
     "testing": "test",
     "holdout": "test",
 }
+"""What projects call the splits -> what we call them."""
 T = TypeVar("T")
 _CLIP = re.compile(r"(?P<id>.{11})_(?P<start>\d+)_(?P<end>\d+)")
 """YouTube id, first and last second: `-3B32lodo2M_000059_000069`."""
@@ -65,18 +67,21 @@ class FoundSplit:
 
 def kinetics_classes(classes: int, annotations: Sequence[Path], labels: str | None) -> tuple[str, ...]:
     """Names of the 400, 600 or 700 classes in alphabetical order: from the file `labels` if given, for 400 from our own
-    list, otherwise from the annotations. Raises `InputError` if the annotations have another number of classes."""
+    list, otherwise from the annotations. Raises `InputError` if there is another number of classes."""
     if labels is not None:
-        return read_labels(labels)
+        names = read_labels(labels)
+        if len(names) != classes:
+            raise InputError(f"{labels}: {len(names)} class names; expected the {classes} of Kinetics-{classes}")
+        return names
     if classes == 400:
         return read_labels(str(_LABELS / "kinetics400.txt"))
-    names = sorted({row["label"] for path in annotations for row in _read_rows(path) or ()} - {""}, key=str.lower)
-    if len(names) != classes:
+    found = sorted({row["label"] for path in annotations for row in _read_rows(path) or ()} - {""}, key=str.lower)
+    if len(found) != classes:
         raise InputError(
-            f"{', '.join(map(str, annotations))}: {len(names)} class names; expected {classes}: give the official "
+            f"{', '.join(map(str, annotations))}: {len(found)} class names; expected {classes}: give the official "
             "train.csv as well (--annotations train.csv val.csv), or the names in a file (--labels)"
         )
-    return tuple(names)
+    return tuple(found)
 
 
 def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
@@ -84,7 +89,7 @@ def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
     `path label` as PaddleVideo, mmaction2 and SlowFast write them. Raises `InputError` that names the line."""
     rows = _read_rows(path)
     if rows is None:
-        listed = _read_lines(path)
+        listed, _ = read_listed(path, classes=classes)
         for name, label in listed:
             if label >= len(classes):
                 raise InputError(f"{path}: {name} has label {label}; expected 0 to {len(classes) - 1}")
@@ -101,7 +106,7 @@ def read_annotations(path: Path, classes: Sequence[str]) -> list[Expected]:
         if not row["label"]:
             raise InputError(f"{where}: no label; expected annotations with labels")
         label = _look_up(_plain(row["label"]), labels, where)
-        split = _look_up(row["split"].strip().lower(), _SPLITS, where) if row.get("split") else _split_of_name(path)
+        split = _look_up(row["split"].strip().lower(), SPLITS, where) if row.get("split") else _split_of_name(path)
         expected.append(Expected(_clip_name(clip), label, split))
     if not expected:
         raise InputError(f"{path}: no videos in it")
@@ -129,21 +134,9 @@ def _read_rows(path: Path) -> list[dict[str, str]] | None:
         ) from None
 
 
-def _read_lines(path: Path) -> list[Listed]:
-    """Reads lines `path label`, or `path,label` as some projects write them."""
-    lines = read_lines(path)
-    if lines and re.fullmatch(r".*,[ \t]*\d+[ \t]*", lines[0]):
-        rows = [(number, *line.rpartition(",")) for number, line in enumerate(lines, 1) if line.strip()]
-        for number, name, _, label in rows:
-            if not name or not label.strip().isdecimal():
-                raise InputError(f"{path}:{number}: expected `path,label` with a label of 0 or more")
-        return [(name.strip().strip('"'), int(label)) for _, name, _, label in rows]
-    return read_list(path)
-
-
 def _split_of_name(path: Path) -> str:
     words = re.split(r"[^a-z]+", path.stem.lower())
-    splits = {_SPLITS[word] for word in words if word in _SPLITS}
+    splits = {SPLITS[word] for word in words if word in SPLITS}
     if len(splits) != 1:
         raise InputError(f"{path}: unknown split; expected train, val or test in the file name")
     return splits.pop()
@@ -178,6 +171,60 @@ def ucf101_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[
     return expected, classes
 
 
+def hmdb51_annotations(folder: Path, split: int) -> tuple[list[Expected], tuple[str, ...]]:
+    """Reads the 51 files CLASS_test_splitN.txt from the folder testTrainMulti_7030_splits. A line is `VIDEO.avi 1` for
+    training, `... 2` for testing (as val) and `... 0` for a video that the split leaves out. Format: readme.txt beside
+    them, https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database.
+    Returns the videos, and the class names in alphabetical order, which number the labels. Raises `InputError`."""
+    suffix = f"_test_split{split}.txt"
+    files = sorted(folder.glob(f"*{suffix}"))
+    if len(files) != 51:
+        raise InputError(
+            f"{folder}: {len(files)} files CLASS{suffix}; expected 51: unpack test_train_splits.rar there"
+            + ("" if folder.is_dir() else " (no such folder)")
+        )
+    classes = tuple(file.name.removesuffix(suffix) for file in files)
+    parts = {"1": "train", "2": "val", "0": ""}
+    expected = []
+    for label, file in enumerate(files):
+        for number, line in enumerate(read_lines(file), start=1):
+            if not line.strip():
+                continue
+            name, _, part = line.strip().rpartition(" ")
+            if not name or part not in parts:
+                raise InputError(f"{file}:{number}: expected `VIDEO.avi 0|1|2`, not {line[:80]!r}")
+            if parts[part]:
+                expected.append(Expected(f"{classes[label]}/{name.strip()}", label, parts[part]))
+    return expected, classes
+
+
+def ssv2_annotations(annotations: Sequence[Path], labels: Path) -> tuple[list[Expected], tuple[str, ...]]:
+    """Reads something-something-v2-{train,validation}.json, lists of {"id", "label", "template", "placeholders"}, and
+    something-something-v2-labels.json, which numbers the templates without their brackets: "Holding something next to
+    something": "41". Format: https://www.qualcomm.com/developer/software/something-something-v-2-dataset.
+    Returns the videos, which are files ID.webm, and the class names. Raises `InputError`."""
+    classes = read_labels(str(labels))
+    numbers = {_plain(name): label for label, name in enumerate(classes)}
+    expected = []
+    for path in annotations:
+        split = _split_of_name(path)
+        try:
+            entries = json.loads(decode(path.read_bytes()))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error}); expected something-something-v2-{split}.json") from None
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f'{path}: expected a list of videos, such as [{{"id": "78687", "template": "..."}}]')
+        for number, entry in enumerate(entries):
+            where = f"{path}: entry {number}"
+            if not isinstance(entry, dict) or not str(entry.get("id", "")).isdecimal():
+                raise InputError(f"{where}: expected an object with the `id` of a video, such as 78687")
+            if not isinstance(template := entry.get("template"), str):
+                raise InputError(f"{where}: no `template`, so no class; the test list has none: leave it out")
+            label = _look_up(_plain(re.sub(r"[\[\]]", "", template)), numbers, where)
+            expected.append(Expected(str(entry["id"]), label, split))
+    return expected, classes
+
+
 class Store:
     """All videos below a folder or a URL. Finds them by path, by file name, or by the clip that the name encodes.
 
@@ -202,7 +249,7 @@ class Store:
                 self._by_id.setdefault(stem[:11], []).append(path)
         if not self.paths:
             raise InputError(
-                f"{self.root}: no videos in it; expected files such as train/-3B32lodo2M_000059_000069.mp4"
+                f"{self.root}: no videos in it; expected the videos in it or in folders below it"
                 + (f" ({found.note})" if found.note else "")
             )
 

@@ -1,9 +1,12 @@
 """Probes every video of a list or folder and makes a manifest of the readable ones."""
 
 import base64
+import csv
 import difflib
+import io
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ import numpy as np
 
 from common.worker_pool import Failed, WorkerPool, run
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import absolute, as_source, check_reachable, fetch, is_url, join
+from dali_pipelines.files import Source, absolute, as_source, check_reachable, fetch, is_url, join
 from dali_pipelines.folders import Found, is_video_name, leads_back, videos_below
 from dali_pipelines.frame_names import frame_files, is_frames
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
@@ -26,8 +29,24 @@ from dali_pipelines.text import csv_writer, decode, split_lines
 _LARGEST_LABEL = 2**31 - 1
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
+_PATH_COLUMNS = {"path", "file", "filename", "file_name", "file_path", "filepath", "video", "video_path", "video_name"}
+_LABEL_COLUMNS = {"label", "label_id", "class", "class_id", "class_name", "classname", "category", "action", "target"}
+MIN_VAL_VIDEOS = 5
+"""With fewer videos in validation, one video moves the accuracy of its class by more than 20 points."""
+
 Listed = tuple[str, int]
 """A path, relative to a root or absolute, and its label."""
+
+
+class Part(NamedTuple):
+    """The place of a video within a larger file, such as a Parquet file."""
+
+    file: str
+    """Relative to the root."""
+    offset: int
+    """Start of the video in bytes."""
+    size: int
+    """Size of the video in bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,72 @@ class Rejected:
     path: str
     label: int
     reason: str
+
+
+def read_listed(
+    path: str | os.PathLike, root: str | os.PathLike = ".", classes: Sequence[str] = ()
+) -> tuple[list[Listed], tuple[str, ...]]:
+    """Reads a list of videos, and returns it with its class names.
+
+    The list has lines `path label` (see `read_list`), or is a CSV file of `path,label` or `path;label`, with or without
+    a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names: positions
+    in `classes` or, without them, in the alphabetical order of the names. Raises `InputError` that names the line."""
+    text = decode(Path(path).read_bytes())
+    rows = _table_rows(path, text) if "\0" not in text else None
+    if rows is None:
+        return read_list(path, root), tuple(classes)
+    are_numbers = rows[0][2].isdecimal()
+    for number, file, label in rows:
+        wanted = label.isdecimal() if are_numbers else not re.fullmatch(r"[+-]?\d*\.?\d*", label)
+        if not file or not wanted or (are_numbers and int(label) > _LARGEST_LABEL):
+            kind = "numbers of 0 or more" if are_numbers else "class names"
+            raise InputError(
+                f"{path}:{number}: expected `path,label`, with labels that are {kind} as in the first row; found the "
+                f"path {file[:80]!r} and the label {label[:40]!r}"
+            )
+    if are_numbers:
+        return [(file, int(label)) for _, file, label in rows], tuple(classes)
+    classes = tuple(classes) or tuple(sorted({label for _, _, label in rows}))
+    labels = {name: label for label, name in enumerate(classes)}
+    for number, _, label in rows:
+        if label not in labels:
+            near = difflib.get_close_matches(label, classes, 1, 0)[0]
+            raise InputError(
+                f"{path}:{number}: {label[:80]!r} is not one of the {len(classes)} classes; the nearest is {near!r}"
+            )
+    return [(file, labels[label]) for _, file, label in rows], classes
+
+
+def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]] | None:
+    """(line number, path, label) of each row of a CSV list; None if the text is not one. Raises `InputError`."""
+    first = next((line for line in split_lines(text) if line.strip()), "")
+    delimiter = ";" if first.count(";") > first.count(",") else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                rows.append((reader.line_num, [cell.strip() for cell in row]))
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: {error}; expected `path label` or `path,label`") from None
+    if not rows or len(rows[0][1]) < 2:
+        return None
+    names = [cell.lower() for cell in rows[0][1]]
+    if not (_PATH_COLUMNS.isdisjoint(names) or _LABEL_COLUMNS.isdisjoint(names)):
+        file, label = (
+            next(n for n, name in enumerate(names) if name in known) for known in (_PATH_COLUMNS, _LABEL_COLUMNS)
+        )
+        table = [
+            (number, row[file], row[label]) if len(row) == len(names) else (number, "", "") for number, row in rows
+        ]
+        if len(table) == 1:
+            raise InputError(f"{path}: only a header; expected rows `path,label` below it")
+        return table[1:]
+    # An unquoted path may have a comma itself, as in `take 1,2.mp4,0`.
+    table = [(number, delimiter.join(row[:-1]), row[-1]) for number, row in rows]
+    _, first_file, first_label = table[0]
+    is_table = is_video_name(first_file) or (len(names) == 2 and first_label.isdecimal())
+    return table if first_label and is_table else None
 
 
 def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Listed]:
@@ -137,16 +222,24 @@ def read_folder(
         notes.append(f"{outside} {'video is' if outside == 1 else 'videos are'} not in a class folder")
     note = "; ".join(notes)
     if not any(by_folder.values()):
-        example, hint = "videos in it, such as archery/1.mp4", ""
-        if find is not videos_below:
-            example = "a folder of frames for each video, such as archery/v1/img_00001.jpg"
-        elif re.search(r"\.(jpe?g|png)\b", note):
-            hint = f"; if these images are the frames of videos: prepare.py frames {root}"
-        raise InputError(
-            f"{root}: no videos; expected a folder for each class with {example}"
-            + (f" ({note})" if note else "")
-            + hint
+        is_for_frames = find is not videos_below
+        example = (
+            "a folder of frames for each video, such as archery/v1/img_00001.jpg"
+            if is_for_frames
+            else "videos in it, such as archery/1.mp4"
         )
+        expected = f"expected a folder for each class with {example}"
+        if outside and not is_for_frames:
+            raise InputError(
+                f"{root}: {'1 video' if outside == 1 else f'{outside} videos'} in no class folder, such as "
+                f"{found.videos[0]}; {expected}. To train, move each video into the folder of its class, or list "
+                f"`path,label` in a file (prepare.py index --list FILE --root {root}). To classify the videos: "
+                f"predict.py -w WEIGHTS {root}"
+            )
+        hint = ""
+        if not is_for_frames and re.search(r"\.(jpe?g|png)\b", note):
+            hint = f"; if these images are the frames of videos: prepare.py frames {root}"
+        raise InputError(f"{root}: no videos; {expected}" + (f" ({note})" if note else "") + hint)
     if classes:
         if len(set(classes)) < len(classes):
             twice = next(name for name in classes if classes.count(name) > 1)
@@ -178,14 +271,18 @@ def index(
     journal: Path,
     pool: WorkerPool,
     classes: Sequence[str] = (),
+    classes_from: str = "",
     copies: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    parts: Mapping[str, Part] = MappingProxyType({}),
     decode: bool = False,
     max_pixels: int = MAX_PIXELS,
     frames_fps: float | None = None,
 ) -> tuple[Manifest, list[Rejected]]:
     """Probes every listed video. Returns the manifest of the readable ones, in the order of the list, and the others.
 
+    classes_from: the file that names the classes, for messages.
     copies: other files of a listed video, tried in order if it cannot be read.
+    parts: listed videos that are a part of a file.
     decode: decode each file completely, and reject those with a damaged frame.
     max_pixels: the largest accepted frame.
     frames_fps: frames per second of videos whose frames are images in files of their own.
@@ -197,16 +294,21 @@ def index(
         if classes and label >= len(classes):
             raise InputError(
                 f"{path}: label {label} is listed, but there are {len(classes)} classes (0 to {len(classes) - 1})"
+                + (f" in {classes_from}; add the missing names there, or correct the label" if classes_from else "")
             )
     home = absolute(root)  # remote workers have a different working directory
 
+    def place(path: str) -> str | tuple[str, int, int]:
+        part = parts.get(path)
+        return (join(home, part.file), part.offset, part.size) if part else join(home, path)
+
     def probe_all(paths: Sequence[str]) -> list[Any]:
-        tasks = [(join(home, path), decode, None, max_pixels) for path in paths]
+        tasks = [(place(path), decode, None, max_pixels) for path in paths]
         return run(probe_file, tasks, journal=journal, pool=pool)
 
     paths = [path for path, _ in listed]
     for path in paths[:1]:
-        check_reachable(as_source(join(home, path)), timeout_s=pool.timeout_s)
+        check_reachable(_source(place(path)), timeout_s=pool.timeout_s)
     found = probe_all(paths)
     for choice in range(max(map(len, copies.values()), default=0)):
         rows = [
@@ -226,9 +328,12 @@ def index(
             rejected.append(Rejected(path, label, result))
         else:
             video, entry = result
-            good.append(Video(*video)._replace(path=path, label=label))
+            probed = Video(*video)._replace(path=path, label=label)
             if frames_fps and is_frames(path):
-                good[-1] = good[-1]._replace(fps=frames_fps)
+                probed = probed._replace(fps=frames_fps)
+            if part := parts.get(path):
+                probed = probed._replace(shard=part.file, offset=part.offset, size=part.size)
+            good.append(probed)
             entries[key_of(good[-1])] = base64.b64decode(entry)
     manifest = Manifest(good, root=root, classes=classes, rejected=len(rejected))
     manifest.entries = entries
@@ -243,10 +348,16 @@ class Probed(NamedTuple):
     """The packet index entry, in base64."""
 
 
-def probe_file(path: str, decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS) -> Probed:
-    """Probes a file; runs in a child process. `decode`: also decode it completely. `cache`: see `files.fetch`. Raises
-    `InputError`."""
-    source = fetch(path, cache)
+def _source(place: str | Sequence[Any]) -> Source:
+    return as_source(place) if isinstance(place, str) else Source(*place)
+
+
+def probe_file(
+    place: str | Sequence[Any], decode: bool, cache: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Probed:
+    """Probes a file, or a part of one: (file, offset, size). Runs in a child process. `decode`: also decode it
+    completely. `cache`: see `files.fetch`. Raises `InputError`."""
+    source = fetch(_source(place), cache)
     video, entry = probe_packets(source, max_pixels=max_pixels)
     if decode:
         for _ in decode_all(source, frames=video.frames, size=coded_size(video)):
@@ -269,6 +380,26 @@ def split_train_val(listed: Sequence[Listed], val_fraction: float) -> tuple[list
         for number, entry in enumerate(entries):
             (val if number in chosen else train).append(entry)
     return train, val
+
+
+def few_for_validation(train: Sequence[Listed], val: Sequence[Listed], classes: Sequence[str]) -> str:
+    """Warns of classes with fewer than `MIN_VAL_VIDEOS` videos in validation, and says what to do; "" if there are
+    none."""
+    in_val = Counter(label for _, label in val)
+    in_all = in_val + Counter(label for _, label in train)
+    few = [label for label in sorted(in_all) if in_val[label] < MIN_VAL_VIDEOS]
+    if not few or not val:
+        return ""
+    worst = min(few, key=lambda label: (in_val[label], label))
+    smallest = min(in_all.values())
+    remedy = "record more videos"
+    if smallest > MIN_VAL_VIDEOS + 1:
+        fraction = -(-100 * MIN_VAL_VIDEOS // smallest) / 100
+        remedy = f"use --val-fraction {min(fraction, 0.5):g}, or record more videos"
+    return (
+        f"{len(few)} of {len(in_all)} classes have fewer than {MIN_VAL_VIDEOS} videos for validation "
+        f"({classes[worst]!r}: {in_val[worst]}), so their accuracy will be rough; {remedy}"
+    )
 
 
 def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> None:

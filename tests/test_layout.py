@@ -61,3 +61,26 @@ def test_what_workers_import_leaves_torch_out():
 def test_the_console_script(arguments, status, text):
     done = subprocess.run([sys.executable, "-m", "commands", *arguments], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == status and text in done.stdout + done.stderr
+
+
+def test_git_ignores_what_the_documented_commands_write():
+    written = ["my_videos/train.csv", "my_model/config.json", "models/x/1/model.onnx", "output/demo/best.safetensors"]
+    written += [
+        "best.onnx",
+        "best.pt2",
+        "val.csv",
+        "val.npz",
+        "attention.png",
+        "timeline.png",
+        "out.mp4",
+        "data/k400/a",
+    ]
+    written += ["ppTimeSformer_k400_8f.pdparams", "names.txt", "predictions.csv", "k400.safetensors"]
+    done = subprocess.run(["git", "check-ignore", *written], cwd=PROJECT, capture_output=True, text=True)
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.stdout.split() == written
+    tracked = subprocess.run(
+        ["git", "ls-files", "-ci", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert not tracked.stdout

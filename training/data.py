@@ -109,7 +109,7 @@ def make_data(config: Config, process: DistributedContext, teacher: Weights | No
         }
         check_agreement(process, shared_facts(config) | facts)
     renamed = data.labels is not None
-    check_labels(train, classes, name=train_name, of=str(data.labels), renamed=renamed)
+    check_labels(train, classes, name=train_name, of=data.labels or train_name, renamed=renamed)
     check_labels(val, classes, name=val_name, of=data.labels or train_name, renamed=renamed)
     if renamed and train.classes:  # the file may have other names than the two manifests
         check_labels(val, train.classes, name=val_name, of=train_name, renamed=True)

@@ -4,6 +4,7 @@
     survey      reads the headers of sampled videos, and times decoding and the network on this machine
     report      combines both into one report
     text        formats the report as text
+    cost        hours, GPU memory and disk of the whole run
 
 dali_pipelines/gpus.py holds published and measured figures of GPUs; dali_pipelines/engines.py decides which videos
 NVDEC decodes, and how `auto` shares the clips between NVDEC and the CPU cores.

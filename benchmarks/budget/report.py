@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.budget.cost import run_cost
 from benchmarks.budget.rates import (
     BOTH,
     CORES,
@@ -33,6 +34,7 @@ from common.config import Config
 from common.labels import class_names, read_manifest
 from dali_pipelines.engines import estimate
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import size_of
 from dali_pipelines.gpus import Gpu
 
 _MEASURE_S = 3.0  # to time decoding
@@ -131,6 +133,18 @@ def budget(
     report["verdict"] = verdict(report)
     report["remedies"] = remedies(report)
     report["assumptions"] = assumptions(report, config, gpu)
+    if gpu:
+        sizes = [size_of(manifest.source(row)) for row in found.rows if row not in found.unreadable]
+        report["run"] = run_cost(
+            config,
+            videos=len(manifest),
+            classes=classes,
+            gpus=gpus,
+            gpu=gpu,
+            network_clips=network_clips,
+            decode_clips=report["supply"]["clips_per_second"],
+            video_bytes=float(np.mean(sizes)),
+        )
     return report
 
 

@@ -198,15 +198,15 @@ def time_network(config: Config, classes: int) -> tuple[float, str, str]:
     is_gpu = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if is_gpu else "cpu")
     precision = resolve_precision(config.train.precision, device)
-    network = _network(config, classes).to(device).train()
-    network.activation_checkpointing = config.train.activation_checkpointing
+    trained = network(config, classes).to(device).train()
+    trained.activation_checkpointing = config.train.activation_checkpointing
     batch = 8 if is_gpu else int(np.clip(3e11 // (6 * multiply_adds(config, classes)), 1, 8))
     clips = torch.rand(batch, *_clip_shape(config), device=device)
     spent: list[float] = []
     while len(spent) < 2 or (len(spent) < 4 and sum(spent) < 5):
         start = time.perf_counter()
         with autocast(device, precision):
-            logits = network(clips)
+            logits = trained(clips)
         logits.float().square().sum().backward()
         if is_gpu:
             torch.cuda.synchronize()
@@ -228,7 +228,8 @@ def _clip_shape(config: Config) -> tuple[int, ...]:
     return 3, config.data.num_frames, config.data.crop_size, config.data.crop_size
 
 
-def _network(config: Config, classes: int) -> TimeSformer:
+def network(config: Config, classes: int) -> TimeSformer:
+    """The network of a config."""
     _, frames, side, _ = _clip_shape(config)
     return TimeSformer(num_frames=frames, image_size=side, num_classes=classes, **asdict(config.model))
 
@@ -240,4 +241,4 @@ def failures(survey: Survey) -> list[str]:
 
 def multiply_adds(config: Config, classes: int) -> int:
     """Multiply-adds of one clip's forward pass, including the products of attention."""
-    return timesformer.multiply_adds(lambda: _network(config, classes))
+    return timesformer.multiply_adds(lambda: network(config, classes))

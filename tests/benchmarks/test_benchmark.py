@@ -17,7 +17,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.copies import copy_videos
 from benchmarks.gpu_contestants import FLOOR, HOST, NVDEC, PEER
 from benchmarks.gpu_loader import benchmark_gpu_loader
-from benchmarks.networks import COMPILED, PEERS, NetworkWork, TorchContestant, hugging_face, ours
+from benchmarks.networks import COMPILED, NetworkWork, TorchContestant, hugging_face, ours
 from benchmarks.train import LOADER, NETWORK, TOGETHER, Turn
 from benchmarks.videos import find_videos
 from common.config import load_config
@@ -50,7 +50,7 @@ def test_every_contestant_is_timed_or_says_why_not(report):
     assert set(report["contestants"]) == set(CONTESTANTS)
     for name, result in report["contestants"].items():
         if importlib.util.find_spec(CONTESTANTS[name].package) is None:
-            assert result["failure"] == "not installed" and not result["runs"]
+            assert result["failure"] == "not installed: make peers" and not result["runs"]
         elif not CONTESTANTS[name].is_peer:  # a peer may be installed without the libraries that it needs
             assert result["failure"] is None and len(result["runs"]) == 1
         for measured in result["runs"]:
@@ -80,8 +80,8 @@ def test_says_what_was_measured(report, videos):
     assert 0 < report["packets"]["fed"] <= report["packets"]["in_window"] <= 30
     assert report["machine"]["versions"]["av"] and report["machine"]["cores"] >= 1
     ratio = report["ratios"]["floor"]
-    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["target"] == 0.9
-    assert "ours / floor: " in report["stdout"]
+    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert "ours / floor: " in report["stdout"] and "target" not in report["stdout"]
 
 
 def test_copies_of_a_benchmark(videos):
@@ -118,9 +118,9 @@ def test_the_benchmark_of_a_gpu(videos, capsys):
         assert set(measured["engines"]) == {NVDEC: {"nvdec"}, HOST: {"host"}}.get(name, set())
         assert name == FLOOR or result["wrong_frames"] == 0
     assert found[NVDEC]["mean_difference_of_255"] < 1e-3 and found[PEER]["mean_difference_of_255"] < 8
-    assert {target["what"].split(",")[0] for target in report["targets"]} == {
-        "nvdec / nvdec floor",
-        "nvdec / torchcodec on whole files",
+    assert set(report["ratios"]) == {
+        "nvdec / nvdec floor, originals",
+        "nvdec / torchcodec on whole files, originals",
     }
     assert "nvdec / nvdec floor, originals: " in text and "wrong frames" in text
 
@@ -152,16 +152,6 @@ def test_network_is_timed_beside_its_peers_or_says_why_not(model_report):
                 assert measured[task]["seconds"] > 0 and measured[task]["gflops"] > 0
     assert contestants["ours"]["bf16"]["training"]["ours_is"] == {"median": 1, "low": 1, "high": 1}
     assert set(model_report["matmul_gflops"]) == {"float32", "bf16"}
-
-
-def test_targets_of_the_network(model_report):
-    for peer in set(PEERS) & set(model_report["contestants"]):
-        found = [target for target in model_report["targets"] if target["what"].endswith(peer)]
-        assert len(found) == 5
-        for target in found:
-            low, high = target.get("at_least", 0), target.get("at_most", float("inf"))
-            met = low <= target["value"] <= high
-            assert target["met"] == met and target["what"] in model_report["stdout"]
 
 
 def test_hugging_face_has_our_names():
@@ -218,17 +208,6 @@ def test_networks_on_a_gpu(tmp_path, capsys):
     assert re.search("none such +not measured: 'none such'", said)
 
 
-def test_targets_of_a_step_on_a_gpu():
-    def batch(compiled, peer):
-        turns = {gpu_model.COMPILED: [compiled], gpu_model.PEERS[2]: [peer]}
-        return {name: {"clips_per_second": each, "gib": 19.0, "prepare_s": 1} for name, each in turns.items()}
-
-    found = gpu_model.targets({"batches": {8: batch(200, 100), 32: batch(300, 250)}})
-    assert [(each["value"], each["met"]) for each in found] == [
-        (200, False), (300, True), (2.0, True), (1.2, False), (19.0, True),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("attend", [gpu_model._by_products, gpu_model._packed])
 def test_ways_of_attention_over_time_are_the_same(attend):
     q, k, v = torch.randn(3, 16, 2, 8, 4, generator=torch.Generator().manual_seed(0))
@@ -280,7 +259,7 @@ def test_training_step(train_config, tmp_path, processes, settings):
     assert all(turn["wait_ms"] == 0 for turn in report["turns"][NETWORK])
     assert all(0 < turn["wait_ms"] <= turn["step_ms"] for turn in report["turns"][LOADER] + report["turns"][TOGETHER])
     assert report["settings"]["processes"] == processes and report["settings"]["micro_steps"] == 2 // processes
-    assert report["verdict"] in done.stdout and "target, 0.95 of the slower one alone: " in done.stdout
+    assert report["verdict"] in done.stdout
     assert not (train_config.parent / "run").exists() and os.listdir(tmp_path) == ["train.json"]
 
 
@@ -329,7 +308,6 @@ def test_verdict(turns, bounds, value, bound_by, said):
         found = benchmarks.train.judge(turns_of(**turns), 2, hints)
     assert [found["bounds"][name] for name in ("slower", "cores", "turns")] == pytest.approx(bounds)
     assert found["together_over"]["slower"]["median"] == pytest.approx(value)
-    assert found["target"]["met"] == (value >= 0.95)
     assert found["bound_by"] == bound_by and said in found["verdict"]
     assert ("decode less" in found["verdict"]) == (bound_by != "network")
     assert ("compute less" in found["verdict"]) == (bound_by != "data")
@@ -393,7 +371,7 @@ CASES = [
     ("gone.mp4", "gone.mp4: no such file or directory"),
     ("gone.csv", "gone.csv: no such manifest"),
     ("empty", "empty: no videos there"),
-    ("turned.mp4", "turned.mp4: is rotated or mirrored"),
+    ("turned.mp4", "turned.mp4: no videos there that can be measured"),
 ]
 
 
@@ -404,3 +382,14 @@ def test_videos_that_cannot_be_used(tmp_path, name, message):
     write_video(tmp_path / "turned.mp4", textured(3, height=32, width=32), rotation=90)
     with pytest.raises(InputError, match=message):
         find_videos([str(tmp_path / name)])
+
+
+def test_broken_and_turned_videos_are_skipped_and_counted(videos, tmp_path, capsys):
+    os.link(videos / "0.mp4", tmp_path / "good.mp4")
+    (tmp_path / "broken.mp4").write_text("no video " * 50)
+    write_video(tmp_path / "turned.mp4", textured(4, height=32, width=32), rotation=90)
+    found = find_videos([str(tmp_path)])
+    assert [video.path for video in found] == [str(tmp_path / "good.mp4")]
+    said = capsys.readouterr().out
+    assert "broken.mp4: not a video" in said and "1 of 3 files cannot be read and are skipped" in said
+    assert "1 videos are rotated or mirrored" in said

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 import benchmarks.budget.report
 import benchmarks.budget.survey
+from benchmarks.budget.cost import run_cost
 from benchmarks.budget.rates import (
     SEEK,
     SELECTED,
@@ -32,6 +34,7 @@ from benchmarks.budget.rates import (
 from benchmarks.budget.report import budget
 from benchmarks.budget.survey import WINDOWS, _plan, _routing, _view, multiply_adds, survey
 from benchmarks.budget.text import _number, table
+from commands import benchmark, prepare
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.engines import estimate
@@ -508,3 +511,44 @@ def test_as_a_user_runs_it(videos):
     assert "2 of 3 sampled videos cannot be read" in text and report["assumptions"][0][:40] in text
     done = run("prepare.py", *arguments[:3], "--gpu", "rtx")
     assert (done.returncode, done.stdout) == (2, "") and "--gpu rtx: not known; expected one of v100" in done.stderr
+
+
+K400 = str(Path(__file__).parents[2] / "configs" / "pptimesformer_k400.yaml")
+
+
+@pytest.mark.slow
+def test_what_a_run_costs(in_process):
+    cost = run_cost(load_config(K400), videos=240_258, classes=400, gpus=8)
+    assert [row["gpu"] for row in cost["rows"]] == ["V100", "T4", "A100", "H100", "H200", "L4", "L40S"]
+    h200, a100 = cost["rows"][4], cost["rows"][2]
+    # 184 clips/s at 8 clips a step, measured: 20 * 240258 / (8 * 184) s.
+    assert h200["network_is_measured"] and h200["network_hours"] == pytest.approx(
+        20 * 240_258 / (8 * 184) / 3600, rel=0.01
+    )
+    assert not a100["network_is_measured"]
+    assert a100["network_hours"] / h200["network_hours"] == pytest.approx(989 / 312)
+    assert h200["decoding_hours"]["transcoded"] == pytest.approx(20 * 240_258 / (8 * 797) / 3600)
+    # 2 GiB, 12 bytes for each of 121.5 M parameters, 8 clips of 0.55 GiB.
+    assert cost["gpu_gib"] == pytest.approx(2 + 12 * 121.5e6 / 2**30 + 8 * 0.55, rel=0.01)
+    assert cost["videos_gb"] == pytest.approx(134)
+    given = ("budget", "-c", K400, "--gpus", 1, "--gpu", "t4", "--videos", 1000, "-o", "train.epochs=10")
+    status, out, error = in_process(prepare.main, *given)
+    assert status == 0, error
+    assert (
+        "10 epochs of 1,000 videos on 1 GPUs, 64 clips a step" in out and "GiB of 16 GB: too much; use more GPUs" in out
+    )
+    assert "Not measured: * is scaled from an H200" in " ".join(out.split())
+    status, _, error = in_process(prepare.main, *given, "-m", "x.csv")
+    assert status == 2 and "--videos is the number of videos without a manifest" in error
+
+
+@pytest.mark.slow
+def test_parameters_and_multiply_adds_of_configs(in_process):
+    status, out, _ = in_process(benchmark.main, "model", "--flops")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.count(".")}
+    assert status == 0 and rows["pptimesformer_k400"] == ["8", "224", "121.5", "186.1", "3", "558.3"]
+    assert set(rows) >= {path.stem for path in Path(K400).parent.glob("*.yaml")}
+    status, out, _ = in_process(benchmark.main, "model", "--flops", "-c", K400, "-o", "data.num_frames=16")
+    assert status == 0 and "372." in out and "demo" not in out
+    status, _, error = in_process(benchmark.main, "model", "-c", K400)
+    assert status == 2 and "-c and -o are for --flops" in error

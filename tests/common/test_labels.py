@@ -109,6 +109,7 @@ def manifest(*classes: str, label: int = 0) -> Manifest:
         (("b", "c"), ("a", "b", "c"), False, "2 there, 3 here"),
         (("b", "c"), ("a", "b", "c"), True, "class 0 is 'b' there, 'a' here"),
         (("b", "c"), ("d", "e", "f"), True, None),
+        (("b", "c"), ("b",), True, "2 there, 1 here; does t.csv lack names"),
         (("b", "a"), ("a", "b"), False, "class 0 is 'b' there, 'a' here"),
         (("b", "a"), ("a", "b"), True, "class 0 is 'b' there, 'a' here"),
         (("x", "y"), ("a", "b"), False, "class 0 is 'x'"),

@@ -65,7 +65,7 @@ def test_a_byte_order_mark_hides_nothing(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a.mp4 0\nb.mp4 1\n", "no column path.*prepare.py index"),
+        ("a.mp4 0\nb.mp4 1\n", "a list of videos and labels.*prepare.py index"),
         ("", "no column"),
         (HEADER + "a,0,1,25,2,2,vp9,0\na,-1,1,25,2,2,vp9,0\n", "list.csv:3: label is '-1'; expected a class number"),
         (HEADER + "a,0,1,25,2,2,vp9,0\na,0,zero,25,2,2,vp9,0\n", "list.csv:3: frames is 'zero'"),
@@ -321,3 +321,28 @@ def test_a_video_without_an_undamaged_frame_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("dali_pipelines.probe._count_frames", lambda *_, **__: 0)
     with pytest.raises(InputError, match="all frames of its video stream are damaged"):
         probe(path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("path,label\na.mp4,0\n", "a list of videos and labels, not a manifest.* prepare.py index --list .*l.csv"),
+        ("a.mp4,0\nb.mp4,1\n", "prepare.py index --list .*l.csv --root DIR --out .*l.manifest.csv"),
+        ("a b.mp4 0\n", "a list of videos and labels"),
+        ("a.mp4;0\n", "a list of videos and labels"),
+        ("path;label;frames;fps;width;height;codec;rotation\na.mp4;0;1;25;2;2;h264;0\n", "semicolons; expected commas"),
+        ("name,city,age\n", "l.csv:1: not a manifest: no column path, label, frames"),
+    ],
+)
+def test_other_tables_are_said_to_be_what_they_are(tmp_path, text, message):
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        Manifest.read(tmp_path / "l.csv")
+
+
+def test_a_folder_is_not_a_manifest(tmp_path):
+    with pytest.raises(InputError, match="a folder; expected a manifest.*python prepare.py folder"):
+        Manifest.read(tmp_path)
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(InputError, match="a folder; expected a manifest, such as .*/train.csv"):
+        Manifest.read(tmp_path)

@@ -14,13 +14,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from commands import prepare
 from dali_pipelines import InputError, Manifest
 from preparation.datasets import (
     Expected,
     Store,
     check_class_order,
+    hmdb51_annotations,
     kinetics_classes,
     read_annotations,
+    ssv2_annotations,
     ucf101_annotations,
 )
 from tests.commands import run
@@ -89,6 +92,9 @@ def test_classes_of_kinetics_600_are_those_of_its_annotations(tmp_path):
     assert kinetics_classes(600, [tmp_path / "train.csv"], None) == tuple(names)
     with pytest.raises(InputError, match="600 class names; expected 700"):
         kinetics_classes(700, [tmp_path / "train.csv"], None)
+    (tmp_path / "names.txt").write_text("archery\nzumba\n")
+    with pytest.raises(InputError, match="names.txt: 2 class names; expected the 600 of Kinetics-600"):
+        kinetics_classes(600, [], str(tmp_path / "names.txt"))
 
 
 @pytest.mark.parametrize(
@@ -282,3 +288,78 @@ def test_ucf101_as_a_user_runs_it(video, tmp_path, layout):
 
 def read_labels_of_ucf101() -> tuple[str, ...]:
     return tuple((ROOT / "configs" / "labels" / "ucf101.txt").read_text().splitlines())
+
+
+@pytest.fixture
+def hmdb51(tmp_path) -> Path:
+    """Split 2 of 51 classes with one video each for training, testing and neither."""
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for number in range(51):
+        name = f"class_{number:02d}"
+        lines = [f"{name}_np1_{part}.avi {part} \n" for part in (1, 2, 0)]
+        (folder / f"{name}_test_split2.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.slow
+def test_hmdb51_as_a_user_runs_it(video, hmdb51, tmp_path, in_process):
+    for name in ("class_00/class_00_np1_1.avi", "class_50/class_50_np1_2.avi", "class_03/class_03_np1_0.avi"):
+        put(video, tmp_path / "hmdb51_org" / name)
+    given = ("--splits", hmdb51, "--videos", tmp_path / "hmdb51_org", "--split", 2, "--out", tmp_path, "--workers", 1)
+    status, out, _ = in_process(prepare.main, "hmdb51", *given)
+    assert status == 0 and "train: 51 expected, 1 found (0 more than once), 50 missing" in out
+    assert "1 other videos below" in out  # the one that the split leaves out
+    train, val = (Manifest.read(tmp_path / f"{name}.csv") for name in ("train", "val"))
+    assert train.classes == val.classes and train.classes[50] == "class_50"
+    assert train.labels.tolist() == [0] and val.labels.tolist() == [50]
+
+
+def test_bad_splits_of_hmdb51(hmdb51):
+    with pytest.raises(InputError, match="0 files CLASS_test_split1.txt; expected 51"):
+        hmdb51_annotations(hmdb51, 1)
+    (hmdb51 / "class_07_test_split2.txt").write_text("a.avi 1\nb.avi 3\n")
+    with pytest.raises(InputError, match="class_07_test_split2.txt:2: expected `VIDEO.avi 0|1|2`"):
+        hmdb51_annotations(hmdb51, 2)
+
+
+SSV2_LABELS = '{"Holding something next to something": "0", "Pushing something from left to right": "1"}'
+
+
+@pytest.mark.slow
+def test_ssv2_as_a_user_runs_it(video, tmp_path, in_process):
+    (tmp_path / "labels.json").write_text(SSV2_LABELS)
+    pushing = '"template": "Pushing [something] from left to right", "placeholders": ["a cup"]}'
+    (tmp_path / "something-something-v2-train.json").write_text(
+        '[{"id": "78687", "label": "holding potato next to bottle", '
+        '"template": "Holding [something] next to [something]", "placeholders": ["potato", "bottle"]}, '
+        f'{{"id": "42326", "label": "pushing a cup from left to right", {pushing}]'
+    )
+    (tmp_path / "something-something-v2-validation.json").write_text(f'[{{"id": "7", "label": "x", {pushing}]')
+    for name in ("78687.webm", "7.webm"):
+        put(video, tmp_path / "videos" / name)
+    files = [tmp_path / f"something-something-v2-{name}.json" for name in ("train", "validation")]
+    given = ("--annotations", *files, "--labels", tmp_path / "labels.json", "--videos", tmp_path / "videos")
+    status, out, error = in_process(prepare.main, "ssv2", *given, "--out", tmp_path, "--workers", 1)
+    assert status == 0, error
+    assert "train: 2 expected, 1 found (0 more than once), 1 missing" in out and "-o data.flip=false" in out
+    train, val = (Manifest.read(tmp_path / f"{name}.csv") for name in ("train", "val"))
+    assert train.classes[1] == "Pushing something from left to right"
+    assert train.labels.tolist() == [0] and val.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("train.json", "[", "train.json: not JSON"),
+        ("train.json", '{"a": 1}', "expected a list of videos"),
+        ("train.json", '[{"id": "../x", "template": "a"}]', "entry 0: expected an object with the `id`"),
+        ("train.json", '[{"id": "1", "template": "Holding [cup]"}]', "entry 0: 'holding cup' is unknown; the nearest"),
+        ("test.json", '[{"id": "1"}]', "the test list has none: leave it out"),
+    ],
+)
+def test_bad_annotations_of_ssv2(tmp_path, name, text, message):
+    (tmp_path / "labels.json").write_text(SSV2_LABELS)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        ssv2_annotations([tmp_path / name], tmp_path / "labels.json")

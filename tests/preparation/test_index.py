@@ -4,10 +4,19 @@ import os
 
 import pytest
 
+from commands import prepare
 from common.locking import FolderLock
 from common.worker_pool import WorkerPool
 from dali_pipelines import InputError, Manifest
-from preparation.index import index, read_folder, read_list, split_train_val, write_rejected
+from preparation.index import (
+    few_for_validation,
+    index,
+    read_folder,
+    read_list,
+    read_listed,
+    split_train_val,
+    write_rejected,
+)
 from tests.commands import run
 from tests.videos import numbered, write_video
 
@@ -92,6 +101,57 @@ def test_odd_paths_are_good_if_the_file_is_there(tmp_path):
         read_list(tmp_path / "list.txt", tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    "content, classes, labels, names",
+    [
+        ("path,label\na.mp4,1\nb.mp4,0\n", (), [1, 0], ()),
+        ("a.mp4,1\nb.mp4,0\n", ("x", "y"), [1, 0], ("x", "y")),
+        ("a.mp4;dog\r\nb.mp4;cat\r\n", (), [1, 0], ("cat", "dog")),
+        ("Split,Video,Class\nt,a.mp4,dog\nv,b.mp4,cat\n", ("dog", "cat", "eel"), [0, 1], ("dog", "cat", "eel")),
+        ("a.mp4 1\nb.mp4 0\n", (), [1, 0], ()),
+    ],
+)
+def test_a_list_of_paths_and_labels_in_columns(tmp_path, content, classes, labels, names):
+    (tmp_path / "l.csv").write_text(content, newline="")
+    assert read_listed(tmp_path / "l.csv", classes=classes) == (list(zip(["a.mp4", "b.mp4"], labels)), names)
+
+
+def test_a_comma_within_a_path(tmp_path):
+    (tmp_path / "l.csv").write_text('"a, b.mp4",0\nc,d.mp4,1\n')
+    assert read_listed(tmp_path / "l.csv")[0] == [("a, b.mp4", 0), ("c,d.mp4", 1)]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a.mp4,0\nb.mp4,x\n", "l.csv:2: expected `path,label`, with labels that are numbers"),
+        ("a.mp4,cat\nb.mp4,-1\n", "l.csv:2: expected `path,label`, with labels that are class names"),
+        ("path,label\na.mp4\n", "l.csv:2: expected `path,label`"),
+        ("path,label\n", "only a header"),
+        ("path,label\na.mp4,cta\n", "l.csv:2: 'cta' is not one of the 2 classes; the nearest is 'cat'"),
+        ("frames/a,163,1\n", "l.csv:1: expected `path label`"),
+    ],
+)
+def test_a_bad_row_of_a_list_in_columns(tmp_path, content, message):
+    (tmp_path / "l.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_listed(tmp_path / "l.csv", classes=("cat", "dog"))
+
+
+@pytest.mark.slow
+def test_a_list_of_class_names_as_a_user_indexes_it(folder, tmp_path, in_process):
+    (tmp_path / "l.csv").write_text("path,label\nswim/e.mp4,swim\njump/c.avi,jump\n")
+    given = ("index", "--list", tmp_path / "l.csv", "--root", folder, "--out", tmp_path / "m.csv", "--workers", 1)
+    status, out, _ = in_process(prepare.main, *given)
+    assert status == 0 and "2 class names; label 0 is 'jump'" in out
+    manifest = Manifest.read(tmp_path / "m.csv")
+    assert manifest.classes == ("jump", "swim") and manifest.labels.tolist() == [1, 0]
+    (tmp_path / "l.csv").write_text("swim/e.mp4 2\n")
+    (tmp_path / "names.txt").write_text("jump\nswim\n")
+    status, _, error = in_process(prepare.main, *given, "--labels", tmp_path / "names.txt")
+    assert status == 2 and "names.txt; add the missing names there" in error
+
+
 def test_a_folder_a_class(folder):
     listed, classes, _ = read_folder(folder)
     assert classes == ("jump", "run fast", "swim")
@@ -115,6 +175,24 @@ def test_folders_without_videos_are_named(tmp_path):
     with pytest.raises(InputError, match="bare: no videos in this folder; fill or remove it or, .* --classes"):
         read_folder(tmp_path)
     assert read_folder(tmp_path, ("bare", "full")).listed == [("full/a.mp4", 1)]
+
+
+def test_videos_without_a_class_folder_are_counted_with_what_to_do(tmp_path):
+    for name in ("a.mp4", "b.mov", "notes.txt"):
+        (tmp_path / name).touch()
+    message = "2 videos in no class folder, such as a.mp4; expected a folder for each class .*prepare.py index --list"
+    with pytest.raises(InputError, match=f"{message}.*predict.py -w WEIGHTS"):
+        read_folder(tmp_path)
+
+
+def test_classes_with_few_videos_for_validation():
+    listed = [(f"{label}/{n}.mp4", label) for label, count in enumerate((60, 20)) for n in range(count)]
+    warning = few_for_validation(*split_train_val(listed, 0.1), ("cat", "dog"))
+    assert warning.startswith("1 of 2 classes have fewer than 5 videos for validation ('dog': 2)")
+    assert "use --val-fraction 0.25" in warning
+    assert not few_for_validation(*split_train_val(listed, 0.25), ("cat", "dog"))
+    assert not few_for_validation(listed, [], ("cat", "dog"))
+    assert few_for_validation(listed[:3], listed[3:6], ("cat",)).endswith("rough; record more videos")
 
 
 def test_folders_of_splits_are_not_classes(tmp_path):
