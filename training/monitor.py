@@ -59,10 +59,11 @@ class Monitor(NullMonitor):
     If the disk is full, log entries are lost, but the run continues.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int):
+    def __init__(self, folder: Path, *, total_steps: int, verbose: bool = True):
+        """verbose: show the lines and the progress bar."""
         self.size = 0
         """Size of metrics.jsonl in bytes."""
-        self._folder, self._total_steps = folder, total_steps
+        self._folder, self._total_steps, self._verbose = folder, total_steps, verbose
         self._lines = folder / "metrics.jsonl"
         self._bar = tqdm(disable=True)
         self._writer: SummaryWriter | None = None
@@ -84,13 +85,14 @@ class Monitor(NullMonitor):
             initial=step,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (self._verbose and sys.stderr.isatty()),
         )
 
     def print(self, text: str) -> None:
         """Print a line on stdout, above the progress bar."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self._verbose:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def advance(self, interval: Interval, *, epoch: int) -> None:
         """Advance the progress bar by a step of `epoch` (from 1)."""
