@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(exclude=["tests", "tests.*"]), "configs"],
+    py_modules=["dali_timesformer"],
     package_data={"configs": ["*.yaml", "labels/*"], "evaluation": ["report.css", "report.js"], "*": ["py.typed"]},
     entry_points={"console_scripts": ["dali-timesformer = commands.__main__:main"]},
     install_requires=[

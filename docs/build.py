@@ -15,7 +15,17 @@ from urllib.parse import unquote
 
 import pdoc
 
-PACKAGES = ("dali_pipelines", "model", "training", "evaluation", "serving", "preparation", "common", "benchmarks")
+PACKAGES = (
+    "dali_timesformer",
+    "dali_pipelines",
+    "model",
+    "training",
+    "evaluation",
+    "serving",
+    "preparation",
+    "common",
+    "benchmarks",
+)
 _PROJECT = Path(__file__).parents[1]
 _EXTERNAL = re.compile(r"[a-z]+:", re.IGNORECASE)
 

@@ -156,6 +156,19 @@ def test_pending_weights_are_written_before_newer_checkpoints(tmp_path, monkeypa
     assert written[-1] == ("last.safetensors", "weights of 2") and not saver.has_pending
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("file", "output .*file is a file; expected a folder"),
+        ("file/x", "cannot be created or written \\(Not a direct"),
+    ],
+)
+def test_an_output_that_is_no_folder(tmp_path, name, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{message}.*-o output=DIR"):
+        Saver(tmp_path / name, lambda state, *, averaged: None).lock()
+
+
 def test_a_restart_by_torchrun_is_recognised(tmp_path, monkeypatch):
     def starts(name):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)

@@ -87,6 +87,18 @@ def test_tensorboard_has_the_curves_and_an_image_of_the_clips(config_file, tmp_p
     assert (picture.height, picture.width) == (4 * 32, 4 * 32)
 
 
+def test_a_small_validation_manifest_is_mentioned(small_data):
+    from training.startup import _validation_notes
+
+    manifest = Manifest.read(small_data / "val.csv")
+    assert list(_validation_notes("val.csv", manifest, ("ash", "birch", "cedar", "dogwood"))) == [
+        "val.csv: 7 videos for 4 classes: the validation accuracy moves in steps of 14.3 %, and small differences mean "
+        "nothing",
+        "val.csv: no video of dogwood: mean class accuracy and macro F1 leave them out",
+    ]
+    assert list(_validation_notes("val.csv", manifest, ("ash", "birch", "cedar")))[1:] == []
+
+
 def test_it_learns_what_can_be_learned(config_file, tmp_path):
     """The tint of videos that it has not seen."""
     changes = [
