@@ -164,6 +164,8 @@ class TrainConfig:
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints, in addition to one at the end of every epoch; null: no others."""
     log_every_steps: int = 10
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), mlflow."""
     validate_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     best_metric: str = "top1"
