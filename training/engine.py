@@ -383,10 +383,10 @@ class Trainer(StepTrainer):
     def _early_stop_note(self) -> str:
         if not self.has_stopped_early:
             return ""
-        best, metric = self.state.best, METRIC_NAMES[self.config.train.best_metric]
+        patience, value = self.config.train.early_stopping, self._best_value(self.state.best)
         return (
-            f"stopped after epoch {self.step // self.steps_per_epoch}: {best.num_stale} validations in a row without a "
-            f"better {metric} than in {best.place}; a larger train.early_stopping and --resume continue"
+            f"stopped after epoch {self.step // self.steps_per_epoch}: no better than {value} for {patience} "
+            "validations (train.early_stopping); a larger value and --resume continue"
         )
 
     def _last_lines(self) -> Iterator[str]:

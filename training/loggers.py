@@ -26,14 +26,14 @@ _IDS = "loggers.json"  # in the output folder: the ids by which a resumed run fi
 
 
 class Logger(ABC):
-    """A place that shows the metrics of one run. It is opened by its first entry, and again after `close`.
+    """A place that shows the metrics of one run.
 
     Whatever its methods raise, the run continues; see `Monitor`.
     """
 
     name: str
     package: str
-    """Imported by the first entry only: importing takes a second or more."""
+    """Imported only if the logger is used: importing takes a second or more."""
     keeps_trying = False
     """Whether entries follow after one has failed: not to a service that does not answer, which costs time."""
 
@@ -136,6 +136,11 @@ class WandbLogger(Logger):
     name = package = "wandb"
     _run: Any = None
 
+    def begin(self, config: Config, *, step: int) -> None:
+        """Connect before the first step, which would otherwise wait."""
+        super().begin(config, step=step)
+        self._open()
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send values."""
         self._open().log({"step": step, **values})
@@ -169,7 +174,8 @@ class WandbLogger(Logger):
             run.config.update(flat(dataclasses.asdict(self.config)), allow_val_change=True)
             run.define_metric("*", step_metric="step")
             self.keep_run_id(run_id)
-            self.report(f"Weights & Biases: run {run_id}, {run.url or f'offline in {self.folder}/wandb: `wandb sync`'}")
+            place = f"offline, in {self.folder}/wandb" if run.offline else run.url
+            self.report(f"Weights & Biases: run {run_id}, {place}")
         return self._run
 
 
@@ -181,9 +187,14 @@ class MlflowLogger(Logger):
     parameters cannot change; settings changed on resuming become tags, such as resumed.optim.lr.
     """
 
-    name, package = "mlflow", "mlflow"
+    name = package = "mlflow"
     _client: Any = None
     _run_id = ""
+
+    def begin(self, config: Config, *, step: int) -> None:
+        """Connect before the first step, which would otherwise wait."""
+        super().begin(config, step=step)
+        self._open()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send values."""

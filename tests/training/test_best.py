@@ -137,7 +137,7 @@ def test_early_stopping_ends_a_run_and_more_patience_continues_it(config_file, t
     scripted(accuracy(0.5), accuracy(0.5, 0.9), accuracy(0.4))
     result = train(config_file, *settings).result()
     assert (result.step, result.stopped_early, result.best.epoch) == (9, True, 2)
-    message = "stopped after epoch 3: 2 validations in a row without a better top-1 than in epoch 2; a larger"
+    message = "stopped after epoch 3: no better than top-1 0.5000 for 2 validations (train.early_stopping); a larger"
     assert message in capsys.readouterr().out
     assert train(config_file, *settings, resume=True).step == 9
     assert message in capsys.readouterr().out

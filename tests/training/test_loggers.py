@@ -56,7 +56,7 @@ def test_wandb_and_mlflow_hold_what_the_lines_hold_and_a_resumed_run_continues_t
     assert not (output / "tensorboard").exists()
     ids = json.loads((output / "loggers.json").read_text())
     said = capsys.readouterr().out
-    assert said.count(f"Weights & Biases: run {ids['wandb']}, offline in {output}/wandb") == 2
+    assert said.count(f"Weights & Biases: run {ids['wandb']}, offline, in {output}/wandb") == 2
     assert said.count(f"MLflow: run {ids['mlflow']} at file://{output}/mlruns") == 2
     expected = {  # step and name -> value
         (line["step"], name): value
@@ -104,6 +104,9 @@ def test_a_service_that_fails_is_mentioned_once_and_asked_no_more(tmp_path, conf
     calls = []
 
     class Failing(loggers.MlflowLogger):
+        def begin(self, config, *, step):
+            pass
+
         def log(self, step, values):
             calls.append(step)
             raise ConnectionError("nobody\nanswers")
