@@ -73,8 +73,7 @@ def train(arguments: argparse.Namespace, preemption: Preemption) -> None:
     config = _config(arguments)
     with start_process(config.device, timeout_s=2 * config.train.hang_timeout_s) as process:
         torch.set_num_threads(process.cores)
-        trainer = Trainer(config, process, resume=arguments.resume, preemption=preemption, profile=arguments.profile)
-        trainer.train()
+        Trainer(config, process, resume=arguments.resume, preemption=preemption, profile=arguments.profile).train()
 
 
 def _config(arguments: argparse.Namespace) -> "Config":

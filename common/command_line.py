@@ -3,9 +3,12 @@
 import argparse
 import io
 import os
+import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import ForPeople
@@ -51,6 +54,36 @@ def run_command(main: Callable[[], int | None]) -> None:
     _silence_threads()
     print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def sibling_command(name: str, *arguments: str) -> str:
+    """The command line that starts the command `name` (evaluate, predict, ...) in the way in which this one was
+    started, ready to paste into the same shell."""
+    started, python = sys.argv[0], sys.executable
+    if shutil.which("python") == python:
+        python = "python"
+    if started.startswith("dali-timesformer"):  # set by commands/__main__.py
+        script = Path(sys.executable).with_name("dali-timesformer")
+        if shutil.which("dali-timesformer") == str(script):
+            command = ["dali-timesformer", name]
+        elif script.exists():
+            command = [_from_here(str(script)), name]
+        else:
+            command = [_from_here(python), "-m", "commands", name]
+    else:
+        project = str(Path(__file__).parents[1])
+        folder = os.path.dirname(started)
+        if os.path.realpath(folder) != os.path.realpath(project):  # a notebook, or a program of the user's
+            folder = project
+        script = Path(folder) / f"{name}.py"
+        command = [_from_here(python), *([_from_here(str(script))] if script.exists() else ["-m", "commands", name])]
+    return shlex.join([*command, *arguments])
+
+
+def _from_here(path: str) -> str:
+    """The path relative to the working directory if it is below it."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith(os.pardir) else relative
 
 
 def _silence_threads() -> None:

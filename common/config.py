@@ -218,6 +218,15 @@ class TrainConfig:
     """Steps between checkpoints, in addition to one at the end of every epoch; null: no others."""
     log_every_steps: int = 10
     """Steps between lines of the log."""
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), mlflow."""
+    validate_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    best_metric: str = "top1"
+    """The metric of the validation that decides which weights become best.safetensors: top1, mean_class_accuracy,
+    macro_f1 or loss. Of equal ones, the lower loss wins."""
+    early_stopping: int | None = None
+    """Stop after this number of validations in a row in which `best_metric` did not improve; null: never."""
     on_nan: str = "stop"
     """What to do if a loss or gradient is not finite: stop, or rollback (to the last checkpoint; the clips of that step
     are then left out). In fp16 such steps are skipped, as long as the loss scale can still fall."""

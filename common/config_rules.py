@@ -102,6 +102,12 @@ RULES = {
     "train.compile": Rule(lambda value: str(value).lower() in ("auto", "true", "false"), "auto, true or false"),
     "train.checkpoint_every_steps": _optional(_COUNT),
     "train.log_every_steps": _COUNT,
+    "train.loggers": Rule(
+        lambda value: set(value) <= {"tensorboard", "wandb", "mlflow"}, "a list of tensorboard, wandb, mlflow"
+    ),
+    "train.validate_every": _COUNT,
+    "train.best_metric": _one_of("top1", "mean_class_accuracy", "macro_f1", "loss"),
+    "train.early_stopping": _optional(_COUNT),
     "train.on_nan": _one_of("stop", "rollback"),
     "train.hang_timeout_s": _POSITIVE,
 }

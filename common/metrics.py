@@ -1,4 +1,4 @@
-"""The names of the metrics that a run logs, and counts of correct predictions."""
+"""The names of the metrics that a run logs, counts of correct predictions, and averages over classes."""
 
 import torch
 from torch import Tensor
@@ -44,8 +44,22 @@ class Metric:
     """Utilisation of NVDEC."""
     GPU_COMPUTE_SHARE = "gpu/compute_share"
 
-    VALIDATION = ("val/top1", "val/top5", "val/loss")
-    """Averaged weights have the same with swa/ or ema/ instead of val/."""
+    VALIDATION = ("val/top1", "val/top5", "val/loss", "val/mean_class_accuracy", "val/macro_f1")
+
+    @classmethod
+    def averaged_validation(cls, average: str) -> tuple[str, ...]:
+        """The same for averaged weights: `average` is swa or ema."""
+        return tuple(key.replace("val/", f"{average}/") for key in cls.VALIDATION)
+
+
+METRIC_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_class_accuracy": "mean class accuracy",
+    "macro_f1": "macro F1",
+    "loss": "loss",
+}
+"""The metrics of a validation in words, in the order in which they are printed."""
 
 
 def top_k_counts(scores: Tensor, labels: Tensor, *, ks: tuple[int, ...] = (1, 5)) -> Tensor:
@@ -60,3 +74,15 @@ def top_k_counts(scores: Tensor, labels: Tensor, *, ks: tuple[int, ...] = (1, 5)
     rank = before.sum(1)
     counts = (labels >= 0) & ~target.isnan()[:, 0]
     return torch.stack([((rank < k) & counts).sum() for k in ks]).double()
+
+
+def class_averages(predicted: Tensor, correct: Tensor, videos: Tensor) -> tuple[float, float]:
+    """Mean class accuracy (the mean of the recalls) and macro F1 (the mean of F1 = 2 TP / (2 TP + FP + FN)), 0 to 1.
+
+    predicted, correct, videos: for each of K classes, the number of videos that were taken for it, that were rightly
+    taken for it, and that belong to it. Classes without a video are left out of both means.
+    """
+    present = videos > 0
+    correct, videos = correct[present].double(), videos[present]
+    recall, f1 = correct / videos, 2 * correct / (videos + predicted[present])
+    return recall.mean().item(), f1.mean().item()

@@ -331,7 +331,8 @@ class ClipLoader:
         for key, value in self._identity().items():
             check(
                 state.get(key) == value,
-                f"the saved position has {key} {state.get(key)}, this loader {value}: the order would differ",
+                f"the saved position has {_IDENTITY.get(key, key)} {state.get(key)}, this loader {value}: the order of "
+                "clips would differ",
             )
         batches, rest = divmod(state["entries"], self._clips_a_batch)
         world_size = self._sampler.world_size
@@ -361,6 +362,13 @@ class ClipLoader:
     def close(self) -> None:
         """Stops the workers; the next `iter` starts them again."""
         self._stage.close()
+
+
+_IDENTITY = {
+    "rows": "videos in the manifest:",
+    "step_entries": "clips per step (step_entries, optim.global_batch_size):",
+}
+"""Keys of `ClipLoader.state_dict` in words, for errors."""
 
 
 def _device(name: str | torch.device) -> torch.device:

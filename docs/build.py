@@ -17,7 +17,17 @@ import pdoc
 
 from docs.reference import PAGE, reference
 
-PACKAGES = ("dali_pipelines", "model", "training", "evaluation", "serving", "preparation", "common", "benchmarks")
+PACKAGES = (
+    "dali_timesformer",
+    "dali_pipelines",
+    "model",
+    "training",
+    "evaluation",
+    "serving",
+    "preparation",
+    "common",
+    "benchmarks",
+)
 _PROJECT = Path(__file__).parents[1]
 _EXTERNAL = re.compile(r"[a-z]+:", re.IGNORECASE)
 

@@ -24,8 +24,8 @@ def reference() -> str:
     lines = [
         "# Reference: settings and commands",
         "",
-        "Generated from the code by `python -m docs.reference`. `make docs` builds the API reference of all packages, in",
-        "`output/docs`.",
+        "Generated from the code by `python -m docs.reference`. `make docs` builds the API reference of all packages,",
+        "in `output/docs`.",
         "",
         "## Settings",
         "",

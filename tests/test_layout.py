@@ -17,13 +17,14 @@ BELOW = {
     "evaluation": {"common", "dali_pipelines", "model"},
     "serving": {"evaluation", "common", "dali_pipelines", "model"},
     "benchmarks": {"serving", "evaluation", "training", "preparation", "common", "dali_pipelines", "model"},
+    "dali_timesformer": {"serving", "evaluation", "training", "common", "dali_pipelines", "model"},
     "commands": {"benchmarks", "serving", "evaluation", "training", "preparation", "common", "dali_pipelines", "model"},
 }
 
 
 def imported(package: str) -> set[str]:
     found = set()
-    for path in (PROJECT / package).rglob("*.py"):
+    for path in [*(PROJECT / package).rglob("*.py"), *PROJECT.glob(f"{package}.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -12,6 +12,8 @@ from common.precision import resolve_precision
 from common.weights import Weights, load_weights
 from dali_pipelines import ClipLoader, InputError
 
+_MIN_STEPS = 4  # an epoch, in the proposal for a small data set
+
 
 class BatchPlan(NamedTuple):
     """global batch = ranks x batch_size x micro_steps."""
@@ -46,6 +48,12 @@ def split_global_batch(config: Config, world_size: int, num_clips: int) -> Batch
         share = total // world_size
         return BatchPlan(batch_size or share, share // (batch_size or share))
     remedies = []
+    if total > num_clips and unit <= num_clips:
+        size = unit
+        while 2 * size * _MIN_STEPS <= num_clips:
+            size *= 2
+        steps = f"{num_clips // size} steps" if num_clips // size > 1 else "1 step"
+        remedies.append(f"try -o optim.global_batch_size={size} ({steps} an epoch)")
     if nearest := _nearest(min(total, num_clips), unit, most=num_clips):
         remedies.append(f"the nearest that work: {nearest}")
     if sizes and batch_size and total <= num_clips:

@@ -1,17 +1,21 @@
 """The training loop: epochs of steps, with validation and a checkpoint after each epoch."""
 
+import contextlib
 import itertools
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from common.agreement import check_agreement, weights_checksum
+from common.command_line import sibling_command
 from common.config import Config, to_yaml
-from common.distributed import DistributedContext, HangWatch
-from common.metrics import Metric
+from common.distributed import DistributedContext, HangWatch, start_process
+from common.metrics import METRIC_NAMES, Metric
 from common.preemption import REQUEUE, Preemption
 from dali_pipelines import ClipLoader
 from training.checkpoints import Checkpoint
@@ -28,31 +32,77 @@ from training.saving import Saver
 from training.startup import load_pretrained_weights, startup_lines
 from training.step import StepTrainer
 from training.step_metrics import Interval, StepResult
-from training.validation import Accuracy, validate
+from training.validation import Accuracy, Best, validate
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """The result of an epoch."""
+
+    epoch: int
+    """From 1."""
+    step: int
+    """Optimizer steps done."""
+    accuracy: Accuracy | None
+    """Of the network on the validation videos; None if the epoch was not validated (`train.validate_every`)."""
+    averaged: Accuracy | None
+    """The same for the averaged weights; None before averaging starts."""
+    is_best: bool
+    """Whether the epoch's weights became best.safetensors."""
+    clips_per_second: float
+    """Training clips per second over the epoch, without its validation; 0 if a resumed run only had to validate."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a run."""
+
+    best: Best
+    """The weights in best.safetensors: their accuracy, epoch and source."""
+    accuracy: Accuracy | None
+    """The network's accuracy in the last validation; None if there was nothing left to train."""
+    step: int
+    """Optimizer steps done, with those from before the run was resumed."""
+    stopped_early: bool
+    """Whether `train.early_stopping` ended the run."""
+    num_faults: int
+    """Videos that could not be read, counted each time, since the run was started or resumed."""
+    weights: dict[str, Path]
+    """The weights files by name: best, last and, if weights were averaged, swa or ema."""
 
 
 class Trainer(StepTrainer):
-    """One training run: `train` runs it, or the rest of it.
+    """One training run: `train` runs it, or the rest of it; `epochs` does the same, and yields a result per epoch.
 
-        with start_process(config.device) as process:
-            Trainer(config, process, resume=False).train()
+        result = Trainer(config).train()
+
+        for epoch in Trainer(config).epochs():
+            print(epoch.epoch, epoch.accuracy)
+
+    process: from `start_process`; default: this process, or those of torchrun. resume: continue from the newest
+    checkpoint in `config.output`, if there is one. verbose: print the lines of the log on stdout.
 
     Writes below `config.output`: best.safetensors, last.safetensors, checkpoints/, tensorboard/, metrics.jsonl and
     config.yaml; on demand swa.safetensors or ema.safetensors, and profile/; faults.csv if videos cannot be read. Raises
     `InputError` for settings and data that cannot work, such as more unreadable videos than `data.max_fault_fraction`,
     and `SystemExit` with `REQUEUE` if `preemption` asked the run to end. If a run ends early for any other reason, its
-    last finished step is saved, unless the process is killed.
+    last finished step is saved, unless the process is killed. A trainer that is not trained has to be closed (`close`).
     """
 
     def __init__(
         self,
         config: Config,
-        process: DistributedContext,
+        process: DistributedContext | None = None,
         *,
-        resume: bool,
+        resume: bool = False,
         preemption: Preemption | None = None,
         profile: bool = False,
+        verbose: bool = True,
     ):
+        self._processes = contextlib.ExitStack()
+        if process is None:
+            timeout_s = 2 * config.train.hang_timeout_s
+            process = self._processes.enter_context(start_process(config.device, timeout_s=timeout_s))
         super().__init__(config, process, preemption or Preemption())
         self.output = Path(config.output)
         self.saver = Saver(self.output, self.state.weights)
@@ -61,9 +111,21 @@ class Trainer(StepTrainer):
             process, self.state, self.saver, self.faults, self.preemption, steps_per_epoch=self.steps_per_epoch
         )
         if process.is_main:
-            self.monitor = Monitor(self.output, total_steps=self.last_step)
+            self.monitor = Monitor(self.output, total_steps=self.last_step, verbose=verbose)
+        self.profiler: StepProfiler | None = None
+        if profile and process.is_main:
+            self.profiler = StepProfiler(self.output / "profile", self.monitor.print)
         self._epoch_clips_per_second = 0.0
+        self._accuracy: Accuracy | None = None  # of the last validation
+        try:
+            self._start(resume=resume)
+        except BaseException:
+            self._close_files()
+            raise
 
+    def _start(self, *, resume: bool) -> None:
+        """Lock the output folder, restore a checkpoint, open the logs, and print the first lines."""
+        config, process = self.config, self.process
         lock_note = self.saver.lock() if process.is_main else ""
         found = find_checkpoint(self.output, resume=resume) if process.is_main else None
         checkpoint = share_checkpoint(process, found)
@@ -85,34 +147,49 @@ class Trainer(StepTrainer):
             arithmetic=f"precision {self.precision}, optimizer {optimizer_summary(self.optimizer, self.implementation)}"
             f", gradients by {self.multi_tensor.name}",
             resumed=f", resumed from {checkpoint.path.name} at step {self.step}" if checkpoint else "",
+            changes=changes,
         )
         is_done = self.step >= self.last_step and not self.is_epoch_over
-        done = f"all {self.last_step} steps are done already" if is_done else ""
-        for line in filter(None, [*lines, *changes, lock_note, done, loaded]):
+        done = f"all {self.last_step} steps are done already" if is_done else self._early_stop_note()
+        for line in filter(None, [*lines, lock_note, done, loaded]):
             self.monitor.print(line)
-        self.profiler: StepProfiler | None = None
-        if profile and process.is_main:
-            self.profiler = StepProfiler(self.output / "profile", self.monitor.print)
 
     # -- the loop --
 
-    def train(self) -> None:
+    def train(self) -> TrainingResult:
         """Train to the last step, with validation and a checkpoint after each epoch."""
+        for _ in self.epochs():
+            pass
+        return self.result()
+
+    def epochs(self) -> Iterator[EpochResult]:
+        """Train like `train`; yields the result of each epoch after it is validated.
+
+        If the caller stops iterating, the run ends like one that was asked to: everything is saved, and `resume=True`
+        continues. With several processes, each has to call it, and to stop after the same epoch.
+        """
+        with self._processes:
+            yield from self._epochs()
+
+    def _epochs(self) -> Iterator[EpochResult]:
         self.preemption.save = self.emergency.save
         if self.profiler:
             self.profiler.start()
         try:
             with HangWatch(self.process, self.config.train.hang_timeout_s, self.emergency.save):
                 self._log_resumed_interval()
-                while self.is_epoch_over or self.step < self.last_step:
+                while self.is_epoch_over or (self.step < self.last_step and not self.has_stopped_early):
                     try:
-                        if self.is_epoch_over:
-                            self.finish_epoch()
-                        else:
+                        if not self.is_epoch_over:
                             self.train_epoch()
+                        result = self.finish_epoch()
                     except NonFiniteError as error:
                         self._recover(error)
+                    else:
+                        yield result
             self._collect_writes(is_last=True)
+            for line in self._last_lines():
+                self.monitor.print(line)
         except (SystemExit, NonFiniteError):  # already saved, or not worth saving
             raise
         except UnreadableError:
@@ -125,9 +202,29 @@ class Trainer(StepTrainer):
         finally:
             if self.profiler:
                 self.profiler.stop()
-            self.train_loader.close()
-            self.monitor.close()
-            self.saver.close()
+            self._close_files()
+
+    def close(self) -> None:
+        """End the workers, close the logs, and unlock the output folder. `train` and `epochs` do it themselves."""
+        self._close_files()
+        self._processes.close()
+
+    def _close_files(self) -> None:
+        self.train_loader.close()
+        self.monitor.close()
+        self.saver.close()
+
+    def result(self) -> TrainingResult:
+        """The result of the run so far."""
+        files = ["best", "last", *([self.average.name] if self.average is not None and self.average.count else [])]
+        return TrainingResult(
+            best=self.state.best,
+            accuracy=self._accuracy,
+            step=self.step,
+            stopped_early=self.has_stopped_early,
+            num_faults=self.faults.count,
+            weights={name: self.output / f"{name}.safetensors" for name in files},
+        )
 
     def train_epoch(self) -> None:
         """Train to the end of the current epoch, or to the last step."""
@@ -153,41 +250,66 @@ class Trainer(StepTrainer):
                 self._save()
         self._epoch_clips_per_second = whole_epoch.clips_per_second
 
-    def finish_epoch(self) -> None:
-        """Validate after an epoch or the last step, and save weights and a checkpoint."""
+    def finish_epoch(self) -> EpochResult:
+        """Validate after an epoch or the last step if that is due, and save weights and a checkpoint."""
         epoch = (self.step - 1) // self.steps_per_epoch
         self._report_faults(self.train_loader, epoch, mode="train")
         is_whole = self.step % self.steps_per_epoch == 0
         average = self._update_average(epoch)
-        (accuracy, *averaged), num_unreadable = self.validate(self.network, *average)
-        self._report_faults(self.val_loader, epoch, mode="validate")
-        if not math.isfinite(accuracy.loss):
+        files = {"last": False, self.average.name: True} if average and self.average else {"last": False}
+        candidates: list[tuple[str, Accuracy]] = []
+        num_unreadable = 0
+        if (epoch + 1) % self.config.train.validate_every == 0 or self.step == self.last_step:
+            accuracies, num_unreadable = self.validate(self.network, *average)
+            self._report_faults(self.val_loader, epoch, mode="validate")
+            candidates = list(zip(["network", self.average.summary() if self.average else ""], accuracies))
+            self._accuracy = accuracies[0]
+        if not self._is_finite(candidates):
             last = self.step - 1
             raise NonFiniteError(
                 f"step {last}: the weights are not finite after it, or the validation loss is not", last
             )
-        names, metrics = ["last"], dict(zip(Metric.VALIDATION, accuracy))
-        is_best = accuracy.top1 > self.state.best_top1
+        best = self.state.best
+        if candidates:
+            best = best.after(candidates, metric=self.config.train.best_metric, epoch=epoch + 1)
+            metrics = dict(zip(Metric.VALIDATION, candidates[0][1]))
+            if self.average and len(candidates) > 1:
+                _, averaged = candidates[1]
+                metrics |= dict(zip(Metric.averaged_validation(self.average.name), averaged))
+            self.monitor.log(self.step, metrics)
+        is_best = best.accuracy != self.state.best.accuracy
         if is_best:
-            names.append("best")
-        lines = [self._epoch_line(epoch, accuracy, is_best=is_best, num_unreadable=num_unreadable)]
-        if averaged and self.average is not None:
-            names.append(self.average.name)
-            keys = [key.replace("val/", f"{self.average.name}/") for key in Metric.VALIDATION]
-            metrics |= dict(zip(keys, averaged[0]))
-            lines.append(
-                f"{self.average.summary()}: val top-1 {averaged[0].top1:.4f}, "
-                f"top-5 {averaged[0].top5:.4f}: {self.output}/{self.average.name}.safetensors"
-            )
-        self.monitor.log(self.step, metrics)
+            files["best"] = best.source != "network"
+        lines = self._epoch_lines(epoch, candidates, best, is_best=is_best, num_unreadable=num_unreadable)
         self._collect_writes()
-        self._commit_validation(accuracy, names, num_failed=0 if is_whole else self.state.num_failed)
+        self._commit_epoch(best, files, num_failed=0 if is_whole else self.state.num_failed)
         for line in lines:
             self.monitor.print(line)
+        averages = [accuracy for _, accuracy in candidates[1:]]
+        return EpochResult(
+            epoch=epoch + 1,
+            step=self.step,
+            accuracy=candidates[0][1] if candidates else None,
+            averaged=averages[0] if averages else None,
+            is_best=is_best,
+            clips_per_second=self._epoch_clips_per_second,
+        )
 
     def validate(self, *networks: nn.Module) -> tuple[list[Accuracy], int]:
         """The accuracy of each network on the validation videos, and the number of unreadable ones."""
-        return validate(networks, self.val_loader, self.process, self.precision)
+        return validate(networks, self.val_loader, self.process, self.precision, num_classes=len(self.classes))
+
+    def _is_finite(self, candidates: list[tuple[str, Accuracy]]) -> bool:
+        """Whether the network's validation loss is finite, or without a validation, its weights are."""
+        if candidates:
+            return math.isfinite(candidates[0][1].loss)
+        return all(bool(value.isfinite().all()) for value in self.network.state_dict().values())
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether `train.early_stopping` has ended the run."""
+        patience = self.config.train.early_stopping
+        return patience is not None and self.state.is_validated and self.state.best.num_stale >= patience
 
     @property
     def is_epoch_over(self) -> bool:
@@ -230,12 +352,57 @@ class Trainer(StepTrainer):
             self.faults.cut(self.state.logs.fault_bytes)
         self.monitor.open(self.config, step=self.step, size=self.state.logs.log_bytes)
 
-    def _epoch_line(self, epoch: int, accuracy: Accuracy, *, is_best: bool, num_unreadable: int) -> str:
-        best = f"best so far: {self.output}/best.safetensors" if is_best else f"best {self.state.best_top1:.4f}"
+    def _epoch_lines(
+        self, epoch: int, candidates: list[tuple[str, Accuracy]], best: Best, *, is_best: bool, num_unreadable: int
+    ) -> list[str]:
+        """The line of an epoch, and one for the averaged weights."""
         notes = [f"{self._epoch_clips_per_second:.1f} training clips/s"] if self._epoch_clips_per_second else []
         notes += [f"{num_unreadable} unreadable videos counted as wrong"] if num_unreadable else []
         note = f" ({', '.join(notes)})" if notes else ""
-        return f"epoch {epoch + 1}: val top-1 {accuracy.top1:.4f}, top-5 {accuracy.top5:.4f}, {best}{note}"
+        if not candidates:
+            return [f"epoch {epoch + 1}: not validated, train.validate_every={self.config.train.validate_every}{note}"]
+        lines = []
+        for source, accuracy in candidates:
+            is_network = source == "network"
+            line = f"epoch {epoch + 1}: val " if is_network else f"{source}: val "
+            line += accuracy.text(len(self.classes))
+            line += "" if is_network or not self.average else f", in {self.output}/{self.average.name}.safetensors"
+            if is_best and source == best.source:
+                line += f", best so far: {self.output}/best.safetensors"
+            elif not is_best and is_network:
+                line += f", best {self._best_value(best)} in {best.place}"
+            lines.append(line + note if is_network else line)
+        return lines
+
+    def _best_value(self, best: Best) -> str:
+        metric = self.config.train.best_metric
+        return f"{METRIC_NAMES[metric]} {getattr(best.accuracy, metric):.4f}"
+
+    def _early_stop_note(self) -> str:
+        if not self.has_stopped_early:
+            return ""
+        patience, value = self.config.train.early_stopping, self._best_value(self.state.best)
+        return (
+            f"stopped after epoch {self.step // self.steps_per_epoch}: no better than {value} for {patience} "
+            "validations (train.early_stopping); a larger value and --resume continue"
+        )
+
+    def _last_lines(self) -> Iterator[str]:
+        """Which weights are in which file, and the next command to type."""
+        if note := self._early_stop_note():
+            yield note
+        epoch, best = -(-self.step // self.steps_per_epoch), self.state.best
+        source = "" if best.source == "network" else f"{best.source}, "
+        value = self._best_value(best)
+        result = self.result()
+        yield f"best: {source}{best.place}, val {value}: {result.weights['best']}"
+        yield f"last: epoch {epoch}: {result.weights['last']}"
+        if self.average and self.average.name in result.weights:
+            name = self.average.name
+            yield f"{name}: {self.average.summary()}: {result.weights[name]}"
+        weights, config, video = result.weights["best"], self.output / "config.yaml", self.val_loader.manifest.file(0)
+        yield "next: " + sibling_command("evaluate", "-w", str(weights), "-c", str(config))
+        yield "      " + sibling_command("predict", "-w", str(weights), video)
 
     # -- videos that cannot be read --
 
@@ -274,18 +441,18 @@ class Trainer(StepTrainer):
                 average.update(self.network)
         return [average.network]
 
-    def _commit_validation(self, accuracy: Accuracy, names: list[str], *, num_failed: int) -> None:
-        """Make this validation part of the state, and save it with the weights files `names`."""
-        best_top1, logs = max(accuracy.top1, self.state.best_top1), self._log_position(self.state.logs.unlogged)
+    def _commit_epoch(self, best: Best, files: dict[str, bool], *, num_failed: int) -> None:
+        """Make the end of an epoch part of the state, and save it with the weights `files` (`Saver.enqueue`)."""
+        logs = self._log_position(self.state.logs.unlogged)
         state = None
         if self.process.is_main:
-            entries = {"best_top1": best_top1, "is_validated": True, "failed": num_failed, **log_entries(logs)}
+            entries = {"best": best.state_dict(), "is_validated": True, "failed": num_failed, **log_entries(logs)}
             state = self.state.state_dict() | entries
         with self.state.committing():
-            self.state.best_top1, self.state.is_validated = best_top1, True
+            self.state.best, self.state.is_validated = best, True
             self.state.num_failed, self.state.logs = num_failed, logs
             if state:
-                self.saver.enqueue(names, state)
+                self.saver.enqueue(files, state)
         self._save(state)
 
     def _save(self, state: dict[str, Any] | None = None) -> None:

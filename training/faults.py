@@ -27,6 +27,8 @@ class FaultLog:
 
     def __init__(self, path: Path, process: DistributedContext):
         self.path = path
+        self.count = 0
+        """Number of faults taken since the run was started or resumed, over all processes."""
         self._process = process
 
     def size(self) -> int:
@@ -45,6 +47,7 @@ class FaultLog:
         mine = list(loader.stats.faults)
         loader.stats.faults.clear()  # otherwise it would grow for the life of the run
         faults = sorted(fault for theirs in self._process.gather(mine) for fault in theirs)
+        self.count += len(faults)
         if self._process.is_main:
             self.write(faults, epoch=epoch, mode=mode)
         return faults

@@ -1,7 +1,6 @@
-"""The output of a run: TensorBoard, metrics.jsonl, a progress bar, and lines on stdout."""
+"""The output of a run: its loggers, metrics.jsonl, a progress bar, and lines on stdout."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -10,20 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common.clip_images import clip_grid
-from common.config import Config, preprocessing, to_yaml
+from common.config import Config
 from common.metrics import Metric
-from dali_pipelines.text import split_lines
+from training.loggers import Logger, make_loggers
 from training.step_metrics import Interval
-
-_FINAL = dict.fromkeys(Metric.VALIDATION, 0.0)  # the metrics of HParams, which shows their last values
 
 
 class NullMonitor:
@@ -54,28 +48,31 @@ class NullMonitor:
 
 
 class Monitor(NullMonitor):
-    """Writes tensorboard/ and metrics.jsonl below `folder`, and lines on stdout; for the main process.
+    """Writes metrics.jsonl below `folder`, drives the loggers (`train.loggers`), and prints lines on stdout.
 
-    If the disk is full, log entries are lost, but the run continues.
+    Only the main process has one. If the disk is full, or a service does not answer, log entries are lost, but the run
+    continues.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int):
+    def __init__(self, folder: Path, *, total_steps: int, verbose: bool = True):
+        """verbose: show the lines and the progress bar."""
         self.size = 0
         """Size of metrics.jsonl in bytes."""
-        self._folder, self._total_steps = folder, total_steps
+        self._folder, self._total_steps, self._verbose = folder, total_steps, verbose
         self._lines = folder / "metrics.jsonl"
         self._bar = tqdm(disable=True)
-        self._writer: SummaryWriter | None = None
-        self._purge_step: int | None = None
         self._has_complained = False
-        self._config = Config()
+        self._loggers: list[Logger] = []
+        self._failed: set[Logger] = set()
         _silence_writer_threads()
 
     def open(self, config: Config, *, step: int, size: int) -> None:
         """Start at `step`, when metrics.jsonl had `size` bytes, and remove later entries. Also called after a
         rollback."""
         self.close()
-        self._config, self._purge_step, self.size = config, step + 1, 0
+        self.size = 0
+        self._loggers = self._loggers or make_loggers(config, self.print)
+        self._tell(lambda logger: logger.begin(config, step=step))
         if self._lines.exists():
             self.size = min(size, self._lines.stat().st_size)
             os.truncate(self._lines, self.size)
@@ -84,13 +81,14 @@ class Monitor(NullMonitor):
             initial=step,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (self._verbose and sys.stderr.isatty()),
         )
 
     def print(self, text: str) -> None:
         """Print a line on stdout, above the progress bar."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self._verbose:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def advance(self, interval: Interval, *, epoch: int) -> None:
         """Advance the progress bar by a step of `epoch` (from 1)."""
@@ -107,13 +105,8 @@ class Monitor(NullMonitor):
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values by name (`Metric`) at an optimizer step: to TensorBoard, and as a line of metrics.jsonl."""
-
-        def add_scalars(writer: SummaryWriter) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-
-        self._write_events(add_scalars)
+        """Log values by name (`Metric`) at an optimizer step: to the loggers, and as a line of metrics.jsonl."""
+        self._tell(lambda logger: logger.log(step, values))
         self._write_line({"step": step, **values})
 
     def log_interval(self, step: int, values: Mapping[str, float]) -> None:
@@ -131,27 +124,20 @@ class Monitor(NullMonitor):
     def log_clips(self, step: int, clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> None:
         """Log the first four clips [B, 3, T, S, S] as an image: a row per clip, a column per frame."""
         image = clip_grid(clips[:4], mean=mean, std=std)
-        self._write_events(lambda writer: writer.add_image(Metric.CLIPS, image, step, dataformats="HWC"))
+        self._tell(lambda logger: logger.log_image(step, image))
 
-    def _write_events(self, write: Callable[[SummaryWriter], None]) -> None:
-        try:
-            if self._writer is None:
-                self._writer = self._open_tensorboard()
-            write(self._writer)
-            self._writer.flush()
-        except OSError as error:
-            self._writer = None
-            self._complain("tensorboard", error)
-
-    def _open_tensorboard(self) -> SummaryWriter:
-        writer = SummaryWriter(self._folder / "tensorboard", purge_step=self._purge_step)
-        text = to_yaml(self._config)
-        writer.add_text("config", "".join(f"    {line}\n" for line in split_lines(text)))
-        experiment, start, _ = hparams(_hyperparameters(self._config), _FINAL)
-        for summary in (experiment, start):
-            writer._get_file_writer().add_summary(summary)
-        self._purge_step = None  # if it is reopened after an error, the existing events belong to this run
-        return writer
+    def _tell(self, call: Callable[[Logger], None]) -> None:
+        """Call all loggers. Whatever one of them raises, training continues, and a line says so once."""
+        for logger in self._loggers:
+            if logger in self._failed and not logger.keeps_trying:
+                continue
+            try:
+                call(logger)
+            except Exception as error:  # services raise all kinds
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                if logger not in self._failed:
+                    self.print(f"{logger.name}: cannot be written ({reason}); training continues without it")
+                self._failed.add(logger)
 
     def _write_line(self, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
@@ -173,25 +159,7 @@ class Monitor(NullMonitor):
     def close(self) -> None:
         """Closes the logs."""
         self._bar.close()
-        if self._writer is not None:
-            try:
-                _, _, end = hparams(_hyperparameters(self._config), _FINAL)
-                self._writer._get_file_writer().add_summary(end)
-                self._writer.close()
-            except OSError as error:
-                self._complain("tensorboard", error)
-            self._writer = None
-
-
-def _hyperparameters(config: Config) -> dict[str, Any]:
-    """The settings that may change the result, such as {"optim.lr": 0.1}, in types that HParams accepts."""
-    sections = dataclasses.asdict(config) | {"data": preprocessing(config.data)}
-    return {
-        f"{name}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
-        for name, section in sections.items()
-        if isinstance(section, dict)
-        for key, value in section.items()
-    } | {"seed": config.seed}
+        self._tell(lambda logger: logger.close())
 
 
 def _silence_writer_threads() -> None:

@@ -14,6 +14,7 @@ from common.distributed import DistributedContext
 from dali_pipelines.errors import InputError
 from training.checkpoints import Checkpoint, load_checkpoint, load_newest_checkpoint
 from training.compiling import Mode
+from training.validation import Best
 
 FORMAT = 2
 """Version of the checkpoint format."""
@@ -37,6 +38,8 @@ _FIXED = (
 """Sections and keys that decide the network, the meaning of its inputs, the optimizer's state or the order of clips."""
 
 _MAY_CHANGE = ("model.drop_path", "model.embed_init_std")  # only matter in training, or when it starts
+
+_BEST = "train.best_metric"
 
 _SILENT = ("name", "output", "device", "data.train", "data.val", "data.test", "data.labels")
 """Keys whose change is not reported: their contents are compared instead, or do not matter."""
@@ -114,7 +117,10 @@ def check_values(path: Path, state: Mapping[str, Any]) -> None:
     counts |= {f"loader.{key}": position[key] for key in ("epoch", "entries", "rows", "step_entries")}
     wrong = [key for key, value in counts.items() if type(value) is not int or not 0 <= value < 1 << 62]
     wrong += [] if type(state["is_validated"]) is bool else ["is_validated"]
-    wrong += [] if isinstance(best := state["best_top1"], int | float) and -1 <= best <= 1 else ["best_top1"]
+    try:
+        Best.from_state(dict(state))
+    except (ValueError, TypeError):
+        wrong += ["best" if "best" in state else "best_top1"]
     wrong += [] if all(type(step) is int for step in state["left_out"]) else ["left_out"]
     wrong += [] if state.get("mode") in (None, *get_args(Mode)) else ["mode"]
     if not wrong:
@@ -146,8 +152,9 @@ def check_resumable(
     last = Path(config.output) / "last.safetensors"
     weights = last if last.exists() else path
     remedy = f"or start a new run from these weights: -o train.pretrained={weights} output=DIR"
-    before, now = flat(dataclasses.asdict(Config())) | flat(state["config"]), flat(dataclasses.asdict(config))
-    changed = [key for key in now if key in before and before[key] != now[key] and key not in _SILENT]
+    now = flat(dataclasses.asdict(config))
+    before = flat(dataclasses.asdict(Config())) | flat(state["config"])  # older checkpoints lack newer keys
+    changed = [key for key in now if before[key] != now[key] and key not in _SILENT]
     for key in changed:
         if key not in _MAY_CHANGE and (key in _FIXED or key.split(".")[0] in _FIXED):
             raise InputError(
@@ -169,19 +176,24 @@ def check_resumable(
             "train.epochs and train.swa_epochs, or name another folder with -o output=DIR"
         )
     notes = []
-    changes = [f"{key} was {before[key]} and is {now[key]} now" for key in changed]
+    changes = [f"{key} was {before[key]} in the checkpoint, and is {now[key]} now" for key in changed if key != _BEST]
     old_versions = state.get("versions", versions())  # older checkpoints have none
     changes += [
-        f"{name} was {old_versions.get(name)} and is {version} now"
+        f"{name} was {old_versions.get(name)} in the checkpoint, and is {version} now"
         for name, version in versions().items()
         if old_versions.get(name) != version
     ]
-    if changes:
-        notes.append(f"note: changed since the checkpoint: {', '.join(changes)}")
+    notes += [f"note: {change}" for change in changes]
+    best = Best.from_state(dict(state))
+    if _BEST in changed:
+        notes.append(
+            f"note: best.safetensors holds the weights of {best.place}, chosen by their {before[_BEST]}; "
+            f"from now on weights with a better {now[_BEST]} replace them ({_BEST})"
+        )
     if state.get("manifests", checksums)["val"] != checksums["val"]:
         notes.append(
             f"note: data.val {config.data.val} has other videos or labels than before; the best top-1 so far, "
-            f"{state['best_top1']:.4f}, was measured on the old ones"
+            f"{best.accuracy.top1:.4f}, was measured on the old ones"
         )
     return notes
 

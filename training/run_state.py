@@ -23,6 +23,7 @@ from training.compiling import Mode
 from training.optimizer import load_optimizer_state
 from training.resuming import FORMAT, check_resumable, check_values
 from training.step_metrics import StepResult
+from training.validation import Best
 
 
 class LogPosition(NamedTuple):
@@ -58,8 +59,8 @@ class RunState:
         self.step = 0
         """Optimizer steps done."""
         self.is_validated = False
-        """Whether the network was validated after this step."""
-        self.best_top1 = -1.0
+        """Whether the epoch that ends with this step is finished: validated if that was due, and its weights saved."""
+        self.best = Best()
         self.num_failed = 0
         """Training clips of this epoch that could not be read, over all processes."""
         self.left_out: set[int] = set()
@@ -136,7 +137,7 @@ class RunState:
                 "format": FORMAT,
                 "step": self.step,
                 "is_validated": self.is_validated,
-                "best_top1": self.best_top1,
+                "best": self.best.state_dict(),
                 "network": self._network.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
                 "loss_scale": self._loss_scale.state_dict(),
@@ -194,15 +195,15 @@ class RunState:
         if self.mode is None:
             self.mode = state.get("mode", "compiled" if state["config"]["train"]["compile"] is True else "eager")
         self.step, self.is_validated = state["step"], state["is_validated"]
-        self.best_top1, self.num_failed = state["best_top1"], state["failed"]
+        self.best, self.num_failed = Best.from_state(state), state["failed"]
 
-    def weights(self, state: dict[str, Any], name: str) -> Weights:
-        """The content of the weights file `name` (last, best, swa or ema) for a `state_dict`."""
+    def weights(self, state: dict[str, Any], *, averaged: bool) -> Weights:
+        """The content of a weights file for a `state_dict`: the network's weights, or the averaged ones."""
         return Weights(
             model=dataclasses.asdict(self._config.model),
             preprocessing=preprocessing(self._config.data),
             classes=self._classes,
-            state=averaged_weights(state["average"]) if name in ("swa", "ema") else state["network"],
+            state=averaged_weights(state["average"]) if averaged else state["network"],
         )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,22 @@ class Saver:
     resumes from an older one writes them again.
     """
 
-    def __init__(self, output: Path, weights: Callable[[dict[str, Any], str], Weights]):
-        """weights: builds the content of the file last, best, swa or ema from a state."""
+    def __init__(self, output: Path, weights: Callable[..., Weights]):
+        """weights: `RunState.weights`, which builds the content of a weights file from a state."""
         self.folder = output / "checkpoints"
         self.saved = (0, False)
         """`RunState.position` of the newest checkpoint."""
         self._output, self._weights = output, weights
         self._writer = checkpoints.Writer()
-        self._pending: list[tuple[Sequence[str], dict[str, Any]]] = []
+        self._pending: list[tuple[Mapping[str, bool], dict[str, Any]]] = []
         self._write_lock = threading.Lock()
         self._folder_lock: FolderLock | None = None
         self._failures = 0
 
-    def enqueue(self, names: Sequence[str], state: dict[str, Any]) -> None:
-        """Let the next `write` write the weights files `names` from `state`."""
-        self._pending.append((names, state))
+    def enqueue(self, files: Mapping[str, bool], state: dict[str, Any]) -> None:
+        """Let the next `write` write the weights files last, best and swa that are named in `files` from `state`, each
+        with the averaged weights or without."""
+        self._pending.append((files, state))
 
     @property
     def has_pending(self) -> bool:
@@ -66,9 +67,9 @@ class Saver:
 
     def _write(self, state: dict[str, Any]) -> None:
         while self._pending:
-            names, pending_state = self._pending[0]
-            for name in names:
-                save_weights(self._output / f"{name}.safetensors", self._weights(pending_state, name))
+            files, pending_state = self._pending[0]
+            for name, averaged in files.items():
+                save_weights(self._output / f"{name}.safetensors", self._weights(pending_state, averaged=averaged))
             self._pending.pop(0)
         if all(value.isfinite().all() for value in state["network"].values()):
             checkpoints.save_checkpoint(self.folder, state["step"], state)
@@ -108,7 +109,15 @@ class Saver:
     def lock(self) -> str:
         """Lock the output folder against other runs until `close`; returns a note if that is not possible, else ""."""
         remedy = "wait until it has ended, or name another folder: -o output=DIR"
-        self._folder_lock = FolderLock(self._output, remedy=remedy)
+        try:
+            self._folder_lock = FolderLock(self._output, remedy=remedy)
+        except FileExistsError:
+            raise InputError(f"output {self._output} is a file; expected a folder: -o output=DIR") from None
+        except OSError as error:
+            raise InputError(
+                f"output {self._output}: the folder cannot be created or written ({error.strerror}); name another one: "
+                "-o output=DIR"
+            ) from None
         for path in (self._output / name for name in _WRITTEN_IN_PLACE):
             if path.is_symlink():
                 raise InputError(f"{path} is a link to a file that would be overwritten: remove it")

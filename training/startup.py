@@ -1,15 +1,20 @@
 """The report of a run at its start, and loading of its pretrained weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from nvidia.dali import __version__ as dali_version
 
 from common.config import Config
 from common.distributed import DistributedContext
 from common.weights import load_into
+from dali_pipelines import Manifest
 from model import TimeSformer
 from training.data import Data
+
+_FEW_VIDEOS = 5  # for validation, per class on average
+_MAX_NAMED = 5  # classes in a note
 
 
 def load_pretrained_weights(network: TimeSformer, config: Config, classes: tuple[str, ...]) -> str:
@@ -35,10 +40,12 @@ def startup_lines(
     network: str,
     arithmetic: str,
     resumed: str,
+    changes: Sequence[str],
 ) -> Iterator[str]:
     """The first lines of a run: device, network, arithmetic, data, decoders, batch and output.
 
     network: how the network runs, such as "compiled". arithmetic: precision and optimizer. resumed: "" for a new run.
+    changes: notes on settings and data that have changed since the checkpoint.
     """
     name = f" {torch.cuda.get_device_name(process.device)}" if process.device.type == "cuda" else ""
     yield (
@@ -61,6 +68,22 @@ def startup_lines(
         f"{epochs * steps_per_epoch} in {epochs} epochs"
     )
     yield f"output {config.output}{resumed}"
+    yield from changes
     for path, loader in ((config.data.train, data.train), (config.data.val, data.val)):
         if loader.manifest.hint:
             yield f"{path}: {loader.manifest.hint}"
+    yield from _validation_notes(str(config.data.val), data.val.manifest, data.classes)
+
+
+def _validation_notes(path: str, manifest: Manifest, classes: tuple[str, ...]) -> Iterator[str]:
+    """Notes on a validation manifest with few videos, or without any of some class."""
+    videos = np.bincount(manifest.labels, minlength=len(classes))
+    if len(manifest) < _FEW_VIDEOS * len(classes):
+        yield (
+            f"{path}: {len(manifest)} videos for {len(classes)} classes: the validation accuracy moves in "
+            f"steps of {100 / len(manifest):.1f} %, and small differences mean nothing"
+        )
+    if missing := [name for name, count in zip(classes, videos.tolist(), strict=True) if not count]:
+        named = ", ".join(missing[:_MAX_NAMED])
+        more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+        yield f"{path}: no video of {named}{more}: mean class accuracy and macro F1 leave them out"

@@ -416,6 +416,10 @@ def test_a_position_of_another_order_is_refused(textured_videos):
     state = loader(textured_videos).state_dict()
     with pytest.raises(InputError, match="seed 0, this loader 5"):
         loader(textured_videos, seed=5).load_state_dict(state)
+    with pytest.raises(
+        InputError, match=r"clips per step \(step_entries, optim.global_batch_size\): 8, this loader \d"
+    ):
+        loader(textured_videos).load_state_dict(state | {"step_entries": 8})
     with pytest.raises(InputError, match="within a batch"):
         loader(textured_videos).load_state_dict(state | {"entries": 3})
 

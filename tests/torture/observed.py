@@ -59,8 +59,9 @@ def observe(board: Board) -> None:
         def finish_epoch(self):
             is_averaged = self.average is not None and self.step > self.average.first_epoch * self.steps_per_epoch
             board.enter("SWA" if is_averaged else "end of epoch")
-            super().finish_epoch()
+            result = super().finish_epoch()
             board.enter("training")
+            return result
 
         def validate(self, *networks):
             if len(networks) == 1:

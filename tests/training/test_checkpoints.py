@@ -140,20 +140,33 @@ def test_pending_weights_are_written_before_newer_checkpoints(tmp_path, monkeypa
 
     monkeypatch.setattr("training.saving.save_weights", save_weights)
     monkeypatch.setattr("training.checkpoints.make_room", lambda folder, error: room[0] > 1)
-    saver = Saver(tmp_path, lambda state, name: f"{name} of {state['step']}")
+    saver = Saver(tmp_path, lambda state, *, averaged: f"weights of {state['step']}")
     states = [state_of(step) | {"is_validated": True, "network": {}} for step in range(4)]
-    saver.enqueue(["last", "best"], states[1])
+    saver.enqueue({"last": False, "best": False}, states[1])
     for state in states[1:3]:
         with pytest.raises(InputError, match="no space left"):
             saver.write(state)
         assert saver.has_pending and not list_checkpoints(saver.folder)
     room[0] = 1
     saver.write(states[3])
-    assert written == [("last.safetensors", "last of 1"), ("best.safetensors", "best of 1")]
+    assert written == [("last.safetensors", "weights of 1"), ("best.safetensors", "weights of 1")]
     assert not saver.has_pending and saver.saved == (3, True)
-    saver.enqueue(["last"], states[2])
+    saver.enqueue({"last": False}, states[2])
     saver.close()  # tries a last time
-    assert written[-1] == ("last.safetensors", "last of 2") and not saver.has_pending
+    assert written[-1] == ("last.safetensors", "weights of 2") and not saver.has_pending
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("file", "output .*file is a file; expected a folder"),
+        ("file/x", "cannot be created or written \\(Not a direct"),
+    ],
+)
+def test_an_output_that_is_no_folder(tmp_path, name, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{message}.*-o output=DIR"):
+        Saver(tmp_path / name, lambda state, *, averaged: None).lock()
 
 
 def test_a_restart_by_torchrun_is_recognised(tmp_path, monkeypatch):
@@ -214,6 +227,11 @@ def test_a_copy_on_the_host_does_not_change_with_the_original():
         ("failed", 10**30),
         ("best_top1", "0.5"),
         ("best_top1", math.nan),
+        ("best", {"accuracy": [0.5, 0.5, 0.1, 0.5, 0.5], "epoch": -1, "source": "network", "num_stale": 0}),
+        ("best", {"accuracy": [0.5, 0.5, 0.1, 0.5], "epoch": 1, "source": "network", "num_stale": 0}),
+        ("best", {"accuracy": [0.5, 0.5, math.nan, 0.5, 0.5], "epoch": 1, "source": "network", "num_stale": 0}),
+        ("best", {"accuracy": None}),
+        ("best", {"epochs": 3}),
         ("is_validated", "no"),
         ("left_out", ["8"]),
         ("mode", "x"),

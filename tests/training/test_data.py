@@ -34,7 +34,11 @@ def test_by_hand(arguments, expected):
     [
         ((5, 2), "is 5, which 2 processes cannot share evenly, a whole number each; the nearest that work: 4, 6"),
         ((4, 1, 3), "cannot share evenly, batches of 3 each; the nearest that work: 3, 6; or data.batch_size 2, 4"),
-        ((14, 1, None, 1, 13), "is 14, but an epoch has 13 clips, fewer than one step takes; the nearest .*: 13"),
+        (
+            (14, 1, None, 1, 13),
+            r"is 14, but an epoch has 13 clips, fewer than one step takes; try -o optim.global_batch_size=2 \(6 "
+            r"steps an epoch\); the nearest .*: 13",
+        ),
         ((8, 1, 3, 2), "data.batch_size is 3; expected a multiple of data.views_per_decode, 2: 2, 4"),
         (
             (4, 8, None, 1, 4),
@@ -64,6 +68,9 @@ def test_what_an_error_proposes_is_possible():
         for proposed in map(int, totals[1].split(",")) if totals else ():
             shared(proposed, world_size, batch_size, views, clips)
             proposals += 1
+        for proposed, steps in re.findall(r"try -o optim.global_batch_size=(\d+) \((\d+) step", message):
+            shared(int(proposed), world_size, batch_size, views, clips)
+            assert clips // int(proposed) == int(steps)
         batches = re.search(r"or data.batch_size ([\d, ]+)", message)
         for proposed in map(int, batches[1].split(",")) if batches else ():
             shared(total, world_size, proposed, views, clips)

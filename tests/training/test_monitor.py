@@ -25,7 +25,7 @@ INTERVAL = {
     "train/epoch", "train/faults", "speed/clips_per_second", "speed/step_ms", "speed/data_wait_ms",
     "speed/data_wait_share", "data/packets_read", "data/packets_kept", "host/memory_gib",
 }  # fmt: skip
-VALIDATION = {"val/top1", "val/top5", "val/loss"}
+VALIDATION = {"val/top1", "val/top5", "val/loss", "val/mean_class_accuracy", "val/macro_f1"}
 
 
 def events(folder):

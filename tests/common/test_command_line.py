@@ -1,0 +1,43 @@
+"""The next command that a run proposes can be pasted where the run was started."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.command_line import sibling_command
+from tests.commands import PROJECT
+
+PYTHON = "/elsewhere/venv/bin/python"
+
+
+@pytest.mark.parametrize(
+    "started, folder, on_path, expected",
+    [
+        ("train.py", PROJECT, False, f"{PYTHON} evaluate.py -w 'a b.safetensors'"),
+        ("train.py", PROJECT, True, "python evaluate.py -w 'a b.safetensors'"),
+        ("../train.py", PROJECT / "docs", True, "python ../evaluate.py"),
+        (f"{PROJECT}/train.py", PROJECT, True, "python evaluate.py"),
+        (f"{PROJECT}/train.py", Path("/"), True, f"python {str(PROJECT)[1:]}/evaluate.py"),
+        ("dali-timesformer train", PROJECT, True, "python -m commands evaluate"),
+        ("/opt/ipykernel_launcher.py", PROJECT / "docs", True, f"python {PROJECT}/evaluate.py"),
+        ("", PROJECT, True, "python evaluate.py"),
+    ],
+)
+def test_the_command_beside_this_one(monkeypatch, started, folder, on_path, expected):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(sys, "executable", PYTHON)
+    monkeypatch.setattr("shutil.which", lambda name: PYTHON if on_path and name == "python" else None)
+    assert sibling_command("evaluate", "-w", "a b.safetensors").startswith(expected)
+
+
+def test_the_installed_command(monkeypatch, tmp_path):
+    script = tmp_path / "dali-timesformer"
+    script.touch()
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, "argv", ["dali-timesformer train"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    for found, expected in ((str(script), "dali-timesformer"), (None, f"{tmp_path.name}/dali-timesformer")):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
+        assert sibling_command("predict", "a.mp4") == f"{expected} predict a.mp4"
