@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command_line import add_override_argument
+from common.command_line import add_override_argument, add_provider_argument
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import csv_writer, for_data
 
@@ -31,7 +31,10 @@ def main() -> int:
     """Runs predict.py; returns its exit status."""
     parser = argparse.ArgumentParser(description="Predict the classes of videos.")
     parser.add_argument(
-        "-w", "--weights", required=True, help="best.safetensors of a run or an export, or with -c third-party weights"
+        "-w",
+        "--weights",
+        required=True,
+        help="best.safetensors of a run, an .onnx or .pt2 of export.py, or with -c third-party weights",
     )
     parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
     add_override_argument(parser)
@@ -64,15 +67,21 @@ def main() -> int:
         "--features", type=Path, metavar="FILE.npz", help="write the features of each video (the inputs of the head)"
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: from the config, where it is auto)")
+    add_provider_argument(parser)
     arguments = parser.parse_args()
     _check_arguments(arguments)
 
     from common.distributed import start_process
+    from serving.exported import Exported
     from serving.features import Features
     from serving.formats import as_json, as_text, csv_columns, csv_rows
     from serving.prediction import Prediction, Unreadable, open_model, predict
 
-    weights, config, adapted = open_model(arguments.weights, arguments.config, arguments.override)
+    weights, config, adapted = open_model(
+        arguments.weights, arguments.config, arguments.override, provider=arguments.provider
+    )
+    if isinstance(weights, Exported):
+        adapted = weights.runtime
     if adapted:
         print(adapted, file=sys.stderr)
     k, classes = arguments.top_k, weights.classes
@@ -117,11 +126,14 @@ def main() -> int:
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Checks the arguments before weights are loaded. Raises `InputError`."""
+    from serving.pictures import require_matplotlib
     from serving.video_arguments import count, find_videos
 
     for name, value in (("--top-k", arguments.top_k), ("--windows", arguments.windows)):
         if value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
+    if arguments.picture or arguments.explain:
+        require_matplotlib("--picture" if arguments.picture else "--explain")
     for name, path in (("--picture", arguments.picture), ("--explain", arguments.explain)):
         if path is None or (name == "--explain" and path.suffix.lower() not in _IMAGE_SUFFIXES):
             continue

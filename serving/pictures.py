@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from common.clip_images import to_pixels
+from dali_pipelines.errors import InputError
 from serving.formats import clock
+
+
+def require_matplotlib(option: str) -> None:
+    """Raises `InputError` if matplotlib, which `option` needs, is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(f"{option} needs matplotlib: pip install matplotlib") from None
 
 
 def _literal(text: str) -> str:

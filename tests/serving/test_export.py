@@ -21,7 +21,7 @@ from evaluation.evaluate import predict_views
 from evaluation.result_files import read_summary
 from model import TimeSformer, load_pretrained
 from model.pretrained import from_hugging_face, to_hugging_face
-from serving import onnx_format, torch_format, verification
+from serving import onnx_format, tensorrt, torch_format, verification
 from serving.export_formats import open_exported
 from serving.hugging_face import export_hugging_face
 from serving.onnx_format import export_onnx, open_onnx
@@ -673,8 +673,13 @@ def test_options_of_the_tensorrt_provider(weights, clips, onnx_file, tmp_path, m
             asked.append(providers)
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
-    path = shutil.copy(onnx_file, tmp_path / "w.onnx")
+    path = tmp_path / "w.onnx"
+    shutil.copy(onnx_file, path)
+    available = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    half = open_onnx(path)
+    monkeypatch.setattr(tensorrt, "open_onnx", lambda _: dataclasses.replace(half, precision="float16"))
     with pytest.raises(InputError, match=r"could not start TensorrtExecutionProvider"):
         build_tensorrt(path, weights, clips, views=1, precision="float16")
     name, options = asked[-1][0]
