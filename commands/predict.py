@@ -4,6 +4,7 @@ python predict.py -w output/demo/best.safetensors video.mp4
 python predict.py -w best.safetensors folder 'more/*.mp4' val.csv --json
 find . -name '*.mp4' | python predict.py -w best.safetensors - --csv > predictions.csv
 python predict.py -w best.safetensors long.mp4 --windows 20 --picture timeline.png
+python predict.py -w best.safetensors long.mp4 --windows 20 --overlay labelled.mp4
 python predict.py -w best.safetensors video.mp4 --explain attention.png
 python predict.py -w best.safetensors val.csv --features val.npz
 python predict.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml video.mp4
@@ -56,6 +57,12 @@ def main() -> int:
         type=Path,
         metavar="FILE",
         help="plot the crops and the prediction, or with --windows the timeline (one video)",
+    )
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="FILE.mp4",
+        help="write the video again with the prediction burnt in, and with --windows the timeline (one video)",
     )
     parser.add_argument(
         "--explain",
@@ -126,6 +133,8 @@ def main() -> int:
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Checks the arguments before weights are loaded. Raises `InputError`."""
+    from serving.overlay import SUFFIXES as OVERLAY_SUFFIXES
+    from serving.overlay import require_pillow
     from serving.pictures import require_matplotlib
     from serving.video_arguments import count, find_videos
 
@@ -134,7 +143,10 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise InputError(f"{name} is {value}; expected 1 or more")
     if arguments.picture or arguments.explain:
         require_matplotlib("--picture" if arguments.picture else "--explain")
-    for name, path in (("--picture", arguments.picture), ("--explain", arguments.explain)):
+    if arguments.overlay:
+        require_pillow()
+    outputs = {"--picture": arguments.picture, "--explain": arguments.explain, "--overlay": arguments.overlay}
+    for name, path in outputs.items():
         if path is None or (name == "--explain" and path.suffix.lower() not in _IMAGE_SUFFIXES):
             continue
         found = count(find_videos(arguments.videos, warn=lambda _: None))
@@ -142,8 +154,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise InputError(f"{name} draws one video, but {'a list is' if found is None else f'{found} are'} named")
         if not path.parent.is_dir():
             raise InputError(f"{name} {path}: no such folder; make it first")
-        if path.suffix.lower() not in _IMAGE_SUFFIXES:
-            raise InputError(f"{name} {path}: expected a name that ends in {', '.join(_IMAGE_SUFFIXES)}")
+        suffixes = OVERLAY_SUFFIXES if name == "--overlay" else _IMAGE_SUFFIXES
+        if path.suffix.lower() not in suffixes:
+            raise InputError(f"{name} {path}: expected a name that ends in {', '.join(suffixes)}")
+        if any(Path(video).exists() and path.exists() and path.samefile(video) for video in arguments.videos):
+            raise InputError(f"{name} {path}: is the video itself; name another file")
     if arguments.explain and arguments.windows > 1:
         raise InputError("--explain draws only the first window; omit --windows")
     if arguments.features and arguments.features.suffix != ".npz":
@@ -153,11 +168,13 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 class _Plots:
-    """Draws the plots for --picture and --explain."""
+    """Draws the plots for --picture and --explain, and the video for --overlay."""
 
     def __init__(self, arguments: argparse.Namespace, classes: Sequence[str], preprocessing: Mapping[str, Any]):
         self._picture: Path | None = arguments.picture
         self._explain: Path | None = arguments.explain
+        self._overlay: Path | None = arguments.overlay
+        self._videos: list[str] = arguments.videos
         self._classes = classes
         self._normalisation = {key: preprocessing[key] for key in ("mean", "std")}
         self._names: dict[str, int] = {}  # name -> number of plots with it in the folder
@@ -168,6 +185,12 @@ class _Plots:
         if self._picture:
             self._draw_prediction(self._picture, prediction)
             print(f"saved {self._picture}", file=sys.stderr)
+        if self._overlay:
+            from serving.overlay import write_overlay
+            from serving.video_arguments import one_source
+
+            count = write_overlay(self._overlay, one_source(self._videos), prediction, self._classes)
+            print(f"saved {self._overlay}: {count} frames", file=sys.stderr)
         if self._explain:
             path = self._path_in(self._explain, prediction.video)
             self._draw_explanation(path, prediction)

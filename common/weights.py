@@ -173,7 +173,8 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     for key, theirs in report.preprocessing.items():
         if theirs != getattr(config.data, key):
             raise InputError(f"{path}: trained with data.{key}={theirs}; here it is {getattr(config.data, key)}")
-    if (new_head := report.initial.get("head.weight")) and "classes" in new_head:
+    new_head = report.initial.get("head.weight", "")
+    if "classes" in new_head and "image" not in new_head:
         raise InputError(
             f"{path}: its classes are not the {len(classes)} in {config.data.labels}: "
             f"{new_head.removeprefix('a new head: ')}. Name the file of its own class names: -o data.labels=FILE; for "

@@ -30,6 +30,10 @@ class ExportRequest:
     views: int
     """1: clips in, logits out; 3: three views of a video in, the mean of their probabilities out."""
     precision: Precision
+    repository: str | None = None
+    """Name on the Hugging Face Hub, for the model card."""
+    licence: str | None = None
+    """Licence for the model card."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,14 @@ def _write_hugging_face(request: ExportRequest) -> str:
     from serving.model_card import evaluation_of
 
     evaluation = evaluation_of(request.source, request.weights)
-    return export_hugging_face(request.out, request.weights, request.clips, evaluation=evaluation)
+    return export_hugging_face(
+        request.out,
+        request.weights,
+        request.clips,
+        evaluation=evaluation,
+        name=request.repository,
+        licence=request.licence,
+    )
 
 
 FORMATS = {
