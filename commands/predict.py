@@ -6,6 +6,7 @@ find . -name '*.mp4' | python predict.py -w best.safetensors - --csv > predictio
 python predict.py -w best.safetensors long.mp4 --windows 20 --picture timeline.png
 python predict.py -w best.safetensors long.mp4 --windows 20 --overlay labelled.mp4
 python predict.py -w best.safetensors video.mp4 --explain attention.png
+python predict.py -w best.safetensors rtsp://camera/stream --live --every 2 --json
 python predict.py -w best.safetensors val.csv --features val.npz
 python predict.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml video.mp4
 
@@ -23,6 +24,9 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.text import csv_writer, for_data
 
 if TYPE_CHECKING:
+    from common.config import Config
+    from common.weights import Weights
+    from serving.exported import Exported
     from serving.prediction import Prediction, TopClass
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
@@ -65,6 +69,14 @@ def main() -> int:
         help="write the video again with the prediction burnt in, and with --windows the timeline (one video)",
     )
     parser.add_argument(
+        "--live",
+        action="store_true",
+        help="predict a camera or stream (rtsp://, https://.../x.m3u8, /dev/video0) until it ends or Ctrl-C",
+    )
+    parser.add_argument(
+        "--every", type=float, default=1.0, metavar="SECONDS", help="time between predictions with --live (default 1)"
+    )
+    parser.add_argument(
         "--explain",
         type=Path,
         metavar="PATH",
@@ -92,6 +104,8 @@ def main() -> int:
     if adapted:
         print(adapted, file=sys.stderr)
     k, classes = arguments.top_k, weights.classes
+    if arguments.live:
+        return _predict_live(arguments, weights, config)
     windows = arguments.windows > 1
     features = Features(arguments.features) if arguments.features else None
     draw = _Plots(arguments, weights.classes, weights.preprocessing)
@@ -131,6 +145,33 @@ def main() -> int:
     return int(failed > 0)
 
 
+def _predict_live(arguments: argparse.Namespace, weights: "Weights | Exported", config: "Config") -> int:
+    """Prints a prediction every --every seconds until the stream ends."""
+    import torch
+
+    from common.distributed import start_process
+    from serving.live import live_columns, live_json, live_row, live_text, watch
+
+    [source] = arguments.videos
+    k, classes = arguments.top_k, weights.classes
+    if arguments.csv:
+        table = csv_writer(for_data(sys.stdout))
+        table.writerow(live_columns(k, classes))
+    with start_process(arguments.device or config.device) as process:
+        torch.set_num_threads(process.cores)
+        for prediction in watch(
+            source, weights, config, process, every=arguments.every, report=lambda line: print(line, file=sys.stderr)
+        ):
+            if arguments.csv:
+                table.writerow(live_row(source, prediction, k, classes))
+            elif arguments.json:
+                print(live_json(source, prediction, k, classes))
+            else:
+                print(live_text(prediction, k, classes))
+            sys.stdout.flush()
+    return 0
+
+
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Checks the arguments before weights are loaded. Raises `InputError`."""
     from serving.overlay import SUFFIXES as OVERLAY_SUFFIXES
@@ -141,6 +182,17 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for name, value in (("--top-k", arguments.top_k), ("--windows", arguments.windows)):
         if value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
+    if arguments.live:
+        options = ("picture", "overlay", "explain", "features")
+        given = [f"--{name}" for name in options if getattr(arguments, name)]
+        given += ["--windows"] * (arguments.windows > 1)
+        if given:
+            raise InputError(f"{given[0]} needs a video that ends; omit --live")
+        if len(arguments.videos) != 1:
+            raise InputError(f"--live predicts one source, but {len(arguments.videos)} are named")
+        if not arguments.every > 0:
+            raise InputError(f"--every is {arguments.every:g}; expected seconds, more than 0")
+        return
     if arguments.picture or arguments.explain:
         require_matplotlib("--picture" if arguments.picture else "--explain")
     if arguments.overlay:

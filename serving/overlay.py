@@ -89,8 +89,9 @@ def _has_encoder(name: str) -> bool:
 def _upright(video: VideoLike, row: Video) -> Iterator[tuple[av.VideoFrame, np.ndarray]]:
     """Yields each frame with its pixels as they are shown, uint8 [H, W, 3]."""
     for frame in decode_all(video, frames=row.frames, size=coded_size(row)):
-        pixels = np.rot90(frame.to_ndarray(format="rgb24"), row.rotation // 90)
-        yield frame, np.array(pixels[:, ::-1] if row.mirrored else pixels)
+        pixels = frame.to_ndarray(format="rgb24")
+        pixels = pixels[:, ::-1] if row.mirrored else pixels  # before it is rotated
+        yield frame, np.array(np.rot90(pixels, row.rotation // 90))
 
 
 class _Strips:

@@ -135,15 +135,20 @@ def save_timeline(
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import ConnectionPatch
-    from matplotlib.textpath import text_to_path
+
+    figure = pyplot.figure(figsize=(13, 5), dpi=110)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    measure = canvas.get_renderer().get_text_width_height_descent
 
     def fitted(text: str, inches: float, size: float) -> str:
         """`text` for matplotlib, cut off with an ellipsis to fit into `inches` in a font of `size` points."""
         font = FontProperties(size=size)
         shown = _literal(text)
-        while text and text_to_path.get_text_width_height_descent(shown, font, False)[0] > 72 * inches:
+        while text and measure(shown, font, False)[0] > inches * figure.dpi:
             text = text[:-1]
             shown = _literal(text.rstrip()) + "…"
         return shown
@@ -157,7 +162,6 @@ def save_timeline(
     centres = seconds.mean(1)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), most_frames)).astype(int))
     pixels = to_pixels(frames[shown].unsqueeze(2), mean=mean, std=std)[:, 0]  # [n, S, S, 3]
-    figure = pyplot.figure(figsize=(13, 5))
     figure.suptitle(_literal(title), x=0.06, ha="left")
     axes = figure.add_axes((0.06, 0.4, 0.77, 0.5))
     colours = {label: f"C{place}" for place, label in enumerate(best)}
@@ -180,9 +184,9 @@ def save_timeline(
         below.spines[:].set(color=colours.get(label, "grey"), linewidth=3)
         start, end = map(clock, seconds[window])
         times = f"{start} - {end}"
-        if fitted(times, 13 * width, 7) != times:
+        if fitted(times, 12 * width, 7) != times:
             times = f"{start} -\n{end}"
-        below.set_xlabel(f"{name(label, 12.5 * width, 7)}\n{times}", fontsize=7)
+        below.set_xlabel(f"{name(label, 12 * width, 7)}\n{times}", fontsize=7)
         figure.add_artist(
             ConnectionPatch(
                 (centres[window], 0), (0.5, 1), axes.get_xaxis_transform(), below.transAxes, color="grey", lw=0.6
