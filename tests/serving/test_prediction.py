@@ -551,3 +551,22 @@ def test_weights_adapt_to_more_frames_but_not_to_other_preprocessing(weights_fil
     assert found.views.shape == (3, 3, 8, 32, 32)
     with pytest.raises(InputError, match="data.mean is"):
         next(predictions(weights_file, [small_data / "val_6.mp4"], overrides=["data.mean=[0,0,0]"]))
+
+
+def test_an_overlay_as_a_user_makes_it(weights_file, small_data, tmp_path, in_process):
+    out = tmp_path / "labelled.mp4"
+    given = ["-w", weights_file, "--overlay", out, "--windows", 2, *IN_PROCESS]
+    rows = Manifest.read(small_data / "val.csv")
+    Manifest([rows[6]._replace(path=rows.file(6))], classes=CLASSES).write(tmp_path / "one.csv")
+    for video in (small_data / "val_6.mp4", tmp_path / "one.csv"):
+        status, said, errors = in_process(command.main, *given[:2], video, *given[2:])
+        assert status == 0 and errors == f"saved {out}: {rows[6].frames} frames\n", errors
+        assert len(said.splitlines()) == 1 + 3 + 2
+        made = probe(out)
+        assert (made.frames, made.width, made.height) == (rows[6].frames, rows[6].width, rows[6].height)
+    for path, message in (
+        (tmp_path / "x.avi", "expected a name that ends in .mp4, .mkv, .mov"),
+        (small_data / "val_6.mp4", "is the video itself; name another file"),
+    ):
+        status, _, errors = in_process(command.main, *given[:2], small_data / "val_6.mp4", "--overlay", path)
+        assert status == 2 and message in errors
