@@ -1,8 +1,9 @@
 """Evaluates weights on a manifest: averages the probabilities of three crops per video; each video counts once.
 
-python evaluate.py -w output/demo/best.safetensors -c configs/demo.yaml
+python evaluate.py -w output/demo/best.safetensors          # on the data.test or data.val of the run
 python evaluate.py -w best.safetensors -o data.test=my_videos.csv --windows 4 --average score
 python evaluate.py -w best.safetensors -w swa.safetensors -o data.test=my_videos.csv --out both     # an ensemble
+python evaluate.py -w best.onnx -o data.test=my_videos.csv   # or .pt2: the numbers of an export
 python evaluate.py --compare output/a/evaluation output/b/evaluation
 torchrun --nproc-per-node 8 evaluate.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml
 
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.command_line import add_override_argument
+from common.command_line import add_override_argument, add_provider_argument
 
 
 def main() -> int:
@@ -26,11 +27,16 @@ def main() -> int:
         "-w",
         "--weights",
         action="append",
-        help="best.safetensors of a run, or with -c third-party weights; several -w: an ensemble",
+        help="best.safetensors of a run, an .onnx or .pt2 of export.py, or with -c third-party weights; several -w: an "
+        "ensemble",
     )
     mode.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results folders, or their results.json")
     mode.add_argument("--report", type=Path, metavar="DIR", help="only rewrite report.html in a results folder")
-    parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
+    parser.add_argument(
+        "-c",
+        "--config",
+        help="YAML file (default: the settings in the weights file, and the videos of the config.yaml beside it)",
+    )
     add_override_argument(parser)
     parser.add_argument(
         "--allow-missing", action="store_true", help="exit with 0 even if videos cannot be read, unless none can"
@@ -48,6 +54,7 @@ def main() -> int:
         metavar="DIR",
         help="folder for the results (default: `evaluation` beside the first weights)",
     )
+    add_provider_argument(parser)
     arguments = parser.parse_args()
 
     from evaluation.comparison import compare, comparison_text
@@ -68,22 +75,35 @@ def main() -> int:
 
     from common.distributed import start_process
     from common.locking import FolderLock
-    from common.weights import open_weights
-    from evaluation.evaluate import build_results, check_members, evaluate, manifest_for, results_text
+    from evaluation.evaluate import (
+        build_results,
+        check_members,
+        evaluate,
+        manifest_for,
+        results_text,
+        with_videos_of_run,
+    )
+    from serving.exported import Exported, check_protocol
+    from serving.prediction import open_model
 
     started, names = time.monotonic(), arguments.weights
-    opened = [open_weights(name, arguments.config, arguments.override) for name in names]
-    members, config = [weights for weights, _, _ in opened], opened[0][1]
+    opened = [open_model(name, arguments.config, arguments.override, provider=arguments.provider) for name in names]
+    members, config = [weights for weights, _, _ in opened], with_videos_of_run(opened[0][1], names[0])
     check_members(members, names)
+    for name, model in zip(names, members, strict=True):
+        if isinstance(model, Exported):
+            check_protocol(model, name, protocol)
     manifest = manifest_for(config, members[0])
     out = arguments.out or results_folder(names[0])
     with start_process(config.device) as process:
         if process.is_main:
             prepare_folder(out)  # fails before hours of work
             lock = FolderLock(out, remedy="wait until it ends, or name another folder with --out")
-            for _, _, adapted in opened:
+            for model, _, adapted in opened:
                 if adapted:
                     print(adapted, flush=True)
+                if isinstance(model, Exported):
+                    print(model.runtime, file=sys.stderr)
         torch.set_num_threads(process.cores)
         progress = process.is_main and sys.stderr.isatty()
         predictions = evaluate(config, members, manifest, process, protocol=protocol, progress=progress)

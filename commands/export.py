@@ -5,6 +5,7 @@ python export.py -w best.safetensors --format onnx --views 3 --precision float16
 python export.py -w best.safetensors --format onnx --triton models
 python export.py -w best.safetensors --format torch --out best.pt2
 python export.py -w best.safetensors --format huggingface --out my_model
+python export.py -w best.safetensors --format huggingface --out my_model --push-to-hub me/my_model --licence apache-2.0
 
 Exits with 1 if the export differs from the network; it is kept as NAME.mismatch.
 """
@@ -45,6 +46,18 @@ def main() -> int:
         "--triton", type=Path, metavar="DIR", help="write a Triton model repository; --out is then optional"
     )
     parser.add_argument("--tensorrt", action="store_true", help="also build an engine, with onnxruntime's provider")
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="NAME",
+        help="upload the folder to this repository on the Hugging Face Hub, private if it is new; log in with "
+        "`hf auth login`",
+    )
+    parser.add_argument(
+        "--licence",
+        "--license",
+        metavar="NAME",
+        help="licence for the model card, by the Hub's name, such as apache-2.0 (default: the card names none)",
+    )
     arguments = parser.parse_args()
     _check_arguments(arguments)
 
@@ -52,12 +65,15 @@ def main() -> int:
 
     from common.distributed import start_process
     from common.weights import open_weights
+    from serving.hugging_face import push_to_hub, require_hub
     from serving.tensorrt import build_tensorrt, require_tensorrt
     from serving.triton import triton_name, write_triton
     from serving.verification import MismatchError, clips_to_compare
 
     if arguments.tensorrt:
         require_tensorrt()
+    if arguments.push_to_hub:
+        require_hub(arguments.push_to_hub)
     weights, config, adapted = open_weights(arguments.weights, arguments.config, arguments.override)
     if adapted:
         print(adapted, flush=True)
@@ -72,8 +88,12 @@ def main() -> int:
                 out = arguments.triton / name / "1" / "model.onnx"
                 out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            request = ExportRequest(out, arguments.weights, weights, clips, views, precision)
+            request = ExportRequest(
+                out, arguments.weights, weights, clips, views, precision, arguments.push_to_hub, arguments.licence
+            )
             print(FORMATS[arguments.format].write(request), flush=True)
+            if arguments.push_to_hub:
+                print(push_to_hub(out, arguments.push_to_hub), flush=True)
             if arguments.triton is not None:
                 write_triton(arguments.triton, out, weights, name=name, views=views)
                 print(f"model repository for Triton in {arguments.triton}: {name}", flush=True)
@@ -98,6 +118,9 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("triton", "tensorrt"):
         if arguments.format != "onnx" and getattr(arguments, name):
             raise InputError(f"--{name} needs --format onnx, not {arguments.format}")
+    for option, value in (("--push-to-hub", arguments.push_to_hub), ("--licence", arguments.licence)):
+        if arguments.format != "huggingface" and value:
+            raise InputError(f"{option} needs --format huggingface, not {arguments.format}")
     if arguments.precision not in chosen.precisions:
         formats = [name for name, each in FORMATS.items() if arguments.precision in each.precisions]
         raise InputError(

@@ -4,7 +4,9 @@ python predict.py -w output/demo/best.safetensors video.mp4
 python predict.py -w best.safetensors folder 'more/*.mp4' val.csv --json
 find . -name '*.mp4' | python predict.py -w best.safetensors - --csv > predictions.csv
 python predict.py -w best.safetensors long.mp4 --windows 20 --picture timeline.png
+python predict.py -w best.safetensors long.mp4 --windows 20 --overlay labelled.mp4
 python predict.py -w best.safetensors video.mp4 --explain attention.png
+python predict.py -w best.safetensors rtsp://camera/stream --live --every 2 --json
 python predict.py -w best.safetensors val.csv --features val.npz
 python predict.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml video.mp4
 
@@ -17,11 +19,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command_line import add_override_argument
+from common.command_line import add_override_argument, add_provider_argument
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import csv_writer, for_data
 
 if TYPE_CHECKING:
+    from common.config import Config
+    from common.weights import Weights
+    from serving.exported import Exported
     from serving.prediction import Prediction, TopClass
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
@@ -31,7 +36,10 @@ def main() -> int:
     """Runs predict.py; returns its exit status."""
     parser = argparse.ArgumentParser(description="Predict the classes of videos.")
     parser.add_argument(
-        "-w", "--weights", required=True, help="best.safetensors of a run or an export, or with -c third-party weights"
+        "-w",
+        "--weights",
+        required=True,
+        help="best.safetensors of a run, an .onnx or .pt2 of export.py, or with -c third-party weights",
     )
     parser.add_argument("-c", "--config", help="YAML file (default: the settings in the weights file)")
     add_override_argument(parser)
@@ -55,6 +63,20 @@ def main() -> int:
         help="plot the crops and the prediction, or with --windows the timeline (one video)",
     )
     parser.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="FILE.mp4",
+        help="write the video again with the prediction burnt in, and with --windows the timeline (one video)",
+    )
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="predict a camera or stream (rtsp://, https://.../x.m3u8, /dev/video0) until it ends or Ctrl-C",
+    )
+    parser.add_argument(
+        "--every", type=float, default=1.0, metavar="SECONDS", help="time between predictions with --live (default 1)"
+    )
+    parser.add_argument(
         "--explain",
         type=Path,
         metavar="PATH",
@@ -64,18 +86,26 @@ def main() -> int:
         "--features", type=Path, metavar="FILE.npz", help="write the features of each video (the inputs of the head)"
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: from the config, where it is auto)")
+    add_provider_argument(parser)
     arguments = parser.parse_args()
     _check_arguments(arguments)
 
     from common.distributed import start_process
+    from serving.exported import Exported
     from serving.features import Features
     from serving.formats import as_json, as_text, csv_columns, csv_rows
     from serving.prediction import Prediction, Unreadable, open_model, predict
 
-    weights, config, adapted = open_model(arguments.weights, arguments.config, arguments.override)
+    weights, config, adapted = open_model(
+        arguments.weights, arguments.config, arguments.override, provider=arguments.provider
+    )
+    if isinstance(weights, Exported):
+        adapted = weights.runtime
     if adapted:
         print(adapted, file=sys.stderr)
     k, classes = arguments.top_k, weights.classes
+    if arguments.live:
+        return _predict_live(arguments, weights, config)
     windows = arguments.windows > 1
     features = Features(arguments.features) if arguments.features else None
     draw = _Plots(arguments, weights.classes, weights.preprocessing)
@@ -115,14 +145,60 @@ def main() -> int:
     return int(failed > 0)
 
 
+def _predict_live(arguments: argparse.Namespace, weights: "Weights | Exported", config: "Config") -> int:
+    """Prints a prediction every --every seconds until the stream ends."""
+    import torch
+
+    from common.distributed import start_process
+    from serving.live import live_columns, live_json, live_row, live_text, watch
+
+    [source] = arguments.videos
+    k, classes = arguments.top_k, weights.classes
+    if arguments.csv:
+        table = csv_writer(for_data(sys.stdout))
+        table.writerow(live_columns(k, classes))
+    with start_process(arguments.device or config.device) as process:
+        torch.set_num_threads(process.cores)
+        for prediction in watch(
+            source, weights, config, process, every=arguments.every, report=lambda line: print(line, file=sys.stderr)
+        ):
+            if arguments.csv:
+                table.writerow(live_row(source, prediction, k, classes))
+            elif arguments.json:
+                print(live_json(source, prediction, k, classes))
+            else:
+                print(live_text(prediction, k, classes))
+            sys.stdout.flush()
+    return 0
+
+
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Checks the arguments before weights are loaded. Raises `InputError`."""
+    from serving.overlay import SUFFIXES as OVERLAY_SUFFIXES
+    from serving.overlay import require_pillow
+    from serving.pictures import require_matplotlib
     from serving.video_arguments import count, find_videos
 
     for name, value in (("--top-k", arguments.top_k), ("--windows", arguments.windows)):
         if value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
-    for name, path in (("--picture", arguments.picture), ("--explain", arguments.explain)):
+    if arguments.live:
+        options = ("picture", "overlay", "explain", "features")
+        given = [f"--{name}" for name in options if getattr(arguments, name)]
+        given += ["--windows"] * (arguments.windows > 1)
+        if given:
+            raise InputError(f"{given[0]} needs a video that ends; omit --live")
+        if len(arguments.videos) != 1:
+            raise InputError(f"--live predicts one source, but {len(arguments.videos)} are named")
+        if not arguments.every > 0:
+            raise InputError(f"--every is {arguments.every:g}; expected seconds, more than 0")
+        return
+    if arguments.picture or arguments.explain:
+        require_matplotlib("--picture" if arguments.picture else "--explain")
+    if arguments.overlay:
+        require_pillow()
+    outputs = {"--picture": arguments.picture, "--explain": arguments.explain, "--overlay": arguments.overlay}
+    for name, path in outputs.items():
         if path is None or (name == "--explain" and path.suffix.lower() not in _IMAGE_SUFFIXES):
             continue
         found = count(find_videos(arguments.videos, warn=lambda _: None))
@@ -130,8 +206,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise InputError(f"{name} draws one video, but {'a list is' if found is None else f'{found} are'} named")
         if not path.parent.is_dir():
             raise InputError(f"{name} {path}: no such folder; make it first")
-        if path.suffix.lower() not in _IMAGE_SUFFIXES:
-            raise InputError(f"{name} {path}: expected a name that ends in {', '.join(_IMAGE_SUFFIXES)}")
+        suffixes = OVERLAY_SUFFIXES if name == "--overlay" else _IMAGE_SUFFIXES
+        if path.suffix.lower() not in suffixes:
+            raise InputError(f"{name} {path}: expected a name that ends in {', '.join(suffixes)}")
+        if any(Path(video).exists() and path.exists() and path.samefile(video) for video in arguments.videos):
+            raise InputError(f"{name} {path}: is the video itself; name another file")
     if arguments.explain and arguments.windows > 1:
         raise InputError("--explain draws only the first window; omit --windows")
     if arguments.features and arguments.features.suffix != ".npz":
@@ -141,11 +220,13 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 class _Plots:
-    """Draws the plots for --picture and --explain."""
+    """Draws the plots for --picture and --explain, and the video for --overlay."""
 
     def __init__(self, arguments: argparse.Namespace, classes: Sequence[str], preprocessing: Mapping[str, Any]):
         self._picture: Path | None = arguments.picture
         self._explain: Path | None = arguments.explain
+        self._overlay: Path | None = arguments.overlay
+        self._videos: list[str] = arguments.videos
         self._classes = classes
         self._normalisation = {key: preprocessing[key] for key in ("mean", "std")}
         self._names: dict[str, int] = {}  # name -> number of plots with it in the folder
@@ -156,6 +237,12 @@ class _Plots:
         if self._picture:
             self._draw_prediction(self._picture, prediction)
             print(f"saved {self._picture}", file=sys.stderr)
+        if self._overlay:
+            from serving.overlay import write_overlay
+            from serving.video_arguments import one_source
+
+            count = write_overlay(self._overlay, one_source(self._videos), prediction, self._classes)
+            print(f"saved {self._overlay}: {count} frames", file=sys.stderr)
         if self._explain:
             path = self._path_in(self._explain, prediction.video)
             self._draw_explanation(path, prediction)

@@ -21,6 +21,17 @@ def add_override_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_provider_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--provider` for .onnx files."""
+    parser.add_argument(
+        "--provider",
+        default="auto",
+        metavar="NAME",
+        help="what runs an .onnx file: auto, cpu, cuda, tensorrt, or another execution provider of onnxruntime "
+        "(default auto: the best that starts)",
+    )
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its result or 0, with 2 for bad input, or 130 for Ctrl-C.
 

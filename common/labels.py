@@ -155,6 +155,11 @@ def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: s
         moved = (k for k, each in enumerate(theirs) if each != classes[k] and (not renamed or each in classes))
         if (first := next(moved, None)) is not None:
             different = f"class {first} is {theirs[first]!r} there, {classes[first]!r} here"
+    if different and not (renamed or unnamed) and not {*theirs} & {*classes}:
+        raise InputError(
+            f"{name}: has other classes than {of} ({', '.join(theirs[:3])}, ... there; {', '.join(classes[:3])}, ... "
+            f"here): a different task. Name a manifest of the same task, or train on this one first"
+        )
     if different:
         raise InputError(
             f"{name}: its classes are not those of {of}: {different}. Its labels refer to its own classes, so editing "

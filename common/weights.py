@@ -151,6 +151,7 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     `data.num_frames`, to which the time embedding is resized. Other formats that `model.load_pretrained` reads need a
     config with `data.labels`. Raises `InputError` if the weights cannot be used.
     """
+    check_not_swapped(path, config_path)
     is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
     if has_weights_header(path):
         weights = load_weights(path)
@@ -172,9 +173,24 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     for key, theirs in report.preprocessing.items():
         if theirs != getattr(config.data, key):
             raise InputError(f"{path}: trained with data.{key}={theirs}; here it is {getattr(config.data, key)}")
+    new_head = report.initial.get("head.weight", "")
+    if "classes" in new_head and "image" not in new_head:
+        raise InputError(
+            f"{path}: its classes are not the {len(classes)} in {config.data.labels}: "
+            f"{new_head.removeprefix('a new head: ')}. Name the file of its own class names: -o data.labels=FILE; for "
+            f"other classes, train first: -o train.pretrained={path}"
+        )
     if report.initial or not all(how.startswith("resized") for how in report.adapted.values()):
         raise InputError(f"{path}: not trained for these classes of videos: {report}")
     return Weights(model, preprocessing(config.data), tuple(classes), network.state_dict()), config, str(report)
+
+
+def check_not_swapped(path: str, config_path: str | None) -> None:
+    """Raises `InputError` if the weights are named as the config, or the other way round."""
+    if path.endswith((".yaml", ".yml")):
+        raise InputError(f"-w {path}: a config, not weights; give it with -c, and the weights with -w")
+    if config_path is not None and config_path.endswith((*SUFFIXES, ".onnx", ".pt2")):
+        raise InputError(f"-c {config_path}: weights, not a config; give them with -w")
 
 
 def agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]) -> Config:

@@ -71,7 +71,7 @@ def probe_packets(video: VideoLike, *, max_pixels: int = MAX_PIXELS) -> tuple[Vi
     fps = (tick and frame_rate(gaps, tick, average_rate)) or guessed_rate or average_rate
     if not fps:
         raise InputError("no frame rate in it")
-    rotation, mirrored = _orientation(first)
+    rotation, mirrored = orientation(first)
     width, height = (first.width, first.height) if rotation in (0, 180) else (first.height, first.width)
     found = Video(
         path=as_source(video).path,
@@ -221,7 +221,7 @@ _MOST_TILT = 10
 """Degrees by which a display matrix may miss a quarter turn. Players show such a frame upright."""
 
 
-def _orientation(frame: av.VideoFrame) -> tuple[int, int]:
+def orientation(frame: av.VideoFrame) -> tuple[int, int]:
     """`Video.rotation` and `Video.mirrored` from a frame's display matrix. Raises `InputError` for other angles."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")

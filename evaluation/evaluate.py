@@ -7,9 +7,11 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from typing import Protocol as Interface
 
 import av
 import numpy as np
@@ -19,16 +21,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.agreement import check_agreement, shared_facts, weights_checksum
-from common.config import Config, clip_settings
+from common.config import Config, clip_settings, read_run_config
 from common.distributed import DistributedContext
 from common.labels import check_labels, read_manifest
 from common.metrics import top_k_counts
 from common.precision import autocast, resolve_precision
-from common.weights import Weights
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.batches import Fault
 from dali_pipelines.files import absolute, join
-from evaluation.results import Protocol, Results, make_results
+from evaluation.results import Protocol, Results, make_results, shows_top5
+
+
+class Model(Interface):
+    """What `evaluate` needs of `common.weights.Weights`, and of a network that export.py wrote."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their labels."""
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How clips are cut: keys in the section `data` of a config."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """The tensors, if they are known."""
+
+    def build(self, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+        """The network: clips [B, 3, T, S, S] -> scores [B, K]."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class Predictions:
     is among its five most likely."""
 
 
-def check_members(members: Sequence[Weights], names: Sequence[str]) -> None:
+def check_members(members: Sequence[Model], names: Sequence[str]) -> None:
     """Raises `InputError` if the weights of an ensemble differ in classes or preprocessing."""
     for weights, name in zip(members[1:], names[1:], strict=True):
         if weights.classes != members[0].classes:
@@ -63,6 +83,23 @@ def check_members(members: Sequence[Weights], names: Sequence[str]) -> None:
                 )
 
 
+def with_videos_of_run(config: Config, weights: str) -> Config:
+    """`config` with the `data.test` and `data.val` of the config.yaml beside the file `weights`, unless it sets one of
+    them. Raises `InputError` with what to name if that file, or what it names, does not exist."""
+    if config.data.test or config.data.val:
+        return config
+    remedy = "name a manifest with -o data.test=FILE, or a config with -c"
+    run = Path(weights).with_name("config.yaml")
+    if not run.is_file():
+        raise InputError(f"data.test is not set, and there is no config.yaml beside {weights}: {remedy}")
+    data = read_run_config(run).data
+    path = data.test or data.val
+    if path is None or not Path(path).exists():
+        found = "names no data.test or data.val" if path is None else f"names {path}, which does not exist"
+        raise InputError(f"{run} {found}: {remedy}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, test=data.test, val=data.val))
+
+
 def manifest_path(config: Config) -> str:
     """Returns the manifest to evaluate: `data.test`, else `data.val`. Raises `InputError` if neither is set."""
     path = config.data.test or config.data.val
@@ -71,7 +108,7 @@ def manifest_path(config: Config) -> str:
     return path
 
 
-def manifest_for(config: Config, weights: Weights) -> Manifest:
+def manifest_for(config: Config, weights: Model) -> Manifest:
     """Reads the manifest to evaluate. Raises `InputError` if its classes differ from those of the weights."""
     path = manifest_path(config)
     manifest = read_manifest(path, key="data.test")
@@ -81,7 +118,7 @@ def manifest_for(config: Config, weights: Weights) -> Manifest:
 
 def evaluate(
     config: Config,
-    members: Sequence[Weights],
+    members: Sequence[Model],
     manifest: Manifest,
     process: DistributedContext,
     *,
@@ -163,7 +200,7 @@ def predict_views(
 def build_results(
     predictions: Predictions,
     config: Config,
-    members: Sequence[Weights],
+    members: Sequence[Model],
     names: Sequence[str],
     manifest: Manifest,
     process: DistributedContext,
@@ -214,7 +251,7 @@ def build_results(
     )
 
 
-def weights_sha256(name: str, weights: Weights) -> str:
+def weights_sha256(name: str, weights: Model) -> str:
     """SHA-256 of the file `name`, or of the tensors if that is a folder or a name on the Hugging Face Hub."""
     if Path(name).is_file():
         with open(name, "rb") as file:
@@ -241,13 +278,16 @@ def results_text(results: Results) -> str:
         f"{manifest['left_out']} of {manifest['listed']} listed"
     )
     if len(summary["weights"]) > 1:
-        lines += [
-            f"  {each['path']} alone: {name} {each['top1']:.4f}, top-5 {each['top5']:.4f}"
-            for each in summary["weights"]
-        ]
+        for each in summary["weights"]:
+            top5 = f", top-5 {each['top5']:.4f}" if shows_top5(classes) else ""
+            lines.append(f"  {each['path']} alone: {name} {each['top1']:.4f}{top5}")
+    lines.append(f"mean class accuracy {summary['mean_class_accuracy']:.4f}, macro F1 {results.macro_f1:.4f}")
     (low, high), (low5, high5) = summary["top1_interval"], summary["top5_interval"]
-    lines.append(
-        f"{name} {summary['top1']:.4f}, top-5 {summary['top5']:.4f} "
-        f"(95% intervals {low:.4f} to {high:.4f}, {low5:.4f} to {high5:.4f})"
-    )
+    if shows_top5(classes):
+        lines.append(
+            f"{name} {summary['top1']:.4f}, top-5 {summary['top5']:.4f} "
+            f"(95% intervals {low:.4f} to {high:.4f}, {low5:.4f} to {high5:.4f})"
+        )
+    else:
+        lines.append(f"{name} {summary['top1']:.4f} (95% interval {low:.4f} to {high:.4f})")
     return "\n".join(lines)

@@ -83,6 +83,7 @@
   const context = canvas.getContext("2d");
   const colours = {};
   let left, top, plot; // CSS pixels: the plot's corner and side
+  const titleHeight = 18; // CSS pixels for the title of an axis
   let turned; // column names are written upwards
   let view = { x: 0, y: 0, size: 0 }; // the cell at the plot's corner; CSS pixels per cell
   let pointed = null; // [true, predicted]
@@ -121,9 +122,10 @@
     context.font = font(12);
     const longest = Math.max(...classes.map((name) => context.measureText(name).width));
     const most = Math.max(width * 0.24, 70);
-    left = top = Math.ceil(Math.min(longest + 10, most));
+    const room = Math.ceil(Math.min(longest + 10, most));
+    left = room + titleHeight;
     turned = longest + 10 > (width - left) / count;
-    if (!turned) top = 26;
+    top = (turned ? room : 26) + titleHeight;
     const wasWhole = !(view.size > plot / count * 1.001);
     plot = width - left - 1;
     canvas.style.aspectRatio = `${width} / ${top + plot + 1}`;
@@ -192,13 +194,27 @@
     context.strokeRect(left - 0.5, top - 0.5, plot + 1, plot + 1);
     names(y, last(y), size, false);
     names(x, last(x), size, true);
+    axisTitles();
+  }
+
+  function axisTitles() {
+    context.font = font(12, 600);
+    context.fillStyle = colours.text;
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    context.fillText("predicted class", left + plot / 2, titleHeight / 2);
+    context.save();
+    context.translate(titleHeight / 2, top + plot / 2);
+    context.rotate(-Math.PI / 2);
+    context.fillText("true class", 0, 0);
+    context.restore();
   }
 
   // Names of the visible rows or columns: every n-th if there is no room for all, and always the one pointed at.
   function names(from, to, size, isColumn) {
     const every = isColumn && !turned ? 1 : Math.max(Math.ceil(17 / size), 1);
     const chosen = pointed ? pointed[isColumn ? 1 : 0] : null;
-    const room = isColumn && !turned ? size - 8 : (isColumn ? top : left) - 8;
+    const room = isColumn && !turned ? size - 8 : (isColumn ? top : left) - titleHeight - 8;
     context.textBaseline = "middle";
     for (let k = Math.max(Math.floor(from), 0); k < to; k++) {
       const at = (k + 0.5 - from) * size;

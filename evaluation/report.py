@@ -24,6 +24,7 @@ from evaluation.results import (
     Summary,
     WeightsSummary,
     class_results,
+    shows_top5,
 )
 
 REPORT = "report.html"
@@ -50,7 +51,7 @@ def write_report(folder: str | Path, *, most_cards: int = 24) -> Path:
 def _page(results: Results, most_cards: int) -> str:
     summary, wrong, per_class = results.summary, mistakes(results), class_results(results)
     sections = [
-        _headline(summary),
+        _headline(results),
         _warnings(summary, per_class),
         _facts(summary),
         class_table(results, per_class),
@@ -114,11 +115,15 @@ def _weights_names(summary: Summary) -> str:
     return first + (f" and {counted(len(others), 'other')}" if others else "")
 
 
-def _headline(summary: Summary) -> str:
+def _headline(results: Results) -> str:
+    summary = results.summary
     digits = 2 if summary["expected"] >= 1000 else 1
     top1 = _tile("Top-1 accuracy", "top1", summary["top1"], digits, summary["top1_interval"])
-    top5 = _tile("Top-5 accuracy", "top5", summary["top5"], digits, summary["top5_interval"])
+    top5 = ""
+    if shows_top5(results.classes):
+        top5 = _tile("Top-5 accuracy", "top5", summary["top5"], digits, summary["top5_interval"]) + "\n"
     mean = _tile("Mean class accuracy", "mean_class_accuracy", summary["mean_class_accuracy"], digits)
+    f1 = _tile("Macro F1", "macro_f1", results.macro_f1, digits)
     return f"""<header>
 <h1>{_weights_names(summary)} <span>on</span> {file_name(summary["manifest"]["path"])}</h1>
 <p class="note">Evaluated {date(summary["date"])} in {duration(summary["seconds"])},
@@ -126,8 +131,8 @@ def _headline(summary: Summary) -> str:
 </header>
 <section class="tiles" aria-label="Headline">
 {top1}
-{top5}
-{mean}
+{top5}{mean}
+{f1}
 </section>"""
 
 
@@ -188,7 +193,9 @@ of {manifest["listed"]:,} listed"""
     )
     rows = [("Videos", counts), ("Protocol", protocol), ("Manifest", _file(manifest))]
     for each in weights:
-        alone = f"<br>alone top-1 {percent(each['top1'])}, top-5 {percent(each['top5'])}"
+        alone = f"<br>alone top-1 {percent(each['top1'])}"
+        if shows_top5(summary["classes"]):
+            alone += f", top-5 {percent(each['top5'])}"
         rows.append(("Weights", _file(each) + (alone if len(weights) > 1 else "")))
     items = "\n".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
     return f'<dl class="facts">\n{items}\n</dl>'

@@ -10,7 +10,7 @@ from dali_pipelines.manifest import Manifest
 from evaluation.report_frames import first_window, thumbnails
 from evaluation.report_tables import BINS, calibration, confusions
 from evaluation.report_text import counted, escape, percent
-from evaluation.results import ClassResult, Results
+from evaluation.results import ClassResult, Results, shows_top5
 
 _MOST_CONFUSIONS = 50
 
@@ -19,6 +19,10 @@ def class_table(results: Results, per_class: list[ClassResult]) -> str:
     """Returns the table of classes as HTML, the worst class first."""
     worst_first = sorted(per_class, key=lambda row: (row.accuracy is None, row.accuracy or 0, row.label))
     lines = "\n".join(_class_line(results.classes, row) for row in worst_first)
+    top5, tick = "", ""
+    if shows_top5(results.classes):
+        top5 = '<th scope="col"><button type="button" data-sort="top5">Top-5</button></th>\n'
+        tick = ", the tick the top-5 accuracy"
     return f"""<section id="classes">
 <h2>Classes</h2>
 <p class="tools"><label>Filter <input type="search" id="filter" autocomplete="off" spellcheck="false"></label>
@@ -26,12 +30,11 @@ def class_table(results: Results, per_class: list[ClassResult]) -> str:
 <div class="scroll" tabindex="0" role="region" aria-label="Accuracy of each class">
 <table class="classes">
 <colgroup><col class="name"><col>
-<col class="number"><col class="number"><col class="number"><col class="name"></colgroup>
+{'<col class="number">' * (3 if top5 else 2)}<col class="name"></colgroup>
 <thead><tr>
 <th scope="col"><button type="button" data-sort="name">Class</button></th>
 <th scope="col" colspan="2" aria-sort="ascending"><button type="button" data-sort="accuracy">Accuracy</button></th>
-<th scope="col"><button type="button" data-sort="top5">Top-5</button></th>
-<th scope="col"><button type="button" data-sort="videos">Videos</button></th>
+{top5}<th scope="col"><button type="button" data-sort="videos">Videos</button></th>
 <th scope="col">Most often mistaken for</th>
 </tr></thead>
 <tbody>
@@ -39,7 +42,7 @@ def class_table(results: Results, per_class: list[ClassResult]) -> str:
 </tbody>
 </table>
 </div>
-<p class="note">The bar shows the accuracy, the tick the top-5 accuracy. Click a class to see its mistakes.</p>
+<p class="note">The bar shows the accuracy{tick}. Click a class to see its mistakes.</p>
 </section>"""
 
 
@@ -52,13 +55,16 @@ def _class_line(classes: Sequence[str], row: ClassResult) -> str:
     accuracy, top5, bar = "", "", ""
     if row.accuracy is not None and row.top5_accuracy is not None:
         accuracy, top5 = f"{row.accuracy:.4f}", f"{row.top5_accuracy:.4f}"
-        bar = f'<i style="width:{100 * row.accuracy:.4g}%"></i><b style="left:{100 * row.top5_accuracy:.4g}%"></b>'
+        bar = f'<i style="width:{100 * row.accuracy:.4g}%"></i>'
+        if shows_top5(classes):
+            bar += f'<b style="left:{100 * row.top5_accuracy:.4g}%"></b>'
+    top5_cell = f"<td>{percent(row.top5_accuracy)}</td>" if shows_top5(classes) else ""
     name = escape(classes[row.label])
     return (
         f'<tr data-label="{row.label}" data-accuracy="{accuracy}" data-top5="{top5}" data-videos="{row.videos}">'
         f'<th scope="row"><a href="#true={row.label}" title="{name}">{name}</a></th>'
         f'<td class="bar"><div>{bar}</div></td><td>{percent(row.accuracy)}</td>'
-        f"<td>{percent(row.top5_accuracy)}</td><td>{row.correct}&#8239;/&#8239;{row.videos}</td><td>{confused}</td></tr>"
+        f"{top5_cell}<td>{row.correct}&#8239;/&#8239;{row.videos}</td><td>{confused}</td></tr>"
     )
 
 

@@ -169,9 +169,9 @@ def _parsed(value: Any, kind: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{name} is {str(value)[:60]!r}")
         hints = get_type_hints(kind)
-        if missing := [key for key in hints if key not in value]:
+        if missing := [key for key in hints if key in kind.__required_keys__ and key not in value]:
             raise ValueError(f"no {missing[0]}" + ("" if kind is Summary else f" in {name}"))
-        return value | {key: _parsed(value[key], hint, key) for key, hint in hints.items()}
+        return value | {key: _parsed(value[key], hint, key) for key, hint in hints.items() if key in value}
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (list, tuple):
         if not isinstance(value, list) or (origin is tuple and len(value) != len(arguments)):

@@ -1,8 +1,9 @@
 """The results of an evaluation: accuracies, intervals and confusions. Does not import torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -104,6 +105,8 @@ class Summary(TypedDict):
     top5: float
     top5_interval: tuple[float, float]
     mean_class_accuracy: float
+    macro_f1: NotRequired[float]
+    """Missing in the files of older versions."""
     classes: list[str]
     faults: list[FaultSummary]
     date: str
@@ -143,6 +146,11 @@ class Results:
         return is_top1(self.top, self.labels)
 
     @property
+    def macro_f1(self) -> float:
+        """The mean F1 score of the classes, 0 to 1; see `macro_f1`."""
+        return macro_f1(self.labels, self.top)
+
+    @property
     def confidences(self) -> np.ndarray:
         """float64 [N]: the probability of the most likely class; 0 for a video that was not evaluated."""
         return self.probabilities[np.arange(len(self.labels)), self.top[:, 0]].astype(np.float64)
@@ -156,6 +164,24 @@ def is_top1(top: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def is_top5(top: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether each label [N] is among the five best classes [N, 5]: bool [N]."""
     return (top == labels[:, None]).any(1)
+
+
+def macro_f1(labels: np.ndarray, top: np.ndarray) -> float:
+    """The mean F1 score (2 TP / (2 TP + FP + FN), 0 to 1) of the classes that occur in labels [N], for the best
+    classes `top` [N, 5]. As in the mean class accuracy, classes without videos are left out, and a video without a
+    prediction (-1) counts as missed."""
+    size = int(max(labels.max(), top[:, 0].max())) + 1
+    predicted = top[top[:, 0] >= 0, 0]
+    videos, predictions, right = (
+        np.bincount(each, minlength=size) for each in (labels, predicted, labels[is_top1(top, labels)])
+    )
+    present = videos > 0
+    return float((2 * right[present] / (videos + predictions)[present]).mean())
+
+
+def shows_top5(classes: Sequence[str]) -> bool:
+    """Whether the top-5 accuracy says anything: with five classes or fewer it is always 1."""
+    return len(classes) > TOP
 
 
 def make_results(
@@ -193,6 +219,7 @@ def make_results(
         "top5": int(right5.sum()) / count,
         "top5_interval": wilson_interval(int(right5.sum()), count),
         "mean_class_accuracy": float(recalls.mean()),
+        "macro_f1": macro_f1(labels, top),
         "classes": facts["classes"],
         "faults": [{"row": row, "path": paths[row], "reason": reasons[row]} for row in np.flatnonzero(~valid).tolist()],
         "date": facts["date"],

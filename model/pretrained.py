@@ -75,7 +75,7 @@ def load_pretrained(
     expected = model.state_dict()
     if file.num_heads not in (None, model.num_heads):
         raise WeightsError(
-            f"{file.path}: has {file.num_heads} attention heads, the network {model.num_heads}; set num_heads"
+            f"{file.path}: has {file.num_heads} attention heads, the network {model.num_heads}; set model.num_heads"
         )
     if tensors.pop(AVERAGED_COUNT, None) is not None:
         report.left_out[AVERAGED_COUNT] = "counts the networks that were averaged"
@@ -314,17 +314,23 @@ def _check_complete(report: LoadReport, tensors: dict[str, Tensor], expected: di
     if not problems:
         return
     hints = [
-        f"its queries, keys and values have {'a' if bias else 'no'} bias: set qkv_bias to {str(bias).lower()}"
+        f"its queries, keys and values have {'a' if bias else 'no'} bias: set model.qkv_bias={str(bias).lower()}"
         for names, bias in ((unknown, True), (missing, False))
         if any(name.endswith("attn.qkv.bias") for name in names)
     ]
     if any("temporal" in name for name in unknown) and not any("temporal" in name for name in expected):
-        hints.append("it attends over time and space in turn: set attention to divided_space_time")
+        hints.append("it attends over time and space in turn: set model.attention=divided_space_time")
     depth, expected_depth = (
         len({found[1] for found in map(_BLOCK.match, names) if found}) for names in (tensors, expected)
     )
     if depth != expected_depth:
-        hints.append(f"it has {depth} blocks, the network {expected_depth}: set depth")
+        hints.append(f"it has {depth} blocks, the network {expected_depth}: set model.depth={depth}")
+    projection, expected_projection = (each.get("patch_embed.proj.weight") for each in (tensors, expected))
+    if projection is not None and expected_projection is not None and projection.ndim == 4:
+        for axis, key in ((0, "embed_dim"), (2, "patch_size")):
+            theirs, ours = projection.shape[axis], expected_projection.shape[axis]
+            if theirs != ours:
+                hints.append(f"its {key} is {theirs}, the network's {ours}: set model.{key}={theirs}")
     raise WeightsError(f"{report.source} ({report.origin}) does not fit the network: {'; '.join(problems + hints)}")
 
 

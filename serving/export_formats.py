@@ -30,6 +30,10 @@ class ExportRequest:
     views: int
     """1: clips in, logits out; 3: three views of a video in, the mean of their probabilities out."""
     precision: Precision
+    repository: str | None = None
+    """Name on the Hugging Face Hub, for the model card."""
+    licence: str | None = None
+    """Licence for the model card."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class ExportFormat:
     """Suffix of the file; "" if the format is a folder."""
     write: Callable[[ExportRequest], str]
     """Writes the export and compares it; returns the result to print. Raises `MismatchError` and `InputError`."""
-    open: Callable[[Path], Exported] | None = None
-    """Opens an exported file. Raises `InputError` for other or damaged files."""
+    open: Callable[[Path, str], Exported] | None = None
+    """Opens an exported file in an execution provider. Raises `InputError` for other or damaged files."""
     precisions: tuple[Precision, ...] = ("float32",)
     views: tuple[int, ...] = (1,)
 
@@ -54,10 +58,10 @@ def _write_onnx(request: ExportRequest) -> str:
     return export_onnx(*given, views=request.views, precision=request.precision)
 
 
-def _open_onnx(path: Path) -> Exported:
+def _open_onnx(path: Path, provider: str) -> Exported:
     from serving.onnx_format import open_onnx
 
-    return open_onnx(path)
+    return open_onnx(path, provider)
 
 
 def _write_torch(request: ExportRequest) -> str:
@@ -67,9 +71,11 @@ def _write_torch(request: ExportRequest) -> str:
     return export_torch(*given, views=request.views, precision=request.precision)
 
 
-def _open_torch(path: Path) -> Exported:
+def _open_torch(path: Path, provider: str) -> Exported:
     from serving.torch_format import open_torch
 
+    if provider not in ("auto", "cpu"):
+        raise InputError(f"--provider {provider} is for .onnx files; {path} runs in torch, on the CPU")
     return open_torch(path)
 
 
@@ -78,7 +84,14 @@ def _write_hugging_face(request: ExportRequest) -> str:
     from serving.model_card import evaluation_of
 
     evaluation = evaluation_of(request.source, request.weights)
-    return export_hugging_face(request.out, request.weights, request.clips, evaluation=evaluation)
+    return export_hugging_face(
+        request.out,
+        request.weights,
+        request.clips,
+        evaluation=evaluation,
+        name=request.repository,
+        licence=request.licence,
+    )
 
 
 FORMATS = {
@@ -105,20 +118,25 @@ FORMATS = {
 
 
 def is_exported(path: str) -> bool:
-    """Whether `path` has a suffix that `open_exported` supports."""
-    return path.endswith(tuple(each.suffix for each in FORMATS.values() if each.open))
+    """Whether `path` is for `open_exported`, by its suffix."""
+    return path.endswith((".engine", ".plan", *(each.suffix for each in FORMATS.values() if each.open)))
 
 
-def open_exported(path: str | Path) -> Exported:
-    """Opens a file that export.py wrote, on the CPU.
+def open_exported(path: str | Path, provider: str = "cpu") -> Exported:
+    """Opens a file that export.py wrote. `provider` is for .onnx files: see `onnx_format.start_session`.
 
     Raises `InputError` for any other file, a damaged one, or if its runtime is not installed. Files that could run code
     are refused: docs/export.md.
     """
     path = Path(path)
+    if path.suffix in (".engine", ".plan"):
+        raise InputError(
+            f"{path}: a TensorRT engine, which has no class names; name the .onnx file that it was built from, with "
+            "--provider tensorrt, which uses the engines in the folder NAME.tensorrt beside it"
+        )
     openers = {each.suffix: each.open for each in FORMATS.values() if each.open}
     if path.suffix not in openers:
         raise InputError(f"{path}: expected an {' or '.join(openers)} file of export.py")
     if not path.is_file():
         raise InputError(f"{path}: no such file; export.py writes {' and '.join(openers)} files")
-    return openers[path.suffix](path)
+    return openers[path.suffix](path, provider)

@@ -1,14 +1,16 @@
 """An exported network, with one interface for all runtimes: clips in, probabilities out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from common.weights import Weights, from_metadata, to_metadata
 from dali_pipelines.errors import InputError
+from evaluation.results import Protocol
 
 Precision = Literal["float32", "float16", "int8"]
 
@@ -40,6 +42,27 @@ class Exported(ExportHeader):
     run: Callable[[Tensor], Tensor]
     """Clips [B, 3, T, S, S] -> logits [B, K]; views [B, 3, 3, T, S, S] -> probabilities [B, K]. float32, CPU."""
 
+    runtime: str
+    """What runs it, such as "onnxruntime: CPUExecutionProvider"."""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """Empty: the runtime holds the weights. `Weights` has its tensors here."""
+
+    def build(self, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+        """The network as `Weights.build` returns it: clips [B, 3, T, S, S] -> scores [B, K] on the CPU. `device` is
+        ignored.
+
+        A file that takes several views gets them from consecutive clips, and B must be a multiple of their number. The
+        softmax of each of their scores is the mean of their probabilities.
+        """
+
+        def network(clips: Tensor) -> Tensor:
+            clips = clips.float().cpu()
+            if self.views == 1:
+                return self.run(clips)
+            return self.run(clips.unflatten(0, (-1, self.views))).log().repeat_interleave(self.views, 0)
+
+        return network
+
     def __call__(self, clips: Tensor) -> Tensor:
         """Views [B, V, 3, T, S, S], normalised -> mean of their probabilities, float32 [B, K], on the CPU."""
         shape = self.input_shape
@@ -52,6 +75,15 @@ class Exported(ExportHeader):
         if self.views > 1:
             return self.run(clips)
         return self.run(clips.flatten(0, 1)).softmax(1).unflatten(0, clips.shape[:2]).mean(1)
+
+
+def check_protocol(exported: Exported, path: str, protocol: Protocol) -> None:
+    """Raises `InputError` if an export that averages three views itself cannot follow `protocol`."""
+    if exported.views > 1 and (protocol.crops, protocol.average) != (exported.views, "prob"):
+        raise InputError(
+            f"{path}: averages the probabilities of {exported.views} crops itself; that needs --crops "
+            f"{exported.views} --average prob. For other protocols, export with --views 1"
+        )
 
 
 def write_header(weights: Weights, *, format: str, views: int, precision: Precision) -> dict[str, str]:

@@ -15,7 +15,7 @@ def as_text(prediction: Prediction, k: int, classes: Sequence[str], *, windows: 
     for entry in top_classes(prediction.probabilities, k, classes):
         lines.append(f"    {entry['probability']:.4f}  {entry['class']} ({entry['label']})")
     for start, end, best in _windows(prediction, min(k, _CLASSES_PER_WINDOW), classes) if windows else ():
-        listed = ", ".join(f"{entry['class']} {entry['probability']:.2f}" for entry in best)
+        listed = ", ".join(f"{entry['class']} ({entry['label']}) {entry['probability']:.2f}" for entry in best)
         lines.append(f"    {clock(start)} - {clock(end)}  {listed}")
     return "\n".join(lines)
 

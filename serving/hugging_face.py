@@ -19,11 +19,19 @@ from serving.model_card import model_card, short_side
 from serving.verification import Clips, MismatchError, compare_with_original, verified
 
 
-def export_hugging_face(folder: Path, weights: Weights, clips: Clips, *, evaluation: Summary | None = None) -> str:
+def export_hugging_face(
+    folder: Path,
+    weights: Weights,
+    clips: Clips,
+    *,
+    evaluation: Summary | None = None,
+    name: str | None = None,
+    licence: str | None = None,
+) -> str:
     """Writes the folder, and compares it in transformers if that is installed; returns the result to print.
 
-    evaluation: results for the model card. Raises `InputError` if the folder is not empty or if transformers has no
-    such network, and `MismatchError`.
+    evaluation, name, licence: for the model card; the default name is the folder's. Raises `InputError` if the folder
+    is not empty or if transformers has no such network, and `MismatchError`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--out {folder}: already exists; name a new folder")
@@ -39,7 +47,9 @@ def export_hugging_face(folder: Path, weights: Weights, clips: Clips, *, evaluat
         (unverified / "model.safetensors").write_bytes(safetensors.torch.save(state, {"format": "pt"}))
         _write_json(unverified / "config.json", _config(network, weights))
         _write_json(unverified / "preprocessor_config.json", _processor(weights))
-        _write_text(unverified / "README.md", model_card(folder, weights, evaluation, attention=network.attention))
+        name = name or folder.resolve().name
+        card = model_card(name, weights, evaluation, attention=network.attention, licence=licence)
+        _write_text(unverified / "README.md", card)
         result = _compare(unverified, weights, clips)
     numbers = "without accuracies: evaluate.py has not evaluated these weights"
     if evaluation is not None:
@@ -48,6 +58,37 @@ def export_hugging_face(folder: Path, weights: Weights, clips: Clips, *, evaluat
         f"{result}\nmodel card {numbers}\n"
         f"saved to {folder}: a folder for TimesformerForVideoClassification.from_pretrained"
     )
+
+
+def require_hub(name: str) -> None:
+    """Checks what can be known before the Hub is asked. Raises `InputError` if huggingface_hub is not installed, nobody
+    has logged in, or `name` cannot be a repository."""
+    try:
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+    except ImportError:
+        raise InputError("--push-to-hub needs huggingface_hub: pip install huggingface_hub") from None
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"--push-to-hub {name}: expected NAME or USER/NAME ({error})") from None
+    if get_token() is None:
+        raise InputError("--push-to-hub: not logged in to the Hugging Face Hub; type `hf auth login` first")
+
+
+def push_to_hub(folder: Path, name: str) -> str:
+    """Uploads the folder to the repository `name` on the Hugging Face Hub, which is created as a private one if it does
+    not exist; returns the result to print. Raises `InputError` if the Hub refuses."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload from export.py")
+    except Exception as error:  # also those of its HTTP client
+        raise InputError(f"--push-to-hub {name}: {str(error).splitlines()[0]}; the export is in {folder}") from None
+    return f"pushed to {url} (a new repository is private; its settings make it public)"
 
 
 def _write_text(path: Path, text: str) -> None:

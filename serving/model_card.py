@@ -7,7 +7,7 @@ from common.weights import Weights
 from dali_pipelines.crops import VALIDATION_SCALE
 from evaluation.evaluate import weights_sha256
 from evaluation.result_files import SUMMARY, read_summary, results_folder
-from evaluation.results import Summary
+from evaluation.results import Summary, shows_top5
 
 
 def evaluation_of(source: str, weights: Weights) -> Summary | None:
@@ -30,20 +30,23 @@ def short_side(preprocessing: dict[str, Any]) -> int:
     return round(preprocessing["crop_size"] * VALIDATION_SCALE)
 
 
-def model_card(folder: Path, weights: Weights, evaluation: Summary | None, *, attention: str) -> str:
-    """The README.md of `folder`, in Markdown."""
-    data, name = weights.preprocessing, folder.resolve().name
+def model_card(
+    name: str, weights: Weights, evaluation: Summary | None, *, attention: str, licence: str | None = None
+) -> str:
+    """The README.md of the model `name` (a folder, or a repository on the Hub), in Markdown. `licence` is one of the
+    Hub's identifiers, such as apache-2.0; None: the card says that no licence is named."""
+    data = weights.preprocessing
     window = (
         "the whole video"
         if data.get("stride") is None
         else f"{data['stride'] * data['num_frames'] / data.get('target_fps', 30):.3g} seconds from the start"
     )
     classes = "\n".join(f"{label}. {each}" for label, each in enumerate(weights.classes))
-    crop = data["crop_size"]
+    crop, newline = data["crop_size"], "\n"
+    licence_text = "No licence is named: ask the author before you use this model." if licence is None else licence
     return f"""\
 ---
-license: apache-2.0
-library_name: transformers
+{f"license: {licence}{newline}" if licence else ""}library_name: transformers
 pipeline_tag: video-classification
 tags:
 - timesformer
@@ -68,9 +71,17 @@ of the long side, and their probabilities are averaged.
 does not choose frames.
 
 ```python
+import sys
+
 import av
 import numpy as np
 import torch
+
+try:
+    import torchvision
+except (ImportError, RuntimeError):  # missing, or built for another torch (a CUDA build beside a CPU build)
+    sys.modules["torchvision"] = None  # transformers then uses Pillow instead
+
 from transformers import AutoImageProcessor, TimesformerForVideoClassification
 
 model = TimesformerForVideoClassification.from_pretrained("{name}")
@@ -89,19 +100,31 @@ print(model.config.id2label[label])
 
 {classes}
 
-## License
+## Licence
 
-Apache-2.0, like the code that trained it. The training videos have their own licenses.
+{licence_text}
+
+The code that trained it is under Apache-2.0. The training videos have their own licences.
 """
 
 
 def _evaluation_table(evaluation: Summary | None) -> str:
-    """The numbers and short texts of results.json as a table; "" without an evaluation."""
+    """The data, the protocol, and the numbers and short texts of results.json as a table."""
     if evaluation is None:
-        return ""
+        return "\n## Evaluation\n\nNot evaluated.\n"
+    manifest = evaluation["manifest"]
+    average = {"prob": "probabilities", "score": "scores"}.get(evaluation["average"], evaluation["average"])
+    data = (
+        f"{evaluation['expected']} videos of the manifest {Path(manifest['path']).name} (SHA-256 "
+        f"{manifest['sha256'][:12]}), of which {evaluation['failed']} could not be read and count as wrong. "
+        f"Each video: {evaluation['windows']} x {evaluation['crops']} clips (windows x crops), the mean of their "
+        f"{average}."
+    )
     rows = [
         f"| {key} | {round(value, 4) if isinstance(value, float) else value} |"
         for key, value in evaluation.items()
-        if isinstance(value, int | float | str) and len(str(value)) <= 80
+        if isinstance(value, int | float | str)
+        and len(str(value)) <= 80
+        and (key != "top5" or shows_top5(evaluation["classes"]))
     ]
-    return "\n## Evaluation\n\n| | |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+    return f"\n## Evaluation\n\n{data}\n\n| | |\n| --- | --- |\n" + "\n".join(rows) + "\n"

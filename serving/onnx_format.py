@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.weights import Weights
 from dali_pipelines.errors import InputError
-from serving.exported import Exported, Precision, first_line, read_header, write_header
+from serving.exported import Exported, ExportHeader, Precision, first_line, read_header, write_header
 from serving.verification import (
     Classifier,
     Clips,
@@ -102,8 +102,9 @@ def _quantize(path: Path, metadata: dict[str, str]) -> None:
 # -- opening --
 
 
-def open_onnx(path: Path) -> Exported:
-    """Opens an ONNX file in onnxruntime, on the CPU. Raises `InputError` for other or damaged files."""
+def open_onnx(path: Path, provider: str = "cpu") -> Exported:
+    """Opens an ONNX file in onnxruntime. `provider`: see `start_session`. Raises `InputError` for other or damaged
+    files, and if the provider does not start."""
     try:
         import onnxruntime
     except ImportError:
@@ -127,15 +128,89 @@ def open_onnx(path: Path) -> Exported:
     found = [[each.name for each in inputs], *(each.shape[1:] for each in (*inputs, *outputs))]
     if found != [["clips"], list(header.input_shape), [len(header.classes)]]:
         raise InputError(f"{path}: damaged: its network does not match its metadata")
-    return Exported(**vars(header), run=runner(session))
+    if provider != "cpu":
+        session = start_session(path, header, provider, options)
+    used = session.get_providers()[0]
+    # The profile of TensorRT's engines ends there.
+    most = MAX_BATCH if used == TENSORRT else None
+    return Exported(**vars(header), run=runner(session, most=most), runtime=f"onnxruntime: {used}")
 
 
-def runner(session: "onnxruntime.InferenceSession") -> Callable[[Tensor], Tensor]:
-    """Returns `Exported.run` for an onnxruntime session."""
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+MAX_BATCH = 8
+"""Largest batch of TensorRT's engines, and of Triton."""
+
+
+def start_session(
+    path: Path, header: ExportHeader, provider: str, options: "onnxruntime.SessionOptions | None" = None
+) -> "onnxruntime.InferenceSession":
+    """Starts onnxruntime with `provider`: cpu, cuda, tensorrt or the name of another one that is installed, such as
+    openvino; "auto" is the best of the first three that starts (tensorrt only if `export.py --tensorrt` has built its
+    engines: otherwise that would take minutes). Operators that a provider does not have run on CUDA or the CPU.
+
+    onnxruntime itself falls back to the CPU without an error. This raises `InputError` with what to install.
+    """
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    names = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
+    if provider == "auto":
+        wanted = [TENSORRT] if engine_folder(path).is_dir() else []
+        wanted = [name for name in (*wanted, CUDA, CPU) if name in available]
+    else:
+        wanted = [names.get(provider.lower().removesuffix("executionprovider"), "")]
+    if not all(wanted):
+        packages = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu and tensorrt"}
+        package = packages.get(provider, f"a build of onnxruntime with it, such as onnxruntime-{provider}")
+        raise InputError(
+            f"--provider {provider}: onnxruntime {onnxruntime.__version__} here has {', '.join(names)}; install "
+            f"{package} in place of onnxruntime"
+        )
+    settings = {TENSORRT: tensorrt_options(path, header), CUDA: {"use_tf32": "0"}}
+    problem = ""
+    for name in wanted:
+        providers = [name, *(each for each in (CUDA, CPU) if each in available and each != name)]
+        if name == CPU:
+            providers = [CPU]
+        try:
+            session = onnxruntime.InferenceSession(
+                os.fspath(path), options, providers=[(each, settings.get(each, {})) for each in providers]
+            )
+        except Exception as error:  # onnxruntime's errors have no common base
+            problem = f" ({first_line(error)})"
+            continue
+        if session.get_providers()[0] == name:
+            return session
+    raise InputError(
+        f"--provider {provider}: onnxruntime could not start {wanted[-1]}{problem}; is its driver installed?"
+    )
+
+
+def engine_folder(path: Path) -> Path:
+    """The folder of TensorRT's engines for the ONNX file `path`."""
+    return path.with_suffix(".tensorrt")
+
+
+def tensorrt_options(path: Path, header: ExportHeader) -> dict[str, object]:
+    """Options of onnxruntime's TensorRT provider: engines for 1 to 8 clips, kept in `engine_folder`."""
+    shape = "x".join(map(str, header.input_shape))
+    return {
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(engine_folder(path)),
+        "trt_fp16_enable": header.precision == "float16",
+        "trt_profile_min_shapes": f"clips:1x{shape}",
+        "trt_profile_opt_shapes": f"clips:{MAX_BATCH}x{shape}",
+        "trt_profile_max_shapes": f"clips:{MAX_BATCH}x{shape}",
+    }
+
+
+def runner(session: "onnxruntime.InferenceSession", *, most: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Returns `Exported.run` for an onnxruntime session, which gets at most `most` inputs at a time."""
 
     def run(clips: Tensor) -> Tensor:
         try:
-            return torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+            parts = clips.split(most) if most else [clips]
+            return torch.cat([torch.from_numpy(session.run(None, {"clips": part.numpy()})[0]) for part in parts])
         except Exception as error:  # onnxruntime's errors have no common base
             raise InputError(f"the exported network cannot be run ({first_line(error)})") from None
 

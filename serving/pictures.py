@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from common.clip_images import to_pixels
+from dali_pipelines.errors import InputError
 from serving.formats import clock
+
+
+def require_matplotlib(option: str) -> None:
+    """Raises `InputError` if matplotlib, which `option` needs, is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(f"{option} needs matplotlib: pip install matplotlib") from None
 
 
 def _literal(text: str) -> str:
@@ -103,6 +112,10 @@ def save_explanation(
     pyplot.close(figure)
 
 
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200)
+"""Seconds from one tick of a timeline to the next: the first that gives at most ten. The labels show them exactly."""
+
+
 def save_timeline(
     path: str | Path,
     frames: Tensor,
@@ -122,20 +135,43 @@ def save_timeline(
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import ConnectionPatch
+
+    figure = pyplot.figure(figsize=(13, 5), dpi=110)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    measure = canvas.get_renderer().get_text_width_height_descent
+
+    def fitted(text: str, inches: float, size: float) -> str:
+        """`text` for matplotlib, cut off with an ellipsis to fit into `inches` in a font of `size` points."""
+        font = FontProperties(size=size)
+        shown = _literal(text)
+        while text and measure(shown, font, False)[0] > inches * figure.dpi:
+            text = text[:-1]
+            shown = _literal(text.rstrip()) + "…"
+        return shown
+
+    def name(label: int, inches: float, size: float) -> str:
+        """The class name if it fits; otherwise its beginning, after its label, as others may begin alike."""
+        shown = fitted(classes[label], inches, size)
+        return shown if shown == _literal(classes[label]) else fitted(f"{label}: {classes[label]}", inches, size)
 
     best = np.argsort(probabilities.max(0))[::-1][:most]
     centres = seconds.mean(1)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), most_frames)).astype(int))
     pixels = to_pixels(frames[shown].unsqueeze(2), mean=mean, std=std)[:, 0]  # [n, S, S, 3]
-    figure = pyplot.figure(figsize=(13, 5))
     figure.suptitle(_literal(title), x=0.06, ha="left")
     axes = figure.add_axes((0.06, 0.4, 0.77, 0.5))
     colours = {label: f"C{place}" for place, label in enumerate(best)}
+    marker = min(4, 240 / len(centres))
     for label in best:
-        axes.plot(centres, probabilities[:, label], "o-", color=colours[label], ms=4, label=_literal(classes[label]))
+        axes.plot(centres, probabilities[:, label], "o-", color=colours[label], ms=marker, label=name(label, 3, 10))
     axes.set(xlim=(0, seconds[-1, 1]), ylim=(-0.03, 1.03), ylabel="probability")
-    axes.xaxis.set_major_formatter(lambda value, _: clock(value).removesuffix(".0"))
+    step = next((each for each in _TICKS if seconds[-1, 1] <= 10 * each), _TICKS[-1])
+    axes.xaxis.set_major_locator(pyplot.MultipleLocator(step))
+    axes.xaxis.set_major_formatter(lambda value, _: clock(value) if step < 1 else clock(value).removesuffix(".0"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
@@ -146,9 +182,11 @@ def save_timeline(
         below.imshow(frame)
         below.set(xticks=[], yticks=[])
         below.spines[:].set(color=colours.get(label, "grey"), linewidth=3)
-        below.set_xlabel(
-            f"{_literal(classes[label])}\n{clock(seconds[window, 0])} - {clock(seconds[window, 1])}", fontsize=7
-        )
+        start, end = map(clock, seconds[window])
+        times = f"{start} - {end}"
+        if fitted(times, 12 * width, 7) != times:
+            times = f"{start} -\n{end}"
+        below.set_xlabel(f"{name(label, 12 * width, 7)}\n{times}", fontsize=7)
         figure.add_artist(
             ConnectionPatch(
                 (centres[window], 0), (0.5, 1), axes.get_xaxis_transform(), below.transAxes, color="grey", lw=0.6

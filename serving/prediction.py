@@ -15,7 +15,7 @@ from common.child_process import in_child
 from common.config import Config, DataConfig, clip_settings
 from common.distributed import DistributedContext
 from common.precision import resolve_precision
-from common.weights import Weights, agreeing_config, open_weights
+from common.weights import Weights, agreeing_config, check_not_swapped, open_weights
 from common.worker_pool import WorkerPool
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video, place_for_people
@@ -87,12 +87,17 @@ def top_classes(probabilities: Tensor, k: int, classes: Sequence[str]) -> list[T
     ]
 
 
-def open_model(path: str, config_path: str | None, overrides: Sequence[str]) -> tuple[Weights | Exported, Config, str]:
+def open_model(
+    path: str, config_path: str | None, overrides: Sequence[str], *, provider: str = "auto"
+) -> tuple[Weights | Exported, Config, str]:
     """Extends `common.weights.open_weights` to files of export.py. Returns (weights or exported network, config, how
-    the weights were adapted). Raises `InputError`."""
+    the weights were adapted). `provider`: see `onnx_format.start_session`. Raises `InputError`."""
+    check_not_swapped(path, config_path)
     if not is_exported(path):
+        if provider not in ("auto", "cpu"):
+            raise InputError(f"--provider {provider} is for .onnx files; weights run in torch: use -o device=cuda")
         return open_weights(path, config_path, overrides)
-    exported = open_exported(path)
+    exported = open_exported(path, provider)
     header = Weights(exported.model, exported.preprocessing, exported.classes, {})
     config = agreeing_config(header, config_path, overrides)
     num_frames = exported.preprocessing["num_frames"]

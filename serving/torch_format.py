@@ -85,7 +85,7 @@ def open_torch(path: Path) -> Exported:
         except Exception as error:  # of any operator
             raise InputError(f"{path}: the exported network cannot be run ({first_line(error)})") from None
 
-    return Exported(**vars(header), run=run)
+    return Exported(**vars(header), run=run, runtime="torch.export: cpu")
 
 
 _MEMBERS = re.compile(

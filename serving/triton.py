@@ -8,8 +8,7 @@ from pathlib import Path
 from common.config import Config, read_run_config
 from common.weights import Weights, atomic_write
 from dali_pipelines.errors import InputError
-
-MAX_BATCH = 8
+from serving.onnx_format import MAX_BATCH
 
 
 def triton_name(config: Config, *, beside: Path) -> str:

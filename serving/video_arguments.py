@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from common.labels import read_manifest
 from dali_pipelines.errors import InputError
+from dali_pipelines.files import VideoLike
 from dali_pipelines.folders import frame_folders_below, is_in_loop, unreadable, videos_below
 from dali_pipelines.manifest import Manifest, Video
 from dali_pipelines.probe import FRAMES_FPS
@@ -120,6 +121,12 @@ def _below(folder: str) -> tuple[list[str], str]:
 def count(found: Sequence[Found]) -> int | None:
     """The number of videos; None if stdin is among them."""
     return None if STDIN in found else sum(map(len, found))
+
+
+def one_source(arguments: Sequence[str]) -> VideoLike:
+    """The one video that the arguments name: its path, or where a manifest says that it is."""
+    [found] = find_videos(arguments, warn=lambda _: None)
+    return found.source(0) if isinstance(found, Manifest) else found[0]
 
 
 def chunks(found: Sequence[Found]) -> Iterator[Chunk]:

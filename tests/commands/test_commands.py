@@ -57,10 +57,12 @@ CASES = [
     ("train.py -c tiny.yaml -o data.decode=gpu", "data.decode is gpu; expected one of auto, nvdec, dali, host"),
     ("train.py -c tiny.yaml -o device=tpu", "device is 'tpu'"),
     ("evaluate.py -w gone.safetensors", "gone.safetensors: no such weights file"),
-    ("evaluate.py -w two.safetensors", "data.test is not set: name a manifest with -o data.test=FILE"),
+    ("evaluate.py -w two.safetensors", "data.test is not set, and there is no config.yaml beside"),
     ("evaluate.py -w two.safetensors -o data.test=label7.csv", "has label 7, but there are 2 classes"),
     ("evaluate.py -w two.safetensors -c tiny.yaml", "its classes are not those of the weights: 3 there, 2 here"),
     ("evaluate.py -w two.safetensors -c tiny.yaml -o data.crop_size=64", "data.crop_size is 64, but these weights"),
+    ("evaluate.py -w tiny.yaml -c two.safetensors", "-w tiny.yaml: a config, not weights; give it with -c, and the"),
+    ("predict.py -w two.safetensors -c two.safetensors text.mp4", "-c two.safetensors: weights, not a config"),
     ("evaluate.py -w text.mp4 -c tiny.yaml", "not a safetensors file"),
     ("predict.py -w text.mp4 text.mp4", "not a safetensors file"),
     ("predict.py -w two.safetensors text.mp4 file --picture p.png", "--picture draws one video, but 2 are named"),
@@ -89,6 +91,15 @@ CASES = [
         "--contestants theirs: expected some of ours, decord",
     ),
 ]
+
+
+@pytest.mark.parametrize("option", ["--picture", "--explain"])
+def test_plots_without_matplotlib(place, in_process, monkeypatch, option):
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    main = importlib.import_module("commands.predict").main
+    status, _, errors = in_process(main, "-w", "two.safetensors", "text.mp4", option, "p.png")
+    assert status == 2 and errors == f"predict.py: error: {option} needs matplotlib: pip install matplotlib\n"
 
 
 @pytest.mark.parametrize("command, message", CASES, ids=[command for command, _ in CASES])

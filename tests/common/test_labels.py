@@ -112,7 +112,7 @@ def manifest(*classes: str, label: int = 0) -> Manifest:
         (("b", "c"), ("b",), True, "2 there, 1 here; does t.csv lack names"),
         (("b", "a"), ("a", "b"), False, "class 0 is 'b' there, 'a' here"),
         (("b", "a"), ("a", "b"), True, "class 0 is 'b' there, 'a' here"),
-        (("x", "y"), ("a", "b"), False, "class 0 is 'x'"),
+        (("x", "b"), ("a", "b"), False, "class 0 is 'x'"),
         (("x", "y"), ("a", "b"), True, None),
         (("a", "b"), ("0", "1"), False, None),
         ((), ("a", "b"), False, None),
@@ -126,6 +126,12 @@ def test_labels_that_would_mean_other_classes(theirs, ours, renamed, message):
     with pytest.raises(InputError, match=f"v.csv: its classes are not those of t.csv: {message}") as error:
         check_labels(manifest(*theirs), ours, **arguments)
     assert "prepare.py folder|index --classes FROM" in str(error.value) and "mend" not in str(error.value)
+
+
+def test_classes_of_another_task():
+    """Nothing in the manifest is wrong: it belongs to another task."""
+    with pytest.raises(InputError, match=r"v.csv: has other classes than t.csv \(x, y, z, ... there; a, b, ... here\)"):
+        check_labels(manifest("x", "y", "z"), ("a", "b"), name="v.csv", of="t.csv")
 
 
 def test_names_in_json_may_hold_anything(read):

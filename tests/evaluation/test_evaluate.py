@@ -166,7 +166,7 @@ def test_evaluate_as_a_user_runs_it(weights_file, small_data):
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     whole = result_of(weights_file, small_data / "train.csv")
-    assert last.startswith(f"test/top1_1x3_prob {whole.top1:.4f}, top-5 1.0000 (95% intervals ")
+    assert last.startswith(f"test/top1_1x3_prob {whole.top1:.4f} (95% interval ")
     folder = weights_file.parent / "evaluation"
     written = read_results(folder)
     np.testing.assert_allclose(written.probabilities, whole.probabilities, atol=1e-6)
@@ -200,6 +200,22 @@ def test_unreadable_videos_make_the_exit_status_1(weights_file, small_data, tmp_
     if processes == 1:
         status, _, errors = evaluated("all", "--allow-missing")
         assert status == 1 and "7 of 7 videos" in errors and "does not help" in errors
+
+
+def test_the_videos_of_the_run_are_found_beside_its_weights(weights_file, small_data, config_file, in_process):
+    run_config = weights_file.with_name("config.yaml")
+    given = ["-w", weights_file, "-o", *IN_PROCESS]
+    status, _, errors = in_process(command.main, *given)
+    remedy = "name a manifest with -o data.test=FILE, or a config with -c\n"
+    assert status == 2 and errors.endswith(f"and there is no config.yaml beside {weights_file}: {remedy}")
+    run_config.write_text(config_file.read_text())
+    status, said, errors = in_process(command.main, *given)
+    assert status == 0 and "7 videos evaluated, 0 unreadable" in said, errors
+    run_config.write_text("data: {val: gone.csv}")
+    status, _, errors = in_process(command.main, *given)
+    assert status == 2 and errors.endswith(f"{run_config} names gone.csv, which does not exist: {remedy}")
+    status, _, errors = in_process(command.main, *given, f"data.test={small_data}/val.csv")
+    assert status == 0, errors
 
 
 def test_predictions_agree_with_evaluation_for_every_video(weights_file, small_data):

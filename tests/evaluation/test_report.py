@@ -18,7 +18,7 @@ import pytest
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video
 from dali_pipelines.probe import probe
-from evaluation.report import write_report
+from evaluation.report import REPORT, write_report
 from tests.videos import textured, write_video
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -136,6 +136,11 @@ class Page(HTMLParser):
         return found
 
 
+def page_text(folder):
+    """The page without its styles and scripts."""
+    return re.sub(r"<(style|script)\b.*?</\1>", "", (folder / REPORT).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def read(path):
     return Page(path.read_text(encoding="utf-8"))
 
@@ -144,8 +149,12 @@ def read(path):
 def test_numbers_are_those_of_the_evaluation(evaluation):
     page = read(write_report(evaluation))
     value = {attributes["id"]: float(attributes["value"]) for attributes, _ in page.all("data")}
-    wanted = {"top1": 7 / 13, "top5": 12 / 13, "mean_class_accuracy": 0.4321, "expected": 13, "evaluated": 12}
+    wanted = {"top1": 7 / 13, "mean_class_accuracy": 0.4321, "expected": 13, "evaluated": 12}
     assert {key: value[key] for key in wanted} == pytest.approx(wanted)
+    # Class 0: 3 right of 5, 3 predictions; class 1: 1 of 4, 3 predictions; class 2: 3 of 4, 6 predictions.
+    assert value["macro_f1"] == pytest.approx((6 / 8 + 2 / 7 + 6 / 10) / 3)
+    assert "top-5" not in page_text(evaluation).lower()  # with three classes it would be 1
+    assert all(title in (evaluation / REPORT).read_text() for title in ('"true class"', '"predicted class"'))
     assert value["failed"] == 1 and value["left_out"] == 2
     rows = [attributes for attributes, _ in page.all("tr") if "data-label" in attributes]
     assert [(row["data-label"], row["data-accuracy"], row["data-videos"]) for row in rows] == [
@@ -394,7 +403,7 @@ def test_the_address_sorts_filters_and_selects(evaluation, tmp_path):
 def test_clicks_and_keys(evaluation, tmp_path):
     script = """
     const orders = [order().join("")];
-    for (const name of ["name", "name", "videos", "top5", "accuracy"]) {
+    for (const name of ["name", "name", "videos", "accuracy"]) {
       document.querySelector(`[data-sort=${name}]`).click();
       orders.push(order().join(""));
     }
@@ -411,7 +420,7 @@ def test_clicks_and_keys(evaluation, tmp_path):
     root.colours = new Set(new Uint32Array(pixels.buffer)).size;
     """
     _, root = opened(write_report(evaluation), tmp_path, script=script)
-    assert root["data-orders"] == "102 012 210 012 021 102"
+    assert root["data-orders"] == "102 012 210 012 102"
     assert "sort=accuracy" in root["data-hash"] and root["data-filtered"] == "1"
     assert root["data-pointed"] == "Birch \u2192 cedar: 2 (66.7\u202f%)" and root["data-chosen"] == "Birch \u2192 cedar"
     assert root["data-moved"] == "ash \u2192 Birch: 1 (20.0\u202f%)" and root["data-entered"] == "ash \u2192 Birch"

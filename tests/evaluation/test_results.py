@@ -3,14 +3,17 @@
 import dataclasses
 import errno
 import os
+import re
 
 import numpy as np
 import pytest
 
 from dali_pipelines import InputError
 from evaluation.comparison import compare, mcnemar, paired_interval
+from evaluation.evaluate import results_text
+from evaluation.report_sections import class_table
 from evaluation.result_files import FILES, prepare_folder, read_results, write_results
-from evaluation.results import Protocol, make_results, wilson_interval
+from evaluation.results import Protocol, class_results, make_results, wilson_interval
 from tests.evaluation import facts_of
 
 
@@ -29,6 +32,7 @@ def test_results_are_read_back(tmp_path):
     results = results_of()
     summary = results.summary
     assert (summary["top1"], summary["top5"], summary["mean_class_accuracy"]) == (0.5, 0.75, 0.5)
+    assert summary["macro_f1"] == results.macro_f1 == pytest.approx((2 / 4 + 2 / 3) / 2)  # the unreadable one is missed
     write_results(results, tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(FILES)
     read = read_results(tmp_path)
@@ -42,6 +46,29 @@ def test_results_are_read_back(tmp_path):
     (tmp_path / "predictions.csv").write_text(text.replace("0.8", "x"))
     with pytest.raises(InputError, match=r"predictions.csv:4: could not convert string to float: 'x'; evaluate again"):
         read_results(tmp_path)
+
+
+def test_results_of_older_versions_are_read(tmp_path):
+    write_results(results_of(), tmp_path)
+    text = (tmp_path / "results.json").read_text()
+    (tmp_path / "results.json").write_text(re.sub(r'\n "macro_f1": [\d.]+,', "", text))
+    older = read_results(tmp_path)
+    assert "macro_f1" not in older.summary and older.macro_f1 == results_of().macro_f1
+
+
+@pytest.mark.parametrize("num_classes, shown", [(5, False), (6, True)])
+def test_the_top5_accuracy_is_shown_from_six_classes_on(num_classes, shown):
+    results = make_results(
+        facts_of(map(str, range(num_classes))),
+        paths=["a.mp4"],
+        labels=np.array([0]),
+        probabilities=np.eye(num_classes, dtype=np.float32)[:1],
+        valid=np.array([True]),
+        reasons={},
+    )
+    text = results_text(results)
+    assert ("top-5" in text) == ("Top-5" in class_table(results, class_results(results))) == shown
+    assert "mean class accuracy 1.0000, macro F1 1.0000\ntest/top1_1x3_prob 1.0000" in text
 
 
 def test_a_full_disk_leaves_the_old_results(tmp_path, monkeypatch):

@@ -302,7 +302,7 @@ def test_an_image_network_of_another_size_and_with_biases(timm, tmp_path):
     report = load_pretrained(model, tmp_path / "vit.pth")
     assert report.adapted["pos_embed"] == "resized from 3 x 3 to 2 x 2 patches"
     assert (model.blocks[0].temporal_attn.qkv.bias == vit.blocks[0].attn.qkv.bias).all()
-    with pytest.raises(WeightsError, match="keys and values have a bias: set qkv_bias to true"):
+    with pytest.raises(WeightsError, match="keys and values have a bias: set model.qkv_bias=true"):
         load_pretrained(network(image_size=32), tmp_path / "vit.pth")
 
 
@@ -361,7 +361,7 @@ def test_a_network_of_hugging_face_without_a_head(hugging_face, tmp_path):
 
 def test_another_number_of_heads_is_noticed_if_the_file_has_it(hugging_face, tmp_path):
     their_model(hugging_face).save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="has 3 attention heads, the network 4; set num_heads"):
+    with pytest.raises(WeightsError, match="has 3 attention heads, the network 4; set model.num_heads"):
         load_pretrained(network(qkv_bias=True, num_heads=4), tmp_path)
 
 
@@ -798,13 +798,14 @@ def test_weights_without_attention_over_time_start_one_with(tmp_path):
     [
         (
             dict(depth=3),
-            "it lacks blocks.2.temporal_norm1.weight, .* and 15 more; it has 2 blocks, the network 3: set depth",
+            "it lacks blocks.2.temporal_norm1.weight, .* and 15 more; .*, the network 3: set model.depth=2",
         ),
-        (dict(depth=1), "the network has no blocks.1.*it has 2 blocks, the network 1: set depth"),
-        (dict(qkv_bias=True), "have no bias: set qkv_bias to false"),
+        (dict(depth=1), "the network has no blocks.1.*it has 2 blocks, the network 1: set model.depth=2"),
+        (dict(embed_dim=48), "set model.embed_dim=24"),
+        (dict(qkv_bias=True), "have no bias: set model.qkv_bias=false"),
         (dict(embed_dim=48), "cls_token is 1 x 1 x 24 there, 1 x 1 x 48 here"),
         (dict(patch_size=8), "patch_embed.proj.weight is 24 x 3 x 16 x 16 there, 24 x 3 x 8 x 8 here"),
-        (dict(attention="space_only"), "the network has no .*temporal.*set attention to divided_space_time"),
+        (dict(attention="space_only"), "the network has no .*temporal.*set model.attention=divided_space_time"),
         (dict(num_heads=4), "has 3 attention heads, the network 4"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 
@@ -21,7 +23,7 @@ from evaluation.evaluate import predict_views
 from evaluation.result_files import read_summary
 from model import TimeSformer, load_pretrained
 from model.pretrained import from_hugging_face, to_hugging_face
-from serving import onnx_format, torch_format, verification
+from serving import onnx_format, tensorrt, torch_format, verification
 from serving.export_formats import open_exported
 from serving.hugging_face import export_hugging_face
 from serving.onnx_format import export_onnx, open_onnx
@@ -453,8 +455,9 @@ def test_hugging_face_gives_the_same_logits(attention, qkv_bias, clips, tmp_path
     ours = (middle - torch.tensor(PREPROCESSING["mean"])) / torch.tensor(PREPROCESSING["std"])
     torch.testing.assert_close(theirs, ours.permute(0, 3, 1, 2), atol=1e-5, rtol=0)
     card = (folder / "README.md").read_text()
-    assert "license: apache-2.0" in card and "1. Birke, ü" in card and "# my_model" in card
-    assert "## Evaluation" not in card and "model card without accuracies" in said
+    assert "license:" not in card and "No licence is named" in card
+    assert "1. Birke, ü" in card and "# my_model" in card
+    assert "Not evaluated." in card and "model card without accuracies" in said
     # And our own reader takes it back.
     again = TimeSformer(**weights.model, num_frames=4, image_size=32, num_classes=3)
     report = load_pretrained(again, folder, classes=CLASSES)
@@ -485,11 +488,66 @@ def test_the_model_card_has_the_numbers_of_the_evaluation(weights, small_data, t
 
     said, card = card_of("best")
     assert f"model card with test/top1_1x3_prob {summary['top1']:.4f}" in said
-    assert f"| top1 | {round(summary['top1'], 4)} |" in card and f"| top5 | {summary['top5']} |" in card
+    assert f"| top1 | {round(summary['top1'], 4)} |" in card and "top5" not in card  # three classes
     assert "| protocol | test/top1_1x3_prob |" in card and "| expected | 7 |" in card
+    assert "7 videos of the manifest val.csv (SHA-256 " in card and "1 x 3 clips (windows x crops)" in card
     assert "weights |" not in card and str(tmp_path) not in card
     for said, card in (card_of("other"), card_of("best", "-o", "data.num_frames=8")):
-        assert "model card without accuracies" in said and "## Evaluation" not in card
+        assert "model card without accuracies" in said and "Not evaluated." in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchvision", ["as installed", "missing"])
+def test_the_snippet_of_the_model_card_runs(weights, clips, small_data, tmp_path, torchvision):
+    """In a fresh process: PyPI's torchvision is a CUDA build, which does not load beside a CPU build of torch."""
+    export_hugging_face(tmp_path / "my_model", weights, clips)
+    [snippet] = re.findall(r"```python\n(.*?)```", (tmp_path / "my_model" / "README.md").read_text(), re.DOTALL)
+    shutil.copy(small_data / "val_0.mp4", tmp_path / "video.mp4")
+    before = "" if torchvision == "as installed" else "import sys\nsys.modules['torchvision'] = None\n"
+    command = [sys.executable, "-c", before + snippet]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() in CLASSES, done.stderr
+
+
+def test_what_is_pushed_to_the_hub(weights, small_data, tmp_path, monkeypatch):
+    """At the boundary of huggingface_hub: the repository, its privacy, and the files."""
+    from huggingface_hub import HfApi, RepoUrl
+
+    done = []
+
+    def create_repo(_, name, **options):
+        done.append(("create", name, options))
+        return RepoUrl(f"https://huggingface.co/me/{name}")
+
+    def upload_folder(_, *, repo_id, folder_path, **options):
+        done.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # would take seconds
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    save_weights(tmp_path / "w.safetensors", weights)
+    given = ["-w", tmp_path / "w.safetensors", "--format", "huggingface", "--out", tmp_path / "out"]
+    in_process(monkeypatch, *given, "--push-to-hub", "trees", "--licence", "cc-by-4.0")
+    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert done == [("create", "trees", {"private": True, "exist_ok": True}), ("upload", "me/trees", files)]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name") and 'from_pretrained("trees")' in card
+    shutil.rmtree(tmp_path / "out")
+
+    def refuse(*_, **__):
+        raise OSError("403 Forbidden: you have no write token\n...")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(InputError, match=f"403 Forbidden: .*; the export is in {tmp_path}/out"):
+        in_process(monkeypatch, *given, "--push-to-hub", "trees")
+    with pytest.raises(InputError, match="--push-to-hub a/b/c: expected NAME or USER/NAME"):
+        in_process(monkeypatch, *given, "--push-to-hub", "a/b/c")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(InputError, match="not logged in .* `hf auth login`"):
+        in_process(monkeypatch, *given, "--push-to-hub", "trees")
+    with pytest.raises(InputError, match="--licence needs --format huggingface, not onnx"):
+        in_process(monkeypatch, *given[:2], "--format", "onnx", "--out", tmp_path / "w.onnx", "--licence", "mit")
 
 
 def test_space_only_attention_is_refused_for_transformers(clips, tmp_path):
@@ -673,8 +731,13 @@ def test_options_of_the_tensorrt_provider(weights, clips, onnx_file, tmp_path, m
             asked.append(providers)
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
-    path = shutil.copy(onnx_file, tmp_path / "w.onnx")
+    path = tmp_path / "w.onnx"
+    shutil.copy(onnx_file, path)
+    available = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    half = open_onnx(path)
+    monkeypatch.setattr(tensorrt, "open_onnx", lambda _: dataclasses.replace(half, precision="float16"))
     with pytest.raises(InputError, match=r"could not start TensorrtExecutionProvider"):
         build_tensorrt(path, weights, clips, views=1, precision="float16")
     name, options = asked[-1][0]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate as evaluate_command
 import predict as command
 from common.child_process import in_child
 from common.config import clip_settings, load_config, preprocessing
@@ -21,11 +23,12 @@ from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.manifest import Video
 from dali_pipelines.probe import probe
 from evaluation.evaluate import evaluate
+from evaluation.result_files import read_results
 from model import attention_rollout
 from serving import prediction, video_arguments
 from serving.features import Features
 from serving.formats import as_json, clock, csv_columns, csv_rows
-from serving.onnx_format import export_onnx
+from serving.onnx_format import export_onnx, open_onnx, runner
 from serving.prediction import Unreadable, open_model, predict
 from serving.torch_format import export_torch
 from serving.verification import Clips, synthetic_views
@@ -346,7 +349,8 @@ def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
     text = run("predict.py", *options, "--picture", tmp_path / "timeline.png")
     assert text.returncode == 0, text.stderr
     lines = text.stdout.splitlines()
-    assert len(lines) == 1 + 3 + 4 and lines[4].startswith("    0:00.0 - 0:00.") and "(" not in lines[4]
+    assert len(lines) == 1 + 3 + 4 and lines[4].startswith("    0:00.0 - 0:00.")
+    assert re.search(r"  (ash|birch|cedar, Lebanese) \([012]\) 0\.\d\d, ", lines[4])
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
     [found] = predictions(weights_file, [video], num_windows=4)
     columns = csv_columns(2, CLASSES, windows=True)
@@ -440,6 +444,96 @@ def test_an_exported_network_predicts_as_its_weights_do(weights_file, mixed, exp
         assert ours == pytest.approx(theirs, abs=1.1e-5)
 
 
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_an_exported_network_is_evaluated_as_its_weights_are(
+    weights_file, mixed, exported_files, suffix, in_process, tmp_path
+):
+    found = []
+    for file in (weights_file, exported_files[suffix]):
+        given = ["-w", file, "-o", f"data.test={mixed}", *IN_PROCESS[1:], "--out", tmp_path / "results"]
+        status, said, errors = in_process(evaluate_command.main, *given, "--allow-missing", "--windows", 2)
+        assert status == 0, errors
+        found.append((read_results(tmp_path / "results"), said.splitlines()[-2:], errors))
+    (weights, expected, _), (exported, lines, errors) = found
+    assert lines == expected and "macro F1" in lines[0] and lines[1].startswith("test/top1_2x3_prob ")
+    assert errors == {"onnx": "onnxruntime: CPUExecutionProvider\n", "pt2": "torch.export: cpu\n"}[suffix]
+    np.testing.assert_allclose(exported.probabilities, weights.probabilities, atol=1e-5)
+    assert exported.valid.tolist() == weights.valid.tolist() and weights.valid.sum() == 6
+    if suffix == "onnx":
+        status, _, errors = in_process(evaluate_command.main, *given, "--crops", 1)
+        assert status == 2 and "averages the probabilities of 3 crops itself; that needs --crops 3" in errors
+
+
+def _providers(monkeypatch, *available):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(available))
+
+
+def test_an_onnx_file_runs_in_another_provider_that_is_there(exported_files, small_data, in_process):
+    """The wheels for CPUs have one more provider, which leaves every operator of this network to the CPU."""
+    given = ["-w", exported_files["onnx"], small_data / "val_0.mp4", "--json", *IN_PROCESS]
+    status, said, errors = in_process(command.main, *given)
+    assert (status, errors) == (0, "onnxruntime: CPUExecutionProvider\n")
+    status, again, errors = in_process(command.main, *given, "--provider", "azure")
+    assert (status, again, errors) == (0, said, "onnxruntime: AzureExecutionProvider\n")
+    for provider, package in (("cuda", "onnxruntime-gpu"), ("tensorrt", "onnxruntime-gpu and tensorrt")):
+        status, _, errors = in_process(command.main, *given, "--provider", provider)
+        assert status == 2 and f"here has azure, cpu; install {package} in place of onnxruntime" in errors
+    for file, message in (
+        (exported_files["pt2"], "--provider cuda is for .onnx files; "),
+        ("w.safetensors", "weights run in torch: use -o device=cuda"),
+        ("w.engine", "a TensorRT engine, which has no class names; name the .onnx file"),
+    ):
+        status, _, errors = in_process(command.main, "-w", file, small_data / "val_0.mp4", "--provider", "cuda")
+        assert status == 2 and message in errors
+
+
+def test_auto_takes_the_best_provider_that_starts(exported_files, tmp_path, monkeypatch):
+    """onnxruntime is asked for providers that it lists but cannot start, and silently runs on the CPU."""
+    import onnxruntime
+
+    asked, started = [], "CPUExecutionProvider"
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, path, options=None, providers=()):
+            asked.append([name for name, *_ in (each if isinstance(each, tuple) else (each,) for each in providers)])
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return [started] if started in asked[-1] else super().get_providers()
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    cpu, cuda, tensorrt = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+    _providers(monkeypatch, tensorrt, cuda, cpu)
+    path = tmp_path / "w.onnx"
+    path.symlink_to(exported_files["onnx"])
+    assert open_onnx(path, "auto").runtime == f"onnxruntime: {cpu}"
+    assert asked[1:] == [[cuda, cpu], [cpu]]  # the first one checks the file
+    started = cuda
+    assert open_onnx(path, "auto").runtime == f"onnxruntime: {cuda}"
+    started = tensorrt
+    assert open_onnx(path, "auto").runtime == f"onnxruntime: {cpu}"  # without engines, which take minutes to build
+    exported = open_onnx(path, "tensorrt")
+    assert exported.runtime == f"onnxruntime: {tensorrt}" and asked[-1] == [tensorrt, cuda, cpu]
+    (tmp_path / "w.tensorrt").mkdir()
+    assert open_onnx(path, "auto").runtime == f"onnxruntime: {tensorrt}"
+    started = cpu
+    with pytest.raises(InputError, match="--provider cuda: onnxruntime could not start CUDAExecutionProvider"):
+        open_onnx(path, "cuda")
+
+
+def test_engines_get_no_larger_batches_than_they_were_built_for(exported_files):
+    sizes = []
+
+    class Session:
+        def run(self, _, inputs):
+            sizes.append(len(inputs["clips"]))
+            return [np.zeros((len(inputs["clips"]), 3), np.float32)]
+
+    assert runner(Session(), most=8)(torch.zeros(19, 1)).shape == (19, 3) and sizes == [8, 8, 3]
+
+
 def test_features_of_an_exported_network_are_errors(mixed, exported_files):
     for wish in ("features", "explain"):
         with pytest.raises(InputError, match="gives only probabilities"):
@@ -457,3 +551,22 @@ def test_weights_adapt_to_more_frames_but_not_to_other_preprocessing(weights_fil
     assert found.views.shape == (3, 3, 8, 32, 32)
     with pytest.raises(InputError, match="data.mean is"):
         next(predictions(weights_file, [small_data / "val_6.mp4"], overrides=["data.mean=[0,0,0]"]))
+
+
+def test_an_overlay_as_a_user_makes_it(weights_file, small_data, tmp_path, in_process):
+    out = tmp_path / "labelled.mp4"
+    given = ["-w", weights_file, "--overlay", out, "--windows", 2, *IN_PROCESS]
+    rows = Manifest.read(small_data / "val.csv")
+    Manifest([rows[6]._replace(path=rows.file(6))], classes=CLASSES).write(tmp_path / "one.csv")
+    for video in (small_data / "val_6.mp4", tmp_path / "one.csv"):
+        status, said, errors = in_process(command.main, *given[:2], video, *given[2:])
+        assert status == 0 and errors == f"saved {out}: {rows[6].frames} frames\n", errors
+        assert len(said.splitlines()) == 1 + 3 + 2
+        made = probe(out)
+        assert (made.frames, made.width, made.height) == (rows[6].frames, rows[6].width, rows[6].height)
+    for path, message in (
+        (tmp_path / "x.avi", "expected a name that ends in .mp4, .mkv, .mov"),
+        (small_data / "val_6.mp4", "is the video itself; name another file"),
+    ):
+        status, _, errors = in_process(command.main, *given[:2], small_data / "val_6.mp4", "--overlay", path)
+        assert status == 2 and message in errors

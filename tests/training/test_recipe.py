@@ -46,7 +46,7 @@ def test_training_starts_from_the_weights_and_reports_every_tensor(config_file, 
     assert "time_embed: resized from 8 to 4 frames" in said and "a new head: 4 classes in the file, 3 here" in said
     assert "note: trained with data.std=[1.0, 1.0, 1.0], which is [0.5, 0.5, 0.5] here" in said
     assert (trainer.network.blocks[1].mlp.fc1.weight == source.blocks[1].mlp.fc1.weight).all()
-    with pytest.raises(InputError, match="depth is 3|set depth"):
+    with pytest.raises(InputError, match="depth is 3|set model.depth"):
         train(config_file, pretrained, "model.depth=3", f"output={tmp_path}/deeper")
 
 
