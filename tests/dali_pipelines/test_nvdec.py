@@ -492,7 +492,7 @@ def test_evaluation_decodes_nothing_past_its_end(some, monkeypatch):
     decoded = []
     decode = nvdec._decode
     monkeypatch.setattr(
-        nvdec, "_decode", lambda task, device: decoded.append(int(task.sample.sample_id)) or decode(task, device)
+        nvdec, "_decode", lambda task, *rest: decoded.append(int(task.sample.sample_id)) or decode(task, *rest)
     )
     made = loader(some, batch_size=4, decode_threads=8)
     for _ in range(2):
