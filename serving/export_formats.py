@@ -113,7 +113,7 @@ def open_exported(path: str | Path) -> Exported:
     """Opens a file that export.py wrote, on the CPU.
 
     Raises `InputError` for any other file, a damaged one, or if its runtime is not installed. Files that could run code
-    are refused: docs/export.md.
+    are refused: docs/deploy.md.
     """
     path = Path(path)
     openers = {each.suffix: each.open for each in FORMATS.values() if each.open}
