@@ -7,7 +7,7 @@ python evaluate.py -w best.onnx -o data.test=my_videos.csv   # or .pt2: the numb
 python evaluate.py --compare output/a/evaluation output/b/evaluation
 torchrun --nproc-per-node 8 evaluate.py -w ppTimeSformer_k400_8f.pdparams -c configs/pptimesformer_k400.yaml
 
-Writes results.json, predictions.csv, per_class.csv and report.html into the folder --out: docs/evaluation.md.
+Writes results.json, predictions.csv, per_class.csv and report.html into the folder --out: docs/evaluate.md.
 Exits with 1 if a video cannot be read, unless --allow-missing is given; the video counts as wrong either way.
 """
 

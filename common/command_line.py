@@ -38,7 +38,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     An `InputError` or an operating-system error (no such file, disk full) is printed as one line on stderr. Anything
     else is a bug in this program and keeps its traceback.
     """
-    # Idle torch threads then yield their core to the loader's processes: docs/demo.md shows the gain.
+    # Idle torch threads then yield their core to the loader's processes: docs/quickstart.md shows the gain.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -93,7 +93,7 @@ class TorchMultiTensor:
 
 class ApexMultiTensor:
     """The same with Apex's kernels (csrc/multi_tensor_l2norm_kernel.cu, multi_tensor_scale_kernel.cu), for float32 or
-    fp16 tensors. The tests run it on a test double in torch; docs/running.md has the results on a GPU."""
+    fp16 tensors. The tests run it on a test double in torch; docs/train.md has the results on a GPU."""
 
     name = "Apex multi_tensor_applier"
 

@@ -79,7 +79,7 @@ class TimeSformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes)
         # Linear layers keep torch's initialisation, which scales with their width: a fixed 0.02 is too small for a
-        # narrow network. PaddleVideo's zero temporal_fc is for image weights: see pretrained.py, docs/demo.md.
+        # narrow network. PaddleVideo's zero temporal_fc is for image weights: see pretrained.py, docs/quickstart.md.
         time_embedding = [self.time_embed] if self.attention_type.has_time_embedding else []
         for embedding in (self.cls_token, self.pos_embed, *time_embedding):
             nn.init.normal_(embedding, std=embed_init_std)

@@ -126,7 +126,7 @@ def open_exported(path: str | Path, provider: str = "cpu") -> Exported:
     """Opens a file that export.py wrote. `provider` is for .onnx files: see `onnx_format.start_session`.
 
     Raises `InputError` for any other file, a damaged one, or if its runtime is not installed. Files that could run code
-    are refused: docs/export.md.
+    are refused: docs/deploy.md.
     """
     path = Path(path)
     if path.suffix in (".engine", ".plan"):

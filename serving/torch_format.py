@@ -54,7 +54,7 @@ def export_torch(
 def open_torch(path: Path) -> Exported:
     """Opens the file in torch, on the CPU. Raises `InputError` for other or damaged files.
 
-    torch unpickles and evaluates much of a .pt2 file, so a file with such content is refused first: docs/export.md.
+    torch unpickles and evaluates much of a .pt2 file, so a file with such content is refused first: docs/deploy.md.
     """
     try:
         with zipfile.ZipFile(path) as archive:

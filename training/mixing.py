@@ -49,7 +49,7 @@ def _cutmix(clips: Tensor, partners: Tensor, share: float, box: str, random: np.
     """Paste a box of 1 - `share` of the area, with a random centre, clipped at the borders."""
     height, width = clips.shape[-2:]
     # PaddleVideo's box spans frames and entire rows, but its area is computed from rows and columns: of 8 frames of
-    # 224 pixels it replaces 27 % on average, but counts 1 %. See docs/training.md.
+    # 224 pixels it replaces 27 % on average, but counts 1 %. See docs/train.md.
     axes = (2, 3) if box == "reference" else (3, 4)
     index = [slice(None)] * clips.ndim
     area = 1
