@@ -271,7 +271,9 @@ _CONFIGS = Path(__file__).parents[1] / "configs"
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")  # train.pretrained: a repository on the Hugging Face Hub
 
 
-def load_config(path: str | None, overrides: Sequence[str] = (), *, defaults: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), *, defaults: dict[str, Any] | None = None
+) -> Config:
     """The settings in file `path` (None: no file) with `KEY=VALUE` overrides, over `defaults`.
 
     A name without a folder, such as finetune.yaml, also finds the file that comes with this project (configs/).
@@ -279,7 +281,7 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, defaults: di
     """
     layers = [("defaults", OmegaConf.create(defaults or {}))]
     if path is not None:
-        layers.extend(_read_layers(_find(path)))
+        layers.extend(_read_layers(_find(os.fspath(path))))
     for override in overrides:
         if "=" not in override:
             raise InputError(f"-o {override}: expected KEY=VALUE, such as -o optim.lr=0.001")

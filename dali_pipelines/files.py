@@ -357,7 +357,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise InputError(f"{url}: needs fsspec: pip install 'dali-timesformer[remote]'") from None
+        raise InputError(f"{url}: needs fsspec: pip install fsspec aiohttp (or '.[remote]' in a checkout)") from None
     try:
         system, path = fsspec.core.url_to_fs(url)
         return system, path

@@ -210,7 +210,7 @@ def test_a_path_in_a_file_starts_at_that_file(tmp_path, monkeypatch):
         assert load_config(f"{tmp_path}/inner/saved.yaml") == config
     monkeypatch.chdir(tmp_path)
     assert load_config("base.yaml").output == "output/timesformer"  # the default starts at the current folder
-    assert load_config("demo.yaml") == load_config(str(CONFIGS[0].parent / "demo.yaml"))  # comes with the project
+    assert load_config("demo.yaml") == load_config(CONFIGS[0].parent / "demo.yaml")  # comes with the project
 
 
 def test_every_setting_is_explained(file, tmp_path, in_process):
@@ -221,7 +221,7 @@ def test_every_setting_is_explained(file, tmp_path, in_process):
     expected = load_config(file, ["data.train=a.csv", "train.precision=amp"])
     assert status == 0 and load_config(str(tmp_path / "printed.yaml")) == absolute_paths(expected)
     assert "  # Learning rate at the end of the warm-up, for the global batch.\n  lr: 0.001\n" in printed
-    status, printed, _ = in_process(train_command, "--list-settings", "optim.l")
+    status, printed, _ = in_process(train_command, "--list-settings", "optim.lr")
     assert (status, printed) == (
         0,
         "optim.lr: float = 0.0025\n    Learning rate at the end of the warm-up, for the global batch.\n",

@@ -475,7 +475,7 @@ def test_missing_packages_and_credentials_are_reported_at_the_start(plain, monke
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"needs fsspec: pip install 'dali-timesformer\[remote\]'"):
+    with pytest.raises(InputError, match=r"needs fsspec: pip install fsspec aiohttp"):
         check_reachable(Source("s3://b/a.mp4"))
 
 
