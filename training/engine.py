@@ -400,9 +400,9 @@ class Trainer(StepTrainer):
         if self.average and self.average.name in result.weights:
             name = self.average.name
             yield f"{name}: {self.average.summary()}: {result.weights[name]}"
-        weights, config, video = result.weights["best"], self.output / "config.yaml", self.val_loader.manifest.file(0)
-        yield "next: " + sibling_command("evaluate", "-w", str(weights), "-c", str(config))
-        yield "      " + sibling_command("predict", "-w", str(weights), video)
+        weights = str(result.weights["best"])
+        yield "next: " + sibling_command("evaluate", "-w", weights)
+        yield "      " + sibling_command("predict", "-w", weights, self.val_loader.manifest.file(0))
 
     # -- videos that cannot be read --
 
