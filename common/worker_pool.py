@@ -194,7 +194,9 @@ def _dask_executor(address: str) -> Iterator[Executor]:
     try:
         from distributed import Client
     except ImportError:
-        raise InputError("--executor dask needs dask.distributed: pip install distributed (or '.[dask]' in a checkout)") from None
+        raise InputError(
+            "--executor dask needs dask.distributed: pip install distributed (or '.[dask]' in a checkout)"
+        ) from None
     try:
         client = Client(address, timeout=5)
     except (OSError, TimeoutError, ValueError) as error:

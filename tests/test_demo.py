@@ -1,6 +1,7 @@
 """What `make demo` does, with few videos: every command one after another, on every codec of the demo."""
 
 import json
+import shutil
 
 import pytest
 
@@ -11,7 +12,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_demo_from_nothing_to_a_prediction(tmp_path):
-    config = PROJECT / "configs" / "demo.yaml"
+    (tmp_path / "configs").mkdir()  # its manifests are ../data/demo/*.csv
+    config = shutil.copy(PROJECT / "configs" / "demo.yaml", tmp_path / "configs")
     made = run("prepare.py", "demo", "--out", "data/demo", "--train-videos", 64, "--val-videos", 13, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     manifest = Manifest.read(tmp_path / "data" / "demo" / "val.csv")

@@ -232,7 +232,7 @@ def test_other_code_than_the_checkpoints_is_a_note(config_file, tmp_path, monkey
     monkeypatch.setattr(resuming, "versions", lambda: old | {"torch": "9.0"})
     capsys.readouterr()
     train(config_file, "train.max_steps=2", resume=True)
-    assert f"torch was {old['torch']} and is 9.0 now" in capsys.readouterr().out
+    assert f"note: torch was {old['torch']} in the checkpoint, and is 9.0 now" in capsys.readouterr().out
 
 
 def test_a_port_in_use_and_variables_that_are_wrong_are_one_line(monkeypatch):

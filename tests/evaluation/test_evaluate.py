@@ -213,7 +213,9 @@ def test_the_videos_of_the_run_are_found_beside_its_weights(weights_file, small_
     assert status == 0 and "7 videos evaluated, 0 unreadable" in said, errors
     run_config.write_text("data: {val: gone.csv}")
     status, _, errors = in_process(command.main, *given)
-    assert status == 2 and errors.endswith(f"{run_config} names gone.csv, which does not exist: {remedy}")
+    assert status == 2 and errors.endswith(
+        f"{run_config} names {run_config.parent}/gone.csv, which does not exist: {remedy}"
+    )
     status, _, errors = in_process(command.main, *given, f"data.test={small_data}/val.csv")
     assert status == 0, errors
 

@@ -708,7 +708,7 @@ def test_where_the_clips_are_from(weights_file, weights, small_data, tmp_path, m
         ask([str(bad)])
     (tmp_path / "config.yaml").write_text("data: {val: gone.csv}")
     assert ask().origin.startswith(
-        f"{tmp_path}/config.yaml names gone.csv, which does not exist; compared on synthetic"
+        f"{tmp_path}/config.yaml names {tmp_path}/gone.csv, which does not exist; compared on synthetic"
     )
     (tmp_path / "other.yaml").write_text(f"data: {{val: {small_data}/val.csv}}")
     for text, reason in (

@@ -455,7 +455,7 @@ def test_two_that_save_at_once_do_not_write_into_one_file(config_file, tmp_path,
 
 
 def test_logs_that_cannot_be_written_cost_no_training(config_file, tmp_path, monkeypatch, capsys):
-    """metrics.jsonl and TensorBoard's file on a full disk, from step 3 on; one line says so, none is a half one."""
+    """metrics.jsonl and TensorBoard's file on a full disk, from step 3 on: a line for each, none is a half one."""
 
     def no_room(*_):
         raise OSError(28, "No space left on device")
@@ -473,7 +473,7 @@ def test_logs_that_cannot_be_written_cost_no_training(config_file, tmp_path, mon
     monkeypatch.setattr(Trainer, "_commit_step", commit_step)
     assert train(config_file).step == 9
     captured = capsys.readouterr()
-    assert captured.out.count("cannot be written (No space left on device); training continues without it") == 1
+    assert captured.out.count("cannot be written (No space left on device); training continues without it") == 2
     assert "Traceback" not in captured.err
     text = (tmp_path / "output" / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]
