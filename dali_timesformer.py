@@ -25,7 +25,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads then yield to the workers
@@ -33,14 +32,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle th
 import torch
 
 from common import config as _config
-from common.config import Config, read_run_config
+from common.config import Config
 from common.distributed import DistributedContext, start_process
-from common.weights import Weights, has_weights_header, open_weights
+from common.weights import Weights
 from dali_pipelines import InputError
-from evaluation.evaluate import build_results, check_members, manifest_for
+from evaluation.evaluate import build_results, check_members, manifest_for, with_videos_of_run
 from evaluation.evaluate import evaluate as _evaluate
 from evaluation.results import Protocol, Results
-from serving.exported import Exported
+from serving.exported import Exported, check_protocol
 from serving.prediction import Prediction, TopClass, Unreadable, open_model, top_classes
 from serving.prediction import predict as _predict
 from training.engine import EpochResult, Trainer, TrainingResult
@@ -104,7 +103,7 @@ def evaluate(
     overrides: Settings | None = None,
     protocol: Protocol | None = None,
 ) -> Results:
-    """Evaluate a weights file, or several as an ensemble, on the videos of a manifest, as evaluate.py does.
+    """Evaluate weights or an export, or several as an ensemble, on the videos of a manifest, as evaluate.py does.
 
     manifest: default: `data.test`, else `data.val`, of the config. config: a YAML file; default: the settings in the
     weights file, with the manifest of the run's config.yaml beside it. protocol: windows, crops and averaging; default:
@@ -117,11 +116,13 @@ def evaluate(
     changes = _as_arguments(overrides)
     if manifest is not None:
         changes += _as_arguments({"data.test": os.fspath(manifest)})
-    elif config is None:
-        changes = [*_run_manifest(Path(names[0])), *changes]
-    opened = [open_weights(name, None if config is None else os.fspath(config), changes) for name in names]
-    members, settings, protocol = [each for each, _, _ in opened], opened[0][1], protocol or Protocol()
+    opened = [open_model(name, None if config is None else os.fspath(config), changes) for name in names]
+    members, protocol = [each for each, _, _ in opened], protocol or Protocol()
+    settings = with_videos_of_run(opened[0][1], names[0])
     check_members(members, names)
+    for name, model in zip(names, members, strict=True):
+        if isinstance(model, Exported):
+            check_protocol(model, name, protocol)
     videos = manifest_for(settings, members[0])
     with _start_process(settings.device) as process:
         predictions = _evaluate(settings, members, videos, process, protocol=protocol)
@@ -195,12 +196,3 @@ def _start_process(device: str, **settings: float) -> Iterator[DistributedContex
 def _as_arguments(settings: Settings | None) -> list[str]:
     """The settings as `-o KEY=VALUE` takes them; JSON is YAML. Paths, for example, become texts."""
     return [f"{key}={json.dumps(value, default=str)}" for key, value in (settings or {}).items()]
-
-
-def _run_manifest(weights: Path) -> list[str]:
-    """The manifest of the run that has written these weights, if its config.yaml is beside them."""
-    path = weights.with_name("config.yaml")
-    if not (path.exists() and has_weights_header(str(weights))):
-        return []
-    data = read_run_config(path).data
-    return _as_arguments({"data.test": data.test, "data.val": data.val})
