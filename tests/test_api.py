@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -64,8 +65,9 @@ def test_train_evaluate_and_predict_in_one_process_again_and_again(config_file, 
     assert results.summary["top1"] == pytest.approx(result.best.accuracy.top1)
     both = dt.evaluate([result.weights["best"], result.weights["last"]], small_data / "train.csv", overrides=quiet)
     assert both.summary["expected"] == 13 and len(both.summary["weights"]) == 2
-    with pytest.raises(dt.InputError, match="data.test"):
-        dt.evaluate(result.weights["best"], config=config_file, overrides={"data.val": None})
+    alone = shutil.copy(result.weights["best"], tmp_path / "alone.safetensors")
+    with pytest.raises(dt.InputError, match="data.test is not set, and there is no config.yaml beside"):
+        dt.evaluate(alone)
 
     predictions = dt.predict(result.weights["best"], [small_data / "val_0.mp4", "gone.mp4"], overrides=quiet)
     assert predictions.classes == ("ash", "birch", "cedar")
