@@ -1,9 +1,17 @@
 """How tests run the commands."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
+
+import torch
+
+from common.command_line import run_command
 
 PROJECT = Path(__file__).parents[2]
 CONFIG = """
@@ -37,3 +45,22 @@ def run(
         text=True,
         timeout=timeout,
     )
+
+
+def run_here(main: Callable[[], int | None], *arguments: object) -> subprocess.CompletedProcess:
+    """Runs a command's `main` in this process, which saves seconds of imports, for fixtures of any scope."""
+    argv = [f"{main.__module__.rpartition('.')[2]}.py", *map(str, arguments)]
+    threads, out, errors = torch.get_num_threads(), io.StringIO(), io.StringIO()
+    status: object = None
+    try:
+        with (
+            mock.patch.object(sys, "argv", argv),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+        ):
+            run_command(main)
+    except SystemExit as ended:
+        status = ended.code
+    finally:
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), errors.getvalue())
