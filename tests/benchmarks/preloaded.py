@@ -13,6 +13,6 @@ def end_with_parent(parent: int | None = None) -> None:
 end_with_parent.__module__ = processes.__name__  # processes that a fork spawns get the real one
 processes.end_with_parent = end_with_parent
 
-import benchmarks.gpu_loader  # noqa: E402, F401
-import benchmarks.gpu_model  # noqa: E402, F401
+import benchmarks.gpu_loader  # noqa: E402
+import benchmarks.gpu_model  # noqa: E402
 import benchmarks.loader  # noqa: E402, F401

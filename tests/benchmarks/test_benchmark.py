@@ -23,7 +23,6 @@ from benchmarks.gpu_loader import benchmark_gpu_loader
 from benchmarks.networks import COMPILED, NetworkWork, TorchContestant, hugging_face, ours
 from benchmarks.train import LOADER, NETWORK, TOGETHER, Turn
 from benchmarks.videos import find_videos
-from commands.benchmark import main
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.probe import probe
@@ -38,7 +37,7 @@ def forked():
     """Contestants still have a new process each, but it is forked from one that has imported torch and DALI."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.benchmarks.preloaded"])
-    with mock.patch.object(multiprocessing, "get_context", lambda method: context):
+    with mock.patch.object(multiprocessing, "get_context", return_value=context):
         yield
 
 
@@ -55,7 +54,7 @@ def videos(tmp_path_factory):
 def report(videos):
     settings = ["--workers", 1, "--clips", 8, "--rounds", 1, "--num-frames", 4, "--crop-size", 32, "--batch-size", 4]
     with forked():
-        done = run_here(main, "loader", videos, *settings, "--device", "cpu", "--out", videos / "out")
+        done = run_here("benchmark.py", "loader", videos, *settings, "--device", "cpu", "--out", videos / "out")
     assert done.returncode == 0, done.stderr
     return json.loads((videos / "out" / "loader.json").read_text()) | {"stdout": done.stdout}
 
@@ -143,7 +142,7 @@ def test_the_benchmark_of_a_gpu(videos, capsys):
 
 def test_the_benchmark_of_a_gpu_needs_one(videos, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = run_here(main, "loader", videos, "--device", "cuda")
+    done = run_here("benchmark.py", "loader", videos, "--device", "cuda")
     assert done.returncode == 2 and "torch finds no GPU here" in done.stderr
 
 
@@ -152,7 +151,7 @@ def model_report(tmp_path_factory):
     out = tmp_path_factory.mktemp("model")
     settings = ["--size", "tiny", "--batch-size", 1, "--num-frames", 2, "--image-size", 32, "--rounds", 1]
     with forked(), mock.patch.object(benchmarks.model, "_MATMUL_SIZE", 256):
-        done = run_here(main, "model", *settings, "--out", out)
+        done = run_here("benchmark.py", "model", *settings, "--out", out)
     assert done.returncode == 0, done.stderr
     return json.loads((out / "model.json").read_text()) | {"stdout": done.stdout}
 
@@ -204,7 +203,7 @@ def test_network_that_computes_something_else_is_refused(monkeypatch, tmp_path):
     ],
 )
 def test_networks_that_cannot_be_measured(tmp_path, arguments, message):
-    done = run_here(main, "model", *arguments, "--out", tmp_path)
+    done = run_here("benchmark.py", "model", *arguments, "--out", tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
