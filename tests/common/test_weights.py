@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from common.weights import Weights, average_weights, load_weights, open_weights, save_weights
 from dali_pipelines import InputError
 from model import TimeSformer
-from tests.commands import run
+from tests.commands import run, run_here
 from tests.conftest import DATA
 
 MODEL = dict(patch_size=16, embed_dim=24, depth=1, num_heads=3)
@@ -235,13 +235,15 @@ def test_the_commands_as_a_user_runs_them(golden_config, weights, tmp_path, smal
     assert done.returncode == 0, done.stderr
     assert "63 tensors loaded unchanged" in done.stdout and f"saved to {out}: 11 classes" in done.stdout
     video = small_data / "val_0.mp4"
-    ours = run("predict.py", "-w", out, video, "--device", "cpu", "--json")
-    theirs = run("predict.py", "-w", DATA / "tiny.pdparams", "-c", golden_config, video, "--device", "cpu", "--json")
+    ours = run_here("predict.py", "-w", out, video, "--device", "cpu", "--json")
+    theirs = run_here(
+        "predict.py", "-w", DATA / "tiny.pdparams", "-c", golden_config, video, "--device", "cpu", "--json"
+    )
     assert ours.stdout == theirs.stdout and "class " in ours.stdout, theirs.stderr
     assert "63 tensors loaded" in theirs.stderr
-    again = run("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)
+    again = run_here("weights.py", "convert", DATA / "tiny.pdparams", "-c", golden_config, "--out", out)
     assert again.returncode == 2 and "converted.safetensors: already exists" in again.stderr
-    average = run("weights.py", "average", out, out, "--out", tmp_path / "mean.safetensors")
+    average = run_here("weights.py", "average", out, out, "--out", tmp_path / "mean.safetensors")
     assert average.returncode == 0 and "mean of 2 files" in average.stdout
     assert (
         load_weights(tmp_path / "mean.safetensors").state["head.bias"] == load_weights(out).state["head.bias"]

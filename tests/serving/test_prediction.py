@@ -32,7 +32,7 @@ from serving.onnx_format import export_onnx, open_onnx, runner
 from serving.prediction import Unreadable, open_model, predict
 from serving.torch_format import export_torch
 from serving.verification import Clips, synthetic_views
-from tests.commands import PROJECT, run
+from tests.commands import PROJECT, run, run_here
 from tests.videos import textured, write_video
 
 pytestmark = pytest.mark.slow
@@ -244,7 +244,7 @@ def test_folders_with_links_and_other_files(weights_file, small_data, tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a.MTS").symlink_to(small_data / "val_0.mp4")
     (tmp_path / "videos" / "more").symlink_to(tmp_path / "more")
-    done = run("predict.py", "-w", weights_file, "videos", "--json", *IN_PROCESS, cwd=tmp_path)
+    done = run_here("predict.py", "-w", weights_file, "videos", "--json", *IN_PROCESS, cwd=tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout)["video"] == "videos/more/a.MTS"
     assert done.stderr == "videos: 1 file skipped: 1 .txt\n"
 
@@ -255,7 +255,7 @@ def test_json_and_csv_keep_the_order_even_of_bad_videos(weights_file, mixed, sma
     rows = Manifest.read(mixed)
     files = [*map(str, files), *(rows.file(n) for n in range(len(rows)))]
     arguments = ["-w", weights_file, *named, "--top-k", 2, *IN_PROCESS]
-    lines, table = run("predict.py", *arguments, "--json"), run("predict.py", *arguments, "--csv")
+    lines, table = run_here("predict.py", *arguments, "--json"), run_here("predict.py", *arguments, "--csv")
     answers = [json.loads(line) for line in lines.stdout.splitlines()]
     assert [answer["video"] for answer in answers] == files
     bad = [answer for answer in answers if answer["error"]]
@@ -346,7 +346,7 @@ def test_an_answer_that_is_not_finite_is_none(weights_file, small_data, tmp_path
 def test_the_timeline_as_a_user_sees_it(weights_file, small_data, tmp_path):
     video = small_data / "val_6.mp4"
     options = ["-w", weights_file, video, "--windows", 4, "--device", "cpu"]
-    text = run("predict.py", *options, "--picture", tmp_path / "timeline.png")
+    text = run_here("predict.py", *options, "--picture", tmp_path / "timeline.png")
     assert text.returncode == 0, text.stderr
     lines = text.stdout.splitlines()
     assert len(lines) == 1 + 3 + 4 and lines[4].startswith("    0:00.0 - 0:00.")
@@ -389,7 +389,7 @@ def test_features_are_the_mean_input_of_the_head(weights_file, mixed, tmp_path):
 
 def test_features_as_a_user_writes_them(weights_file, mixed, small_data, tmp_path):
     out = tmp_path / "f.npz"
-    done = run("predict.py", "-w", weights_file, mixed, small_data / "val_0.mp4", "--features", out, *IN_PROCESS)
+    done = run_here("predict.py", "-w", weights_file, mixed, small_data / "val_0.mp4", "--features", out, *IN_PROCESS)
     assert done.returncode == 1 and "2 of 9 videos cannot be read" in done.stderr
     with np.load(out) as saved:
         assert len(saved["features"]) == 7 and "labels" not in saved  # one video is from no manifest
@@ -407,7 +407,7 @@ def test_explanations_are_the_rollout_of_the_middle_crop(weights_file, small_dat
     assert found.attention.shape == (4, 2, 2)
     torch.testing.assert_close(found.attention, attention_rollout(network, found.views[1:2]).patches[0])
     assert not torch.allclose(found.attention, attention_rollout(network, found.views[:1]).patches[0])
-    done = run("predict.py", "-w", weights_file, video, video, "--explain", tmp_path / "why", *IN_PROCESS)
+    done = run_here("predict.py", "-w", weights_file, video, video, "--explain", tmp_path / "why", *IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "why").iterdir()) == ["val_6.png", "val_6_2.png"]
 
