@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -63,7 +64,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     _silence_threads()
-    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{command}: error: {' '.join(_as_typed(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -89,6 +90,14 @@ def sibling_command(name: str, *arguments: str) -> str:
         script = Path(folder) / f"{name}.py"
         command = [_from_here(python), *([_from_here(str(script))] if script.exists() else ["-m", "commands", name])]
     return shlex.join([*command, *arguments])
+
+
+def _as_typed(message: str) -> str:
+    """The message with the commands that it names (prepare.py) as `dali-timesformer prepare` if that is what runs."""
+    if not sys.argv[0].startswith("dali-timesformer"):
+        return message
+    names = "train|evaluate|predict|export|prepare|weights|benchmark"
+    return re.sub(rf"(?:\bpython )?(?<![\w./-])({names})\.py\b", r"dali-timesformer \1", message)
 
 
 def _from_here(path: str) -> str:

@@ -397,6 +397,9 @@ def _read_yaml(path: str) -> DictConfig:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file; expected YAML") from None
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(each.name for each in _CONFIGS.glob("*.yaml")))
+        raise InputError(f"{path}: no such config; these come with the project: {shipped}") from None
     with _reporting_errors(path):
         content = OmegaConf.create(text or "{}")  # its YAML loader is a safe one
     if not isinstance(content, DictConfig):

@@ -28,6 +28,8 @@ def read_manifest(path: str | None, *, key: str) -> Manifest:
     """The manifest at `path`, the value of `key` in a config. Raises `InputError` for None, and if it has no videos."""
     if path is None:
         raise InputError(f"{key} is not set: name a manifest with -o {key}=FILE; prepare.py makes one")
+    if key.startswith("data.") and not Path(path).exists():
+        raise InputError(f"{path}: no such manifest; name yours with -o {key}=FILE; prepare.py makes one")
     manifest = Manifest.read(path)
     if not len(manifest):
         raise InputError(f"{path}: no videos in it")

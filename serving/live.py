@@ -70,6 +70,7 @@ def watch(
     Raises `InputError` if the source cannot be opened at first, or cannot be reached again.
     """
     network = weights.build(process.device)
+    predicted = False
     precision = resolve_precision(config.train.precision, process.device)
     tries, seen = 0, False
     while True:
@@ -86,14 +87,21 @@ def watch(
                     if clips is not None:
                         wall = datetime.datetime.now(datetime.UTC)
                         probabilities = predict_views(network, clips[None].to(process.device), precision)[0].cpu()
+                        predicted = True
                         yield LivePrediction(wall, seconds, probabilities)
         except IndexError:
             raise InputError(f"{source}: no video stream in it") from None
+        except av.error.ExitError:  # FFmpeg's name for `_TIMEOUT`
+            problem = f"no data for {_TIMEOUT[1]:.0f} s"
         except (av.error.FFmpegError, OSError) as error:
             problem = reason(error) if isinstance(error, av.error.FFmpegError) else str(error)
         if not seen:
             raise InputError(f"{source}: cannot be opened ({problem or 'it has no frames'})")
         if not problem and not source.startswith(_LOST):
+            if not predicted:
+                report(
+                    f"{source}: ended before the first window of {windows.seconds:.1f} s was complete: no prediction"
+                )
             return
         if tries == _MOST_TRIES:
             raise InputError(f"{source}: lost ({problem or 'the stream ended'}), and not back after {tries} tries")
@@ -123,6 +131,7 @@ class _Windows:
         names = ("mode", "num_frames", "crop_size", "short_side", "target_fps", "past_end")
         self._view = View(**{name: settings[name] for name in names}, stride=stride, flip=False)
         self._length = max(round(stride * data.num_frames / data.target_fps * fps), 1)
+        self.seconds = self._length / fps
         self._cut = Cut(data.crop_size, clips=3, windows=1, mean=data.mean, std=data.std, half=False)
         self._fps, self._max_pixels = fps, data.max_pixels
         self._size: tuple[int, int] | None = None

@@ -10,7 +10,7 @@ import numpy as np
 from av.video.stream import VideoStream
 
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import VideoLike
+from dali_pipelines.files import VideoLike, unfinished
 from dali_pipelines.host_decoder import decode_all
 from dali_pipelines.manifest import Video, coded_size
 from dali_pipelines.probe import probe
@@ -20,7 +20,8 @@ from serving.prediction import Prediction
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-SUFFIXES = (".mp4", ".mkv", ".mov")
+_FORMATS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+SUFFIXES = tuple(_FORMATS)
 _COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
 _DIM = 0.35
 """Brightness of the picture behind the text."""
@@ -38,15 +39,16 @@ def require_pillow() -> None:
 def write_overlay(path: Path, video: VideoLike, prediction: Prediction, classes: Sequence[str]) -> int:
     """Writes all frames of `video` to `path` with a strip at the top: the most likely class and its probability. With
     several windows, these are of the window whose centre is nearest, and a timeline at the bottom shows the class of
-    each window and the current time. Returns the number of frames.
+    each window and the current time. Returns the number of frames. The file gets its name once it is complete.
 
     Size, frame times and orientation are those of the video as it is shown; audio is left out. One frame at a time is
     in memory. Raises `InputError` if the video cannot be decoded or `path` cannot be written.
     """
     row = probe(video)
     strips = _Strips(prediction, classes, row)
+    part = unfinished(path)
     try:
-        with av.open(str(path), "w") as output:
+        with av.open(str(part), "w", format=_FORMATS[path.suffix.lower()]) as output:
             stream: VideoStream | None = None
             last, position = -1, -1
             for position, (frame, pixels) in enumerate(_upright(video, row)):
@@ -61,8 +63,11 @@ def write_overlay(path: Path, video: VideoLike, prediction: Prediction, classes:
                 output.mux(stream.encode(drawn))
             if stream is not None:
                 output.mux(stream.encode(None))
+        part.replace(path)
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"--overlay {path}: cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
     return position + 1
 
 

@@ -164,7 +164,7 @@ def save_timeline(
     pixels = to_pixels(frames[shown].unsqueeze(2), mean=mean, std=std)[:, 0]  # [n, S, S, 3]
     figure.suptitle(_literal(title), x=0.06, ha="left")
     axes = figure.add_axes((0.06, 0.4, 0.77, 0.5))
-    colours = {label: f"C{place}" for place, label in enumerate(best)}
+    colours = {label: f"C{place}" for place, label in enumerate(best)}  # C7 is grey, so other classes are black
     marker = min(4, 240 / len(centres))
     for label in best:
         axes.plot(centres, probabilities[:, label], "o-", color=colours[label], ms=marker, label=name(label, 3, 10))
@@ -181,7 +181,7 @@ def save_timeline(
         below = figure.add_axes((0.06 + place * width + 0.04 * width, 0.1, 0.92 * width, 0.2), anchor="N")
         below.imshow(frame)
         below.set(xticks=[], yticks=[])
-        below.spines[:].set(color=colours.get(label, "grey"), linewidth=3)
+        below.spines[:].set(color=colours.get(label, "black"), linewidth=3)
         start, end = map(clock, seconds[window])
         times = f"{start} - {end}"
         if fitted(times, 12 * width, 7) != times:

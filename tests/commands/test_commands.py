@@ -40,9 +40,9 @@ def place(config_file, small_data, tmp_path):
 
 SCRIPTS = ("train.py", "evaluate.py", "predict.py", "prepare.py", "benchmark.py")
 CASES = [
-    ("train.py -c gone.yaml", "gone.yaml: No such file or directory"),
+    ("train.py -c gone.yaml", "gone.yaml: no such config; these come with the project: demo.yaml, "),
     ("train.py -c tiny.yaml -o optim.learning_rate=1", "unknown key optim.learning_rate; did you mean"),
-    ("train.py -c tiny.yaml -o data.train=gone.csv", "gone.csv: no such manifest; `python prepare.py index`"),
+    ("train.py -c tiny.yaml -o data.train=gone.csv", "gone.csv: no such manifest; name yours with -o data.train=FILE"),
     ("train.py -c tiny.yaml -o data.train=empty.csv", "empty.csv: no videos in it"),
     ("train.py -c tiny.yaml -o data.train=text.mp4", "text.mp4:1: not a manifest: no column"),
     (

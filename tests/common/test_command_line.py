@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.command_line import sibling_command
+from common.command_line import run_command, sibling_command
+from dali_pipelines.errors import InputError
 from tests.commands import PROJECT
 
 PYTHON = "/elsewhere/venv/bin/python"
@@ -41,3 +42,21 @@ def test_the_installed_command(monkeypatch, tmp_path):
     for found, expected in ((str(script), "dali-timesformer"), (None, f"{tmp_path.name}/dali-timesformer")):
         monkeypatch.setattr("shutil.which", lambda name, found=found: found)
         assert sibling_command("predict", "a.mp4") == f"{expected} predict a.mp4"
+
+
+@pytest.mark.parametrize(
+    "typed, expected",
+    [
+        ("dali-timesformer train", "use dali-timesformer prepare folder or dali-timesformer export, not a/train.py"),
+        ("train.py", "use python prepare.py folder or export.py, not a/train.py"),
+    ],
+)
+def test_messages_name_commands_as_they_are_typed(monkeypatch, capsys, typed, expected):
+    monkeypatch.setattr(sys, "argv", [typed])
+
+    def main():
+        raise InputError("use python prepare.py folder or export.py, not a/train.py")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err == f"{typed}: error: {expected}\n"

@@ -121,7 +121,7 @@ def test_a_file_that_is_not_a_config(tmp_path):
     for name, message in (("list", "key: value"), ("bad", "not YAML"), ("unknown", "unknown key trainer; did you")):
         with pytest.raises(InputError, match=message):
             load_config(str(tmp_path / f"{name}.yaml"))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="no such config; these come with the project"):
         load_config(str(tmp_path / "gone.yaml"))
 
 
@@ -152,7 +152,7 @@ def test_a_file_extends_its_base(file, tmp_path):
         with pytest.raises(InputError, match=r"odd.yaml: base is .* expected the name of a YAML file"):
             load_config(str(tmp_path / "odd.yaml"))
     (tmp_path / "bad.yaml").write_text("base: gone.yaml\n")
-    with pytest.raises(FileNotFoundError, match=r"gone.yaml"):
+    with pytest.raises(InputError, match=r"gone.yaml: no such config"):
         load_config(str(tmp_path / "bad.yaml"))
 
 

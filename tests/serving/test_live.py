@@ -166,6 +166,18 @@ def test_weights_that_look_at_whole_videos(weights_file, frames, tmp_path):
     video = write_video(tmp_path / "v.mp4", frames)
     found = list(live(tmp_path / "whole.safetensors", video, every=0.4))
     assert [[round(25 * each) for each in one.seconds] for one in found] == [[0, 10], [10, 20], [20, 30]]
+    reports = []
+    assert not list(live(tmp_path / "whole.safetensors", video, every=9, report=reports.append))
+    assert reports == [f"{video}: ended before the first window of 9.0 s was complete: no prediction"]
+
+
+def test_a_source_that_says_nothing(weights_file, monkeypatch):
+    def silent(*_, **__):
+        raise av.error.ExitError(0, "immediate exit requested")
+
+    monkeypatch.setattr("serving.live.av.open", silent)
+    with pytest.raises(InputError, match=r"udp://a:1: cannot be opened \(no data for 10 s\)"):
+        list(live(weights_file, "udp://a:1"))
 
 
 def test_wrong_arguments(weights_file, tmp_path, in_process):

@@ -66,5 +66,19 @@ def test_one_window_has_no_timeline_and_odd_sizes_stay(tmp_path):
     before, _ = shown(source)
     assert made.shape == before.shape == (4, 61, 95, 3)
     assert np.abs(made[:, -3:].astype(int) - before[:, -3:]).mean() < 12
+    assert {each.name for each in tmp_path.iterdir()} == {"v.webm", "out.mkv"}
     with pytest.raises(InputError, match="--overlay .*none/out.mp4: cannot be written: No such file"):
         write_overlay(tmp_path / "none" / "out.mp4", str(source), prediction_of(1, 1.0), CLASSES)
+
+
+def test_a_failure_keeps_the_older_file(tmp_path, monkeypatch):
+    source, out = write_video(tmp_path / "v.mp4", textured(4, height=48, width=64)), tmp_path / "out.mp4"
+    out.write_text("older")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("serving.overlay._Strips.draw", full)
+    with pytest.raises(InputError, match="out.mp4: cannot be written: No space left"):
+        write_overlay(out, str(source), prediction_of(1, 1.0), CLASSES)
+    assert out.read_text() == "older" and {each.name for each in tmp_path.iterdir()} == {"v.mp4", "out.mp4"}
