@@ -55,7 +55,6 @@ CASES = [
     ("train.py -c tiny.yaml -o output=file/folder", "file"),
     ("train.py -c tiny.yaml -o data.views_per_decode=3", "cannot share evenly, a multiple of 3 each; the nearest"),
     ("train.py -c tiny.yaml -o data.decode=gpu", "data.decode is gpu; expected one of auto, nvdec, dali, host"),
-    ("train.py -c tiny.yaml -o train.pretrained=gone.pth", "or train from random weights: -o train.pretrained=null"),
     ("train.py -c tiny.yaml -o device=tpu", "device is 'tpu'"),
     ("evaluate.py -w gone.safetensors", "gone.safetensors: no such weights file"),
     ("evaluate.py -w two.safetensors", "data.test is not set, and there is no config.yaml beside"),
