@@ -6,7 +6,7 @@
     print(result.best.accuracy, result.weights["best"])
 
     results = dt.evaluate(result.weights["best"])
-    print(results.summary["top1"], results.summary["mean_class_accuracy"])
+    print(results.top1, results.mean_class_accuracy)
 
     predictions = dt.predict(result.weights["best"], ["holiday.mp4"])
     for prediction in predictions:
@@ -113,6 +113,8 @@ def evaluate(
     """
     started = time.monotonic()
     names = [os.fspath(each) for each in ([weights] if isinstance(weights, str | os.PathLike) else weights)]
+    if not names:
+        raise InputError("no weights given; expected a weights file, or several")
     changes = _as_arguments(overrides)
     if manifest is not None:
         changes += _as_arguments({"data.test": os.fspath(manifest)})

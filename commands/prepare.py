@@ -363,12 +363,15 @@ def _folder(arguments: argparse.Namespace) -> None:
         _write_manifest(listed, out, arguments.folder, classes, arguments)
         return
     splits = split_train_val(listed, arguments.val_fraction)
+    readable = []
     for name, entries in zip(("train", "val"), splits, strict=True):
+        lost: set[str] = set()
         if entries:
-            _write_manifest(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
+            lost = _write_manifest(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
         else:
             print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
-    if warning := few_for_validation(*splits, classes):
+        readable.append([entry for entry in entries if entry[0] not in lost])
+    if warning := few_for_validation(readable[0], readable[1], classes):
         print(f"warning: {warning}")
 
 
@@ -611,8 +614,10 @@ def _write_manifest(
     rejected: Sequence[Rejected] = (),
     classes_from: str = "",
     parts: Mapping[str, Part] = MappingProxyType({}),
-) -> None:
+) -> set[str]:
     """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
+
+    Returns the paths of videos that cannot be read, as listed.
 
     rejected: listed videos that cannot even be probed.
     found: the split of the listed videos; its missing videos count as rejected.
@@ -639,7 +644,7 @@ def _write_manifest(
     )
     if not pool.is_whole:
         _print_part_done(out, pool)
-        return
+        return set()
     manifest.rejected += len(found.missing) + len(rejected)
     rejected = [*rejected, *unreadable]
     nothing = (
@@ -651,6 +656,7 @@ def _write_manifest(
     longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
     if longer:
         print(f"  {longer} are longer than {longest_s:g} s: never trimmed?")
+    return {entry.path for entry in unreadable}
 
 
 def _print_part_done(out: Path, pool: WorkerPool) -> None:

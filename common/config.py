@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.config_hints import hint_for, is_paddle_config, paddle_settings
-from common.config_rules import check_value
+from common.config_rules import RULES, check_value
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import is_url
 from dali_pipelines.host_decoder import MAX_PIXELS
@@ -400,6 +400,8 @@ def _read_yaml(path: str) -> DictConfig:
     except FileNotFoundError:
         shipped = ", ".join(sorted(each.name for each in _CONFIGS.glob("*.yaml")))
         raise InputError(f"{path}: no such config; these come with the project: {shipped}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a YAML file, such as configs/small.yaml") from None
     with _reporting_errors(path):
         content = OmegaConf.create(text or "{}")  # its YAML loader is a safe one
     if not isinstance(content, DictConfig):
@@ -417,8 +419,11 @@ def _reporting_errors(source: str) -> Iterator[None]:
     except UnicodeEncodeError:
         raise InputError(f"{source}: not UTF-8; for such a path, make a link with another name") from None
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise InputError(f"{source}: {key}{str(error).splitlines()[0]}") from None
+        key, problem = getattr(error, "full_key", None), str(error).splitlines()[0].rstrip(".")
+        if rule := RULES.get(key or ""):
+            about_types = "ListConfig" in problem  # of OmegaConf, which no user knows
+            problem = f"expected {rule.expected}" if about_types else f"{problem}; expected {rule.expected}"
+        raise InputError(f"{source}: {f'{key}: ' if key else ''}{problem}") from None
 
 
 def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = "") -> None:

@@ -10,12 +10,14 @@ _SYNONYMS = {
     "amp": "train.precision",
     "augment": "augment.randaugment_ops",
     "base_lr": "optim.lr",
+    "bf16": "train.precision",
     "batch": "optim.global_batch_size",
     "class_names": "data.labels",
     "clip_len": "data.num_frames",
     "early_stop": "train.early_stopping",
     "ema": "train.ema_decay",
     "embed_dims": "model.embed_dim",
+    "fp16": "train.precision",
     "fps": "data.target_fps",
     "frame_interval": "data.stride",
     "frames": "data.num_frames",
@@ -29,6 +31,7 @@ _SYNONYMS = {
     "max_epochs": "train.epochs",
     "mixup": "mix.mixup_alpha",
     "cutmix": "mix.cutmix_prob",
+    "mixed_precision": "train.precision",
     "mlflow": "train.loggers",
     "num_epochs": "train.epochs",
     "num_segments": "data.num_frames",
@@ -38,6 +41,9 @@ _SYNONYMS = {
     "patience": "train.early_stopping",
     "randaugment": "augment.randaugment_ops",
     "random_erasing": "augment.erasing_prob",
+    "resize": "data.short_side",
+    "save_every": "train.checkpoint_every_steps",
+    "save_interval": "train.checkpoint_every_steps",
     "sampling_rate": "data.stride",
     "swa": "train.swa_epochs",
     "teacher": "distill.teacher",
@@ -197,4 +203,5 @@ def _nearest(section: str, leaf: str, known: Iterable[str]) -> str | None:
         close = difflib.get_close_matches(leaf, [each.rpartition(".")[2] for each in candidates], n=1, cutoff=0.8)
         if close and close[0] in names:
             return next(each for each in candidates if each.rpartition(".")[2] == close[0])
-    return None
+    close = difflib.get_close_matches(leaf.lower(), _SYNONYMS, n=1, cutoff=0.85)
+    return _SYNONYMS[close[0]] if close and _SYNONYMS[close[0]] in known else None

@@ -152,6 +152,8 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     config with `data.labels`. Raises `InputError` if the weights cannot be used.
     """
     check_not_swapped(path, config_path)
+    if (best := Path(path, "best.safetensors")).is_file():
+        raise InputError(f"{path}: the folder of a run; expected a file of weights in it, such as {best}")
     is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
     if has_weights_header(path):
         weights = load_weights(path)

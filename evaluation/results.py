@@ -141,6 +141,16 @@ class Results:
         return self.summary["classes"]
 
     @property
+    def top1(self) -> float:
+        """The share of videos whose most likely class is the label, 0 to 1."""
+        return self.summary["top1"]
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """The mean recall of the classes that have videos, 0 to 1."""
+        return self.summary["mean_class_accuracy"]
+
+    @property
     def right(self) -> np.ndarray:
         """bool [N]: True if the most likely class is the label."""
         return is_top1(self.top, self.labels)

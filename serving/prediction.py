@@ -58,17 +58,17 @@ class Prediction:
     """From the manifest, if the video was named by one."""
     probabilities: Tensor
     """float32 [K]: mean over all views (three crops per window)."""
-    views: Tensor
+    views: Tensor = dataclasses.field(repr=False)
     """float32 [3, 3, T, S, S]: the three crops of the first window as the network saw them, normalised."""
     seconds: np.ndarray
     """float64 [N, 2]: start and end of each of N windows."""
     window_probabilities: Tensor
     """float32 [N, K]: mean over the three crops."""
-    window_frames: Tensor | None = None
+    window_frames: Tensor | None = dataclasses.field(default=None, repr=False)
     """float32 [N, 3, S, S]: the middle crop of the middle frame of each window, normalised; None for one window."""
-    features: Tensor | None = None
+    features: Tensor | None = dataclasses.field(default=None, repr=False)
     """float32 [D]: the input of the head, mean over all views; None unless requested."""
-    attention: Tensor | None = None
+    attention: Tensor | None = dataclasses.field(default=None, repr=False)
     """float32 [T, rows, columns]: attention rollout of the middle crop of the first window; None unless requested."""
     reason: ClassVar[None] = None
     """None; `Unreadable` has the reason here."""

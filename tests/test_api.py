@@ -43,7 +43,9 @@ def test_wrong_settings(settings, message):
 
 
 @pytest.mark.slow
-def test_train_evaluate_and_predict_in_one_process_again_and_again(config_file, small_data, tmp_path, capsys):
+def test_train_evaluate_and_predict_in_one_process_again_and_again(
+    config_file, small_data, tmp_path, capsys, monkeypatch
+):
     threads = torch.get_num_threads()
     settings = {"train.epochs": 2, "train.validate_every": 2, "train.swa_epochs": 1}
     result = dt.train(config_file, settings, verbose=False)
@@ -62,7 +64,8 @@ def test_train_evaluate_and_predict_in_one_process_again_and_again(config_file, 
     quiet = {"device": "cpu", "data.workers": 0}
     results = dt.evaluate(result.weights["best"], overrides=quiet, protocol=dt.Protocol(crops=1))  # data.val of the run
     assert results.summary["expected"] == 7 and results.classes == ["ash", "birch", "cedar"]
-    assert results.summary["top1"] == pytest.approx(result.best.accuracy.top1)
+    assert results.top1 == pytest.approx(result.best.accuracy.top1)
+    assert results.mean_class_accuracy == pytest.approx(result.best.accuracy.mean_class_accuracy)
     both = dt.evaluate([result.weights["best"], result.weights["last"]], small_data / "train.csv", overrides=quiet)
     assert both.summary["expected"] == 13 and len(both.summary["weights"]) == 2
     alone = shutil.copy(result.weights["best"], tmp_path / "alone.safetensors")
@@ -77,8 +80,21 @@ def test_train_evaluate_and_predict_in_one_process_again_and_again(config_file, 
     assert isinstance(unreadable, dt.Unreadable) and "no such file" in unreadable.reason
     with pytest.raises(dt.InputError, match="num_windows is 0"):
         dt.predict(result.weights["best"], "a.mp4", num_windows=0)
+    with pytest.raises(dt.InputError, match="no weights given"):
+        dt.evaluate([])
+    with pytest.raises(dt.InputError, match=f"{output}: the folder of a run; .* such as {output}/best.safetensors"):
+        dt.evaluate(output)
     assert torch.get_num_threads() == threads
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and len(repr(seen)) < 1000
+
+    snippet = re.search(
+        r"## Use it from Python\n\n```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL
+    )[1]
+    video = "data/demo/videos/val/00089_right.mp4"
+    assert video in snippet
+    monkeypatch.setattr(dt, "train", lambda config, overrides: dt.load_config(PROJECT / config, overrides) and result)
+    exec(snippet.replace(video, f"{small_data}/val_0.mp4"), {})
+    assert f"{small_data}/val_0.mp4 [{{'class': '" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The report of a run at its start, and loading of its pretrained weights."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from nvidia.dali import __version__ as dali_version
 from common.config import Config
 from common.distributed import DistributedContext
 from common.weights import load_into
-from dali_pipelines import Manifest
+from dali_pipelines import InputError, Manifest
 from model import TimeSformer
 from training.data import Data
 
@@ -22,7 +23,11 @@ def load_pretrained_weights(network: TimeSformer, config: Config, classes: tuple
     source, data = config.train.pretrained, config.data
     if source is None:
         return ""
-    report = load_into(network, source, classes=classes)
+    try:
+        report = load_into(network, source, classes=classes)
+    except InputError as error:
+        remedy = "; or train from random weights: -o train.pretrained=null" if not os.path.exists(source) else ""
+        raise InputError(f"train.pretrained: {error}{remedy}") from None
     notes = [
         f"  note: trained with data.{key}={theirs}, which is {getattr(data, key)} here"
         for key, theirs in report.preprocessing.items()

@@ -54,6 +54,9 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("learning=1", "unknown key learning; known: name, seed, output, device, model, data"),
         ("optim.learning_rate=1", "unknown key optim.learning_rate; did you mean optim.lr?"),
         ("model.backbone.num_frames=3", r"unknown key model.backbone; did you mean data.num_frames\?"),
+        ("optim.learnig_rate=1", r"unknown key optim.learnig_rate; did you mean optim.lr\?"),
+        ("train.loggers=wandb", "train.loggers: expected a list of tensorboard, wandb, mlflow"),
+        ("train.epochs=abc", "train.epochs: Value 'abc' .* expected 1 or more"),
         ("optim.foo=1", "unknown key optim.foo; known: optim.name, optim.implementation"),  # no guess
         ("MODEL.backbone.num_seg=16", "a section of PaddleVideo; here it is data.num_frames=16"),
         ("PIPELINE.test.sample.num_seg=16", "here it is data.num_frames=16"),

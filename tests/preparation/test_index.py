@@ -1,6 +1,7 @@
 """Lists and folders of videos as people have them, to manifests."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -319,6 +320,21 @@ def test_the_split_is_by_class_and_always_the_same():
     assert (train, val) == split_train_val(listed, 0.1) and sorted(train + val) == sorted(listed)
     assert [sum(label == wanted for _, label in val) for wanted in range(4)] == [4, 1, 1, 0]
     assert split_train_val(listed, 0) == (listed, [])
+
+
+@pytest.mark.slow
+def test_a_class_whose_only_validation_video_is_broken_is_warned_about(tmp_path, in_process):
+    videos = [
+        (str(tmp_path / label / f"{number}.mp4"), label == "birch") for label in ("ash", "birch") for number in "01"
+    ]
+    for path, _ in videos:
+        Path(path).parent.mkdir(exist_ok=True)
+        write_video(path, numbered(4, height=32, width=32))
+    _, ((lost, _), _) = split_train_val(videos, 0.5)
+    Path(lost).write_bytes(b"broken")
+    status, out, _ = in_process(prepare.main, "folder", tmp_path, "--val-fraction", 0.5, "--workers", 1)
+    assert status == 0
+    assert "warning: 2 of 2 classes have fewer than 5 videos for validation ('ash': 0)" in out
 
 
 @pytest.mark.slow
