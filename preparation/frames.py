@@ -38,9 +38,9 @@ class _Line(NamedTuple):
 
 
 def read_frame_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> FrameLists:
-    """Reads lines `frame_dir total_frames label`, separated by spaces, tabs, commas or semicolons, and finds the frames in each folder:
-    all numbered images, from whatever number they start. Folders are relative to `root`, a folder or URL; their names
-    may contain spaces. Raises `InputError` that names the line."""
+    """Reads lines `frame_dir total_frames label`, separated by spaces, tabs, commas or semicolons, and finds the frames
+    in each folder: all numbered images, from whatever number they start. Folders are relative to `root`, a folder or
+    URL; their names may contain spaces. Raises `InputError` that names the line."""
     lines = []
     for number, text in enumerate(split_lines(decode(Path(path).read_bytes())), start=1):
         if text := text.strip(" \t\r\n"):

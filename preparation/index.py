@@ -65,9 +65,10 @@ def read_listed(
 ) -> tuple[list[Listed], tuple[str, ...]]:
     """Reads a list of videos, and returns it with its class names.
 
-    The list has lines `path label` (see `read_list`), or is a CSV file of `path,label` or `path;label`, or has tabs
-    between columns, with or without a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names: positions
-    in `classes` or, without them, in the alphabetical order of the names. Raises `InputError` that names the line."""
+    The list has lines `path label` (see `read_list`), or columns `path,label`, `path;label` or with a tab, with or
+    without a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names:
+    positions in `classes` or, without them, in the alphabetical order of the names. Paths may have the backslashes of
+    Windows. Raises `InputError` that names the line."""
     text = decode(Path(path).read_bytes())
     rows = _table_rows(path, text) if "\0" not in text else None
     if rows is None:

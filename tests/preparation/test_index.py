@@ -159,6 +159,14 @@ def test_a_bad_row_of_a_list_in_columns(tmp_path, content, message):
 
 
 @pytest.mark.slow
+def test_a_list_that_counts_from_one(folder, tmp_path, in_process):
+    (tmp_path / "l.txt").write_text("swim/e.mp4 1\n")
+    given = ("index", "--list", tmp_path / "l.txt", "--root", folder, "--out", tmp_path / "m.csv", "--workers", 1)
+    status, out, _ = in_process(prepare.main, *given)
+    assert status == 0 and "the lowest label is 1, but labels count from 0" in out
+
+
+@pytest.mark.slow
 def test_a_list_of_class_names_as_a_user_indexes_it(folder, tmp_path, in_process):
     (tmp_path / "l.csv").write_text("path,label\nswim/e.mp4,swim\njump/c.avi,jump\n")
     given = ("index", "--list", tmp_path / "l.csv", "--root", folder, "--out", tmp_path / "m.csv", "--workers", 1)
