@@ -11,17 +11,16 @@ Writes results.json, predictions.csv, per_class.csv and report.html into the fol
 Exits with 1 if a video cannot be read, unless --allow-missing is given; the video counts as wrong either way.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from common.command_line import add_override_argument, add_provider_argument
+from common.command_line import Parser, add_override_argument, add_provider_argument
 
 
 def main() -> int:
     """Runs evaluate.py; returns its exit status."""
-    parser = argparse.ArgumentParser(description="Evaluate weights on the videos of a manifest.")
+    parser = Parser(description="Evaluate weights on the videos of a manifest.")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument(
         "-w",

@@ -15,14 +15,14 @@ import itertools
 import sys
 from pathlib import Path
 
-from common.command_line import add_override_argument
+from common.command_line import Parser, add_override_argument
 from dali_pipelines.errors import InputError
 from serving.export_formats import FORMATS, ExportRequest
 
 
 def main() -> int:
     """Runs export.py; returns its exit status."""
-    parser = argparse.ArgumentParser(description="Export weights, and check the export against the network.")
+    parser = Parser(description="Export weights, and check the export against the network.")
     parser.add_argument(
         "-w", "--weights", required=True, help="best.safetensors of a run, or with -c third-party weights"
     )

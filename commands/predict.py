@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command_line import add_override_argument, add_provider_argument
+from common.command_line import Parser, add_override_argument, add_provider_argument
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import csv_writer, for_data
 
@@ -34,7 +34,7 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 def main() -> int:
     """Runs predict.py; returns its exit status."""
-    parser = argparse.ArgumentParser(description="Predict the classes of videos.")
+    parser = Parser(description="Predict the classes of videos.")
     parser.add_argument(
         "-w",
         "--weights",

@@ -336,6 +336,8 @@ def _index(arguments: argparse.Namespace) -> None:
     listed, classes = read_listed(arguments.list, arguments.root, named)
     if classes != named:
         print(f"{arguments.list}: {len(classes)} class names; label 0 is {classes[0]!r}, in alphabetical order")
+    if not classes and (least := min(label for _, label in listed)):
+        print(f"warning: {arguments.list}: the lowest label is {least}, but labels count from 0; does the list from 1?")
     check_overwritable(arguments.out)
     _lock(arguments, arguments.out)
     _write_manifest(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")

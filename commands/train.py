@@ -11,7 +11,7 @@ On SIGTERM or SIGUSR1 (Slurm) it saves everything and exits with 75; --resume co
 import argparse
 from typing import TYPE_CHECKING
 
-from common.command_line import add_override_argument
+from common.command_line import Parser, add_override_argument
 from common.preemption import Preemption
 from dali_pipelines.errors import InputError
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Runs train.py."""
-    parser = argparse.ArgumentParser(
-        description="Train a TimeSformer.", epilog="Settings: --list-settings, or -c FILE --print-config."
-    )
+    parser = Parser(description="Train a TimeSformer.", epilog="Settings: --list-settings, or -c FILE --print-config.")
     parser.add_argument("-c", "--config", help="YAML file, see configs/")
     add_override_argument(parser)
     parser.add_argument(

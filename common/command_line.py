@@ -10,9 +10,39 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from dali_pipelines.errors import InputError
 from dali_pipelines.text import ForPeople
+
+_OTHER_NAMES = {
+    "--cfg-options": "-o KEY=VALUE",
+    "--dump": "always on: evaluate.py writes predictions.csv and results.json",
+    "--gpus": "torchrun --nproc-per-node N, and CUDA_VISIBLE_DEVICES=0,1 chooses GPUs",
+    "--input_file": "predict.py -w best.onnx VIDEO",
+    "--launcher": "torchrun --nproc-per-node N",
+    "--log_dir": "torchrun --log-dir DIR --tee 3",
+    "--model_file": "-w best.onnx",
+    "--params_file": "part of best.onnx",
+    "--profiler_options": "train.py --profile",
+    "--rec-weights": "-w FILE",
+    "--test": "always on in evaluate.py",
+    "--use_gpu": "--provider cuda",
+    "--use_tensorrt": "--provider tensorrt",
+    "--work-dir": "-o output=DIR",
+    "-p": "-w FILE (and -o PATH of tools/export_model.py is --out PATH)",
+}
+"""Options of PaddleVideo and mmaction2 -> what they are here."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses a command's arguments. Its errors say what options of PaddleVideo and mmaction2 are called here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and `message`, and exits with 2."""
+        typed = dict.fromkeys(argument.partition("=")[0] for argument in sys.argv[1:])
+        known = [f"{name} is {_OTHER_NAMES[name]}" for name in typed if name in _OTHER_NAMES]
+        super().error(f"{message}\nhere, {'; '.join(known)} (docs/migrate.md)" if known else message)
 
 
 def add_override_argument(parser: argparse.ArgumentParser) -> None:

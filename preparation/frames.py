@@ -15,6 +15,8 @@ from dali_pipelines.text import decode, split_lines
 from preparation.index import Listed, Rejected
 
 _LARGEST = 2**31 - 1
+_FIELDS = re.compile(r"(.*\S)[ \t]+(\d+)[ \t]+(\d+)")
+_COLUMNS = re.compile(r"(.*[^ ,;]) *[,;] *(\d+) *[,;] *(\d+)")
 _THREADS = 16  # that list folders: on a network disk, each waits for its server
 
 
@@ -36,13 +38,13 @@ class _Line(NamedTuple):
 
 
 def read_frame_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> FrameLists:
-    """Reads lines `frame_dir total_frames label`, separated by spaces or tabs, and finds the frames in each folder:
-    all numbered images, from whatever number they start. Folders are relative to `root`, a folder or URL; their names
-    may contain spaces. Raises `InputError` that names the line."""
+    """Reads lines `frame_dir total_frames label`, separated by spaces, tabs, commas or semicolons, and finds the frames
+    in each folder: all numbered images, from whatever number they start. Folders are relative to `root`, a folder or
+    URL; their names may contain spaces. Raises `InputError` that names the line."""
     lines = []
     for number, text in enumerate(split_lines(decode(Path(path).read_bytes())), start=1):
         if text := text.strip(" \t\r\n"):
-            match = re.fullmatch(r"(.*\S)[ \t]+(\d+)[ \t]+(\d+)", text)
+            match = _FIELDS.fullmatch(text) or _COLUMNS.fullmatch(text)
             if not match or not int(match[2]) or max(int(match[2]), int(match[3])) > _LARGEST:
                 raise InputError(
                     f"{path}:{number}: expected `frame_dir total_frames label`, with 1 frame or more and one label of "

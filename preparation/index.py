@@ -33,6 +33,8 @@ _PATH_COLUMNS = {"path", "file", "filename", "file_name", "file_path", "filepath
 _LABEL_COLUMNS = {"label", "label_id", "class", "class_id", "class_name", "classname", "category", "action", "target"}
 MIN_VAL_VIDEOS = 5
 """With fewer videos in validation, one video moves the accuracy of its class by more than 20 points."""
+_NOT_A_NAME = re.compile(r"[-+.,; \d]*")
+"""Labels that are numbers, or several of them: `3`, `3.0`, `-1`, `1,3`."""
 
 Listed = tuple[str, int]
 """A path, relative to a root or absolute, and its label."""
@@ -63,21 +65,23 @@ def read_listed(
 ) -> tuple[list[Listed], tuple[str, ...]]:
     """Reads a list of videos, and returns it with its class names.
 
-    The list has lines `path label` (see `read_list`), or is a CSV file of `path,label` or `path;label`, with or without
-    a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names: positions
-    in `classes` or, without them, in the alphabetical order of the names. Raises `InputError` that names the line."""
+    The list has lines `path label` (see `read_list`), or columns `path,label`, `path;label` or with a tab, with or
+    without a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names:
+    positions in `classes` or, without them, in the alphabetical order of the names. Paths may have the backslashes of
+    Windows. Raises `InputError` that names the line."""
     text = decode(Path(path).read_bytes())
     rows = _table_rows(path, text) if "\0" not in text else None
     if rows is None:
-        return read_list(path, root), tuple(classes)
-    are_numbers = rows[0][2].isdecimal()
+        return [(_with_slashes(file, root), label) for file, label in read_list(path, root)], tuple(classes)
+    rows = [(number, _with_slashes(file, root), label) for number, file, label in rows]
+    are_numbers = _NOT_A_NAME.fullmatch(rows[0][2]) is not None
     for number, file, label in rows:
-        wanted = label.isdecimal() if are_numbers else not re.fullmatch(r"[+-]?\d*\.?\d*", label)
+        wanted = label.isdecimal() if are_numbers else not _NOT_A_NAME.fullmatch(label)
         if not file or not wanted or (are_numbers and int(label) > _LARGEST_LABEL):
-            kind = "numbers of 0 or more" if are_numbers else "class names"
+            kind = "whole numbers, 0 or more" if are_numbers else "class names"
             raise InputError(
-                f"{path}:{number}: expected `path,label`, with labels that are {kind} as in the first row; found the "
-                f"path {file[:80]!r} and the label {label[:40]!r}"
+                f"{path}:{number}: expected `path,label`, with one label each, and labels that are {kind} as in the "
+                f"first row; found the path {file[:80]!r} and the label {label[:40]!r}"
             )
     if are_numbers:
         return [(file, int(label)) for _, file, label in rows], tuple(classes)
@@ -92,10 +96,19 @@ def read_listed(
     return [(file, labels[label]) for _, file, label in rows], classes
 
 
+def _with_slashes(file: str, root: str | os.PathLike) -> str:
+    """A path as Windows writes it (`archery\\1.mp4`) with the slashes of this system, if the file is there by that
+    name."""
+    if "\\" not in file or is_url(file) or is_url(root) or os.path.lexists(join(root, file)):
+        return file
+    plain = file.replace("\\", "/")
+    return plain if os.path.lexists(join(root, plain)) else file
+
+
 def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]] | None:
     """(line number, path, label) of each row of a CSV list; None if the text is not one. Raises `InputError`."""
     first = next((line for line in split_lines(text) if line.strip()), "")
-    delimiter = ";" if first.count(";") > first.count(",") else ","
+    delimiter = max("\t,;", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     rows: list[tuple[int, list[str]]] = []
     try:
@@ -106,7 +119,7 @@ def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]
         raise InputError(f"{path}:{reader.line_num}: {error}; expected `path label` or `path,label`") from None
     if not rows or len(rows[0][1]) < 2:
         return None
-    names = [cell.lower() for cell in rows[0][1]]
+    names = [cell.lower().replace(" ", "_") for cell in rows[0][1]]
     if not (_PATH_COLUMNS.isdisjoint(names) or _LABEL_COLUMNS.isdisjoint(names)):
         file, label = (
             next(n for n, name in enumerate(names) if name in known) for known in (_PATH_COLUMNS, _LABEL_COLUMNS)
@@ -156,7 +169,7 @@ def _problem(file: str, label: str, root: str | os.PathLike) -> str:
             return "found no label after the path"
         if re.search(r"[^,;]*[,;][ \t]*\d+$", label):
             return "found a comma or semicolon"
-        return f"found the label {label[:40]!r}"
+        return f"found the label {label[:40]!r} (class names need a comma or a tab before them)"
     if not file:
         return "found a single number"
     if not is_url(file) and not is_url(root) and os.path.lexists(join(root, file)):

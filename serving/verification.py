@@ -174,7 +174,7 @@ def compare(
     precision: Precision,
 ) -> str:
     """Runs both networks on all clips, first on one alone, then on batches of three. Returns the result to print;
-    raises `MismatchError` if they differ.
+    raises `MismatchError` if they differ. Prints how long it will take if that is more than half a minute.
 
     float32: no value may differ by more than 1e-3. float16: by more than a hundredth of the clip's largest logit, or of
     1 if that is larger. int8: values may differ. The top-1 must always be the same.
@@ -183,8 +183,12 @@ def compare(
     unit = "probability" if views > 1 else "logit"
     count, largest = len(inputs), 0.0
     wrong: dict[int, str] = {}
+    begin = time.perf_counter()
     for batch in [[0], *([(start + k) % count for k in range(3)] for start in range(0, count, 3))]:
         expected, found = reference(inputs[batch]), exported(inputs[batch])
+        if batch == [0] and (minutes := (time.perf_counter() - begin) * count / 60) > 0.5:
+            what = "videos" if views > 1 else "clips"
+            print(f"comparing the export with the network on {count} {what}: about {minutes:.0f} min", flush=True)
         if found.shape != expected.shape or found.dtype != torch.float32:
             raise MismatchError(f"it gives {found.dtype} {tuple(found.shape)}; expected {tuple(expected.shape)}")
         for number, original, copy in zip(batch, expected, found, strict=True):
@@ -209,15 +213,16 @@ def _limit(precision: Precision, expected: Tensor) -> float:
 
 
 def time_in_turn(runs: Sequence[Callable[[Tensor], Tensor]], inputs: Tensor) -> list[float]:
-    """Milliseconds per input of each of `runs`, called on all inputs at once: the best of three, after a warm-up.
-    They alternate, so that other load on the machine slows all of them."""
+    """Milliseconds per input of each of `runs`, which have run before, called on all inputs at once: the best of three,
+    or of fewer if that takes more than half a minute. They alternate, so that other load on the machine slows all of
+    them."""
     seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(4):
+    while len(seconds[0]) < 3 and sum(map(sum, seconds)) < 30:
         for run, its_seconds in zip(runs, seconds, strict=True):
             begin = time.perf_counter()
             run(inputs)
             its_seconds.append(time.perf_counter() - begin)
-    return [min(its_seconds[1:]) * 1e3 / len(inputs) for its_seconds in seconds]
+    return [min(its_seconds) * 1e3 / len(inputs) for its_seconds in seconds]
 
 
 def compare_with_original(

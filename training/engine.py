@@ -17,7 +17,7 @@ from common.config import Config, to_yaml
 from common.distributed import DistributedContext, HangWatch, start_process
 from common.metrics import METRIC_NAMES, Metric
 from common.preemption import REQUEUE, Preemption
-from dali_pipelines import ClipLoader
+from dali_pipelines import ClipLoader, Manifest
 from training.checkpoints import Checkpoint
 from training.compiling import cuda_graphs_skipped
 from training.emergency import EmergencySaver
@@ -402,7 +402,7 @@ class Trainer(StepTrainer):
             yield f"{name}: {self.average.summary()}: {result.weights[name]}"
         weights = str(result.weights["best"])
         yield "next: " + sibling_command("evaluate", "-w", weights)
-        yield "      " + sibling_command("predict", "-w", weights, self.val_loader.manifest.file(0))
+        yield "      " + sibling_command("predict", "-w", weights, to_predict(self.val_loader.manifest, self.config))
 
     # -- videos that cannot be read --
 
@@ -508,3 +508,8 @@ class Trainer(StepTrainer):
             )
             print(f"train.py: {name}: {result}; resume with --resume", file=sys.stderr, flush=True)
         raise SystemExit(REQUEUE)
+
+
+def to_predict(manifest: Manifest, config: Config) -> str:
+    """A path that predict.py takes: the first validation video, or the manifest if that is within a larger file."""
+    return str(config.data.val) if manifest[0].shard else manifest.file(0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import evaluate, export, predict, train
 from common.command_line import run_command, sibling_command
 from dali_pipelines.errors import InputError
 from tests.commands import PROJECT
@@ -60,3 +61,18 @@ def test_messages_name_commands_as_they_are_typed(monkeypatch, capsys, typed, ex
     with pytest.raises(SystemExit):
         run_command(main)
     assert capsys.readouterr().err == f"{typed}: error: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    "command, arguments, hint",
+    [
+        (train, "-c x.yaml --log_dir=log --gpus=0", "--log_dir is torchrun --log-dir DIR --tee 3; --gpus is torchrun"),
+        (evaluate, "--test -w a.pdparams", "--test is always on in evaluate.py"),
+        (export, "-p a.pdparams -o inference", "-p is -w FILE (and -o PATH of tools/export_model.py is --out PATH)"),
+        (predict, "--input_file a.avi --use_gpu=True", "--input_file is predict.py -w best.onnx VIDEO; --use_gpu is"),
+        (train, "-c x.yaml --cfg-options optim.lr=1", "--cfg-options is -o KEY=VALUE (docs/migrate.md)"),
+    ],
+)
+def test_options_of_paddlevideo_and_mmaction2(in_process, command, arguments, hint):
+    status, _, errors = in_process(command.main, *arguments.split())
+    assert status == 2 and f"here, {hint}" in errors

@@ -37,7 +37,7 @@ def test_a_list_of_frame_folders(raw, in_process):
         (raw / "two").mkdir(exist_ok=True)
         (raw / "two" / name).write_bytes(b"")
     folders = raw.parent / "list.txt"
-    folders.write_text("ash/v 0 5 0\r\nbirch/v0\t5\t1\r\nempty 5 1\n\ntwo 1 0\ngone 5 2\n")
+    folders.write_text("ash/v 0 5 0\r\nbirch/v0\t5\t1\r\nempty,5,1\n\ntwo 1 0\ngone 5 2\n")
     out = raw.parent / "train.csv"
     status, text, errors = in_process(
         prepare.main, "frames", "--list", folders, "--root", raw, "--out", out, "--fps", 25

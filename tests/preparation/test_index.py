@@ -110,11 +110,29 @@ def test_odd_paths_are_good_if_the_file_is_there(tmp_path):
         ("a.mp4;dog\r\nb.mp4;cat\r\n", (), [1, 0], ("cat", "dog")),
         ("Split,Video,Class\nt,a.mp4,dog\nv,b.mp4,cat\n", ("dog", "cat", "eel"), [0, 1], ("dog", "cat", "eel")),
         ("a.mp4 1\nb.mp4 0\n", (), [1, 0], ()),
+        ("path\tlabel\na.mp4\t1\nb.mp4\t0\n", (), [1, 0], ()),
+        ("a.mp4\tplay, dog\r\nb.mp4\tcat\r\n", (), [1, 0], ("cat", "play, dog")),
+        ("File Name;Class ID\na.mp4;1\nb.mp4;0\n", (), [1, 0], ()),
     ],
 )
 def test_a_list_of_paths_and_labels_in_columns(tmp_path, content, classes, labels, names):
     (tmp_path / "l.csv").write_text(content, newline="")
     assert read_listed(tmp_path / "l.csv", classes=classes) == (list(zip(["a.mp4", "b.mp4"], labels)), names)
+
+
+def test_paths_that_windows_wrote(tmp_path):
+    for name in ("dogs/a.mp4", "cats/b.mp4", "odd\\name.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    rows = [("dogs\\a.mp4", 1), ("cats\\b.mp4", 0), ("odd\\name.mp4", 0), ("gone\\c.mp4", 0)]
+    for separator in (" ", ","):
+        (tmp_path / "l.csv").write_text("".join(f"{path}{separator}{label}\r\n" for path, label in rows))
+        assert [path for path, _ in read_listed(tmp_path / "l.csv", tmp_path)[0]] == [
+            "dogs/a.mp4",
+            "cats/b.mp4",
+            "odd\\name.mp4",
+            "gone\\c.mp4",
+        ]
 
 
 def test_a_comma_within_a_path(tmp_path):
@@ -125,8 +143,10 @@ def test_a_comma_within_a_path(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("a.mp4,0\nb.mp4,x\n", "l.csv:2: expected `path,label`, with labels that are numbers"),
-        ("a.mp4,cat\nb.mp4,-1\n", "l.csv:2: expected `path,label`, with labels that are class names"),
+        ("a.mp4,0\nb.mp4,x\n", "l.csv:2: .* labels that are whole numbers, 0 or more"),
+        ("a.mp4,cat\nb.mp4,-1\n", "l.csv:2: expected `path,label`, .* labels that are class names"),
+        ("a.mp4,4.0\nb.mp4,1.0\n", "l.csv:1: .* whole numbers, .* the label '4.0'"),
+        ('a.mp4,"1,3"\nb.mp4,1\n', "l.csv:1: .* one label each, .* the label '1,3'"),
         ("path,label\na.mp4\n", "l.csv:2: expected `path,label`"),
         ("path,label\n", "only a header"),
         ("path,label\na.mp4,cta\n", "l.csv:2: 'cta' is not one of the 2 classes; the nearest is 'cat'"),
@@ -137,6 +157,14 @@ def test_a_bad_row_of_a_list_in_columns(tmp_path, content, message):
     (tmp_path / "l.csv").write_text(content)
     with pytest.raises(InputError, match=message):
         read_listed(tmp_path / "l.csv", classes=("cat", "dog"))
+
+
+@pytest.mark.slow
+def test_a_list_that_counts_from_one(folder, tmp_path, in_process):
+    (tmp_path / "l.txt").write_text("swim/e.mp4 1\n")
+    given = ("index", "--list", tmp_path / "l.txt", "--root", folder, "--out", tmp_path / "m.csv", "--workers", 1)
+    status, out, _ = in_process(prepare.main, *given)
+    assert status == 0 and "the lowest label is 1, but labels count from 0" in out
 
 
 @pytest.mark.slow

@@ -30,7 +30,15 @@ from serving.onnx_format import export_onnx, open_onnx
 from serving.tensorrt import build_tensorrt
 from serving.torch_format import METADATA_FILE, export_torch, open_torch
 from serving.triton import triton_name, write_triton
-from serving.verification import Clips, MismatchError, clips_to_compare, compare, synthetic_views, verified
+from serving.verification import (
+    Clips,
+    MismatchError,
+    clips_to_compare,
+    compare,
+    synthetic_views,
+    time_in_turn,
+    verified,
+)
 from tests.commands import PROJECT, run
 
 PREPROCESSING = {
@@ -185,6 +193,21 @@ def test_smaller_files(precision, limit, weights, clips, onnx_file, tmp_path):
     kinds = {node.op_type for node in onnx.load(tmp_path / "w.onnx").graph.node}
     assert ("MatMulInteger" in kinds) == (precision == "int8")
     assert list(tmp_path.iterdir()) == [tmp_path / "w.onnx"]
+
+
+def test_slow_networks_are_announced_and_timed_once(clips, monkeypatch, capsys):
+    """Each call takes 20 s of a clock that only the network moves."""
+    clock = [0.0]
+    monkeypatch.setattr(verification.time, "perf_counter", lambda: clock[0])
+
+    def run(inputs):
+        clock[0] += 20
+        return torch.tensor([[1.0, 0.0]]).expand(len(inputs), 2)
+
+    compare(run, run, clips, views=3, precision="float32")
+    assert capsys.readouterr().out == "comparing the export with the network on 4 videos: about 3 min\n"
+    before = clock[0]
+    assert time_in_turn([run, run], clips.views[:2]) == [10_000, 10_000] and clock[0] == before + 40
 
 
 def test_mismatches(clips):

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from common.config import Config
 from common.preemption import REQUEUE
 from common.weights import load_weights
-from dali_pipelines import InputError
+from dali_pipelines import InputError, Manifest
+from dali_pipelines.manifest import Video
 from tests.commands import PROJECT, run
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training import checkpoints
 from training.checkpoints import list_checkpoints, load_newest_checkpoint
-from training.engine import Trainer
+from training.engine import Trainer, to_predict
 from training.monitor import Monitor
 from training.run_state import RunState
 
@@ -477,3 +479,12 @@ def test_logs_that_cannot_be_written_cost_no_training(config_file, tmp_path, mon
     assert "Traceback" not in captured.err
     text = (tmp_path / "output" / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]
+
+
+def test_the_command_to_predict_names_something_that_predict_takes():
+    config = Config()
+    config.data.val = "val.csv"
+    video = Video("a.mp4", 0, 10, 30.0, 64, 64, "h264", 0)
+    assert to_predict(Manifest([video], root="videos"), config).endswith("videos/a.mp4")
+    packed = video._replace(shard="val.parquet", offset=100, size=10)
+    assert to_predict(Manifest([packed], root="videos"), config) == "val.csv"
