@@ -130,12 +130,12 @@ class Trainer(StepTrainer):
         found = find_checkpoint(self.output, resume=resume) if process.is_main else None
         checkpoint = share_checkpoint(process, found)
         changes = self._restore(checkpoint) if checkpoint else []
+        loaded = "" if checkpoint else load_pretrained_weights(self.network, config, self.classes)
         if process.is_main:
-            self.saver.begin()
+            self.saver.begin()  # everything that may be wrong with the input is known by now
             (self.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         self._open_logs()
         how = self.compile()
-        loaded = "" if checkpoint else load_pretrained_weights(self.network, config, self.classes)
         if process.world_size > 1:
             check_agreement(process, {"the weights' checksum": weights_checksum(self.network.state_dict())[:12]})
         lines = startup_lines(
