@@ -11,7 +11,7 @@ import pytest
 from common.config import load_config, preprocessing
 from common.weights import Weights, build_network, save_weights
 from dali_pipelines.manifest import Manifest
-from tests.commands import PROJECT, run
+from tests.commands import PROJECT, run, run_here
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +142,7 @@ def test_names_that_are_not_utf8_go_through_all_commands(config_file, small_data
                 folder + b"/v\xfe%d.mp4" % number,
             )
     (tmp_path / "videos" / "notes.txt").touch()
-    done = run("prepare.py", "folder", "videos", "--val-fraction", "0.3", cwd=tmp_path)
+    done = run_here("prepare.py", "folder", "videos", "--val-fraction", "0.3", cwd=tmp_path)
     assert done.returncode == 0 and "videos: 1 file skipped: 1 .txt" in done.stdout, done.stderr
     manifest = Manifest.read(tmp_path / "videos" / "val.csv")
     assert manifest.classes == tuple(map(os.fsdecode, names)) and manifest[0].path.startswith("k\udcff/v\udcfe")
@@ -157,7 +157,7 @@ def test_names_that_are_not_utf8_go_through_all_commands(config_file, small_data
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("\\udcff") >= 4
     assert len(os.listdir(tmp_path / "pictures")) == 12
-    done = run("train.py", "-c", config_file, "-o", os.fsdecode(b"data.train=v\xff.csv"), cwd=tmp_path)
+    done = run_here("train.py", "-c", config_file, "-o", os.fsdecode(b"data.train=v\xff.csv"), cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "not UTF-8" in done.stderr
 
 

@@ -213,8 +213,15 @@ def test_lists_on_stdin_as_other_programs_write_them(weights_file, small_data, t
     """One of the paths is not UTF-8."""
     for name in (b"b c.mp4", b"\xe9.mp4"):
         os.symlink(os.fsencode(small_data / "val_0.mp4"), os.path.join(os.fsencode(tmp_path), name))
-    command = [sys.executable, PROJECT / "predict.py", "-w", weights_file, "-", "--json", *IN_PROCESS]
-    done = subprocess.run(command, input=content, capture_output=True, cwd=tmp_path)
+    (tmp_path / "list").write_bytes(content)
+    before = os.dup(0)
+    try:
+        with open(tmp_path / "list", "rb") as file:
+            os.dup2(file.fileno(), 0)
+        done = run_here("predict.py", "-w", weights_file, "-", "--json", *IN_PROCESS, cwd=tmp_path)
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(each["video"], each["error"]) for each in answers] == [("b c.mp4", None), ("\udce9.mp4", None)]
