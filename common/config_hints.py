@@ -194,7 +194,6 @@ def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _nearest(section: str, leaf: str, known: Iterable[str]) -> str | None:
     """The key that is meant by the name `leaf`, or None if none is near."""
     known = list(known)
-    names = {each.rpartition(".")[2] for each in known}
     inside = [each for each in known if each.startswith(section)]
     for candidates in (inside, known):
         if found := [each for each in candidates if each.rpartition(".")[2] == leaf]:
@@ -203,7 +202,7 @@ def _nearest(section: str, leaf: str, known: Iterable[str]) -> str | None:
         return ours
     for candidates in (inside, known):
         close = difflib.get_close_matches(leaf, [each.rpartition(".")[2] for each in candidates], n=1, cutoff=0.8)
-        if close and close[0] in names:
+        if close:
             return next(each for each in candidates if each.rpartition(".")[2] == close[0])
     close = difflib.get_close_matches(leaf.lower(), _SYNONYMS, n=1, cutoff=0.85)
     return _SYNONYMS[close[0]] if close and _SYNONYMS[close[0]] in known else None

@@ -162,7 +162,11 @@ def scheduler(tmp_path) -> Iterator[str]:
     for process in reversed(processes):
         process.terminate()
     for process in processes:
-        process.wait(20)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:  # now and then a worker of dask does not take a SIGTERM
+            process.kill()
+            process.wait()
 
 
 def test_dask_does_the_same(scheduler, tmp_path):
