@@ -166,7 +166,7 @@ def time_run(name: str, work: Work, count: int) -> Run:
 
 
 def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Speed of ours relative to each contestant, and to the best peer of each turn: median, lowest and highest turn."""
+    """Our speed relative to each contestant, and to the best peer of each turn: median, lowest and highest turn."""
     speeds = {
         name: [run["clips_per_second"] for run in result["runs"]]
         for name, result in results.items()

@@ -120,7 +120,7 @@ def benchmark_model(
 
 
 def _forecast(made: Mapping[str, NetworkContestant], rounds: int) -> str:
-    """Says how long the measurement will take, from the second forward pass of ours in each precision."""
+    """Says how long the measurement will take, from the second forward pass of our network in each precision."""
     passes = 0.0
     for precision in PRECISIONS:
         for _ in range(2):  # the first includes one-time work
@@ -132,7 +132,7 @@ def _forecast(made: Mapping[str, NetworkContestant], rounds: int) -> str:
     minutes = len(made) * (passes + len(PRECISIONS) * _START_S) / 60
     return (
         f"about {max(round(minutes), 1)} min: {len(made)} networks, {rounds} rounds, float32 and bf16; estimated from "
-        "forward passes of ours"
+        "forward passes of our network"
     )
 
 

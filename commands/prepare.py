@@ -21,7 +21,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -190,23 +190,18 @@ def main() -> None:
         kinetics.add_argument("--labels", metavar="FILE", help="class names, one per line")
         kinetics.set_defaults(run=_kinetics, classes=count)
 
-    ucf101 = verbs.add_parser("ucf101", parents=[probing], help="make manifests of UCF101 from its splits")
-    ucf101.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder ucfTrainTestlist")
-    ucf101.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
-    ucf101.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="split to use (default 1)")
-    ucf101.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: data/ucf101 for split 1, data/ucf101_split2, ..."
-    )
-    ucf101.set_defaults(run=_ucf101)
-
-    hmdb51 = verbs.add_parser("hmdb51", parents=[probing], help="make manifests of HMDB51 from its splits")
-    hmdb51.add_argument("--splits", type=Path, required=True, metavar="DIR", help="the folder of CLASS_test_splitN.txt")
-    hmdb51.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
-    hmdb51.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="split to use (default 1)")
-    hmdb51.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: data/hmdb51 for split 1, data/hmdb51_split2, ..."
-    )
-    hmdb51.set_defaults(run=_hmdb51)
+    for name, lists, annotations in (
+        ("ucf101", "ucfTrainTestlist", ucf101_annotations),
+        ("hmdb51", "of CLASS_test_splitN.txt", hmdb51_annotations),
+    ):
+        splits = verbs.add_parser(name, parents=[probing], help=f"make manifests of {name.upper()} from its splits")
+        splits.add_argument("--splits", type=Path, required=True, metavar="DIR", help=f"the folder {lists}")
+        splits.add_argument("--videos", required=True, metavar="DIR", help="folder or URL that holds all videos")
+        splits.add_argument("--split", type=int, choices=[1, 2, 3], default=1, help="split to use (default 1)")
+        splits.add_argument(
+            "--out", type=Path, metavar="DIR", help=f"default: data/{name} for split 1, data/{name}_split2, ..."
+        )
+        splits.set_defaults(run=functools.partial(_splits, name, annotations))
 
     ssv2 = verbs.add_parser("ssv2", parents=[probing], help="make manifests of Something-Something V2")
     ssv2.add_argument(
@@ -405,16 +400,15 @@ def _kinetics(arguments: argparse.Namespace) -> None:
     _write_splits(expected, classes, arguments.out, arguments, longest_s=12)  # Kinetics clips last 10 s
 
 
-def _ucf101(arguments: argparse.Namespace) -> None:
-    expected, classes = ucf101_annotations(arguments.splits, arguments.split)
-    name = "ucf101" if arguments.split == 1 else f"ucf101_split{arguments.split}"
-    _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
-
-
-def _hmdb51(arguments: argparse.Namespace) -> None:
-    expected, classes = hmdb51_annotations(arguments.splits, arguments.split)
-    name = "hmdb51" if arguments.split == 1 else f"hmdb51_split{arguments.split}"
-    _write_splits(expected, classes, arguments.out or Path("data", name), arguments)
+def _splits(
+    name: str,
+    annotations: Callable[[Path, int], tuple[list[Expected], tuple[str, ...]]],
+    arguments: argparse.Namespace,
+) -> None:
+    """UCF101 and HMDB51, which come with three splits."""
+    expected, classes = annotations(arguments.splits, arguments.split)
+    folder = name if arguments.split == 1 else f"{name}_split{arguments.split}"
+    _write_splits(expected, classes, arguments.out or Path("data", folder), arguments)
 
 
 def _ssv2(arguments: argparse.Namespace) -> None:

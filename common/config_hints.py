@@ -117,7 +117,7 @@ _PADDLE_ELSEWHERE = {
     "DATASET.*.data_prefix": "prepare.py index --root",
     "PIPELINE.*.transform.JitterScale.*": "data.short_side=[low,high]",
 }
-"""The same for what is not one key here -> where it is."""
+"""The same for keys that correspond to no single key here -> where the setting is."""
 
 _PADDLE_OPTIMIZERS = {"Momentum": "sgd", "AdamW": "adamw", "Adam": "adamw", "Lamb": "lamb"}
 

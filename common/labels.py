@@ -174,3 +174,8 @@ def check_labels(manifest: Manifest, classes: Sequence[str], *, name: str, of: s
             f"{name}: {manifest[worst].path} has label {manifest.labels[worst]}, but there are {len(classes)} classes "
             f"(0 to {len(classes) - 1}) in {of}"
         )
+
+
+def shows_top5(classes: Sequence[str]) -> bool:
+    """Whether the top-5 accuracy says anything: with five classes or fewer it is always 1."""
+    return len(classes) > 5

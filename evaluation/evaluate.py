@@ -23,13 +23,13 @@ from tqdm import tqdm
 from common.agreement import check_agreement, shared_facts, weights_checksum
 from common.config import Config, clip_settings, read_run_config
 from common.distributed import DistributedContext
-from common.labels import check_labels, read_manifest
+from common.labels import check_labels, read_manifest, shows_top5
 from common.metrics import top_k_counts
 from common.precision import autocast, resolve_precision
 from dali_pipelines import ClipLoader, InputError, Manifest
 from dali_pipelines.batches import Fault
 from dali_pipelines.files import absolute, join
-from evaluation.results import Protocol, Results, make_results, shows_top5
+from evaluation.results import Protocol, Results, make_results
 
 
 class Model(Interface):

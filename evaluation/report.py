@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from common.labels import shows_top5
 from dali_pipelines.files import unfinished
 from evaluation.report_sections import calibration_figure, class_table, confusion_matrix, mistake_cards
 from evaluation.report_tables import confusion_cells, mistakes
@@ -24,7 +25,6 @@ from evaluation.results import (
     Summary,
     WeightsSummary,
     class_results,
-    shows_top5,
 )
 
 REPORT = "report.html"

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.labels import shows_top5
 from dali_pipelines.errors import InputError
 from dali_pipelines.manifest import Manifest
 from evaluation.report_frames import first_window, thumbnails
 from evaluation.report_tables import BINS, calibration, confusions
 from evaluation.report_text import counted, escape, percent
-from evaluation.results import ClassResult, Results, shows_top5
+from evaluation.results import ClassResult, Results
 
 _MOST_CONFUSIONS = 50
 

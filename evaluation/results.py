@@ -1,7 +1,6 @@
 """The results of an evaluation: accuracies, intervals and confusions. Does not import torch."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -187,11 +186,6 @@ def macro_f1(labels: np.ndarray, top: np.ndarray) -> float:
     )
     present = videos > 0
     return float((2 * right[present] / (videos + predictions)[present]).mean())
-
-
-def shows_top5(classes: Sequence[str]) -> bool:
-    """Whether the top-5 accuracy says anything: with five classes or fewer it is always 1."""
-    return len(classes) > TOP
 
 
 def make_results(

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from common.labels import shows_top5
 from common.weights import Weights
 from dali_pipelines.crops import VALIDATION_SCALE
 from evaluation.evaluate import weights_sha256
 from evaluation.result_files import SUMMARY, read_summary, results_folder
-from evaluation.results import Summary, shows_top5
+from evaluation.results import Summary
 
 
 def evaluation_of(source: str, weights: Weights) -> Summary | None:

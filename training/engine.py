@@ -365,7 +365,7 @@ class Trainer(StepTrainer):
         for source, accuracy in candidates:
             is_network = source == "network"
             line = f"epoch {epoch + 1}: val " if is_network else f"{source}: val "
-            line += accuracy.text(len(self.classes))
+            line += accuracy.text(self.classes)
             line += "" if is_network or not self.average else f", in {self.output}/{self.average.name}.safetensors"
             if is_best and source == best.source:
                 line += f", best so far: {self.output}/best.safetensors"

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from common.distributed import DistributedContext
+from common.labels import shows_top5
 from common.metrics import METRIC_NAMES, class_averages, top_k_counts
 from common.precision import autocast
 from dali_pipelines import ClipLoader
 from training.losses import summed_cross_entropy
-
-_MIN_CLASSES_FOR_TOP5 = 6  # with five classes, the label is always among the first five
 
 
 class Accuracy(NamedTuple):
@@ -37,9 +36,9 @@ class Accuracy(NamedTuple):
         mine, theirs = sign * getattr(self, metric), sign * getattr(other, metric)
         return mine > theirs or (mine == theirs and self.loss < other.loss)
 
-    def text(self, num_classes: int) -> str:
+    def text(self, classes: Sequence[str]) -> str:
         """The metrics for a line of output; without the top-5 accuracy if there are too few classes for one."""
-        names = [name for name in METRIC_NAMES if name != "top5" or num_classes >= _MIN_CLASSES_FOR_TOP5]
+        names = [name for name in METRIC_NAMES if name != "top5" or shows_top5(classes)]
         return ", ".join(f"{METRIC_NAMES[name]} {getattr(self, name):.4f}" for name in names)
 
 

@@ -57,7 +57,9 @@ def test_averages_over_classes_by_hand():
 
 
 def test_top5_is_shown_from_six_classes_on():
-    assert "top-5" not in accuracy(0.5).text(5) and "top-1 0.5000, top-5 1.0000, mean class" in accuracy(0.5).text(6)
+    assert "top-5" not in accuracy(0.5).text("abcde") and "top-1 0.5000, top-5 1.0000, mean class" in accuracy(
+        0.5
+    ).text("abcdef")
 
 
 # -- runs --
