@@ -125,22 +125,23 @@ def test_idle_processes_of_a_pool_end_with_their_process(tmp_path):
 
 
 HANGING = """
-import multiprocessing, re
+import multiprocessing, re, sys
 from dali_pipelines.processes import end_with_parent
 from common import child_process as child
 
-def hang():
-    end_with_parent()
-    print("has begun", flush=True)
+def hang(_=None):
+    print("has begun", file=sys.stderr, flush=True)
     re.match(r"(a+)+$", "a" * 60 + "b")  # in C, and never lets another thread run
+
+def end_with_parent_and_hang():
+    end_with_parent()
+    hang()
 
 if __name__ == "__main__":
     if {by_child}:
-        child._COMMAND = ["-c", "from common import child_process as child; import re; child.json.loads = lambda _: "
-                          "re.match(r'(a+)+$', 'a' * 60 + 'b'); child._main()"]
-        print("has begun", flush=True)
-        child.in_child(end_with_parent, ["x"], 100)
-    process = multiprocessing.get_context("spawn").Process(target=hang)
+        child._COMMAND = ["-c", "import script; script.child.json.loads = script.hang; script.child._main()"]
+        child.in_child(hang, [], 100)
+    process = multiprocessing.get_context("spawn").Process(target=end_with_parent_and_hang)
     process.start()
     process.join()
 """
@@ -151,8 +152,9 @@ if __name__ == "__main__":
 def test_a_worker_that_hangs_ends_with_its_process(tmp_path, by_child):
     marker = f"{tmp_path}"
     process = start(tmp_path, HANGING.replace("{by_child}", str(by_child)), marker=marker)
-    process.stdout.readline()
-    assert wait_until(lambda: len(marked(marker)) >= 2, 20)
+    if (line := process.stderr.readline()) != b"has begun\n":
+        pytest.fail((line + process.communicate()[1]).decode())
+    assert len(marked(marker)) >= 2
     time.sleep(1)  # it hangs by now
     process.kill()
     process.communicate()
