@@ -63,12 +63,13 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace, preemption: Preemption) -> None:
     """Trains with the parsed arguments of train.py."""
+    config = _config(arguments)  # before the imports, which take seconds
+
     import torch
 
     from common.distributed import start_process
     from training.engine import Trainer
 
-    config = _config(arguments)
     with start_process(config.device, timeout_s=2 * config.train.hang_timeout_s) as process:
         torch.set_num_threads(process.cores)
         Trainer(config, process, resume=arguments.resume, preemption=preemption, profile=arguments.profile).train()

@@ -82,7 +82,8 @@ class TimeSformer(nn.Module):
         # narrow network. PaddleVideo's zero temporal_fc is for image weights: see pretrained.py, docs/quickstart.md.
         time_embedding = [self.time_embed] if self.attention_type.has_time_embedding else []
         for embedding in (self.cls_token, self.pos_embed, *time_embedding):
-            nn.init.normal_(embedding, std=embed_init_std)
+            if not embedding.is_meta:  # for meta tensors, torch would import its compiler, which takes seconds
+                nn.init.normal_(embedding, std=embed_init_std)
 
     def freeze(self, num_blocks: int) -> None:
         """Exclude the embeddings and the first `num_blocks` blocks from training, for fine-tuning. They need no

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from torch._dynamo.utils import counters
 
 from common.config import TrainConfig
 from common.distributed import DistributedContext
@@ -99,4 +98,6 @@ def compile_network(network: TimeSformer, *, cuda_graphs: bool = False) -> None:
 
 def cuda_graphs_skipped() -> bool:
     """Whether the compiler failed to use CUDA graphs, which it only logs."""
+    from torch._dynamo.utils import counters  # takes a second to import
+
     return counters["inductor"]["cudagraph_skips"] > 0

@@ -26,7 +26,7 @@ from benchmarks.videos import find_videos
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.probe import probe
-from tests.commands import run, run_here
+from tests.commands import run_forked, run_here
 from tests.videos import textured, write_video
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_every_contestant_is_timed_or_says_why_not(report):
 
 
 def test_soak(videos):
-    done = run("benchmark.py", "soak", videos, "--clips", 200, "--workers", 1, "--crop-size", 32, "--sizes", 2)
+    done = run_forked("benchmark.py", "soak", videos, "--clips", 200, "--workers", 1, "--crop-size", 32, "--sizes", 2)
     assert done.returncode == 0 and "no growth; 0 faults, fallbacks: none" in done.stdout, done.stderr + done.stdout
 
 
@@ -275,7 +275,7 @@ train: {{pretrained: gone.safetensors}}
 @pytest.mark.parametrize("processes, settings", [(1, []), (2, ["-o", "data.workers=0"])], ids=["one", "two"])
 def test_training_step(train_config, tmp_path, processes, settings):
     settings = ["-c", train_config, *settings, "--steps", 1, "--rounds", 2, "--out", tmp_path]
-    done = run("benchmark.py", "train", *settings, processes=processes, cwd=tmp_path)
+    done = run_forked("benchmark.py", "train", *settings, processes=processes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "train.json")
     report = json.loads((tmp_path / "train.json").read_text())

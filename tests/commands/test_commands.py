@@ -126,7 +126,7 @@ def test_bad_input_is_one_line_of_the_script(place, command, message):
 
 def test_a_folder_that_cannot_be_written(place):
     """Root may write anywhere, so the folder is one that nobody can write."""
-    done = run("train.py", "-c", "tiny.yaml", "-o", "output=/proc/nothing", cwd=place)
+    done = run_here("train.py", "-c", "tiny.yaml", "-o", "output=/proc/nothing", cwd=place)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "/proc/nothing" in done.stderr
 
 
@@ -147,13 +147,13 @@ def test_names_that_are_not_utf8_go_through_all_commands(config_file, small_data
     manifest = Manifest.read(tmp_path / "videos" / "val.csv")
     assert manifest.classes == tuple(map(os.fsdecode, names)) and manifest[0].path.startswith("k\udcff/v\udcfe")
     data = ["data.train=videos/train.csv", "data.val=videos/val.csv", "train.epochs=1"]
-    commands = [
-        ("train.py", "-c", config_file, "-o", *data),
-        ("evaluate.py", "-w", "output/best.safetensors", "-o", "data.test=videos/val.csv", "device=cpu"),
-        ("predict.py", "-w", "output/best.safetensors", "videos", "--csv", "--explain", "pictures", "-o", "device=cpu"),
-    ]
-    for command in commands:
-        done = run(*command, cwd=tmp_path)
+    weights = "-w", "output/best.safetensors"
+    for start, command in (
+        (run_here, ("train.py", "-c", config_file, "-o", *data)),
+        (run_here, ("evaluate.py", *weights, "-o", "data.test=videos/val.csv", "device=cpu")),
+        (run, ("predict.py", *weights, "videos", "--csv", "--explain", "pictures", "-o", "device=cpu")),
+    ):
+        done = start(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("\\udcff") >= 4
     assert len(os.listdir(tmp_path / "pictures")) == 12
@@ -179,7 +179,7 @@ def test_ctrl_c_is_one_line_even_with_workers(place, lines_before):
 def test_training_with_several_views_of_a_decode_logs_it(config_file):
     """13 videos, two views each: 26 clips, six steps of four."""
     settings = ["data.views_per_decode=2", "data.decode=dali", "train.epochs=1", "data.workers=1"]
-    done = run("train.py", "-c", config_file, "-o", *settings)
+    done = run_here("train.py", "-c", config_file, "-o", *settings)
     assert done.returncode == 0, done.stderr
     assert "6 steps per epoch" in done.stdout and "decoders: h264 host, vp9 DALI" in done.stdout
 

@@ -18,8 +18,8 @@ from common.distributed import start_process
 from common.locking import FolderLock
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.files import unfinished
-from tests.commands import PROJECT, run
-from tests.training.test_endings import free_port, patched, started, wait_for
+from tests.commands import PROJECT, run_forked
+from tests.training.test_endings import patched, started, wait_for
 from tests.training.test_engine import lines, train
 from training.checkpoints import is_intact, list_checkpoints, load_checkpoint, save_checkpoint
 from training.saving import Saver
@@ -37,7 +37,7 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(config_file, tm
     arguments = [patched(tmp_path, slow), "-c", config_file, "--resume", "-o", "train.checkpoint_every_steps=1"]
     with started(*arguments, "data.workers=1", stdout=subprocess.DEVNULL) as first:
         wait_for(lambda: len(list_checkpoints(output / "checkpoints")) == 2)
-        second = run("train.py", "-c", config_file, "--resume")
+        second = run_forked("train.py", "-c", config_file, "--resume")
         assert second.returncode == 2, second.stdout
         assert f"{output}: another process is writing there (process {first.pid} on " in second.stderr
         assert first.poll() is None
@@ -46,7 +46,7 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(config_file, tm
         first.wait()
         (output / "checkpoints" / "unnamed-0123456789ab.pt.0123456789ab.part").write_text("left by a kill")
         (output / "last.safetensors.0123456789ab.part").write_text("left by a kill")
-        third = run("train.py", "-c", config_file, "--resume", "-o", "train.checkpoint_every_steps=1")
+        third = run_forked("train.py", "-c", config_file, "--resume", "-o", "train.checkpoint_every_steps=1")
     assert third.returncode == 0 and "resumed from" in third.stdout, third.stderr
     assert [line["step"] for line in lines(output) if "train/lr" in line] == list(range(1, 10))
     assert all(map(is_intact, list_checkpoints(output / "checkpoints")))
@@ -69,11 +69,11 @@ def test_two_evaluations_in_one_folder(config_file, small_data, tmp_path):
             "--out",
             results,
         ]
-        refused = run("evaluate.py", *arguments)
+        refused = run_forked("evaluate.py", *arguments)
         assert refused.returncode == 2 and f"another process is writing there (process {holder.pid}" in refused.stderr
         assert [path.name for path in results.iterdir()] == ["lock"]
         holder.kill()
-    done = run("evaluate.py", *arguments)
+    done = run_forked("evaluate.py", *arguments)
     assert done.returncode == 0 and (results / "results.json").exists(), done.stderr
 
 
@@ -148,25 +148,14 @@ def test_the_first_rank_that_differs_is_named_with_all_that_differs():
         check_agreement(Ranks({"a": 1}, {"a": 1}, {"a": 2, "b": 3}), {"a": 1})
 
 
-def two_ranks(config_file, *, first=(), second=()):
-    """train.py as torchrun starts it on two machines, each with overrides of its own: [(exit status, stderr), ...]."""
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROJECT / "train.py"), "-c", str(config_file), "-o",
-             "train.hang_timeout_s=30", "train.max_steps=1", *map(str, own)],
-            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, own in enumerate((first, second))
-    ]  # fmt: skip
-    try:
-        said = [rank.communicate(timeout=90)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+def two_ranks(config_file, folder, *, first=(), second=()):
+    """train.py as torchrun starts it on two machines, each with overrides of its own."""
+    own = [list(map(str, each)) for each in (first, second)]
+    (folder / "train.py").write_text(
+        f"import os, sys\nsys.argv += {own!r}[int(os.environ['RANK'])]\n" + (PROJECT / "train.py").read_text()
+    )
+    settings = ["train.hang_timeout_s=30", "train.max_steps=1"]
+    return run_forked(folder / "train.py", "-c", config_file, "-o", *settings, processes=2)
 
 
 def reordered(small_data: Path, tmp_path: Path) -> str:
@@ -179,9 +168,9 @@ def reordered(small_data: Path, tmp_path: Path) -> str:
 
 @pytest.mark.slow
 def test_ranks_at_other_work_are_refused(config_file, small_data, tmp_path):
-    for status, said in two_ranks(config_file, second=[reordered(small_data, tmp_path), "optim.lr=0.1"]):
-        assert status == 2 and "Traceback" not in said, said
-        assert "optim.lr is 0.05 on rank 0 and 0.1 on rank 1, data.train is 13 videos, checksum" in said
+    done = two_ranks(config_file, tmp_path, second=[reordered(small_data, tmp_path), "optim.lr=0.1"])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert done.stderr.count("optim.lr is 0.05 on rank 0 and 0.1 on rank 1, data.train is 13 videos, checksum") == 2
     assert not (tmp_path / "output").exists()
 
 
@@ -209,8 +198,8 @@ def test_ranks_that_begin_with_other_weights_are_refused(config_file, small_data
     for seed in (1, 2):
         train(config_file, "train.max_steps=1", f"seed={seed}", f"output={tmp_path}/run{seed}")
     own = [[f"train.pretrained={tmp_path}/run{seed}/last.safetensors"] for seed in (1, 2)]
-    for status, said in two_ranks(config_file, first=own[0], second=own[1]):
-        assert status == 2 and "the weights' checksum is" in said, said
+    done = two_ranks(config_file, tmp_path, first=own[0], second=own[1])
+    assert done.returncode == 2 and done.stderr.count("the weights' checksum is") == 2, done.stderr
 
 
 @pytest.mark.slow
@@ -220,7 +209,8 @@ def test_what_differs_between_machines_may_differ(config_file, small_data, tmp_p
         (small_data / "val.csv").read_text().replace("# root: .", f"# root: {small_data}")
     )
     own = [f"data.train={tmp_path}/elsewhere/train.csv", f"data.val={tmp_path}/val.csv", "data.workers=1"]
-    assert [status for status, _ in two_ranks(config_file, second=own)] == [0, 0]
+    done = two_ranks(config_file, tmp_path, second=own)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from distributed import Client
 from common import child_process as child
 from common.worker_pool import Failed, WorkerPool, remove_journals, run
 from dali_pipelines import InputError
+from tests.commands import free_port
 from tests.commands import run as command
 from tests.common import tasks
-from tests.training.test_endings import free_port
 from tests.videos import numbered, write_video
 
 pytestmark = pytest.mark.slow

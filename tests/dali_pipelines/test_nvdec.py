@@ -512,7 +512,7 @@ def test_a_script_that_ends_mid_epoch_exits_cleanly(some, tmp_path):
         "next(iter(loader))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    for _ in range(4):
+    for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
         )

@@ -26,7 +26,7 @@ from evaluation.result_files import FILES, read_results
 from evaluation.results import Protocol
 from preparation.pack import pack
 from serving.prediction import predict
-from tests.commands import PROJECT, run
+from tests.commands import run, run_forked
 from tests.training.sharing import evaluations
 from tests.videos import textured, write_video
 
@@ -148,7 +148,7 @@ def test_results_match_for_any_number_of_processes_and_batch_size(weights_file, 
     expected = found[0]
     if processes > 1:
         arguments = [weights_file, partly_bad, tmp_path / "found.pt"]
-        done = run("tests/training/sharing.py", *arguments, processes=processes, path=PROJECT)
+        done = run_forked("tests/training/sharing.py", *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
         found = torch.load(tmp_path / "found.pt")
     assert len(found) == 3
@@ -186,7 +186,7 @@ def test_unreadable_videos_make_the_exit_status_1(weights_file, small_data, tmp_
         settings = ["-w", weights_file, "-o", f"data.test={tmp_path}/{name}.csv", "device=cpu", *flags]
         if processes == 1:
             return in_process(command.main, *settings)
-        done = run("evaluate.py", *settings, processes=processes)
+        done = run_forked("evaluate.py", *settings, processes=processes)
         return done.returncode, done.stdout, done.stderr
 
     status, said, errors = evaluated("one")

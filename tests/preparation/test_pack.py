@@ -27,7 +27,7 @@ from dali_pipelines.files import read_bytes
 from dali_pipelines.manifest import Video
 from dali_pipelines.probe import probe
 from preparation.pack import pack
-from tests.commands import CONFIG, PROJECT, run
+from tests.commands import CONFIG, PROJECT, run, run_forked
 from tests.videos import textured, write_video
 
 pytestmark = pytest.mark.slow
@@ -300,7 +300,7 @@ def test_packed_videos_are_evaluated_as_plain_ones(tmp_path):
     weights = Weights(vars(config.model), preprocessing(config.data), CLASSES[:3], network.state_dict())
     save_weights(tmp_path / "w.safetensors", weights)
     reports = [
-        run("evaluate.py", "-w", "w.safetensors", "-c", "c.yaml", "-o", f"data.test={name}", cwd=tmp_path)
+        run_forked("evaluate.py", "-w", "w.safetensors", "-c", "c.yaml", "-o", f"data.test={name}", cwd=tmp_path)
         for name in ("val.csv", "packed/val.csv")
     ]
     assert [done.returncode for done in reports] == [0, 0], reports[1].stderr

@@ -1,5 +1,6 @@
 """predict.py: predictions in the order of the arguments, as they arrive; windows, features, explanations."""
 
+import contextlib
 import csv
 import io
 import json
@@ -32,7 +33,7 @@ from serving.onnx_format import export_onnx, open_onnx, runner
 from serving.prediction import Unreadable, open_model, predict
 from serving.torch_format import export_torch
 from serving.verification import Clips, synthetic_views
-from tests.commands import PROJECT, run, run_here
+from tests.commands import PROJECT, run_forked, run_here
 from tests.videos import textured, write_video
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,7 @@ def test_a_bad_disk_and_a_slow_file_do_not_affect_other_videos(weights_file, sma
     (tmp_path / "b.mp4").symlink_to("/proc/self/mem")  # reads fail with EIO
     write_video(tmp_path / "c.avi", textured(12, height=40, width=40), codec="mpeg4")
     os.truncate(tmp_path / "c.avi", 1 << 40)  # sparse, as of a download that reserves its place
-    done = run("predict.py", "-w", weights_file, tmp_path, "--json", "-o", "device=cpu", "data.timeout_s=3")
+    done = run_forked("predict.py", "-w", weights_file, tmp_path, "--json", "-o", "device=cpu", "data.timeout_s=3")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1 and "exit status 1: 2 of 4 videos cannot be read" in done.stderr, done.stderr
     assert [answer["video"] for answer in answers] == [str(tmp_path / name) for name in names]
@@ -195,8 +196,24 @@ def test_a_producer_that_waits_for_its_prediction_gets_it(weights_file, small_da
         rest, errors = process.communicate(timeout=60)
     assert json.loads(rest)["video"] == str(small_data / "val_2.mp4")
     assert process.returncode == 1 and b"1 of 4 videos cannot be read" in errors
-    none = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert none.returncode == 2 and none.stderr == "predict.py: error: no path on stdin; expected one per line\n"
+
+
+@contextlib.contextmanager
+def stdin_from(path):
+    before = os.dup(0)
+    try:
+        with open(path, "rb") as file:
+            os.dup2(file.fileno(), 0)
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+def test_a_producer_of_nothing(weights_file):
+    with stdin_from(os.devnull):
+        done = run_here("predict.py", "-w", weights_file, "-", *IN_PROCESS)
+    assert done.returncode == 2 and done.stderr == "predict.py: error: no path on stdin; expected one per line\n"
 
 
 @pytest.mark.parametrize(
@@ -214,14 +231,8 @@ def test_lists_on_stdin_as_other_programs_write_them(weights_file, small_data, t
     for name in (b"b c.mp4", b"\xe9.mp4"):
         os.symlink(os.fsencode(small_data / "val_0.mp4"), os.path.join(os.fsencode(tmp_path), name))
     (tmp_path / "list").write_bytes(content)
-    before = os.dup(0)
-    try:
-        with open(tmp_path / "list", "rb") as file:
-            os.dup2(file.fileno(), 0)
+    with stdin_from(tmp_path / "list"):
         done = run_here("predict.py", "-w", weights_file, "-", "--json", *IN_PROCESS, cwd=tmp_path)
-    finally:
-        os.dup2(before, 0)
-        os.close(before)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(each["video"], each["error"]) for each in answers] == [("b c.mp4", None), ("\udce9.mp4", None)]

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from common.preemption import REQUEUE
 from common.weights import load_weights
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.manifest import Video
-from tests.commands import PROJECT, run
+from tests.commands import PROJECT, free_port, run_forked
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training import checkpoints
 from training.checkpoints import list_checkpoints, load_newest_checkpoint
@@ -74,12 +73,6 @@ def started(script, *arguments, processes=1, environment=None, **settings):
         process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def wait_for(condition, timeout=90):
     end = time.monotonic() + timeout
     while not condition():
@@ -108,7 +101,7 @@ def unbroken(small_data, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("unbroken")
     (folder / "c.yaml").write_text(CONFIG.format(folder=small_data))
-    done = run("train.py", "-c", folder / "c.yaml", "-o", *SETTINGS, f"output={folder}/output")
+    done = run_forked("train.py", "-c", folder / "c.yaml", "-o", *SETTINGS, f"output={folder}/output")
     assert done.returncode == 0, done.stderr
     return folder / "output"
 
@@ -149,7 +142,7 @@ def test_asked_to_end_it_saves_and_says_so(config_file, tmp_path, unbroken, numb
     match = re.fullmatch(rf"train.py: {number.name}: saved step (\d+); resume with --resume\n", said)
     assert load_newest_checkpoint(output / "checkpoints")[1]["step"] == int(match[1]) >= 4
     if number == signal.SIGTERM:  # the same code handles both
-        assert run("train.py", *arguments).returncode == 0
+        assert run_forked("train.py", *arguments).returncode == 0
         assert_same_run(output, unbroken)
 
 
@@ -190,7 +183,7 @@ Trainer._commit_step = commit_step
     first, second, *_ = said.splitlines()
     assert first == "train.py: SIGTERM: training ends within a step, a validation or a save"
     assert second == "train.py: saved step 5; resume with --resume"
-    assert run("train.py", "-c", config_file, "--resume", "-o", *settings).returncode == 0
+    assert run_forked("train.py", "-c", config_file, "--resume", "-o", *settings).returncode == 0
     assert_same_run(output, unbroken)
 
 
@@ -205,7 +198,7 @@ def test_ctrl_c_saves_too(config_file, tmp_path, unbroken):
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == "train.py: stopped by Ctrl-C\n"
     assert load_newest_checkpoint(output / "checkpoints")[1]["step"] >= 4
-    assert run("train.py", *arguments).returncode == 0
+    assert run_forked("train.py", *arguments).returncode == 0
     assert_same_run(output, unbroken)
 
 
@@ -215,7 +208,7 @@ def test_a_run_resumes_with_one_two_and_one_processes(config_file, tmp_path):
     train(config_file, *settings, f"output={tmp_path}/unbroken")
     for processes, last in ((1, 4), (2, 8), (1, 12)):
         arguments = ["-c", config_file, "--resume", "-o", *settings, f"train.max_steps={last}"]
-        done = run("train.py", *arguments, processes=processes)
+        done = run_forked("train.py", *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
         assert f"= {processes} ranks x {4 // processes} clips x 1 micro-steps" in done.stdout
     assert len(losses(tmp_path / "output")) == 12
@@ -256,7 +249,7 @@ Trainer.forward_backward = forward_backward
 """
     script = patched(tmp_path, patch)
     settings = ["-c", config_file, "-o", "data.workers=0"]
-    unbroken = run("train.py", *settings, f"output={tmp_path}/unbroken", processes=2)
+    unbroken = run_forked("train.py", *settings, f"output={tmp_path}/unbroken", processes=2)
     assert unbroken.returncode == 0, unbroken.stderr
     again = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     again += ["--max-restarts", "1", script, *settings, f"output={tmp_path}/again"]

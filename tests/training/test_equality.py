@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dali_pipelines.manifest import Manifest
-from tests.commands import CONFIG, PROJECT, run
+from tests.commands import CONFIG, PROJECT, run_forked
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def all_results(small_data, tmp_path_factory):
     configs = [folder / f"{name}.yaml" for name in UNREADABLE]
     for processes in COUNTS:
         script = PROJECT / "tests/training/equality.py"
-        done = run(script, ",".join(map(str, COUNTS)), *configs, processes=processes, path=PROJECT)
+        done = run_forked(script, ",".join(map(str, COUNTS)), *configs, processes=processes)
         assert done.returncode == 0, done.stderr
     return {
         path.stem: {

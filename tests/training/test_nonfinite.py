@@ -9,7 +9,7 @@ import torch
 
 from common.weights import load_weights
 from dali_pipelines import InputError, Manifest
-from tests.commands import run
+from tests.commands import run_forked
 from tests.training.test_engine import assert_equal_weights, lines, losses, train
 from training.checkpoints import load_newest_checkpoint
 from training.engine import Trainer
@@ -226,7 +226,7 @@ def test_two_processes_roll_back_together(config_file, tmp_path):
 
     (tmp_path / "patched.py").write_text(PATCHED_TRAIN.format(project=str(PROJECT)))
     settings = ["-c", config_file, "-o", "train.on_nan=rollback", "train.checkpoint_every_steps=2"]
-    done = run(tmp_path / "patched.py", *settings, processes=2)
+    done = run_forked(tmp_path / "patched.py", *settings, processes=2)
     assert done.returncode == 0, done.stderr
     assert "rolled back to step_00000004-" in done.stdout
     assert [line["step"] for line in lines(tmp_path / "output") if "train/lr" in line] == list(range(1, 10))
