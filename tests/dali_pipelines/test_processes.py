@@ -285,7 +285,7 @@ def test_loaders_that_are_dropped_leave_nothing(video, mode, decode):
     multiprocessing.resource_tracker.ensure_running()
     drop(1, is_read=False)  # what is loaded once
     before = resources()
-    for _ in range(15):
+    for _ in range(5):
         drop(1, is_read=False)
     assert resources() == before
     for _ in range(2):
