@@ -56,7 +56,7 @@ def test_wandb_and_mlflow_hold_what_the_lines_hold_and_a_resumed_run_continues_t
     loggers_on = ["train.loggers=[wandb,mlflow]"]
     train(config_file, *OVERRIDES, *loggers_on, "train.max_steps=3")
     train(config_file, *OVERRIDES, *loggers_on, "optim.weight_decay=0.5", resume=True)
-    assert [settings.finish_timeout for settings in asked] == [60, 60]  # a run does not wait for a service forever
+    assert [settings.finish_timeout for settings in asked] == [20, 20]  # a run does not wait for a service forever
     output = tmp_path / "output"
     assert not (output / "tensorboard").exists()
     ids = json.loads((output / "loggers.json").read_text())
