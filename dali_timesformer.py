@@ -24,7 +24,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads then yield to the workers
@@ -131,20 +131,27 @@ def evaluate(
         return build_results(predictions, settings, members, names, videos, process, protocol=protocol, started=started)
 
 
-class Predictions(Iterator[Prediction | Unreadable]):
+class Predictions(contextlib.AbstractContextManager, Iterator[Prediction | Unreadable]):
     """The predictions of videos in their order, computed while you iterate.
 
-    A `Prediction` holds the clips too, a few MB: keep only what you need of each. Used as a context, or closed, it ends
-    its workers.
+    A `Prediction` holds the clips too, a few MB: keep only what you need of each. If you stop before the last video,
+    `close` ends the workers, as does the end of a `with` block.
     """
 
-    def __init__(self, weights: Weights | Exported, predictions: Iterator[Prediction | Unreadable]):
+    def __init__(self, weights: Weights | Exported, predictions: Generator[Prediction | Unreadable, None, None]):
         self.classes = tuple(weights.classes)
         """Class names in the order of `Prediction.probabilities`."""
         self._predictions = predictions
 
     def __next__(self) -> Prediction | Unreadable:
         return next(self._predictions)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the iteration and its workers."""
+        self._predictions.close()
 
     def top(self, prediction: Prediction, k: int = 5) -> list[TopClass]:
         """The k most likely classes, best first, each with its name ("class"), "label" and "probability"."""
@@ -174,7 +181,7 @@ def predict(
         os.fspath(weights), None if config is None else os.fspath(config), _as_arguments(overrides)
     )
 
-    def predictions() -> Iterator[Prediction | Unreadable]:
+    def predictions() -> Generator[Prediction | Unreadable, None, None]:
         with _start_process(settings.device) as process:
             yield from _predict(
                 model, settings, paths, process, num_windows=num_windows, features=features, explain=explain

@@ -230,7 +230,7 @@ def main() -> None:
         type=float,
         default=0.1,
         metavar="F",
-        help="share of train for val.csv if there is neither a validation nor a test split (default 0.1)",
+        help="share of train for val.csv if neither a validation nor a test split has labels (default 0.1)",
     )
     hugging_face.add_argument(
         "--classes", metavar="FROM", help="class names: a file with one per line, or a manifest with the same classes"
@@ -442,9 +442,11 @@ def _hugging_face(arguments: argparse.Namespace) -> None:
             f"{others} files of their own, {rows.unlabelled} left out for having no label"
         )
         manifests[name] = rows.listed
-    if set(splits) == {"train"} and arguments.val_fraction:
+    if [name for name, listed in manifests.items() if listed] == ["train"] and arguments.val_fraction:
         manifests["train"], manifests["val"] = split_train_val(splits["train"].listed, arguments.val_fraction)
-        print(f"no validation or test split: {len(manifests['val'])} videos of train are val (--val-fraction)")
+        print(
+            f"no validation or test split with labels: {len(manifests['val'])} videos of train are val (--val-fraction)"
+        )
     parts = {name: part for rows in splits.values() for name, part in rows.parts.items()}
     files = {name: out / f"{name}.csv" for name, listed in manifests.items() if listed}
     for file in files.values():

@@ -12,9 +12,8 @@ from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import find_below_url, is_url, join
 from dali_pipelines.frame_names import frame_files, name_frames
 from dali_pipelines.text import decode, split_lines
-from preparation.index import Listed, Rejected
+from preparation.index import LARGEST_LABEL, Listed, Rejected
 
-_LARGEST = 2**31 - 1
 _FIELDS = re.compile(r"(.*\S)[ \t]+(\d+)[ \t]+(\d+)")
 _COLUMNS = re.compile(r"(.*[^ ,;]) *[,;] *(\d+) *[,;] *(\d+)")
 _THREADS = 16  # that list folders: on a network disk, each waits for its server
@@ -45,7 +44,7 @@ def read_frame_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> F
     for number, text in enumerate(split_lines(decode(Path(path).read_bytes())), start=1):
         if text := text.strip(" \t\r\n"):
             match = _FIELDS.fullmatch(text) or _COLUMNS.fullmatch(text)
-            if not match or not int(match[2]) or max(int(match[2]), int(match[3])) > _LARGEST:
+            if not match or not int(match[2]) or max(int(match[2]), int(match[3])) > LARGEST_LABEL:
                 raise InputError(
                     f"{path}:{number}: expected `frame_dir total_frames label`, with 1 frame or more and one label of "
                     f"0 or more: {text[:80]!r}; for a list of `path label`: prepare.py index --list {path} ..."

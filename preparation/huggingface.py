@@ -18,7 +18,7 @@ from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import is_url
 from dali_pipelines.folders import VIDEO_SUFFIXES
 from preparation.datasets import SPLITS
-from preparation.index import Listed, Part
+from preparation.index import LARGEST_LABEL, Listed, Part
 
 _ROWS = 8  # rows to hold in memory at a time
 _LABEL_NAMES = ("label", "labels", "class", "action", "category")
@@ -109,8 +109,9 @@ def read_dataset(
             if row_label is None or row_label == -1:
                 found.unlabelled += 1
                 continue
-            if isinstance(row_label, int) and not 0 <= row_label < (len(names) or 2**31):
-                raise InputError(f"{file}: {listed} has label {row_label}; expected 0 to {len(names) - 1}")
+            most = len(names) - 1 if names else LARGEST_LABEL
+            if isinstance(row_label, int) and not 0 <= row_label <= most:
+                raise InputError(f"{file}: {listed} has label {row_label}; expected 0 to {most}")
             if names and isinstance(row_label, int) and names != classes:
                 row_label = names[row_label]
             if isinstance(row_label, str):

@@ -26,7 +26,7 @@ from dali_pipelines.packet_index import index_path, is_index
 from dali_pipelines.probe import probe_packets
 from dali_pipelines.text import csv_writer, decode, split_lines
 
-_LARGEST_LABEL = 2**31 - 1
+LARGEST_LABEL = 2**31 - 1  # int32
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 _PATH_COLUMNS = {"path", "file", "filename", "file_name", "file_path", "filepath", "video", "video_path", "video_name"}
@@ -77,7 +77,7 @@ def read_listed(
     are_numbers = _NOT_A_NAME.fullmatch(rows[0][2]) is not None
     for number, file, label in rows:
         wanted = label.isdecimal() if are_numbers else not _NOT_A_NAME.fullmatch(label)
-        if not file or not wanted or (are_numbers and int(label) > _LARGEST_LABEL):
+        if not file or not wanted or (are_numbers and int(label) > LARGEST_LABEL):
             kind = "whole numbers, 0 or more" if are_numbers else "class names"
             raise InputError(
                 f"{path}:{number}: expected `path,label`, with one label each, and labels that are {kind} as in the "
@@ -164,7 +164,7 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Li
 
 def _problem(file: str, label: str, root: str | os.PathLike) -> str:
     """Describes the problem with a line of a list; "" if there is none. Odd paths are accepted if the file exists."""
-    if not label.isdecimal() or int(label) > _LARGEST_LABEL:
+    if not label.isdecimal() or int(label) > LARGEST_LABEL:
         if is_video_name(label):
             return "found no label after the path"
         if re.search(r"[^,;]*[,;][ \t]*\d+$", label):

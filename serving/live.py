@@ -77,6 +77,8 @@ def watch(
         problem = ""
         try:
             with _opened(source) as container:
+                if not container.streams.video:
+                    raise InputError(f"{source}: no video stream in it")
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
                 fps = float(stream.average_rate or stream.guessed_rate or 30)
@@ -89,8 +91,6 @@ def watch(
                         probabilities = predict_views(network, clips[None].to(process.device), precision)[0].cpu()
                         predicted = True
                         yield LivePrediction(wall, seconds, probabilities)
-        except IndexError:
-            raise InputError(f"{source}: no video stream in it") from None
         except av.error.ExitError:  # FFmpeg's name for `_TIMEOUT`
             problem = f"no data for {_TIMEOUT[1]:.0f} s"
         except (av.error.FFmpegError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ def export_onnx(path: Path, weights: Weights, clips: Clips, *, views: int = 1, p
             _write(unverified, weights, views, precision)
         run = open_onnx(unverified).run
         result = compare_with_original(weights, run, clips, views=views, precision=precision, runtime="onnxruntime")
+    # TensorRT would use the engines of an older file: it does not notice that the weights are different.
+    shutil.rmtree(engine_folder(path), ignore_errors=True)
     return f"{result}\nsaved to {path}: {path.stat().st_size / 2**20:.1f} MiB, opset {OPSET}"
 
 
@@ -142,11 +145,16 @@ MAX_BATCH = 8
 
 
 def start_session(
-    path: Path, header: ExportHeader, provider: str, options: "onnxruntime.SessionOptions | None" = None
+    path: Path,
+    header: ExportHeader,
+    provider: str,
+    options: "onnxruntime.SessionOptions | None" = None,
+    engines: Path | None = None,
 ) -> "onnxruntime.InferenceSession":
     """Starts onnxruntime with `provider`: cpu, cuda, tensorrt or the name of another one that is installed, such as
     openvino; "auto" is the best of the first three that starts (tensorrt only if `export.py --tensorrt` has built its
     engines: otherwise that would take minutes). Operators that a provider does not have run on CUDA or the CPU.
+    engines: folder of TensorRT's engines; default: `engine_folder`.
 
     onnxruntime itself falls back to the CPU without an error. This raises `InputError` with what to install.
     """
@@ -166,7 +174,7 @@ def start_session(
             f"--provider {provider}: onnxruntime {onnxruntime.__version__} here has {', '.join(names)}; install "
             f"{package} in place of onnxruntime"
         )
-    settings = {TENSORRT: tensorrt_options(path, header), CUDA: {"use_tf32": "0"}}
+    settings = {TENSORRT: tensorrt_options(engines or engine_folder(path), header), CUDA: {"use_tf32": "0"}}
     problem = ""
     for name in wanted:
         providers = [name, *(each for each in (CUDA, CPU) if each in available and each != name)]
@@ -191,12 +199,12 @@ def engine_folder(path: Path) -> Path:
     return path.with_suffix(".tensorrt")
 
 
-def tensorrt_options(path: Path, header: ExportHeader) -> dict[str, object]:
-    """Options of onnxruntime's TensorRT provider: engines for 1 to 8 clips, kept in `engine_folder`."""
+def tensorrt_options(engines: Path, header: ExportHeader) -> dict[str, object]:
+    """Options of onnxruntime's TensorRT provider: engines for 1 to 8 clips, kept in the folder `engines`."""
     shape = "x".join(map(str, header.input_shape))
     return {
         "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(engine_folder(path)),
+        "trt_engine_cache_path": str(engines),
         "trt_fp16_enable": header.precision == "float16",
         "trt_profile_min_shapes": f"clips:1x{shape}",
         "trt_profile_opt_shapes": f"clips:{MAX_BATCH}x{shape}",

@@ -14,7 +14,7 @@ from serving.onnx_format import (
     runner,
     start_session,
 )
-from serving.verification import Clips, MismatchError, compare_with_original
+from serving.verification import Clips, compare_with_original, verified
 
 
 def require_tensorrt() -> None:
@@ -35,11 +35,8 @@ def build_tensorrt(path: Path, weights: Weights, clips: Clips, *, views: int, pr
     to print. TensorRT computes float32 in TF32, so the limits are those of float16. Raises `MismatchError`."""
     exported = open_onnx(path)
     folder = engine_folder(path)
-    folder.mkdir(exist_ok=True)
-    session = start_session(path, exported, "tensorrt")
-    run = runner(session, most=MAX_BATCH)
-    try:
+    with verified(folder) as unverified:
+        unverified.mkdir()
+        run = runner(start_session(path, exported, "tensorrt", engines=unverified), most=MAX_BATCH)
         result = compare_with_original(weights, run, clips, views=views, precision="float16", runtime="TensorRT")
-    except MismatchError as error:
-        raise MismatchError(f"{error}. The engine is kept in {folder}") from None
     return f"{result}\nengine in {folder}: predict.py -w {path} uses it"

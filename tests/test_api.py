@@ -78,6 +78,9 @@ def test_train_evaluate_and_predict_in_one_process_again_and_again(
     (best,) = predictions.top(seen, 1)
     assert best["class"] == predictions.classes[best["label"]] and best["probability"] >= 1 / 3
     assert isinstance(unreadable, dt.Unreadable) and "no such file" in unreadable.reason
+    with dt.predict(result.weights["best"], [small_data / "val_0.mp4"] * 2, overrides=quiet) as predictions:
+        assert next(predictions).video.endswith("val_0.mp4")
+    assert torch.get_num_threads() == threads and not list(predictions)
     with pytest.raises(dt.InputError, match="num_windows is 0"):
         dt.predict(result.weights["best"], "a.mp4", num_windows=0)
     with pytest.raises(dt.InputError, match="no weights given"):

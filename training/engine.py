@@ -307,9 +307,10 @@ class Trainer(StepTrainer):
 
     @property
     def has_stopped_early(self) -> bool:
-        """Whether `train.early_stopping` has ended the run."""
+        """Whether `train.early_stopping` has ended the run before its last step."""
         patience = self.config.train.early_stopping
-        return patience is not None and self.state.is_validated and self.state.best.num_stale >= patience
+        is_stale = patience is not None and self.state.best.num_stale >= patience
+        return is_stale and self.state.is_validated and self.step < self.last_step
 
     @property
     def is_epoch_over(self) -> bool:

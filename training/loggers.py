@@ -25,6 +25,9 @@ _PROJECT = "dali-timesformer"
 _IDS = "loggers.json"  # in the output folder: the ids by which a resumed run finds its entry in a service
 
 
+_MOST_SECONDS = 20  # for the last entries to be sent: torchrun and Slurm kill a process that takes half a minute to end
+
+
 class Logger(ABC):
     """A place that shows the metrics of one run.
 
@@ -152,7 +155,7 @@ class WandbLogger(Logger):
         self._open().log({"step": step, Metric.CLIPS: wandb.Image(image)})
 
     def close(self) -> None:
-        """Wait until everything is sent."""
+        """Wait until everything is sent, but no longer than 20 seconds: `wandb sync` sends the rest."""
         run, self._run = self._run, None
         if run is not None:
             run.finish()
@@ -168,7 +171,7 @@ class WandbLogger(Logger):
                 id=run_id,
                 resume="allow",
                 dir=self.folder,
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True, finish_timeout=_MOST_SECONDS),
             )
             self._run = run
             run.config.update(flat(dataclasses.asdict(self.config)), allow_val_change=True)
@@ -219,8 +222,8 @@ class MlflowLogger(Logger):
             return self._client
         # mlflow reads these when it is imported. Its own retries take minutes, in which the run would wait.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient
         from mlflow.entities import Param, RunTag
 

@@ -105,19 +105,25 @@ def _gpu_gib(config: Config, parameters: int, batch: int) -> float:
     patches = (config.data.crop_size // config.model.patch_size) ** 2
     size = config.data.num_frames * patches * config.model.depth * config.model.embed_dim
     clip = _CLIP_GIB[config.train.activation_checkpointing] * size / _CLIP_SIZE
-    return _RESERVED_GIB + parameters * _PARAMETER_BYTES.get(config.optim.name, 16) / GIB + batch * clip
+    return _RESERVED_GIB + parameters * _bytes_per_parameter(config) / GIB + batch * clip
 
 
 def _output_gb(config: Config, parameters: int) -> float:
-    state = _PARAMETER_BYTES.get(config.optim.name, 16) - 4 + 4 * (config.train.swa_epochs > 0)
+    state = _bytes_per_parameter(config) - 4  # without the gradient
     return parameters * (_CHECKPOINTS * state + _WEIGHT_FILES * 4) / 1e9
+
+
+def _bytes_per_parameter(config: Config) -> int:
+    is_averaged = config.train.swa_epochs > 0 or config.train.ema_decay is not None
+    return _PARAMETER_BYTES.get(config.optim.name, 16) + 4 * is_averaged
 
 
 def cost_table(cost: dict[str, Any]) -> str:
     """The cost as text."""
     names = list(cost["rows"][0]["decoding_hours"])
     lines = [
-        f"The run: {cost['epochs']} epochs of {cost['videos']:,} videos on {cost['gpus']} GPUs, "
+        f"The run: {cost['epochs']} epochs of {cost['videos']:,} videos on {cost['gpus']} "
+        f"{'GPU' if cost['gpus'] == 1 else 'GPUs'}, "
         f"{cost['clips_per_step_and_gpu']} clips a step and GPU; {cost['parameters'] / 1e6:.1f} M parameters, "
         f"{cost['gmac_per_clip']:.4g} GMAC per clip",
         "",

@@ -528,14 +528,19 @@ def test_what_a_run_costs(in_process):
     assert not a100["network_is_measured"]
     assert a100["network_hours"] / h200["network_hours"] == pytest.approx(989 / 312)
     assert h200["decoding_hours"]["transcoded"] == pytest.approx(20 * 240_258 / (8 * 797) / 3600)
-    # 2 GiB, 12 bytes for each of 121.5 M parameters, 8 clips of 0.55 GiB.
-    assert cost["gpu_gib"] == pytest.approx(2 + 12 * 121.5e6 / 2**30 + 8 * 0.55, rel=0.01)
+    # 2 GiB, 12 bytes and an average for each of 121.5 M parameters, 8 clips of 0.55 GiB.
+    assert cost["gpu_gib"] == pytest.approx(2 + 16 * 121.5e6 / 2**30 + 8 * 0.55, rel=0.01)
     assert cost["videos_gb"] == pytest.approx(134)
+    for average, count in (("null", 0), ("0.999", 1)):
+        config = load_config(K400, ["train.swa_epochs=0", f"train.ema_decay={average}"])
+        other = run_cost(config, videos=240_258, classes=400, gpus=8)
+        assert cost["gpu_gib"] - other["gpu_gib"] == pytest.approx((1 - count) * 4 * 121.5e6 / 2**30, rel=0.01)
+        assert cost["output_gb"] - other["output_gb"] == pytest.approx((1 - count) * 2 * 4 * 0.1215, rel=0.01)
     given = ("budget", "-c", K400, "--gpus", 1, "--gpu", "t4", "--videos", 1000, "-o", "train.epochs=10")
     status, out, error = in_process(prepare.main, *given)
     assert status == 0, error
     assert (
-        "10 epochs of 1,000 videos on 1 GPUs, 64 clips a step" in out and "GiB of 16 GB: too much; use more GPUs" in out
+        "10 epochs of 1,000 videos on 1 GPU, 64 clips a step" in out and "GiB of 16 GB: too much; use more GPUs" in out
     )
     assert "Not measured: * is scaled from an H200" in " ".join(out.split())
     status, _, error = in_process(prepare.main, *given, "-m", "x.csv")

@@ -106,7 +106,7 @@ def _fork_server() -> ForkServerContext:
     context.set_forkserver_preload(
         ["torch._dynamo", "training.engine", "evaluation.evaluate", "evaluation.report", "serving.prediction"]
     )
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}):
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     return context
 

@@ -26,7 +26,7 @@ from preparation.datasets import (
     ssv2_annotations,
     ucf101_annotations,
 )
-from tests.commands import run
+from tests.commands import run, run_here
 from tests.videos import numbered, write_video
 
 K400 = kinetics_classes(400, [], None)
@@ -206,10 +206,10 @@ def test_kinetics_as_a_user_runs_it(kinetics):
     assert any(train[row].path.startswith("copies") for row in range(len(train)))  # for the damaged one
     assert train.made_by.startswith("prepare.py kinetics400 --annotations k400_train.csv")
     text = (out / "train.csv").read_text()
-    assert run(*command, cwd=kinetics).returncode == 0 and (out / "train.csv").read_text() == text
+    assert run_here(*command, cwd=kinetics).returncode == 0 and (out / "train.csv").read_text() == text
 
     shutil.copy(kinetics / "k400_train.csv", out / "train.csv")
-    done = run(*command, cwd=kinetics)
+    done = run_here(*command, cwd=kinetics)
     assert done.returncode == 2 and "train.csv: exists and is not a manifest" in done.stderr
 
 
@@ -238,7 +238,7 @@ def test_killed_and_started_again_it_writes_the_same(kinetics):
 def test_parts_of_a_slurm_array_merge(kinetics):
     command = ["prepare.py", "kinetics400", "--annotations", "k400_train.csv", "--videos", "videos", "--out", "parts"]
     for part in (1, 0):
-        done = run(*command, "--shard", f"{part}/2", cwd=kinetics)
+        done = run_here(*command, "--shard", f"{part}/2", cwd=kinetics)
         assert f"part {part} of 2 is done" in done.stdout and not (kinetics / "parts" / "train.csv").exists()
     shutil.move(kinetics / "videos", kinetics / "elsewhere")  # nothing is looked at again
     (kinetics / "videos").mkdir()
@@ -246,7 +246,7 @@ def test_parts_of_a_slurm_array_merge(kinetics):
         empty = kinetics / "videos" / path.relative_to(kinetics / "elsewhere")
         empty.parent.mkdir(parents=True, exist_ok=True)
         empty.touch()
-    done = run(*command, cwd=kinetics)
+    done = run_here(*command, cwd=kinetics)
     assert done.returncode == 0 and len(Manifest.read(kinetics / "parts" / "train.csv")) == 45
     assert not list((kinetics / "parts").glob("*journal*"))
 
@@ -256,10 +256,10 @@ def test_a_folder_of_something_else_is_said(video, tmp_path):
     put(video, tmp_path / "videos" / "holiday.mp4")
     (tmp_path / "train.csv").write_text(HEADER + "archery,-3B32lodo2M,59,69,train,0\n")
     command = ["prepare.py", "kinetics400", "--annotations", "train.csv", "--videos"]
-    done = run(*command, "videos", cwd=tmp_path)
+    done = run_here(*command, "videos", cwd=tmp_path)
     assert done.returncode == 2 and "none of the train videos is below videos; expected names such as" in done.stderr
     assert "1 other videos below videos are not in these annotations" in done.stdout
-    done = run(*command, "nowhere", cwd=tmp_path)
+    done = run_here(*command, "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and "nowhere: no such folder of videos" in done.stderr
 
 
@@ -276,7 +276,7 @@ def test_ucf101_as_a_user_runs_it(video, tmp_path, layout):
     (splits / "testlist02.txt").write_text(f"{test[0]}\r\n")
     for path in map(Path, train[:2] + test):
         put(video, tmp_path / "videos" / layout.format(parent=path.parent, name=path.name))
-    done = run("prepare.py", "ucf101", "--splits", splits, "--videos", "videos", "--split", "2", cwd=tmp_path)
+    done = run_here("prepare.py", "ucf101", "--splits", splits, "--videos", "videos", "--split", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train: 3 expected, 2 found (0 more than once), 1 missing" in done.stdout
     found, val = (Manifest.read(tmp_path / "data" / "ucf101_split2" / f"{name}.csv") for name in ("train", "val"))

@@ -123,7 +123,7 @@ def test_paths_of_videos_and_rows_without_a_label(videos, tmp_path):
         ({"video": [b"x"], "y": [1]}, {}, "no columns of labels among video, y; name one with --label-column"),
         ({"video": [b"x"], "label": [1]}, {"video_column": "v"}, "no column v; its columns are video, label"),
         ({"video": [b"x"], "label": ["fir"]}, {"classes": NAMES}, "'fir' is not one of the 3 classes"),
-        ({"video": [b"x"], "label": [-2]}, {}, "has label -2"),
+        ({"video": [b"x"], "label": [-2]}, {}, "has label -2; expected 0 to 2147483647"),
     ],
 )
 def test_other_columns_are_said(tmp_path, columns, given, message):
@@ -153,6 +153,7 @@ def test_a_dataset_on_the_hub(videos, tmp_path, in_process, monkeypatch):
 
     folder = tmp_path / "snapshots" / "abc"
     parquet(folder / "data.parquet", {"video": [path.read_bytes() for path in videos], "label": [0, 1] * 3})
+    parquet(folder / "test.parquet", {"video": [videos[0].read_bytes()], "label": [-1]})
     asked = []
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **given: asked.append((name, given)) or folder
@@ -161,7 +162,7 @@ def test_a_dataset_on_the_hub(videos, tmp_path, in_process, monkeypatch):
     status, out, error = in_process(prepare.main, "huggingface", "me/trees", "--val-fraction", 0.3, "--workers", 1)
     assert status == 0, error
     assert asked == [("me/trees", {"repo_type": "dataset", "allow_patterns": ["*.parquet", "*.json"]})]
-    assert "no validation or test split: 2 videos of train are val" in out
+    assert "no validation or test split with labels: 2 videos of train are val" in out
     assert [len(Manifest.read(tmp_path / "data" / "trees" / f"{name}.csv")) for name in ("train", "val")] == [4, 2]
 
     def gone(name, **_):

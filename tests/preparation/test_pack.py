@@ -27,7 +27,7 @@ from dali_pipelines.files import read_bytes
 from dali_pipelines.manifest import Video
 from dali_pipelines.probe import probe
 from preparation.pack import pack
-from tests.commands import CONFIG, PROJECT, run, run_forked
+from tests.commands import CONFIG, PROJECT, run_here
 from tests.videos import textured, write_video
 
 pytestmark = pytest.mark.slow
@@ -286,7 +286,7 @@ def test_packed_videos_are_evaluated_as_plain_ones(tmp_path):
     videos.append(videos[0]._replace(path="gone.mp4"))
     Manifest(videos, root=tmp_path, classes=CLASSES[:3]).write(tmp_path / "val.csv")
     os.remove(tmp_path / "gone.mp4")
-    done = run("prepare.py", "pack", "-m", "val.csv", "--out", "packed", cwd=tmp_path)
+    done = run_here("prepare.py", "pack", "-m", "val.csv", "--out", "packed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "gone.mp4: no such file or directory" in done.stdout
     assert "packed/val.csv: 3 of 4 videos in 1 shards" in done.stdout
@@ -300,7 +300,7 @@ def test_packed_videos_are_evaluated_as_plain_ones(tmp_path):
     weights = Weights(vars(config.model), preprocessing(config.data), CLASSES[:3], network.state_dict())
     save_weights(tmp_path / "w.safetensors", weights)
     reports = [
-        run_forked("evaluate.py", "-w", "w.safetensors", "-c", "c.yaml", "-o", f"data.test={name}", cwd=tmp_path)
+        run_here("evaluate.py", "-w", "w.safetensors", "-c", "c.yaml", "-o", f"data.test={name}", cwd=tmp_path)
         for name in ("val.csv", "packed/val.csv")
     ]
     assert [done.returncode for done in reports] == [0, 0], reports[1].stderr
@@ -309,7 +309,7 @@ def test_packed_videos_are_evaluated_as_plain_ones(tmp_path):
 
 def test_a_root_for_where_the_shards_will_lie(source, tmp_path):
     for root in ("s3://bucket//k400", "/somewhere/else"):
-        done = run("prepare.py", "pack", "-m", source, "--out", tmp_path, "--root", root)
+        done = run_here("prepare.py", "pack", "-m", source, "--out", tmp_path, "--root", root)
         assert done.returncode == 0, done.stderr
         made = Manifest.read(tmp_path / "train.csv")
         assert str(made.root) == root and made.file(0) == f"{root}/train-000000.tar: {made[0].path}"

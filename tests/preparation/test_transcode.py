@@ -27,7 +27,7 @@ from dali_pipelines.packets import PacketReader
 from dali_pipelines.probe import probe
 from preparation import transcode
 from preparation.transcode import CODECS, Job, Settings, copy_size, target_names
-from tests.commands import PROJECT, run
+from tests.commands import PROJECT, run_here
 from tests.videos import ENCODERS, decode_all, edit_packets, numbered, read_numbers, set_matrix, textured, write_video
 
 GOP = 8
@@ -58,7 +58,7 @@ def write_manifest(folder: Path, names: list[str], *, classes: tuple[str, ...] =
 
 
 def command(folder: Path, *arguments: object, out: str = "out") -> subprocess.CompletedProcess:
-    return run(
+    return run_here(
         "prepare.py", "transcode", "-m", folder / "all.csv", "--out", folder / out, "--short-side", 32, *arguments
     )
 
@@ -407,12 +407,12 @@ def test_originals_and_other_files_are_never_overwritten(folder):
         done = command(folder, out=out)
         assert done.returncode == 2 and "the manifest itself" in done.stderr
     shutil.copy(folder / "all.csv", folder / "other.csv")
-    done = run("prepare.py", "transcode", "-m", folder / "other.csv", "--out", folder / "a" / "..")
+    done = run_here("prepare.py", "transcode", "-m", folder / "other.csv", "--out", folder / "a" / "..")
     assert done.returncode == 2 and "the manifest itself" in done.stderr
     (folder / "lists").mkdir()
     manifest = Manifest.read(folder / "all.csv")
     manifest.write(folder / "lists" / "all.csv")
-    done = run("prepare.py", "transcode", "-m", folder / "lists" / "all.csv", "--out", folder)
+    done = run_here("prepare.py", "transcode", "-m", folder / "lists" / "all.csv", "--out", folder)
     assert done.returncode == 2 and "c.mp4: would overwrite the original" in done.stderr
     write_manifest(folder, ["b/1.webm"])
     assert command(folder, out="full").returncode == 0

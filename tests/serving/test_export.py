@@ -99,7 +99,9 @@ def in_onnxruntime(path, clips):
 )
 def test_onnx_gives_the_logits_of_the_network(attention, qkv_bias, clips, tmp_path):
     weights = make_weights(attention, qkv_bias)
+    (tmp_path / "w.tensorrt").mkdir()  # engines of an older file, which TensorRT would use
     said = export_onnx(tmp_path / "w.onnx", weights, clips)
+    assert not (tmp_path / "w.tensorrt").exists()
     assert "same top-1 for all 12" in said and "opset 20" in said and "x as fast" in said
     for batch in (1, 2, 5):
         given = torch.randn(batch, 3, 4, 32, 32)
@@ -765,8 +767,17 @@ def test_options_of_the_tensorrt_provider(weights, clips, onnx_file, tmp_path, m
     monkeypatch.setattr(tensorrt, "open_onnx", lambda _: dataclasses.replace(half, precision="float16"))
     with pytest.raises(InputError, match=r"could not start TensorrtExecutionProvider"):
         build_tensorrt(path, weights, clips, views=1, precision="float16")
+    assert [each.name for each in tmp_path.iterdir()] == ["w.onnx"]  # an empty folder of engines would count as one
     name, options = asked[-1][0]
     assert name == "TensorrtExecutionProvider" and options["trt_fp16_enable"] is True
     assert options["trt_profile_min_shapes"] == "clips:1x3x4x32x32"
     assert options["trt_profile_max_shapes"] == "clips:8x3x4x32x32"
-    assert options["trt_engine_cache_path"] == str(tmp_path / "w.tensorrt")
+    assert options["trt_engine_cache_path"] == str(tmp_path / "w.unverified.tensorrt")
+    monkeypatch.setattr(tensorrt, "start_session", lambda *_, **given: onnxruntime.InferenceSession(path))
+    build_tensorrt(path, weights, clips, views=1, precision="float16")
+    assert (tmp_path / "w.tensorrt").is_dir() and not (tmp_path / "w.unverified.tensorrt").exists()
+    other = dataclasses.replace(weights, state={name: value + 0.1 for name, value in weights.state.items()})
+    (tmp_path / "w.tensorrt").rmdir()
+    with pytest.raises(MismatchError, match=r"kept as .*w.mismatch.tensorrt"):
+        build_tensorrt(path, other, clips, views=1, precision="float16")
+    assert not (tmp_path / "w.tensorrt").exists()  # predict.py would use it

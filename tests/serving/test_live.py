@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import wave
 
 import av
 import numpy as np
@@ -182,9 +183,13 @@ def test_a_source_that_says_nothing(weights_file, monkeypatch):
 
 def test_wrong_arguments(weights_file, tmp_path, in_process):
     (tmp_path / "text.mp4").write_text("no video " * 50)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(8000))
     given = ["-w", weights_file, "--live", "-o", *IN_PROCESS]
     for arguments, message in (
         ([tmp_path / "text.mp4"], "text.mp4: cannot be opened (Invalid data found"),
+        ([tmp_path / "sound.wav"], "sound.wav: no video stream in it"),
         (["gone.mp4"], "gone.mp4: cannot be opened (No such file or directory)"),
         (["/dev/video99"], "/dev/video99: cannot be opened (No such file or directory)"),
         (["a.mp4", "b.mp4"], "--live predicts one source, but 2 are named"),

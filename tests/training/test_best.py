@@ -144,7 +144,7 @@ def test_early_stopping_ends_a_run_and_more_patience_continues_it(config_file, t
     assert train(config_file, *settings, resume=True).step == 9
     assert message in capsys.readouterr().out
     scripted(accuracy(0.6), accuracy(0.6), accuracy(0.6))
-    result = train(config_file, "train.epochs=6", "train.early_stopping=4", resume=True).result()
+    result = train(config_file, "train.epochs=6", "train.early_stopping=3", resume=True).result()
     assert (result.step, result.stopped_early, result.best.epoch) == (18, False, 4)
 
 

@@ -23,6 +23,7 @@ def shared(total, world_size, batch_size=None, views=1, clips=1000):
         ((64, 8, 4), (4, 2)),
         ((64, 1, 1), (1, 64)),
         ((12, 3, 2, 2), (2, 2)),
+        ((13, 1, None, 1, 13), (13, 1)),
     ],
 )
 def test_by_hand(arguments, expected):

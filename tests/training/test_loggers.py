@@ -47,11 +47,16 @@ def name_of(item):
 
 @pytest.mark.slow
 def test_wandb_and_mlflow_hold_what_the_lines_hold_and_a_resumed_run_continues_there(
-    config_file, tmp_path, offline, capsys
+    config_file, tmp_path, offline, monkeypatch, capsys
 ):
+    import wandb
+
+    asked, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.append(given["settings"]) or init(**given))
     loggers_on = ["train.loggers=[wandb,mlflow]"]
     train(config_file, *OVERRIDES, *loggers_on, "train.max_steps=3")
     train(config_file, *OVERRIDES, *loggers_on, "optim.weight_decay=0.5", resume=True)
+    assert [settings.finish_timeout for settings in asked] == [20, 20]  # a run does not wait for a service forever
     output = tmp_path / "output"
     assert not (output / "tensorboard").exists()
     ids = json.loads((output / "loggers.json").read_text())
@@ -128,5 +133,6 @@ def test_a_logger_that_is_not_installed(config_file, monkeypatch):
         InputError, match=r"train.loggers: wandb is not installed; install it \(pip install '.\[wandb\]'"
     ):
         loggers.make_loggers(load_config(str(config_file), ["train.loggers=[wandb]"]), print)
+    load_config(str(config_file), ["train.loggers=[tensorboard,wandb,mlflow]"])
     with pytest.raises(InputError, match=r"train.loggers is \['comet'\]; expected a list of tensorboard, wandb"):
         load_config(str(config_file), ["train.loggers=[comet]"])
