@@ -65,7 +65,13 @@ def read_weights_file(source: str) -> WeightsFile:
         if weights is None:
             raise WeightsError(f"{source}: has none of {', '.join(_REPOSITORY_FILES)}")
         return _read_repository(weights, lambda name: _download(source, name, is_optional=True))
-    raise WeightsError(f"{source}: no such weights file")
+    raise WeightsError(no_such_file(source))
+
+
+def no_such_file(source: str | os.PathLike[str]) -> str:
+    """The message for weights that are not there."""
+    is_web = "://" in str(source)
+    return f"{source}: {'not downloaded; fetch it, and name the file' if is_web else 'no such weights file'}"
 
 
 def _read_file(path: Path) -> WeightsFile:
