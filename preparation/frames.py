@@ -72,6 +72,9 @@ def _find_frames(root: str | os.PathLike, folder: str) -> str | InputError:
         place = join(root, folder)
         paths: Sequence[str] = name_frames(list(find_below_url(place)) if is_url(place) else os.listdir(place))
     except (OSError, ValueError) as error:  # also `InputError`
+        without, _, number = folder.rpartition(" ")
+        if number.isdecimal() and not is_url(place) and os.path.isdir(join(root, without)):
+            return InputError(f"{without} has an offset, {number}; only whole folders are read: make one of the part")
         return InputError(reason(error))
     if not paths:
         return InputError("no images with numbers in their names, such as img_00001.jpg")

@@ -69,6 +69,12 @@ def test_lines_that_are_no_frame_folders(tmp_path, line):
         read_frame_list(tmp_path / "list.txt")
 
 
+def test_an_offset_is_said(raw):
+    (raw.parent / "list.txt").write_text("ash/v1 2 5 0\n")
+    (rejected,) = read_frame_list(raw.parent / "list.txt", raw).rejected
+    assert rejected.reason == "ash/v1 has an offset, 2; only whole folders are read: make one of the part"
+
+
 def test_index_says_what_a_list_of_frame_folders_is(raw):
     folders = raw.parent / "list.txt"
     folders.write_text("ash/v1 5 0\n")
