@@ -232,6 +232,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]), memory_for(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors, with advice to trust the file
+        if found_global := re.search(r"\bGLOBAL (\S+)", str(error)):
+            raise WeightsError(
+                f"{path}: contains pickled objects, which are refused ({found_global[1]}); if the file is yours, keep "
+                "its tensors, with the libraries that wrote it: torch.save(torch.load(FILE, weights_only=False)"
+                "['state_dict'], 'weights.pth')"
+            ) from None
         raise WeightsError(
             f"{path}: not a file of torch.save, damaged, or contains pickled objects, which are refused "
             f"({type(error).__name__})"
