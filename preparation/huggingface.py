@@ -202,8 +202,8 @@ def _read(file: Path, table: _Table, video: str, label: str, *, root: Path, out:
         number = place = 0
         for batch, start, end in _checked(file, table.batches([video, label])):
             videos, labels = (batch.column(batch.schema.get_field_index(each)) for each in (video, label))
-            for value, row_label in zip(videos.to_pylist(), labels.to_pylist()):
-                number += 1
+            for value, row_label in zip(videos, labels.to_pylist()):
+                number, value = number + 1, value.as_py()  # a batch of an Arrow file may be gigabytes
                 if value is None or value == {"bytes": None, "path": None}:
                     yield _Row(None, None, None)
                     continue
