@@ -56,6 +56,7 @@ from preparation.index import (
     Part,
     Rejected,
     check_overwritable,
+    check_root,
     few_for_validation,
     index,
     odd_labels,
@@ -330,6 +331,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     named = read_labels(arguments.classes) if arguments.classes else ()
     listed, classes = read_listed(arguments.list, arguments.root, named)
+    check_root([path for path, _ in listed], arguments.root, [Path(), arguments.list.parent])
     if classes != named:
         print(f"{arguments.list}: {len(classes)} class names; label 0 is {classes[0]!r}, in alphabetical order")
     _warn(arguments, listed, classes)
@@ -387,6 +389,8 @@ def _frames(arguments: argparse.Namespace) -> None:
     check_overwritable(arguments.out)
     classes = read_labels(arguments.classes) if arguments.classes else ()
     listed, rejected, differing = read_frame_list(arguments.list, arguments.root)
+    if not listed:
+        check_root([each.path for each in rejected], arguments.root, [Path(), arguments.list.parent])
     _warn(arguments, listed, classes)
     _lock(arguments, arguments.out)
     _write_manifest(

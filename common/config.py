@@ -389,7 +389,9 @@ def _below(folder: Path, path: str) -> str:
 
 def _read_yaml(path: str) -> DictConfig:
     if path.endswith(".py"):
-        raise InputError(f"{path}: a config of mmaction2; expected a YAML file. docs/migrate.md has its keys here")
+        raise InputError(
+            f"{path}: a config of mmaction2; expected a YAML file, such as timesformer_k400.yaml (docs/migrate.md)"
+        )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

@@ -439,6 +439,19 @@ def few_for_validation(train: Sequence[Listed], val: Sequence[Listed], classes: 
     )
 
 
+def check_root(listed: Sequence[str], root: str | os.PathLike, other_roots: Sequence[Path]) -> None:
+    """Raises `InputError` if the first listed files are not below `root`, but below one of `other_roots`."""
+    some = [path for path in listed[:16] if not is_url(path)]
+
+    def has_some(folder: str | os.PathLike) -> bool:
+        return any(os.path.lexists(join(folder, path)) for path in some)
+
+    if is_url(root) or has_some(root):
+        return
+    for other in filter(has_some, other_roots):
+        raise InputError(f"{some[0]} and others are not below {root}, but below {other}: --root {other}")
+
+
 def odd_labels(listed: Sequence[Listed], classes: Sequence[str]) -> list[str]:
     """Warnings of labels that are probably not meant: without class names, labels that do not start at 0 or leave out
     numbers; and videos that are listed more than once."""

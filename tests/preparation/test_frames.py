@@ -69,6 +69,20 @@ def test_lines_that_are_no_frame_folders(tmp_path, line):
         read_frame_list(tmp_path / "list.txt")
 
 
+def test_folders_that_paddlevideo_names_as_the_video(raw):
+    (raw.parent / "list.txt").write_text("ash/v1.mp4 5 0\n")
+    assert read_frame_list(raw.parent / "list.txt", raw).listed == [("ash/v1/img_{00001..00005}.jpg", 0)]
+
+
+def test_a_list_of_another_folder(raw, in_process):
+    for verb in ("frames", "index"):
+        (raw / "list.txt").write_text("ash/v1 5 0\n" if verb == "frames" else "ash/v1 0\n")
+        given = (verb, "--list", raw / "list.txt", "--root", raw / "ash", "--out", raw / "train.csv")
+        status, _, error = in_process(prepare.main, *given)
+        expected = f"ash/v1 and others are not below {raw}/ash, but below {raw}: --root {raw}"
+        assert status == 2 and expected in error
+
+
 def test_an_offset_is_said(raw):
     (raw.parent / "list.txt").write_text("ash/v1 2 5 0\n")
     (rejected,) = read_frame_list(raw.parent / "list.txt", raw).rejected
