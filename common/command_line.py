@@ -21,6 +21,7 @@ _OTHER_NAMES = {
     "--auto-scale-lr": "not needed: optim.lr is for optim.global_batch_size, on any number of GPUs",
     "--cfg-options": "-o KEY=VALUE",
     "--deterministic": "-o seed=N, which decides all random draws",
+    "--device": "-o device=NAME",
     "--dump": "always on: evaluate.py writes predictions.csv and results.json",
     "--fleet": "torchrun --nproc-per-node N",
     "--gpus": "torchrun --nproc-per-node N, and CUDA_VISIBLE_DEVICES=0,1 chooses GPUs",
@@ -33,7 +34,9 @@ _OTHER_NAMES = {
     "--max_iters": "-o train.max_steps=N",
     "--model_file": "-w best.onnx",
     "--no-validate": "-o train.validate_every=N: the last epoch is always validated",
+    "--out-filename": "predict.py --overlay FILE.mp4",
     "--params_file": "part of best.onnx",
+    "--pred-out-file": "predict.py --json",
     "--profiler_options": "train.py --profile",
     "--rec": "-c FILE",
     "--rec-weights": "-w FILE",
@@ -42,7 +45,9 @@ _OTHER_NAMES = {
     "--train_dali": "always on",
     "--use_gpu": "--provider cuda",
     "--use_tensorrt": "--provider tensorrt",
+    "--vid-out-dir": "predict.py --overlay FILE.mp4",
     "--work-dir": "-o output=DIR, or evaluate.py --out DIR",
+    "-i": "predict.py -w best.onnx VIDEO",
     "-p": "-w FILE (and -o PATH of tools/export_model.py is --out PATH)",
 }
 """Options of PaddleVideo and mmaction2 -> what they are here."""

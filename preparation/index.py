@@ -72,6 +72,8 @@ def read_listed(
     text = decode(Path(path).read_bytes())
     if text.startswith("# root: "):
         raise InputError(f"{path}: a manifest already, as training reads it; expected a list of videos")
+    if re.match(r"\s*[\[{]\s*[\[{\"\n]", text):
+        raise InputError(f"{path}: JSON; expected lines `path label` or CSV `path,label`, such as Kinetics' train.csv")
     rows = _table_rows(path, text) if "\0" not in text else None
     if rows is None:
         listed = read_list(path, root)

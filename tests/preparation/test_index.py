@@ -158,6 +158,8 @@ def test_a_comma_within_a_path(tmp_path):
         ("frames/a,163,1\n", "l.csv:1: expected `path label`"),
         ("label,clip_id\ncat,1\n", "no column of paths among label, clip_id; expected one named path"),
         ("label,youtube_id,time_start\ncat,x,1\n", "expected one named path; .* prepare.py kinetics400"),
+        ('{"x1": {"annotations": {"label": "cat"}}}', "l.csv: JSON; expected lines `path label`"),
+        ('[{"path": "a.mp4", "label": 0}]', "l.csv: JSON; expected"),
         ("# root: .\npath,label\na.mp4,0\n", "l.csv: a manifest already, as training reads it"),
     ],
 )
