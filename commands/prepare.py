@@ -331,13 +331,18 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     named = read_labels(arguments.classes) if arguments.classes else ()
     listed, classes = read_listed(arguments.list, arguments.root, named)
-    check_root([path for path, _ in listed], arguments.root, [Path(), arguments.list.parent])
+    _check_root(arguments, [path for path, _ in listed])
     if classes != named:
         print(f"{arguments.list}: {len(classes)} class names; label 0 is {classes[0]!r}, in alphabetical order")
     _warn(arguments, listed, classes)
     check_overwritable(arguments.out)
     _lock(arguments, arguments.out)
     _write_manifest(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")
+
+
+def _check_root(arguments: argparse.Namespace, listed: Sequence[str]) -> None:
+    if arguments.executor == "processes":  # the workers of dask may see other disks
+        check_root(listed, arguments.root, [Path(), arguments.list.parent])
 
 
 def _warn(arguments: argparse.Namespace, listed: Sequence[Listed], classes: Sequence[str]) -> None:
@@ -390,7 +395,7 @@ def _frames(arguments: argparse.Namespace) -> None:
     classes = read_labels(arguments.classes) if arguments.classes else ()
     listed, rejected, differing = read_frame_list(arguments.list, arguments.root)
     if not listed:
-        check_root([each.path for each in rejected], arguments.root, [Path(), arguments.list.parent])
+        _check_root(arguments, [each.path for each in rejected])
     _warn(arguments, listed, classes)
     _lock(arguments, arguments.out)
     _write_manifest(

@@ -117,6 +117,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `predict.py ... | head` is not a failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except IsADirectoryError as error:
+        message = f"{error.filename}: a folder; expected a file"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (Exception, KeyboardInterrupt) as error:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -442,16 +442,28 @@ def few_for_validation(train: Sequence[Listed], val: Sequence[Listed], classes: 
 
 
 def check_root(listed: Sequence[str], root: str | os.PathLike, other_roots: Sequence[Path]) -> None:
-    """Raises `InputError` if the first listed files are not below `root`, but below one of `other_roots`."""
+    """Raises `InputError` if `root` is not a folder, or if the first listed files are not below it but below one of
+    `other_roots`, or would be below it without the first folders of their paths."""
+    if is_url(root):
+        return
+    if not os.path.isdir(root):
+        raise InputError(f"--root {root}: no such folder; expected the folder that the listed paths are relative to")
     some = [path for path in listed[:16] if not is_url(path)]
 
     def has_some(folder: str | os.PathLike) -> bool:
         return any(os.path.lexists(join(folder, path)) for path in some)
 
-    if is_url(root) or has_some(root):
+    if has_some(root):
         return
     for other in filter(has_some, other_roots):
         raise InputError(f"{some[0]} and others are not below {root}, but below {other}: --root {other}")
+    for path in some:
+        for prefix in map(str, reversed(PurePath(path).parents)):
+            rest = os.path.relpath(path, prefix)
+            if prefix != "." and os.path.lexists(join(root, rest)):
+                raise InputError(
+                    f"{path} and others are not below {root}, but {rest} is: remove {prefix.rstrip('/')}/ from the list"
+                )
 
 
 def odd_labels(listed: Sequence[Listed], classes: Sequence[str]) -> list[str]:

@@ -75,12 +75,25 @@ def test_folders_that_paddlevideo_names_as_the_video(raw):
 
 
 def test_a_list_of_another_folder(raw, in_process):
-    for verb in ("frames", "index"):
-        (raw / "list.txt").write_text("ash/v1 5 0\n" if verb == "frames" else "ash/v1 0\n")
-        given = (verb, "--list", raw / "list.txt", "--root", raw / "ash", "--out", raw / "train.csv")
+    elsewhere = "ash/v1 and others are not below {0}/ash, but below {0}: --root {0}"
+    for verb, line, root, expected in (
+        ("frames", "ash/v1 5 0", raw / "ash", elsewhere),
+        ("index", "ash/v1 0", raw / "ash", elsewhere),
+        (
+            "index",
+            "data/x/ash/v1 0",
+            raw,
+            "data/x/ash/v1 and others are not below {0}, but ash/v1 is: remove data/x/ from",
+        ),
+        ("index", "/old/ash/v1 0", raw, "/old/ash/v1 and others are not below {0}, but ash/v1 is: remove /old/ from"),
+        ("index", "ash/v1 0", raw / "gone", "--root {0}/gone: no such folder"),
+    ):
+        (raw / "list.txt").write_text(line)
+        given = (verb, "--list", raw / "list.txt", "--root", root, "--out", raw / "train.csv")
         status, _, error = in_process(prepare.main, *given)
-        expected = f"ash/v1 and others are not below {raw}/ash, but below {raw}: --root {raw}"
-        assert status == 2 and expected in error
+        assert status == 2 and expected.format(raw) in error
+    status, _, error = in_process(prepare.main, "index", "--list", raw, "--out", raw / "train.csv")
+    assert status == 2 and f"{raw}: a folder; expected a file" in error
 
 
 def test_an_offset_is_said(raw):
