@@ -56,8 +56,10 @@ from preparation.index import (
     Part,
     Rejected,
     check_overwritable,
+    check_root,
     few_for_validation,
     index,
+    odd_labels,
     read_folder,
     read_listed,
     split_train_val,
@@ -329,13 +331,23 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     named = read_labels(arguments.classes) if arguments.classes else ()
     listed, classes = read_listed(arguments.list, arguments.root, named)
+    _check_root(arguments, [path for path, _ in listed])
     if classes != named:
         print(f"{arguments.list}: {len(classes)} class names; label 0 is {classes[0]!r}, in alphabetical order")
-    if not classes and (least := min(label for _, label in listed)):
-        print(f"warning: {arguments.list}: the lowest label is {least}, but labels count from 0; does the list from 1?")
+    _warn(arguments, listed, classes)
     check_overwritable(arguments.out)
     _lock(arguments, arguments.out)
     _write_manifest(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")
+
+
+def _check_root(arguments: argparse.Namespace, listed: Sequence[str]) -> None:
+    if arguments.executor == "processes":  # the workers of dask may see other disks
+        check_root(listed, arguments.root, [Path(), arguments.list.parent])
+
+
+def _warn(arguments: argparse.Namespace, listed: Sequence[Listed], classes: Sequence[str]) -> None:
+    for note in odd_labels(listed, classes):
+        print(f"warning: {arguments.list}: {note}")
 
 
 def _check_fraction(arguments: argparse.Namespace) -> None:
@@ -382,8 +394,19 @@ def _frames(arguments: argparse.Namespace) -> None:
     check_overwritable(arguments.out)
     classes = read_labels(arguments.classes) if arguments.classes else ()
     listed, rejected, differing = read_frame_list(arguments.list, arguments.root)
+    if not listed:
+        _check_root(arguments, [each.path for each in rejected])
+    _warn(arguments, listed, classes)
     _lock(arguments, arguments.out)
-    _write_manifest(listed, arguments.out, arguments.root, classes, arguments, rejected=rejected)
+    _write_manifest(
+        listed,
+        arguments.out,
+        arguments.root,
+        classes,
+        arguments,
+        rejected=rejected,
+        classes_from=arguments.classes or "",
+    )
     if differing:
         file = arguments.out.with_name(f"{arguments.out.stem}.differing.csv")
         write_table(file, ("folder", "listed", "found"), differing)
@@ -440,7 +463,14 @@ def _hugging_face(arguments: argparse.Namespace) -> None:
         print(
             f"{name}: {len(rows.parts)} videos read in place, {rows.written} written into {out / 'videos'}, "
             f"{others} files of their own, {rows.unlabelled} left out for having no label"
+            + (f", {rows.without_video} for having no video" if rows.without_video else "")
         )
+        if len(rows.folders) > 1:
+            first = shlex.quote(next(iter(rows.folders.values())))
+            print(
+                f"warning: {name}: videos of {len(rows.folders)} folders: {', '.join(rows.folders)}; if these are "
+                f"configurations of the dataset, read one: --files {first}"
+            )
         manifests[name] = rows.listed
     if [name for name, listed in manifests.items() if listed] == ["train"] and arguments.val_fraction:
         manifests["train"], manifests["val"] = split_train_val(splits["train"].listed, arguments.val_fraction)
@@ -455,7 +485,7 @@ def _hugging_face(arguments: argparse.Namespace) -> None:
     for name, file in files.items():
         _write_manifest(manifests[name], file, root, classes, arguments, parts=parts)
     if not files:
-        raise InputError(f"{arguments.dataset}: no row has a label, so there is nothing to write")
+        raise InputError(f"{arguments.dataset}: no row has a video and a label, so there is nothing to write")
     if "val" not in files and "test" in files:
         print(f"no validation split: to validate on the test split, train with -o data.val={files['test']}")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import os
 import re
 import shlex
@@ -16,23 +17,42 @@ from dali_pipelines.errors import InputError
 from dali_pipelines.text import ForPeople
 
 _OTHER_NAMES = {
+    "--amp_level": "--amp",
+    "--auto-scale-lr": "not needed: optim.lr is for optim.global_batch_size, on any number of GPUs",
     "--cfg-options": "-o KEY=VALUE",
+    "--deterministic": "-o seed=N, which decides all random draws",
+    "--device": "-o device=NAME",
     "--dump": "always on: evaluate.py writes predictions.csv and results.json",
+    "--fleet": "torchrun --nproc-per-node N",
     "--gpus": "torchrun --nproc-per-node N, and CUDA_VISIBLE_DEVICES=0,1 chooses GPUs",
     "--input_file": "predict.py -w best.onnx VIDEO",
+    "--label-file": "part of the weights; for third-party weights -o data.labels=FILE",
     "--launcher": "torchrun --nproc-per-node N",
+    "--local-rank": "set by torchrun, which replaces torch.distributed.launch",
+    "--local_rank": "set by torchrun, which replaces torch.distributed.launch",
     "--log_dir": "torchrun --log-dir DIR --tee 3",
+    "--max_iters": "-o train.max_steps=N",
     "--model_file": "-w best.onnx",
+    "--no-validate": "-o train.validate_every=N: the last epoch is always validated",
+    "--out-filename": "predict.py --overlay FILE.mp4",
     "--params_file": "part of best.onnx",
+    "--pred-out-file": "predict.py --json",
     "--profiler_options": "train.py --profile",
+    "--rec": "-c FILE",
     "--rec-weights": "-w FILE",
+    "--seed": "-o seed=N",
     "--test": "always on in evaluate.py",
+    "--train_dali": "always on",
     "--use_gpu": "--provider cuda",
     "--use_tensorrt": "--provider tensorrt",
-    "--work-dir": "-o output=DIR",
+    "--vid-out-dir": "predict.py --overlay FILE.mp4",
+    "--work-dir": "-o output=DIR, or evaluate.py --out DIR",
+    "-i": "predict.py -w best.onnx VIDEO",
     "-p": "-w FILE (and -o PATH of tools/export_model.py is --out PATH)",
 }
 """Options of PaddleVideo and mmaction2 -> what they are here."""
+_POSITIONAL = {(".py", ".yaml", ".yml"): "-c", (".pth", ".pdparams", ".safetensors"): "-w"}
+"""Files that mmaction2's tools take without an option: train.py CONFIG, test.py CONFIG CHECKPOINT."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,9 +60,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the usage and `message`, and exits with 2."""
-        typed = dict.fromkeys(argument.partition("=")[0] for argument in sys.argv[1:])
-        known = [f"{name} is {_OTHER_NAMES[name]}" for name in typed if name in _OTHER_NAMES]
+        known = dict.fromkeys(filter(None, itertools.starmap(_meant, itertools.pairwise(sys.argv))))
         super().error(f"{message}\nhere, {'; '.join(known)} (docs/migrate.md)" if known else message)
+
+
+def _meant(before: str, argument: str) -> str | None:
+    """What an argument of PaddleVideo or mmaction2 is here, from it and the one before it; None for others."""
+    name = argument.partition("=")[0]
+    if name in _OTHER_NAMES:
+        return f"{name} is {_OTHER_NAMES[name]}"
+    if before == "--resume" and not argument.startswith("-"):
+        return "--resume takes no file: it continues from the newest checkpoint of the output folder"
+    for suffixes, option in _POSITIONAL.items():
+        if name == argument and name.endswith(suffixes) and not before.startswith("-"):
+            return f"{name} is {option} {name}"
+    return None
 
 
 def add_override_argument(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +117,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `predict.py ... | head` is not a failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except IsADirectoryError as error:
+        message = f"{error.filename}: a folder; expected a file"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (Exception, KeyboardInterrupt) as error:

@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config_hints import hint_for, is_paddle_config, paddle_settings
+from common.config_hints import about_paddle_config, hint_for, is_paddle_config
 from common.config_rules import RULES, check_value
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import is_url
@@ -367,10 +367,7 @@ def _read_layers(path: str) -> list[tuple[str, DictConfig]]:
             raise InputError(f"{path}: its `base` leads back to itself")
         content = _to_dict(_read_yaml(path))
         if is_paddle_config(content):
-            raise InputError(
-                f"{path}: a config of PaddleVideo. Take one of configs/, such as pptimesformer_k400.yaml; this file's "
-                f"settings here are: -o {paddle_settings(content)} (docs/migrate.md)"
-            )
+            raise InputError(f"{path}: {about_paddle_config(content)}")
         base = content.pop("base", None)
         folder = Path(path).parent
         layers.insert(0, (path, _map_paths(OmegaConf.create(content), functools.partial(_below, folder))))
@@ -392,7 +389,9 @@ def _below(folder: Path, path: str) -> str:
 
 def _read_yaml(path: str) -> DictConfig:
     if path.endswith(".py"):
-        raise InputError(f"{path}: a config of mmaction2; expected a YAML file. docs/migrate.md has its keys here")
+        raise InputError(
+            f"{path}: a config of mmaction2; expected a YAML file, such as timesformer_k400.yaml (docs/migrate.md)"
+        )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -434,6 +433,8 @@ def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = ""
             raise InputError(f"{source}: unknown key {prefix}{key}{_hint(prefix, str(key), value)}")
         section = known[key]
         if not isinstance(section, dict):
+            if isinstance(value, dict):
+                raise InputError(f"{source}: {prefix}{key} is not a section; expected {prefix}{key}=VALUE")
             continue
         if not isinstance(value, dict):
             first = f"{prefix}{key}.{next(iter(section))}"
@@ -442,8 +443,8 @@ def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = ""
 
 
 def _hint(prefix: str, key: str, value: Any) -> str:
-    if prefix == "model." and key in ("num_frames", "image_size", "num_classes"):
-        return "; it follows from data.num_frames, data.crop_size and the class names"
+    if prefix == "model." and key in ("num_frames", "image_size"):
+        return "; it follows from data.num_frames and data.crop_size"
     return hint_for(prefix, key, value, list(flat(_to_dict(OmegaConf.structured(Config)))))
 
 

@@ -1,12 +1,14 @@
-"""What to type instead of an unknown key: misspelt keys, other names for a setting, and the keys of PaddleVideo."""
+"""What to type instead of an unknown key: misspelt, another name for a setting, or of PaddleVideo or mmaction2."""
 
 import difflib
 import fnmatch
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _SYNONYMS = {
     "accumulate_grad_batches": "optim.global_batch_size",
+    "accumulative_counts": "optim.global_batch_size",
     "amp": "train.precision",
     "augment": "augment.randaugment_ops",
     "base_lr": "optim.lr",
@@ -19,6 +21,7 @@ _SYNONYMS = {
     "embed_dims": "model.embed_dim",
     "fp16": "train.precision",
     "fps": "data.target_fps",
+    "flip_ratio": "data.flip",
     "frame_interval": "data.stride",
     "frames": "data.num_frames",
     "freeze": "train.freeze_blocks",
@@ -27,9 +30,12 @@ _SYNONYMS = {
     "image_size": "data.crop_size",
     "img_size": "data.crop_size",
     "learning_rate": "optim.lr",
+    "load_from": "train.pretrained",
     "log_interval": "train.log_every_steps",
     "logger": "train.loggers",
     "max_epochs": "train.epochs",
+    "max_norm": "optim.clip_norm",
+    "milestones": "optim.decay_epochs",
     "mixup": "mix.mixup_alpha",
     "cutmix": "mix.cutmix_prob",
     "mixed_precision": "train.precision",
@@ -45,17 +51,40 @@ _SYNONYMS = {
     "random_erasing": "augment.erasing_prob",
     "resize": "data.short_side",
     "save_every": "train.checkpoint_every_steps",
-    "save_interval": "train.checkpoint_every_steps",
     "sampling_rate": "data.stride",
+    "scale_range": "data.short_side",
     "swa": "train.swa_epochs",
     "teacher": "distill.teacher",
     "tensorboard": "train.loggers",
+    "total_epochs": "train.epochs",
     "val_interval": "train.validate_every",
+    "videos_per_gpu": "data.batch_size",
     "wandb": "train.loggers",
     "warmup": "optim.warmup_epochs",
     "weights": "train.pretrained",
+    "work_dir": "output",
+    "workers_per_gpu": "data.workers",
 }
 """Other names -> key."""
+
+_LISTS = "data.train, data.val and data.test name manifests, made of lists by prepare.py index --list FILE --root DIR"
+_CHECKPOINTS = "a checkpoint is saved after every epoch; train.checkpoint_every_steps adds more"
+_NESTEROV = "optim.name=sgd is always Nesterov"
+_SCHEDULE = "a cosine, or a tenth of the rate after each of optim.decay_epochs"
+_ELSEWHERE = {
+    "ann_file*": _LISTS,
+    "auto_scale_lr": "optim.lr is for optim.global_batch_size, on any number of GPUs",
+    "checkpoint": _CHECKPOINTS,
+    "data_prefix": _LISTS,
+    "data_root*": _LISTS,
+    "gamma": _SCHEDULE,
+    "interval": "train.log_every_steps, train.validate_every and train.checkpoint_every_steps",
+    "nesterov": _NESTEROV,
+    "num_classes": "it follows from the class names: data.labels, or those of the manifest",
+    "resume*": "train.py --resume, from the newest checkpoint",
+    "save_interval": _CHECKPOINTS,
+}
+"""fnmatch patterns of names that correspond to no single key here -> what there is instead."""
 
 _PADDLE_SECTIONS = (
     "MODEL",
@@ -88,8 +117,8 @@ _PADDLE_KEYS = {
     "DATASET.test.file_path": "data.test",
     "PIPELINE.*.decode.num_seg": "data.num_frames",
     "PIPELINE.*.sample.num_seg": "data.num_frames",
-    "PIPELINE.*.transform.Normalization.mean": "data.mean",
-    "PIPELINE.*.transform.Normalization.std": "data.std",
+    "PIPELINE.*.transform.*Normalization.mean": "data.mean",
+    "PIPELINE.*.transform.*Normalization.std": "data.std",
     "PIPELINE.*.transform.*Crop.target_size": "data.crop_size",
     "OPTIMIZER.name": "optim.name",
     "OPTIMIZER.momentum": "optim.momentum",
@@ -97,6 +126,8 @@ _PADDLE_KEYS = {
     "OPTIMIZER.learning_rate.warmup_epochs": "optim.warmup_epochs",
     "OPTIMIZER.learning_rate.warmup_start_lr": "optim.warmup_start_lr",
     "OPTIMIZER.learning_rate.cosine_base_lr": "optim.lr",
+    "OPTIMIZER.learning_rate.learning_rate": "optim.lr",
+    "OPTIMIZER.learning_rate.milestones": "optim.decay_epochs",
     "OPTIMIZER.weight_decay.value": "optim.weight_decay",
     "OPTIMIZER.grad_clip.value": "optim.clip_norm",
     "GRADIENT_ACCUMULATION.global_batch_size": "optim.global_batch_size",
@@ -107,15 +138,33 @@ _PADDLE_KEYS = {
     "INFERENCE.target_size": "data.crop_size",
     "INFERENCE.mean": "data.mean",
     "INFERENCE.std": "data.std",
+    "model_name": "name",
+    "output_dir": "output",
+    "epochs": "train.epochs",
+    "log_interval": "train.log_every_steps",
+    "val_interval": "train.validate_every",
 }
-"""Keys of PaddleVideo configs/recognition/pptimesformer/*.yaml, with fnmatch patterns -> our keys."""
+"""Keys of PaddleVideo configs/recognition/{pptimesformer,timesformer}/*.yaml, with fnmatch patterns -> our keys. An
+index may precede the name of a transform: `transform.0.Normalization.mean`."""
 
 _PADDLE_ELSEWHERE = {
     "MODEL.head.num_classes": "the number of classes follows from the class names (data.labels)",
     "MODEL.runtime_cfg.test.avg_type": "evaluate.py --average prob|score",
+    "MODEL.framework": "the only network is TimeSformer",
+    "MODEL.*.name": "the only network is TimeSformer",
+    "MODEL.*": "fixed at PaddleVideo's value",  # mlp_ratio, epsilon, in_channels, std
     "DATASET.test_batch_size": "the batch of a test never changes its result; data.batch_size sets it",
     "DATASET.*.data_prefix": "prepare.py index --root",
-    "PIPELINE.*.transform.JitterScale.*": "data.short_side=[low,high]",
+    "DATASET.*.format": "prepare.py index --list for videos, prepare.py frames --list for frame folders",
+    "DATASET.*.suffix": "prepare.py index and prepare.py frames find it",
+    "PIPELINE.*.transform.*JitterScale.*": "data.short_side=[low,high]",
+    "PIPELINE.*.transform.*RandomFlip*": "data.flip",
+    "PIPELINE.*.decode.backend": "data.decode",
+    "PIPELINE.*.sample.*": "always linspace over a window, whose length data.stride sets; null: the whole video",
+    "OPTIMIZER.learning_rate.*": _SCHEDULE,
+    "OPTIMIZER.use_nesterov": _NESTEROV,
+    "METRIC.*": "train.py and evaluate.py always compute it",
+    "INFERENCE.*": "exported files contain it",
 }
 """The same for keys that correspond to no single key here -> where the setting is."""
 
@@ -130,9 +179,12 @@ def hint_for(section: str, key: str, value: Any, known: Sequence[str]) -> str:
     """
     if not section and key in _PADDLE_SECTIONS:
         return f", {_paddle_hint({key: value})}"
-    for leaf in [each.rpartition(".")[2] for each, _ in _leaves({key: value})]:
-        if near := _nearest(section, leaf, known):
-            return f"; did you mean {near}?"
+    for each, _ in _leaves({key: value}):
+        for name in reversed(each.split(".")):
+            if where := _matching(_ELSEWHERE, name):
+                return f"; here: {where}"
+            if near := _nearest(section, name, known):
+                return f"; did you mean {near}?"
     inside = [each for each in known if each.startswith(section)]
     names = inside if section else dict.fromkeys(each.partition(".")[0] for each in inside)
     return f"; known: {', '.join(names)}"
@@ -143,18 +195,29 @@ def is_paddle_config(content: Mapping[Any, Any]) -> bool:
     return any(section in content for section in _PADDLE_SECTIONS)
 
 
-def paddle_settings(content: Mapping[Any, Any]) -> str:
+def about_paddle_config(content: Mapping[Any, Any]) -> str:
+    """What to type instead of `-c` with a config of PaddleVideo."""
+    backbone = str(dict(_leaves(content)).get("MODEL.backbone.name", "VisionTransformer_tweaks"))
+    if not backbone.startswith("VisionTransformer"):
+        return f"a config of PaddleVideo for {backbone}; the only network here is TimeSformer"
+    ours = "timesformer_k400.yaml" if backbone == "VisionTransformer" else "pptimesformer_k400.yaml"
+    return (
+        f"a config of PaddleVideo. Take -c {ours}; this file's settings here are: -o {_settings(content)} "
+        "(docs/migrate.md; lists become manifests with prepare.py index)"
+    )
+
+
+def _settings(content: Mapping[Any, Any]) -> str:
     """Our settings for a config of PaddleVideo, as they would follow `-o`."""
     return " ".join(f"{key}={value}" for key, value in _translated(content).items())
 
 
 def _paddle_hint(content: Mapping[Any, Any]) -> str:
-    if settings := paddle_settings(content):
+    if settings := _settings(content):
         return f"a section of PaddleVideo; here it is {settings} (docs/migrate.md)"
     for key, _ in _leaves(content):
-        for pattern, where in _PADDLE_ELSEWHERE.items():
-            if fnmatch.fnmatchcase(key, pattern):
-                return f"a section of PaddleVideo; here: {where} (docs/migrate.md)"
+        if where := _matching(_PADDLE_ELSEWHERE, key):
+            return f"a section of PaddleVideo; here: {where} (docs/migrate.md)"
     return "a section of PaddleVideo; docs/migrate.md says what is different here"
 
 
@@ -163,10 +226,9 @@ def _translated(content: Mapping[Any, Any]) -> dict[str, str]:
     settings: dict[str, str] = {}
     sides: dict[str, Any] = {}
     for key, value in _leaves(content):
-        for pattern, ours in _PADDLE_KEYS.items():
-            if fnmatch.fnmatchcase(key, pattern) and value not in (None, ""):
-                is_optimizer = ours == "optim.name"
-                settings.setdefault(ours, _typed(_PADDLE_OPTIMIZERS.get(value, value) if is_optimizer else value))
+        if (ours := _matching(_PADDLE_KEYS, key)) and value not in (None, ""):
+            is_optimizer = ours == "optim.name"
+            settings.setdefault(ours, _typed(_PADDLE_OPTIMIZERS.get(value, value) if is_optimizer else value))
         if fnmatch.fnmatchcase(key, "PIPELINE.train.transform.JitterScale.*_size"):
             sides[key.rpartition(".")[2]] = value
     if len(sides) == 2:
@@ -174,8 +236,15 @@ def _translated(content: Mapping[Any, Any]) -> dict[str, str]:
     return settings
 
 
+def _matching(patterns: Mapping[str, str], name: str) -> str | None:
+    """The value of the first fnmatch pattern that fits."""
+    return next((value for pattern, value in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
 def _typed(value: Any) -> str:
     """A value as it would be typed after `-o KEY=`."""
+    if isinstance(value, str):
+        return shlex.quote(value)
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 

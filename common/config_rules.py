@@ -54,8 +54,14 @@ RULES = {
     "data.stride": _optional(Rule(lambda value: 0 < value <= 1e6, "more than 0, at most 1e6")),
     "data.target_fps": Rule(lambda value: 1e-3 <= value <= 1e6, "0.001 to 1e6"),
     "data.past_end": _one_of(*STRATEGIES),
-    "data.mean": Rule(lambda value: len(value) == 3 and all(map(math.isfinite, value)), "three numbers"),
-    "data.std": Rule(lambda value: len(value) == 3 and all(0 < v < math.inf for v in value), "three numbers above 0"),
+    "data.mean": Rule(
+        lambda value: len(value) == 3 and all(-1 <= v <= 1 for v in value),
+        "three numbers, for pixels from 0 to 1: 127.5 of 255 is 0.5",
+    ),
+    "data.std": Rule(
+        lambda value: len(value) == 3 and all(0 < v <= 10 for v in value),
+        "three numbers above 0, for pixels from 0 to 1: 127.5 of 255 is 0.5",
+    ),
     "data.batch_size": _optional(_COUNT),
     "data.workers": _optional(_NOT_NEGATIVE),
     "data.decode": _one_of(*DECODES),

@@ -19,7 +19,7 @@ from common.labels import read_labels
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import unfinished
 from model import LoadReport, TimeSformer, WeightsError, load_pretrained
-from model.pretrained_files import SUFFIXES, read_safetensors
+from model.pretrained_files import SUFFIXES, no_such_file, read_safetensors
 
 _FORMAT = "dali-timesformer 1"
 
@@ -124,7 +124,7 @@ def has_weights_header(path: str | os.PathLike) -> bool:
 def load_weights(path: str | os.PathLike) -> Weights:
     """Read a file that `save_weights` wrote. Raises `InputError` for any other file."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such weights file; train.py writes best.safetensors and last.safetensors")
+        raise InputError(f"{no_such_file(path)}; train.py writes best.safetensors and last.safetensors")
     try:
         state, metadata = read_safetensors(path)
     except WeightsError as error:
@@ -154,6 +154,8 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     check_not_swapped(path, config_path)
     if (best := Path(path, "best.safetensors")).is_file():
         raise InputError(f"{path}: the folder of a run; expected a file of weights in it, such as {best}")
+    if path.endswith((".pdmodel", ".pdiparams")):
+        raise InputError(f"{path}: exported by Paddle; expected the .pdparams that it was exported from")
     is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
     if has_weights_header(path):
         weights = load_weights(path)
@@ -164,6 +166,8 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     elif config_path is None or is_other_file:
         if path.endswith(".safetensors") or is_other_file:
             load_weights(path)  # raises an error that says what is wrong with it
+        if path.endswith(SUFFIXES) and not os.path.exists(path):
+            raise InputError(no_such_file(path))
         raise InputError(f"{path}: does not say how clips are cut, or what the classes are; give a config with -c")
     else:
         config = load_config(config_path, overrides)

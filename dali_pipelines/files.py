@@ -135,6 +135,10 @@ def _what_it_is(source: Source) -> str:
             return "an empty file"
         if start.lstrip()[:1] == b"<":
             return "a web page or XML: a download that failed"
+        if start.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS: git lfs pull fetches the file"
+        if start.isascii() and b"\0" not in start:
+            return "a text file"
         if start[4:8] != b"ftyp":
             return ""
         file.seek(-len(start), io.SEEK_CUR)

@@ -281,7 +281,7 @@ def _initialise_time(report: LoadReport, tensors: dict[str, Tensor], expected: d
     if any("temporal" in name for name in tensors):
         return
     for name, value in expected.items():
-        if "temporal_fc" in name:
+        if "temporal_fc" in name and name.replace("temporal_fc", "attn.proj") in tensors:
             tensors[name] = torch.zeros_like(value)
             report.adapted[name] = "zero: at first, other frames have no influence"
         elif "temporal" in name and (spatial := name.replace("temporal_", "")) in tensors:
@@ -313,11 +313,11 @@ def _check_complete(report: LoadReport, tensors: dict[str, Tensor], expected: di
     ][:3]
     if not problems:
         return
-    hints = [
-        f"its queries, keys and values have {'a' if bias else 'no'} bias: set model.qkv_bias={str(bias).lower()}"
-        for names, bias in ((unknown, True), (missing, False))
-        if any(name.endswith("attn.qkv.bias") for name in names)
-    ]
+    has_bias, wants_bias = (any(name.endswith("attn.qkv.bias") for name in names) for names in (tensors, expected))
+    hints = []
+    if has_bias != wants_bias:
+        kind = "a" if has_bias else "no"
+        hints.append(f"its queries, keys and values have {kind} bias: set model.qkv_bias={str(has_bias).lower()}")
     if any("temporal" in name for name in unknown) and not any("temporal" in name for name in expected):
         hints.append("it attends over time and space in turn: set model.attention=divided_space_time")
     depth, expected_depth = (

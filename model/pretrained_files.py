@@ -65,7 +65,13 @@ def read_weights_file(source: str) -> WeightsFile:
         if weights is None:
             raise WeightsError(f"{source}: has none of {', '.join(_REPOSITORY_FILES)}")
         return _read_repository(weights, lambda name: _download(source, name, is_optional=True))
-    raise WeightsError(f"{source}: no such weights file")
+    raise WeightsError(no_such_file(source))
+
+
+def no_such_file(source: str | os.PathLike[str]) -> str:
+    """The message for weights that are not there."""
+    is_web = "://" in str(source)
+    return f"{source}: {'not downloaded; fetch it, and name the file' if is_web else 'no such weights file'}"
 
 
 def _read_file(path: Path) -> WeightsFile:
@@ -226,6 +232,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]), memory_for(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors, with advice to trust the file
+        if found_global := re.search(r"\bGLOBAL (\S+)", str(error)):
+            raise WeightsError(
+                f"{path}: contains pickled objects, which are refused ({found_global[1]}); if the file is yours, keep "
+                "its tensors, with the libraries that wrote it: torch.save(torch.load(FILE, weights_only=False)"
+                "['state_dict'], 'weights.pth')"
+            ) from None
         raise WeightsError(
             f"{path}: not a file of torch.save, damaged, or contains pickled objects, which are refused "
             f"({type(error).__name__})"

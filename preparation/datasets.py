@@ -32,8 +32,9 @@ SPLITS = {
 }
 """What projects call the splits -> what we call them."""
 T = TypeVar("T")
-_CLIP = re.compile(r"(?P<id>.{11})_(?P<start>\d+)_(?P<end>\d+)")
-"""YouTube id, first and last second: `-3B32lodo2M_000059_000069`."""
+_CLIP = re.compile(r"(?P<id>.{11})_(?P<start>\d+)_(?P<end>\d+)(\.\w+)*")
+"""YouTube id, first and last second: `-3B32lodo2M_000059_000069`, also with more suffixes, as yt-dlp leaves them
+(`.f137`, `.mp4` before another suffix)."""
 
 Clip = tuple[str, int, int]
 """YouTube id, and first and last second within the uploaded video."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dali_pipelines.errors import InputError, reason
 from dali_pipelines.files import find_below_url, is_url, join
+from dali_pipelines.folders import is_video_name
 from dali_pipelines.frame_names import frame_files, name_frames
 from dali_pipelines.text import decode, split_lines
 from preparation.index import LARGEST_LABEL, Listed, Rejected
@@ -66,11 +67,18 @@ def read_frame_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> F
 
 
 def _find_frames(root: str | os.PathLike, folder: str) -> str | InputError:
-    """The path that names the frames in a folder, or why there is none."""
-    try:
+    """The path that names the frames in a folder, or why there is none. PaddleVideo's lists of Kinetics-400 name the
+    folder `x` of its extract_rawframes.py as `x.mp4`."""
+    place = join(root, folder)
+    if is_video_name(folder) and not is_url(place) and not os.path.lexists(place):
+        folder = os.path.splitext(folder)[0]
         place = join(root, folder)
+    try:
         paths: Sequence[str] = name_frames(list(find_below_url(place)) if is_url(place) else os.listdir(place))
     except (OSError, ValueError) as error:  # also `InputError`
+        without, _, number = folder.rpartition(" ")
+        if number.isdecimal() and not is_url(place) and os.path.isdir(join(root, without)):
+            return InputError(f"{without} has an offset, {number}; only whole folders are read: make one of the part")
         return InputError(reason(error))
     if not paths:
         return InputError("no images with numbers in their names, such as img_00001.jpg")

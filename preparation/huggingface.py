@@ -37,13 +37,18 @@ class FoundRows:
     """Number of videos written out, because their bytes are not in one piece in the file."""
     unlabelled: int = 0
     """Rows left out because they have no label, as those of many test splits."""
+    without_video: int = 0
+    """Rows left out because their video is null."""
+    folders: dict[str, str] = field(default_factory=dict)
+    """Folders of the files, relative to the dataset -> the pattern that reads only these. Several folders may be
+    several configurations."""
 
 
 class _Row(NamedTuple):
     """A row of a dataset."""
 
-    listed: str
-    """A path, or the name of a video that is read in place."""
+    listed: str | None
+    """A path, or the name of a video that is read in place; None without a video."""
     part: Part | None
     label: int | str | None
     is_written: bool = False
@@ -105,7 +110,12 @@ def read_dataset(
         names = tuple(features.get(label, {}).get("names") or ())
         classes = tuple(classes) or names
         found = splits.setdefault(_split(file.relative_to(root)), FoundRows())
+        folder = file.parent.relative_to(root)
+        found.folders[str(folder)] = f"{folder}/*{file.suffix}"
         for listed, part, row_label, is_written in _read(file, table, video, label, root=root, out=out):
+            if listed is None:
+                found.without_video += 1
+                continue
             if row_label is None or row_label == -1:
                 found.unlabelled += 1
                 continue
@@ -177,9 +187,11 @@ def _labels(schema: Any, features: dict[str, dict[str, Any]]) -> list[str]:
 
 def _only(file: Path, schema: Any, columns: Sequence[str], what: str) -> str:
     if len(columns) != 1:
+        is_nested = any(_fields(each.type) and each.name not in _videos(schema, {}) for each in schema)
         raise InputError(
             f"{file}: {len(columns) or 'no'} columns of {what}s among {', '.join(schema.names)}; "
             f"name one with --{what}-column"
+            + (" (for a column within another, write the dataset with dataset.flatten())" if is_nested else "")
         )
     return columns[0]
 
@@ -191,12 +203,15 @@ def _read(file: Path, table: _Table, video: str, label: str, *, root: Path, out:
         number = place = 0
         for batch, start, end in _checked(file, table.batches([video, label])):
             videos, labels = (batch.column(batch.schema.get_field_index(each)) for each in (video, label))
-            for value, row_label in zip(videos.to_pylist(), labels.to_pylist()):
+            for value, row_label in zip(videos, labels.to_pylist()):
+                number, value = number + 1, value.as_py()  # a batch of an Arrow file may be gigabytes
+                if value is None or value == {"bytes": None, "path": None}:
+                    yield _Row(None, None, None)
+                    continue
                 path, data = _path_and_bytes(file, video, value)
                 if not isinstance(row_label, int | str | None):
-                    raise InputError(f"{file}: {label} is {str(row_label)[:40]}; expected a number or a text")
-                listed, part = _row_name(file.relative_to(root), number, path), None
-                number += 1
+                    raise InputError(f"{file}: {label} is {str(row_label)[:40]}; expected one whole number or name")
+                listed, part = _row_name(file.relative_to(root), number - 1, path), None
                 is_written = False
                 if row_label in (None, -1):
                     pass
@@ -265,9 +280,7 @@ def _open(file: Path) -> _Table:
         raise InputError(f"{file}: needs pyarrow; {_INSTALL}") from None
     try:
         if file.suffix == ".arrow":
-            stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-            size = file.stat().st_size
-            return _Table(stream.schema, lambda _: ((batch, 0, size) for batch in stream))
+            return _open_arrow(pyarrow.memory_map(str(file)))
         parquet = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file}: not a Parquet or Arrow file that can be read: {reason(error)[:200]}") from None
@@ -279,6 +292,20 @@ def _open(file: Path) -> _Table:
                 yield batch, start, end
 
     return _Table(parquet.schema_arrow, batches)
+
+
+def _open_arrow(file: Any) -> _Table:
+    """The stream that `datasets` writes, or the file format that others write (Feather)."""
+    import pyarrow
+
+    size = file.size()
+    if file.read(6) == b"ARROW1":
+        reader = pyarrow.ipc.open_file(file)
+        numbers = range(reader.num_record_batches)
+        return _Table(reader.schema, lambda _: ((reader.get_batch(number), 0, size) for number in numbers))
+    file.seek(0)
+    stream = pyarrow.ipc.open_stream(file)
+    return _Table(stream.schema, lambda _: ((batch, 0, size) for batch in stream))
 
 
 def _range(group: Any, column: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -68,12 +68,19 @@ def read_listed(
     The list has lines `path label` (see `read_list`), or columns `path,label`, `path;label` or with a tab, with or
     without a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names:
     positions in `classes` or, without them, in the alphabetical order of the names. Paths may have the backslashes of
-    Windows. Raises `InputError` that names the line."""
+    Windows, or lack the suffix of the file. Raises `InputError` that names the line."""
     text = decode(Path(path).read_bytes())
+    if text.startswith("# root: "):
+        raise InputError(f"{path}: a manifest already, as training reads it; expected a list of videos")
+    if re.match(r"\s*[\[{]\s*[\[{\"\n]", text):
+        raise InputError(f"{path}: JSON; expected lines `path label` or CSV `path,label`, such as Kinetics' train.csv")
     rows = _table_rows(path, text) if "\0" not in text else None
     if rows is None:
-        return [(_with_slashes(file, root), label) for file, label in read_list(path, root)], tuple(classes)
-    rows = [(number, _with_slashes(file, root), label) for number, file, label in rows]
+        listed = read_list(path, root)
+        files = _on_disk([file for file, _ in listed], root)
+        return [(file, label) for file, (_, label) in zip(files, listed, strict=True)], tuple(classes)
+    files = _on_disk([file for _, file, _ in rows], root)
+    rows = [(number, file, label) for file, (number, _, label) in zip(files, rows, strict=True)]
     are_numbers = _NOT_A_NAME.fullmatch(rows[0][2]) is not None
     for number, file, label in rows:
         wanted = label.isdecimal() if are_numbers else not _NOT_A_NAME.fullmatch(label)
@@ -96,13 +103,27 @@ def read_listed(
     return [(file, labels[label]) for _, file, label in rows], classes
 
 
-def _with_slashes(file: str, root: str | os.PathLike) -> str:
-    """A path as Windows writes it (`archery\\1.mp4`) with the slashes of this system, if the file is there by that
-    name."""
-    if "\\" not in file or is_url(file) or is_url(root) or os.path.lexists(join(root, file)):
-        return file
-    plain = file.replace("\\", "/")
-    return plain if os.path.lexists(join(root, plain)) else file
+def _on_disk(listed: Sequence[str], root: str | os.PathLike) -> list[str]:
+    """The paths as the files below `root` are named: with slashes for the backslashes of Windows (`archery\\1.mp4`),
+    and with the suffix that PaddleVideo's list of UCF101 leaves out (`archery/1`)."""
+    names: dict[str, dict[str, str]] = {}
+
+    def find(file: str) -> str:
+        if (is_video_name(file) and "\\" not in file) or is_url(file) or is_url(root):
+            return file
+        if os.path.lexists(join(root, file)):
+            return file
+        folder, name = os.path.split(file.replace("\\", "/"))
+        if folder not in names:
+            try:
+                found = sorted(os.listdir(join(root, folder)))
+            except OSError:
+                found = []
+            names[folder] = {os.path.splitext(each)[0]: each for each in filter(is_video_name, found)}
+            names[folder] |= {each: each for each in found}
+        return os.path.join(folder, names[folder][name]) if name in names[folder] else file
+
+    return [find(file) for file in listed]
 
 
 def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]] | None:
@@ -130,6 +151,9 @@ def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]
         if len(table) == 1:
             raise InputError(f"{path}: only a header; expected rows `path,label` below it")
         return table[1:]
+    if not _LABEL_COLUMNS.isdisjoint(names) and not any(map(is_video_name, names)):
+        official = "; for the official CSV of Kinetics: prepare.py kinetics400" if "youtube_id" in names else ""
+        raise InputError(f"{path}: no column of paths among {', '.join(names)}; expected one named path{official}")
     # An unquoted path may have a comma itself, as in `take 1,2.mp4,0`.
     table = [(number, delimiter.join(row[:-1]), row[-1]) for number, row in rows]
     _, first_file, first_label = table[0]
@@ -167,6 +191,8 @@ def _problem(file: str, label: str, root: str | os.PathLike) -> str:
     if not label.isdecimal() or int(label) > LARGEST_LABEL:
         if is_video_name(label):
             return "found no label after the path"
+        if re.fullmatch(r"-\d+", label):
+            return f"found the label {label!r}; leave out what has no label, as in test lists"
         if re.search(r"[^,;]*[,;][ \t]*\d+$", label):
             return "found a comma or semicolon"
         return f"found the label {label[:40]!r} (class names need a comma or a tab before them)"
@@ -413,6 +439,51 @@ def few_for_validation(train: Sequence[Listed], val: Sequence[Listed], classes: 
         f"{len(few)} of {len(in_all)} classes have fewer than {MIN_VAL_VIDEOS} videos for validation "
         f"({classes[worst]!r}: {in_val[worst]}), so their accuracy will be rough; {remedy}"
     )
+
+
+def check_root(listed: Sequence[str], root: str | os.PathLike, other_roots: Sequence[Path]) -> None:
+    """Raises `InputError` if `root` is not a folder, or if the first listed files are not below it but below one of
+    `other_roots`, or would be below it without the first folders of their paths."""
+    if is_url(root):
+        return
+    if not os.path.isdir(root):
+        raise InputError(f"--root {root}: no such folder; expected the folder that the listed paths are relative to")
+    some = [path for path in listed[:16] if not is_url(path)]
+
+    def has_some(folder: str | os.PathLike) -> bool:
+        return any(os.path.lexists(join(folder, path)) for path in some)
+
+    if has_some(root):
+        return
+    for other in filter(has_some, other_roots):
+        raise InputError(f"{some[0]} and others are not below {root}, but below {other}: --root {other}")
+    for path in some:
+        for prefix in map(str, reversed(PurePath(path).parents)):
+            rest = os.path.relpath(path, prefix)
+            if prefix != "." and os.path.lexists(join(root, rest)):
+                raise InputError(
+                    f"{path} and others are not below {root}, but {rest} is: remove {prefix.rstrip('/')}/ from the list"
+                )
+
+
+def odd_labels(listed: Sequence[Listed], classes: Sequence[str]) -> list[str]:
+    """Warnings of labels that are probably not meant: without class names, labels that do not start at 0 or leave out
+    numbers; and videos that are listed more than once."""
+    labels = {label for _, label in listed}
+    count = max(labels, default=-1) + 1
+    notes = []
+    if labels and not classes and 0 not in labels:
+        notes.append(f"the lowest label is {min(labels)}, but labels count from 0; does the list count from 1?")
+    elif not classes and len(labels) < count:
+        notes.append(f"{len(labels)} of the labels 0 to {count - 1} occur, but the network gets {count} classes")
+    by_path: dict[str, set[int]] = {}
+    for path, label in listed:
+        by_path.setdefault(path, set()).add(label)
+    if twice := len(listed) - len(by_path):
+        several = [path for path, labels in by_path.items() if len(labels) > 1]
+        differing = f", {len(several)} with different labels, such as {several[0]}" if several else ""
+        notes.append(f"{twice} of {len(listed)} lines repeat a video{differing}")
+    return notes
 
 
 def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> None:

@@ -118,6 +118,10 @@ def _bytes_per_parameter(config: Config) -> int:
     return _PARAMETER_BYTES.get(config.optim.name, 16) + 4 * is_averaged
 
 
+def _hours(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 0.05 else "<0.1"
+
+
 def cost_table(cost: dict[str, Any]) -> str:
     """The cost as text."""
     names = list(cost["rows"][0]["decoding_hours"])
@@ -132,21 +136,21 @@ def cost_table(cost: dict[str, Any]) -> str:
     if cost["decoding_is_of_these_videos"]:
         lines[-1] = f"{'GPU':>10} {'network, h':>12} {'decoding, h':>22}  memory"
     for row in cost["rows"]:
-        hours = f"{row['network_hours']:.1f}{'' if row['network_is_measured'] else '*'}"
+        hours = f"{_hours(row['network_hours'])}{'' if row['network_is_measured'] else '*'}"
         memory = f"{cost['gpu_gib']:.1f} GiB"
         if row["card_gb"]:
             memory += f" of {row['card_gb']} GB"
             if cost["gpu_gib"] * GIB > row["card_gb"] * 1e9:
-                memory += ": too much; use more GPUs, data.batch_size or train.activation_checkpointing"
+                memory += ": too much; use more GPUs, a smaller data.batch_size, or train.activation_checkpointing"
         lines.append(
             f"{row['gpu']:>10} {hours:>12} "
-            + " ".join(f"{row['decoding_hours'][name]:>22.1f}" for name in names)
+            + " ".join(f"{_hours(row['decoding_hours'][name]):>22}" for name in names)
             + f"  {memory}"
         )
     source = "sampled" if cost["videos_are_sampled"] else "Kinetics-400 with a short side of 256 pixels"
     lines.append("")
     notes = [
-        f"Disk: {cost['videos_gb']:,.3g} GB for the videos ({source}), {cost['output_gb']:.1f} GB for checkpoints and "
+        f"Disk: {cost['videos_gb']:,.3g} GB for the videos ({source}), {cost['output_gb']:.2g} GB for checkpoints and "
         "weights.",
         "The run takes the longer of network and decoding; CPU cores that also decode shorten the second. Validation "
         "is not counted.",

@@ -551,7 +551,8 @@ def test_what_a_run_costs(in_process):
 def test_parameters_and_multiply_adds_of_configs(in_process):
     status, out, _ = in_process(benchmark.main, "model", "--flops")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.count(".")}
-    assert status == 0 and rows["pptimesformer_k400"] == ["8", "224", "121.5", "186.1", "3", "558.3"]
+    assert status == 0 and rows["pptimesformer_k400"] == ["8", "224", "400", "121.5", "186.1", "3", "558.3"]
+    assert rows["pptimesformer_ucf101"][2:4] == ["101", "121.3"]
     assert set(rows) >= {path.stem for path in Path(K400).parent.glob("*.yaml")}
     status, out, _ = in_process(benchmark.main, "model", "--flops", "-c", K400, "-o", "data.num_frames=16")
     assert status == 0 and "372." in out and "demo" not in out

@@ -71,6 +71,9 @@ def test_messages_name_commands_as_they_are_typed(monkeypatch, capsys, typed, ex
         (export, "-p a.pdparams -o inference", "-p is -w FILE (and -o PATH of tools/export_model.py is --out PATH)"),
         (predict, "--input_file a.avi --use_gpu=True", "--input_file is predict.py -w best.onnx VIDEO; --use_gpu is"),
         (train, "-c x.yaml --cfg-options optim.lr=1", "--cfg-options is -o KEY=VALUE (docs/migrate.md)"),
+        (train, "x.py --work-dir=a", "x.py is -c x.py; --work-dir is -o output=DIR, or evaluate.py --out DIR"),
+        (train, "-c x.yaml --resume epoch_5.pth", "--resume takes no file: it continues from the newest checkpoint"),
+        (evaluate, "x.py a.pth --dump a.pkl", "x.py is -c x.py; a.pth is -w a.pth; --dump is always on"),
     ],
 )
 def test_options_of_paddlevideo_and_mmaction2(in_process, command, arguments, hint):

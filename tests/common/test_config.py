@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,21 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("PIPELINE.test.sample.num_seg=16", "here it is data.num_frames=16"),
         ("OPTIMIZER.name=Momentum", "here it is optim.name=sgd"),
         ("MODEL.head.num_classes=5", r"the number of classes follows from the class names \(data.labels\)"),
-        ("METRIC.name=CenterCropMetric", "a section of PaddleVideo; docs/migrate.md says"),
+        ("METRIC.name=CenterCropMetric", "here: train.py and evaluate.py always compute it"),
+        ("MIX.name=VideoMix", "a section of PaddleVideo; docs/migrate.md says"),
+        ("MODEL.runtime_cfg.test.avg_type=score", "here: evaluate.py --average"),
+        ("OPTIMIZER.learning_rate.milestones=[11,14]", r"here it is optim.decay_epochs=\[11,14\]"),
+        ("PIPELINE.train.transform.0.Normalization.mean=[0,0,0]", r"here it is data.mean=\[0,0,0\]"),
+        ("PIPELINE.train.transform.2.JitterScale.min_size=9", r"here: data.short_side=\[low,high\]"),
+        ("save_interval=5", "unknown key save_interval; here: a checkpoint is saved after every epoch"),
+        ("load_from=a.pth", "unknown key load_from; did you mean train.pretrained?"),
+        ("train_dataloader.dataset.data_prefix.video=a", "here: data.train, data.val and data.test name manifests"),
+        ("optim_wrapper.optimizer.type=AdamW", "did you mean optim.name?"),
+        ("param_scheduler.0.milestones=[5,10]", "did you mean optim.decay_epochs?"),
+        ("model.cls_head.num_classes=9", "unknown key model.cls_head; here: it follows from the class names"),
+        ("data.test.ann_file=a.txt", "data.test is not a section; expected data.test=VALUE"),
+        ("data.mean=[127.5,127.5,127.5]", "data.mean is .* for pixels from 0 to 1: 127.5 of 255 is 0.5"),
+        ("data.std=[58.4,57.1,57.4]", "data.std is .* for pixels from 0 to 1"),
         ("model.num_classes=3", "it follows from"),
         ("data=3", "data is a section"),
         ("data.num_frames=eight", "data.num_frames: Value 'eight'"),
@@ -169,21 +184,29 @@ def test_a_config_of_another_project_is_translated(tmp_path):
                 sample: {num_seg: 16}
                 transform: [Normalization: {mean: [0, 0, 0]}, JitterScale: {min_size: 256, max_size: 320}]
             test: {transform: [JitterScale: {min_size: 224, max_size: 224}, UniformCrop: {target_size: 224}]}
-        OPTIMIZER: {name: Momentum, learning_rate: {cosine_base_lr: 0.0025}, weight_decay: {value: 7e-5}}
-        model_name: ppTimeSformer
+        OPTIMIZER:
+            name: Momentum
+            learning_rate: {learning_rate: 0.004, name: MultiStepDecay, milestones: [11, 14], gamma: 0.1}
+            weight_decay: {value: 7e-5}
+        model_name: "my TimeSformer"
+        epochs: 15
         """
     )
-    with pytest.raises(InputError, match="a config of PaddleVideo. Take one of configs/") as raised:
+    with pytest.raises(InputError, match="a config of PaddleVideo. Take -c pptimesformer_k400.yaml") as raised:
         load_config(str(tmp_path / "paddle.yaml"))
-    typed = re.search(r"here are: -o (.*) \(docs/migrate.md\)", str(raised.value))[1].split()
+    typed = shlex.split(re.search(r"here are: -o (.*) \(docs/migrate.md;", str(raised.value))[1])
     config = load_config(None, typed)  # what the message says can be typed
     assert (config.data.num_frames, config.data.crop_size, config.data.short_side) == (16, 224, [256, 320])
-    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("sgd", 0.0025, 7e-5)
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("sgd", 0.004, 7e-5)
+    assert (config.optim.decay_epochs, config.train.epochs, config.name) == ([11, 14], 15, "my TimeSformer")
     assert (config.model.qkv_bias, config.train.label_smoothing, config.data.train) == (
         False,
         0.1,
         "data/k400/train.list",
     )
+    (tmp_path / "tsm.yaml").write_text("MODEL: {backbone: {name: ResNetTSM}}\n")
+    with pytest.raises(InputError, match="a config of PaddleVideo for ResNetTSM; the only network here is TimeSformer"):
+        load_config(str(tmp_path / "tsm.yaml"))
     with pytest.raises(InputError, match="timesformer.py: a config of mmaction2"):
         load_config("timesformer.py")
 

@@ -613,7 +613,7 @@ def test_unreadable_videos_are_black_invalid_and_named(textured_videos, tmp_path
         assert sorted(first) == [1, 3, 4, 6] and len(made.stats.faults) == 8
         assert first[1].reason == "no such file or directory" and first[1].path == "/nowhere/gone.webm"
         assert "only" in first[6].reason and "index it again" in first[6].reason
-        assert "invalid data" in first[3].reason
+        assert "a text file" in first[3].reason
 
 
 def test_statistics(textured_videos):

@@ -116,11 +116,13 @@ def test_probe_describes_files_that_are_not_videos(tmp_path):
     good = write_video(tmp_path / "good.mp4", numbered(5, height=32, width=32))
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 50)
     (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html>video unavailable</html>")
+    (tmp_path / "lfs.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "cut.mp4").write_bytes(open(good, "rb").read()[:200])
     for name, reason in [
-        ("text.mp4", "not a video that FFmpeg can read .invalid data"),
+        ("text.mp4", "not a video that FFmpeg can read .a text file"),
         ("page.mp4", "a web page"),
+        ("lfs.mp4", "a pointer of Git LFS: git lfs pull fetches the file"),
         ("empty.mp4", "an empty file"),
         ("cut.mp4", "cut off: it has no index"),
         ("gone.mp4", "no such file"),

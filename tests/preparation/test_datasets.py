@@ -104,6 +104,8 @@ def test_classes_of_kinetics_600_are_those_of_its_annotations(tmp_path):
         "archery/-3B32lodo2M_000059_000069.mp4",  # the crawler
         "train_256/passing_american_football/-3B32lodo2M_59_69.MKV",  # renamed, transcoded
         "-3B32lodo2M.webm",  # by id alone
+        "train/-3B32lodo2M_000059_000069.mp4.mkv",  # yt-dlp
+        "train/-3B32lodo2M_000059_000069.f137.mp4",
     ],
 )
 @pytest.mark.parametrize("listed", ["-3B32lodo2M_000059_000069", "/data/old/x/-3B32lodo2M_000059_000069.mp4"])

@@ -69,6 +69,39 @@ def test_lines_that_are_no_frame_folders(tmp_path, line):
         read_frame_list(tmp_path / "list.txt")
 
 
+def test_folders_that_paddlevideo_names_as_the_video(raw):
+    (raw.parent / "list.txt").write_text("ash/v1.mp4 5 0\n")
+    assert read_frame_list(raw.parent / "list.txt", raw).listed == [("ash/v1/img_{00001..00005}.jpg", 0)]
+
+
+def test_a_list_of_another_folder(raw, in_process):
+    elsewhere = "ash/v1 and others are not below {0}/ash, but below {0}: --root {0}"
+    for verb, line, root, expected in (
+        ("frames", "ash/v1 5 0", raw / "ash", elsewhere),
+        ("index", "ash/v1 0", raw / "ash", elsewhere),
+        (
+            "index",
+            "data/x/ash/v1 0",
+            raw,
+            "data/x/ash/v1 and others are not below {0}, but ash/v1 is: remove data/x/ from",
+        ),
+        ("index", "/old/ash/v1 0", raw, "/old/ash/v1 and others are not below {0}, but ash/v1 is: remove /old/ from"),
+        ("index", "ash/v1 0", raw / "gone", "--root {0}/gone: no such folder"),
+    ):
+        (raw / "list.txt").write_text(line)
+        given = (verb, "--list", raw / "list.txt", "--root", root, "--out", raw / "train.csv")
+        status, _, error = in_process(prepare.main, *given)
+        assert status == 2 and expected.format(raw) in error
+    status, _, error = in_process(prepare.main, "index", "--list", raw, "--out", raw / "train.csv")
+    assert status == 2 and f"{raw}: a folder; expected a file" in error
+
+
+def test_an_offset_is_said(raw):
+    (raw.parent / "list.txt").write_text("ash/v1 2 5 0\n")
+    (rejected,) = read_frame_list(raw.parent / "list.txt", raw).rejected
+    assert rejected.reason == "ash/v1 has an offset, 2; only whole folders are read: make one of the part"
+
+
 def test_index_says_what_a_list_of_frame_folders_is(raw):
     folders = raw.parent / "list.txt"
     folders.write_text("ash/v1 5 0\n")

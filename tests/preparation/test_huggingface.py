@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -100,24 +101,45 @@ def test_compressed_videos_are_written_out(videos, tmp_path, settings):
     assert written.stat().st_mtime_ns == before and written.with_name("000001.mp4").read_bytes() == data[1]
 
 
+@pytest.mark.parametrize("compression", ["uncompressed", "lz4"])
+def test_arrow_files_of_other_writers(videos, tmp_path, compression):
+    data = [path.read_bytes() for path in videos[:3]]
+    feather.write_feather(pa.table({"video": data, "label": [2, 0, 1]}), tmp_path / "a.arrow", compression=compression)
+    splits, _ = read_dataset(tmp_path, tmp_path / "out")
+    rows = splits["train"]
+    assert [label for _, label in rows.listed] == [2, 0, 1] and rows.written == (3 if compression == "lz4" else 0)
+    file = (tmp_path / "a.arrow").read_bytes()
+    stored = [
+        file[part.offset : part.offset + part.size] if (part := rows.parts.get(name)) else Path(name).read_bytes()
+        for name, _ in rows.listed
+    ]
+    assert stored == data
+
+
 def test_paths_of_videos_and_rows_without_a_label(videos, tmp_path):
     for name in ("x/a.mp4", "data/b.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(videos[0], tmp_path / name)
     paths = ["x/a.mp4", "b.mp4", str(videos[1]), "https://host/c.mp4", "gone.mp4", "d.mp4"]
     columns = {"video": [{"path": path, "bytes": None} for path in paths], "label": [1, 0, 2, 1, 0, -1]}
+    columns = {"video": [None, {"path": None, "bytes": None}, *columns["video"]], "label": [0, 0, *columns["label"]]}
     parquet(tmp_path / "data" / "train.parquet", columns)
     splits, classes = read_dataset(tmp_path, tmp_path / "out", classes=NAMES)
     expected = ["x/a.mp4", "data/b.mp4", str(videos[1]), "https://host/c.mp4", "gone.mp4"]
-    assert splits["train"].listed == list(zip(expected, [1, 0, 2, 1, 0])) and splits["train"].unlabelled == 1
+    assert splits["train"].listed == list(zip(expected, [1, 0, 2, 1, 0]))
+    assert (splits["train"].unlabelled, splits["train"].without_video) == (1, 2)
     assert classes == tuple(NAMES)
 
 
 @pytest.mark.parametrize(
     "columns, given, message",
     [
-        ({"video": [b"x"], "label": [[1]]}, {}, "label is .1.; expected a number or a text"),
-        ({"video": [None], "label": [1]}, {}, "video has a row without a video"),
+        ({"video": [b"x"], "label": [[1]]}, {}, "label is .1.; expected one whole number or name"),
+        (
+            {"meta": [{"video": b"x"}], "label": [1]},
+            {},
+            r"no columns of videos .* write the dataset with dataset.flatten",
+        ),
         ({"video": [{"path": 3, "bytes": b""}], "label": [1]}, {}, "video has a row without a video"),
         ({"clip": [b"x"], "label": [1]}, {}, "no columns of videos among clip, label; name one with --video-column"),
         ({"video": [b"x"], "y": [1]}, {}, "no columns of labels among video, y; name one with --label-column"),
@@ -152,7 +174,9 @@ def test_a_dataset_on_the_hub(videos, tmp_path, in_process, monkeypatch):
     import huggingface_hub
 
     folder = tmp_path / "snapshots" / "abc"
-    parquet(folder / "data.parquet", {"video": [path.read_bytes() for path in videos], "label": [0, 1] * 3})
+    for name, some in (("a", videos[:2]), ("b", videos[2:])):
+        columns = {"video": [path.read_bytes() for path in some], "label": [0, 1] * (len(some) // 2)}
+        parquet(folder / name / "data.parquet", columns)
     parquet(folder / "test.parquet", {"video": [videos[0].read_bytes()], "label": [-1]})
     asked = []
     monkeypatch.setattr(
@@ -163,6 +187,7 @@ def test_a_dataset_on_the_hub(videos, tmp_path, in_process, monkeypatch):
     assert status == 0, error
     assert asked == [("me/trees", {"repo_type": "dataset", "allow_patterns": ["*.parquet", "*.json"]})]
     assert "no validation or test split with labels: 2 videos of train are val" in out
+    assert "videos of 2 folders: a, b; if these are configurations of the dataset, read one: --files 'a/*.par" in out
     assert [len(Manifest.read(tmp_path / "data" / "trees" / f"{name}.csv")) for name in ("train", "val")] == [4, 2]
 
     def gone(name, **_):

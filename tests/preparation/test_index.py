@@ -12,6 +12,7 @@ from dali_pipelines import InputError, Manifest
 from preparation.index import (
     few_for_validation,
     index,
+    odd_labels,
     read_folder,
     read_list,
     read_listed,
@@ -67,7 +68,7 @@ def test_paths_hold_any_character_and_need_not_be_utf8(tmp_path):
     [
         ("a.mp4", "no label"),
         ("a.mp4 x", "the label 'x'"),
-        ("a.mp4 -1", "the label '-1'"),
+        ("a.mp4 -1", "the label '-1'; leave out what has no label"),
         ("a.mp4 99999999999999999999", "the label '99999999999999999999'"),
         ("3", "a single number"),
         ("0 a.mp4", "no label"),
@@ -120,11 +121,12 @@ def test_a_list_of_paths_and_labels_in_columns(tmp_path, content, classes, label
     assert read_listed(tmp_path / "l.csv", classes=classes) == (list(zip(["a.mp4", "b.mp4"], labels)), names)
 
 
-def test_paths_that_windows_wrote(tmp_path):
+def test_paths_that_windows_or_paddlevideo_wrote(tmp_path):
     for name in ("dogs/a.mp4", "cats/b.mp4", "odd\\name.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    rows = [("dogs\\a.mp4", 1), ("cats\\b.mp4", 0), ("odd\\name.mp4", 0), ("gone\\c.mp4", 0)]
+    rows = [("dogs\\a.mp4", 1), ("cats\\b.mp4", 0), ("odd\\name.mp4", 0), ("gone\\c.mp4", 0), ("gone/d", 0)]
+    rows += [("cats/b", 0), ("dogs\\a", 1)]  # without a suffix, as PaddleVideo's list of UCF101
     for separator in (" ", ","):
         (tmp_path / "l.csv").write_text("".join(f"{path}{separator}{label}\r\n" for path, label in rows))
         assert [path for path, _ in read_listed(tmp_path / "l.csv", tmp_path)[0]] == [
@@ -132,6 +134,9 @@ def test_paths_that_windows_wrote(tmp_path):
             "cats/b.mp4",
             "odd\\name.mp4",
             "gone\\c.mp4",
+            "gone/d",
+            "cats/b.mp4",
+            "dogs/a.mp4",
         ]
 
 
@@ -151,6 +156,11 @@ def test_a_comma_within_a_path(tmp_path):
         ("path,label\n", "only a header"),
         ("path,label\na.mp4,cta\n", "l.csv:2: 'cta' is not one of the 2 classes; the nearest is 'cat'"),
         ("frames/a,163,1\n", "l.csv:1: expected `path label`"),
+        ("label,clip_id\ncat,1\n", "no column of paths among label, clip_id; expected one named path"),
+        ("label,youtube_id,time_start\ncat,x,1\n", "expected one named path; .* prepare.py kinetics400"),
+        ('{"x1": {"annotations": {"label": "cat"}}}', "l.csv: JSON; expected lines `path label`"),
+        ('[{"path": "a.mp4", "label": 0}]', "l.csv: JSON; expected"),
+        ("# root: .\npath,label\na.mp4,0\n", "l.csv: a manifest already, as training reads it"),
     ],
 )
 def test_a_bad_row_of_a_list_in_columns(tmp_path, content, message):
@@ -159,12 +169,23 @@ def test_a_bad_row_of_a_list_in_columns(tmp_path, content, message):
         read_listed(tmp_path / "l.csv", classes=("cat", "dog"))
 
 
-@pytest.mark.slow
-def test_a_list_that_counts_from_one(folder, tmp_path, in_process):
-    (tmp_path / "l.txt").write_text("swim/e.mp4 1\n")
-    given = ("index", "--list", tmp_path / "l.txt", "--root", folder, "--out", tmp_path / "m.csv", "--workers", 1)
-    status, out, _ = in_process(prepare.main, *given)
-    assert status == 0 and "the lowest label is 1, but labels count from 0" in out
+@pytest.mark.parametrize(
+    "listed, classes, notes",
+    [
+        ([("a", 1), ("b", 2)], (), ["the lowest label is 1, but labels count from 0; does the list count from 1?"]),
+        ([("a", 0), ("b", 7)], (), ["2 of the labels 0 to 7 occur, but the network gets 8 classes"]),
+        ([("a", 1), ("b", 3)], ("w", "x", "y", "z"), []),
+        ([("a", 0), ("b", 1), ("a", 0)], (), ["1 of 3 lines repeat a video"]),
+        (
+            [("a", 0), ("a", 1), ("b", 1)],
+            (),
+            ["1 of 3 lines repeat a video, 1 with different labels, such as a"],
+        ),
+        ([], (), []),
+    ],
+)
+def test_labels_that_are_probably_not_meant(listed, classes, notes):
+    assert odd_labels(listed, classes) == notes
 
 
 @pytest.mark.slow
@@ -176,6 +197,8 @@ def test_a_list_of_class_names_as_a_user_indexes_it(folder, tmp_path, in_process
     manifest = Manifest.read(tmp_path / "m.csv")
     assert manifest.classes == ("jump", "swim") and manifest.labels.tolist() == [1, 0]
     (tmp_path / "l.csv").write_text("swim/e.mp4 2\n")
+    status, out, _ = in_process(prepare.main, *given)
+    assert status == 0 and "l.csv: the lowest label is 2, but labels count from 0" in out
     (tmp_path / "names.txt").write_text("jump\nswim\n")
     status, _, error = in_process(prepare.main, *given, "--labels", tmp_path / "names.txt")
     assert status == 2 and "names.txt; add the missing names there" in error
