@@ -230,6 +230,11 @@ def no_entry(reason: str) -> bytes:
     return _pack({"none": reason})
 
 
+def names_packets(entry: bytes) -> bool:
+    """Whether an entry names the packets of its video: two such entries are equal only if the videos are."""
+    return zlib.decompressobj().decompress(entry, 7) != b'{"none"'
+
+
 def _pack(header: Mapping[str, Any], data: bytes = b"") -> bytes:
     return zlib.compress(json.dumps(header).encode() + b"\n" + data)
 

@@ -1,7 +1,7 @@
 """Lists and folders of videos as people have them, to manifests."""
 
 import os
-from pathlib import Path
+import shutil
 
 import pytest
 
@@ -18,7 +18,7 @@ from preparation.index import (
     split_train_val,
     write_rejected,
 )
-from tests.commands import run
+from tests.commands import run, run_here
 from tests.videos import numbered, write_video
 
 
@@ -241,7 +241,7 @@ def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folde
             if (part, name) != ("val", "jump/c.avi"):
                 (tmp_path / part / name).parent.mkdir(parents=True)
                 (tmp_path / part / name).symlink_to(folder / name)
-    done = run("prepare.py", "folder", "train", "--out", "t.csv", cwd=tmp_path)
+    done = run_here("prepare.py", "folder", "train", "--out", "t.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "names.txt").write_text("jump\nrun fast\nswim\n")
     (tmp_path / "list.txt").write_text("run fast/a.mp4 1\nswim/e.mp4 2\n")
@@ -251,7 +251,7 @@ def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folde
         ("folder", "val", "--classes", "names.txt"),
         ("index", "--list", "list.txt", "--root", "val", "--classes", "t.csv"),
     ):
-        done = run("prepare.py", *arguments, "--out", "v.csv", cwd=tmp_path)
+        done = run_here("prepare.py", *arguments, "--out", "v.csv", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert ("1 file skipped: 1 .srt" in done.stdout) == (arguments[0] == "folder")
         manifest = Manifest.read(tmp_path / "v.csv")
@@ -259,7 +259,7 @@ def test_a_split_without_a_class_keeps_the_labels_of_the_training_manifest(folde
         labels = {manifest[n].path: manifest[n].label for n in range(len(manifest))}
         assert labels == {"run fast/a.mp4": 1, "swim/e.mp4": 2}
     (tmp_path / "names.txt").write_text("jump\nrunfast\nswim\n")
-    done = run("prepare.py", "folder", "val", "--classes", "names.txt", "--out", "w.csv", cwd=tmp_path)
+    done = run_here("prepare.py", "folder", "val", "--classes", "names.txt", "--out", "w.csv", cwd=tmp_path)
     assert done.returncode == 2 and "val/run fast: not one of the 3 classes" in done.stderr
     assert "the nearest is 'runfast'" in done.stderr and not (tmp_path / "w.csv").exists()
 
@@ -270,15 +270,27 @@ def test_a_class_that_is_named_twice_is_refused(folder):
 
 
 def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path):
-    for name in ("a/x.mp4", "a/x.srt", "y.mp4", ".hidden/z.mp4"):
+    for name in ("a/x.mp4", "a/x.srt", "y.mp4", ".hidden/z.mp4", "a/.ipynb_checkpoints/x-checkpoint.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to(tmp_path)
     listed, classes, note = read_folder(tmp_path)
     assert listed == [("a/x.mp4", 0)] and classes == ("a",)
     assert note == (
-        f"1 file skipped: 1 .srt; loop: not followed, leads back to {tmp_path}; 2 videos are not in a class folder"
+        f"1 file skipped: 1 .srt; loop: not followed, leads back to {tmp_path}; 1 video is not in a class folder"
     )
+
+
+def test_folders_that_may_not_be_meant_as_classes_are_noted(tmp_path):
+    def note(*names):
+        for name in names:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "a.mp4").touch()
+        return read_folder(tmp_path).note
+
+    assert "such as 'cats/tame'; if these are the classes, index" in note("cats/wild", "cats/tame", "dogs/big")
+    assert not note("dogs")
+    assert note("val") == "val: taken as a class like the others"
 
 
 @pytest.mark.slow
@@ -290,7 +302,7 @@ def test_files_of_cameras_and_other_programs_are_found_and_read(tmp_path):
     for name, container, codec in made:
         path = write_video(tmp_path / f"a.{container}", numbered(6, height=32, width=48), codec=codec)
         os.rename(path, tmp_path / "root" / "x" / name)
-    done = run("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
+    done = run_here("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     manifest = Manifest.read(tmp_path / "m.csv")
     found = [(manifest[n].path, manifest[n].codec) for n in range(len(manifest))]
@@ -303,7 +315,7 @@ def test_linked_videos_are_indexed(folder, tmp_path):
     (tmp_path / "root" / "x").mkdir(parents=True)
     (tmp_path / "root" / "x" / "more").symlink_to(folder / "jump" / "deep")
     (tmp_path / "root" / "y").symlink_to(folder / "swim")
-    done = run("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
+    done = run_here("prepare.py", "folder", "root", "--out", "m.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     manifest = Manifest.read(tmp_path / "m.csv")
     assert [manifest[n].path for n in range(len(manifest))] == ["x/more/d.webm", "y/e.mp4", "y/f.MP4"]
@@ -348,18 +360,39 @@ def test_the_split_is_by_class_and_always_the_same():
     assert (train, val) == split_train_val(listed, 0.1) and sorted(train + val) == sorted(listed)
     assert [sum(label == wanted for _, label in val) for wanted in range(4)] == [4, 1, 1, 0]
     assert split_train_val(listed, 0) == (listed, [])
+    more = [(f"4/{n}.mp4", 0) for n in range(9)] + [(path, label + 1) for path, label in [*listed, ("0/new.mp4", 0)]]
+    moved = {path for path, _ in split_train_val(more, 0.1)[1]} - {path for path, _ in val}
+    assert len(moved) == 1 and moved.pop().startswith("4/")
+
+
+@pytest.mark.slow
+def test_copies_and_names_that_are_alike_are_warned_about(tmp_path, in_process):
+    names = [f"{label}/{number}.mp4" for label in ("Ash", "ash") for number in range(6)]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_video(tmp_path / name, numbered(4 + number, height=32, width=32))
+    (tmp_path / "list.csv").write_text("".join(f"{name},{name.partition('/')[0]}\n" for name in names))
+    given = ("index", "--list", tmp_path / "list.csv", "--root", tmp_path, "--out", tmp_path / "out", "--workers", 1)
+    status, out, _ = in_process(prepare.main, *given)
+    assert status == 0 and "copies of" not in out and "warning: 'Ash' and 'ash' are two classes; if they" in out
+    train, val = (Manifest.read(tmp_path / "out" / f"{name}.csv") for name in ("train", "val"))
+    assert sorted(video.path for video in [*train, *val]) == names and len(val) == 2
+    first, second, last = (tmp_path / train[number].path for number in (0, 1, len(train) - 1))
+    shutil.copy(first, last)
+    shutil.copy(tmp_path / val[0].path, second)
+    _, out, _ = in_process(prepare.main, *given)
+    assert f"1 with two classes, such as '{train[0].path}' and '{train[len(train) - 1].path}'" in out
+    assert f"1 in both train and val, such as '{train[1].path}' and '{val[0].path}'" in out
 
 
 @pytest.mark.slow
 def test_a_class_whose_only_validation_video_is_broken_is_warned_about(tmp_path, in_process):
-    videos = [
-        (str(tmp_path / label / f"{number}.mp4"), label == "birch") for label in ("ash", "birch") for number in "01"
-    ]
+    videos = [(f"{label}/{number}.mp4", label == "birch") for label in ("ash", "birch") for number in "01"]
     for path, _ in videos:
-        Path(path).parent.mkdir(exist_ok=True)
-        write_video(path, numbered(4, height=32, width=32))
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        write_video(tmp_path / path, numbered(4, height=32, width=32))
     _, ((lost, _), _) = split_train_val(videos, 0.5)
-    Path(lost).write_bytes(b"broken")
+    (tmp_path / lost).write_bytes(b"broken")
     status, out, _ = in_process(prepare.main, "folder", tmp_path, "--val-fraction", 0.5, "--workers", 1)
     assert status == 0
     assert "warning: 2 of 2 classes have fewer than 5 videos for validation ('ash': 0)" in out
@@ -369,7 +402,7 @@ def test_a_class_whose_only_validation_video_is_broken_is_warned_about(tmp_path,
 def test_index_and_folder_as_a_user_runs_them(folder, tmp_path):
     (tmp_path / "list.txt").write_text("swim/e.mp4 0\njump/broken.mp4 1\njump/c.avi 1\n")
     (tmp_path / "names.txt").write_text("swimming\njumping\n")
-    done = run(
+    done = run_here(
         "prepare.py",
         "index",
         "--list",
@@ -388,11 +421,11 @@ def test_index_and_folder_as_a_user_runs_them(folder, tmp_path):
     assert manifest.classes == ("swimming", "jumping") and manifest.labels.tolist() == [0, 1]
     assert (tmp_path / "m" / "v.rejected.csv").exists()
 
-    done = run("prepare.py", "folder", folder, "--out", tmp_path / "split", "--val-fraction", 0.3)
+    done = run_here("prepare.py", "folder", folder, "--out", tmp_path / "split", "--val-fraction", 0.3)
     assert done.returncode == 0, done.stderr
     train, val = (Manifest.read(tmp_path / "split" / f"{name}.csv") for name in ("train", "val"))
     assert train.classes == val.classes == ("jump", "run fast", "swim") and train.listed + val.listed == 7
-    done = run("prepare.py", "folder", folder, "--out", tmp_path / "all.csv")
+    done = run_here("prepare.py", "folder", folder, "--out", tmp_path / "all.csv")
     assert done.returncode == 0 and len(Manifest.read(tmp_path / "all.csv")) == 6
 
 
