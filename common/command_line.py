@@ -36,13 +36,26 @@ _OTHER_NAMES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a command's arguments. Its errors say what options of PaddleVideo and mmaction2 are called here."""
+    """Parses a command's arguments. Its errors say what options of other programs are called here."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the usage and `message`, and exits with 2."""
         typed = dict.fromkeys(argument.partition("=")[0] for argument in sys.argv[1:])
-        known = [f"{name} is {_OTHER_NAMES[name]}" for name in typed if name in _OTHER_NAMES]
-        super().error(f"{message}\nhere, {'; '.join(known)} (docs/migrate.md)" if known else message)
+        hints = [f"{name} is {_OTHER_NAMES[name]}" for name in typed if name in _OTHER_NAMES]
+        page = " (docs/migrate.md)" if hints else ""
+        if "unrecognized" in message and "-o" in self._option_string_actions:
+            hints += [hint for name in typed if name in message and (hint := self._hint(name))]
+        super().error(f"{message}\nhere, {'; '.join(hints)}{page}" if hints else message)
+
+    def _hint(self, name: str) -> str:
+        """What an unknown argument is here: a setting (--epochs), or a config without -c; "" for anything else."""
+        from common.config import key_like  # loads OmegaConf
+
+        if name.endswith((".yaml", ".yml")):
+            return f"a config is given with -c: -c {name}"
+        if name.startswith("--") and name not in _OTHER_NAMES and (key := key_like(name.strip("-").replace("-", "_"))):
+            return f"{name} is -o {key}=VALUE"
+        return ""
 
 
 def add_override_argument(parser: argparse.ArgumentParser) -> None:

@@ -71,8 +71,10 @@ def test_messages_name_commands_as_they_are_typed(monkeypatch, capsys, typed, ex
         (export, "-p a.pdparams -o inference", "-p is -w FILE (and -o PATH of tools/export_model.py is --out PATH)"),
         (predict, "--input_file a.avi --use_gpu=True", "--input_file is predict.py -w best.onnx VIDEO; --use_gpu is"),
         (train, "-c x.yaml --cfg-options optim.lr=1", "--cfg-options is -o KEY=VALUE (docs/migrate.md)"),
+        (train, "-c x.yaml --epochs 5 --weight-decay=0", "--epochs is -o train.epochs=VALUE; --weight-decay is -o opt"),
+        (train, "configs/small.yaml", "a config is given with -c: -c configs/small.yaml"),
     ],
 )
-def test_options_of_paddlevideo_and_mmaction2(in_process, command, arguments, hint):
+def test_options_of_other_programs(in_process, command, arguments, hint):
     status, _, errors = in_process(command.main, *arguments.split())
     assert status == 2 and f"here, {hint}" in errors
