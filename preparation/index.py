@@ -72,13 +72,18 @@ def read_listed(
     without a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names:
     positions in `classes` or, without them, in the alphabetical order of the names. Paths may have the backslashes of
     Windows. Raises `InputError` that names the line."""
-    text = decode(Path(path).read_bytes())
+    content = Path(path).read_bytes()
+    if content.startswith(b"PK\3\4"):
+        raise InputError(f"{path}: a workbook or a ZIP archive; save the table as CSV (comma-separated, UTF-8)")
+    text = decode(content)
     rows = _table_rows(path, text) if "\0" not in text else None
     if rows is None:
         return [(_with_slashes(file, root), label) for file, label in read_list(path, root)], tuple(classes)
     rows = [(number, _with_slashes(file, root), label) for number, file, label in rows]
     are_numbers = _NOT_A_NAME.fullmatch(rows[0][2]) is not None
     for number, file, label in rows:
+        if not label.isascii() and re.search("[\ud800-\udfff]", label):
+            raise InputError(f"{path}:{number}: not UTF-8: the class {label[:80]!r}; save the file as UTF-8")
         wanted = label.isdecimal() if are_numbers else not _NOT_A_NAME.fullmatch(label)
         if not file or not wanted or (are_numbers and int(label) > _LARGEST_LABEL):
             kind = "whole numbers, 0 or more" if are_numbers else "class names"
@@ -133,11 +138,20 @@ def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]
         if len(table) == 1:
             raise InputError(f"{path}: only a header; expected rows `path,label` below it")
         return table[1:]
+    is_video = [is_video_name(row[0]) for _, row in rows[:2]]
+    if len(names) == 2 and is_video == [False, True]:  # a header of the user's own
+        del rows[0]
     # An unquoted path may have a comma itself, as in `take 1,2.mp4,0`.
     table = [(number, delimiter.join(row[:-1]), row[-1]) for number, row in rows]
     _, first_file, first_label = table[0]
-    is_table = is_video_name(first_file) or (len(names) == 2 and first_label.isdecimal())
-    return table if first_label and is_table else None
+    if first_label and (is_video_name(first_file) or (len(names) == 2 and first_label.isdecimal())):
+        return table
+    if any(is_video_name(cell) for _, row in rows[:2] for cell in row):
+        raise InputError(
+            f"{path}: columns {', '.join(cell[:40] for cell in rows[0][1])}; expected `path,label`, or a header that "
+            "calls one column path (or file, video) and one label (or class, category)"
+        )
+    return None
 
 
 def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Listed]:

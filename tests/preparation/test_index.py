@@ -113,6 +113,7 @@ def test_odd_paths_are_good_if_the_file_is_there(tmp_path):
         ("path\tlabel\na.mp4\t1\nb.mp4\t0\n", (), [1, 0], ()),
         ("a.mp4\tplay, dog\r\nb.mp4\tcat\r\n", (), [1, 0], ("cat", "play, dog")),
         ("File Name;Class ID\na.mp4;1\nb.mp4;0\n", (), [1, 0], ()),
+        ("clip,behaviour\na.mp4,1\nb.mp4,0\n", (), [1, 0], ()),
     ],
 )
 def test_a_list_of_paths_and_labels_in_columns(tmp_path, content, classes, labels, names):
@@ -151,10 +152,14 @@ def test_a_comma_within_a_path(tmp_path):
         ("path,label\n", "only a header"),
         ("path,label\na.mp4,cta\n", "l.csv:2: 'cta' is not one of the 2 classes; the nearest is 'cat'"),
         ("frames/a,163,1\n", "l.csv:1: expected `path label`"),
+        ("id,clip,behaviour\n1,a.mp4,cat\n", "columns id, clip, behaviour; expected `path,label`, or a header that"),
+        ("cat,a.mp4\n", "columns cat, a.mp4; expected `path,label`"),
+        ("a.mp4;f\xfcr\n", "l.csv:1: not UTF-8: the class .*; save the file as UTF-8"),
+        ("PK\3\4\24\0", "l.csv: a workbook or a ZIP archive; save the table as CSV"),
     ],
 )
 def test_a_bad_row_of_a_list_in_columns(tmp_path, content, message):
-    (tmp_path / "l.csv").write_text(content)
+    (tmp_path / "l.csv").write_text(content, encoding="cp1252")
     with pytest.raises(InputError, match=message):
         read_listed(tmp_path / "l.csv", classes=("cat", "dog"))
 
