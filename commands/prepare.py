@@ -57,8 +57,10 @@ from preparation.index import (
     Rejected,
     check_overwritable,
     check_root,
+    copies_between,
     few_for_validation,
     index,
+    names_alike,
     odd_labels,
     read_folder,
     read_listed,
@@ -129,7 +131,12 @@ def main() -> None:
         help="lines `path label`, as for PaddleVideo, or CSV `path,label`; in CSV, labels may be class names",
     )
     listed.add_argument("--root", default=".", metavar="DIR", help="folder or URL that paths are relative to")
-    listed.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
+    listed.add_argument(
+        "--out", type=Path, required=True, help="manifest NAME.csv to write, or a folder for train.csv and val.csv"
+    )
+    listed.add_argument(
+        "--val-fraction", type=float, default=0.1, metavar="F", help="with a folder: share for val.csv (default 0.1)"
+    )
     listed.add_argument(
         "--classes",
         "--labels",
@@ -329,15 +336,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
+    _check_fraction(arguments)
     named = read_labels(arguments.classes) if arguments.classes else ()
     listed, classes = read_listed(arguments.list, arguments.root, named)
     _check_root(arguments, [path for path, _ in listed])
     if classes != named:
         print(f"{arguments.list}: {len(classes)} class names; label 0 is {classes[0]!r}, in alphabetical order")
     _warn(arguments, listed, classes)
-    check_overwritable(arguments.out)
-    _lock(arguments, arguments.out)
-    _write_manifest(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")
+    _write_split(listed, arguments.out, arguments.root, classes, arguments, classes_from=arguments.classes or "")
 
 
 def _check_root(arguments: argparse.Namespace, listed: Sequence[str]) -> None:
@@ -364,23 +370,38 @@ def _folder(arguments: argparse.Namespace) -> None:
     listed, classes, note = read_folder(arguments.folder, classes, arguments.find)
     if note:
         print(f"{arguments.folder}: {note}")
-    files = [out] if out.suffix == ".csv" else [out / "train.csv", out / "val.csv"]
-    for file in files:
+    _write_split(listed, out, arguments.folder, classes, arguments)
+
+
+def _write_split(
+    listed: Sequence[Listed],
+    out: Path,
+    root: str | os.PathLike,
+    classes: Sequence[str],
+    arguments: argparse.Namespace,
+    classes_from: str = "",
+) -> None:
+    """Writes the manifest `out`, or if that is a folder, train.csv and val.csv in it; prints warnings about the data.
+    See `_write_manifest`."""
+    parts = {out: listed}
+    if out.is_dir() or not out.suffix:
+        train, val = split_train_val(listed, arguments.val_fraction)
+        parts = {out / "train.csv": train, out / "val.csv": val}
+    for file in parts:
         check_overwritable(file)
-    _lock(arguments, *files)
-    if out.suffix == ".csv":
-        _write_manifest(listed, out, arguments.folder, classes, arguments)
-        return
-    splits = split_train_val(listed, arguments.val_fraction)
-    readable = []
-    for name, entries in zip(("train", "val"), splits, strict=True):
-        lost: set[str] = set()
-        if entries:
-            lost = _write_manifest(entries, out / f"{name}.csv", arguments.folder, classes, arguments)
-        else:
-            print(f"{out / name}.csv: not written; no class has a video to spare, or --val-fraction is 0")
-        readable.append([entry for entry in entries if entry[0] not in lost])
-    if warning := few_for_validation(readable[0], readable[1], classes):
+    _lock(arguments, *parts)
+    manifests: dict[str, Manifest] = {}
+    for file, entries in parts.items():
+        if not entries:
+            print(f"{file}: not written; no class has a video to spare, or --val-fraction is 0")
+        elif manifest := _write_manifest(entries, file, root, classes, arguments, classes_from=classes_from):
+            manifests[file.stem] = manifest
+    warnings = [names_alike(classes), copies_between(manifests)]
+    if len(manifests) == 2:
+        train, val = ([(video.path, video.label) for video in manifest] for manifest in manifests.values())
+        names = classes or range(1 + max(label for _, label in listed))
+        warnings.append(few_for_validation(train, val, names))
+    for warning in filter(None, warnings):
         print(f"warning: {warning}")
 
 
@@ -642,10 +663,10 @@ def _write_manifest(
     rejected: Sequence[Rejected] = (),
     classes_from: str = "",
     parts: Mapping[str, Part] = MappingProxyType({}),
-) -> set[str]:
+) -> Manifest | None:
     """Probes the videos, writes their manifest and the list of rejected ones, and prints a summary.
 
-    Returns the paths of videos that cannot be read, as listed.
+    Returns the manifest; None if this command only does a part of it (--shard).
 
     rejected: listed videos that cannot even be probed.
     found: the split of the listed videos; its missing videos count as rejected.
@@ -672,7 +693,7 @@ def _write_manifest(
     )
     if not pool.is_whole:
         _print_part_done(out, pool)
-        return set()
+        return None
     manifest.rejected += len(found.missing) + len(rejected)
     rejected = [*rejected, *unreadable]
     nothing = (
@@ -684,7 +705,7 @@ def _write_manifest(
     longer = int((manifest.column("frames") > longest_s * manifest.column("fps")).sum())
     if longer:
         print(f"  {longer} are longer than {longest_s:g} s: never trimmed?")
-    return {entry.path for entry in unreadable}
+    return manifest
 
 
 def _print_part_done(out: Path, pool: WorkerPool) -> None:

@@ -56,12 +56,25 @@ _POSITIONAL = {(".py", ".yaml", ".yml"): "-c", (".pth", ".pdparams", ".safetenso
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a command's arguments. Its errors say what options of PaddleVideo and mmaction2 are called here."""
+    """Parses a command's arguments. Its errors say what options of other programs are called here."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the usage and `message`, and exits with 2."""
-        known = dict.fromkeys(filter(None, itertools.starmap(_meant, itertools.pairwise(sys.argv))))
-        super().error(f"{message}\nhere, {'; '.join(known)} (docs/migrate.md)" if known else message)
+        hints = list(dict.fromkeys(filter(None, itertools.starmap(_meant, itertools.pairwise(sys.argv)))))
+        page = " (docs/migrate.md)" if hints else ""
+        if "unrecognized" in message and "-o" in self._option_string_actions:
+            typed = dict.fromkeys(argument.partition("=")[0] for argument in sys.argv[1:])
+            hints += [hint for name in typed if name in message and (hint := _setting(name))]
+        super().error(f"{message}\nhere, {'; '.join(hints)}{page}" if hints else message)
+
+
+def _setting(name: str) -> str:
+    """What an unknown option such as --epochs is as a setting; "" for anything else."""
+    from common.config import key_like  # loads OmegaConf
+
+    if name.startswith("--") and name not in _OTHER_NAMES and (key := key_like(name.strip("-").replace("-", "_"))):
+        return f"{name} is -o {key}=VALUE"
+    return ""
 
 
 def _meant(before: str, argument: str) -> str | None:

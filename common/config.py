@@ -22,11 +22,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config_hints import about_paddle_config, hint_for, is_paddle_config
+from common.config_hints import about_paddle_config, hint_for, is_paddle_config, nearest
 from common.config_rules import RULES, check_value
 from dali_pipelines.errors import InputError
 from dali_pipelines.files import is_url
 from dali_pipelines.host_decoder import MAX_PIXELS
+from dali_pipelines.text import decode
 from model.attention_types import ATTENTION_TYPES
 
 
@@ -284,9 +285,10 @@ def load_config(
         layers.extend(_read_layers(_find(os.fspath(path))))
     for override in overrides:
         if "=" not in override:
-            raise InputError(f"-o {override}: expected KEY=VALUE, such as -o optim.lr=0.001")
+            raise InputError(f"-o {override}: expected KEY=VALUE without spaces, such as -o optim.lr=0.001")
+        key, _, value = override.partition("=")
         with _reporting_errors(f"-o {override}"):
-            layers.append((f"-o {override}", OmegaConf.from_dotlist([override])))
+            layers.append((f"-o {override}", OmegaConf.from_dotlist([f"{key.strip()}={value}"])))
     merged = OmegaConf.structured(Config)
     for source, layer in layers:
         _check_keys(source, _to_dict(layer), _to_dict(OmegaConf.structured(Config)))
@@ -393,14 +395,16 @@ def _read_yaml(path: str) -> DictConfig:
             f"{path}: a config of mmaction2; expected a YAML file, such as timesformer_k400.yaml (docs/migrate.md)"
         )
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; expected YAML") from None
+        text = decode(Path(path).read_bytes())
     except FileNotFoundError:
         shipped = ", ".join(sorted(each.name for each in _CONFIGS.glob("*.yaml")))
         raise InputError(f"{path}: no such config; these come with the project: {shipped}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a YAML file, such as configs/small.yaml") from None
+    if "\0" in text:
+        raise InputError(f"{path}: not a text file; expected YAML")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
     with _reporting_errors(path):
         content = OmegaConf.create(text or "{}")  # its YAML loader is a safe one
     if not isinstance(content, DictConfig):
@@ -414,7 +418,8 @@ def _reporting_errors(source: str) -> Iterator[None]:
     try:
         yield
     except yaml.YAMLError as error:
-        raise InputError(f"{source}: not YAML: {error}") from None
+        hint = " (a tab? indent with spaces)" if "cannot start any token" in str(error) else ""
+        raise InputError(f"{source}: not YAML: {error}{hint}") from None
     except UnicodeEncodeError:
         raise InputError(f"{source}: not UTF-8; for such a path, make a link with another name") from None
     except OmegaConfBaseException as error:
@@ -430,7 +435,7 @@ def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = ""
         return
     for key, value in given.items():
         if key not in known:
-            raise InputError(f"{source}: unknown key {prefix}{key}{_hint(prefix, str(key), value)}")
+            raise InputError(f"{source}: unknown key {prefix}{str(key)[:80]}{_hint(prefix, str(key), value)}")
         section = known[key]
         if not isinstance(section, dict):
             if isinstance(value, dict):
@@ -443,9 +448,18 @@ def _check_keys(source: str, given: Any, known: dict[Any, Any], prefix: str = ""
 
 
 def _hint(prefix: str, key: str, value: Any) -> str:
-    if prefix == "model." and key in ("num_frames", "image_size"):
-        return "; it follows from data.num_frames and data.crop_size"
-    return hint_for(prefix, key, value, list(flat(_to_dict(OmegaConf.structured(Config)))))
+    if prefix == "model." and key in ("num_frames", "image_size", "num_classes"):
+        return "; it follows from data.num_frames, data.crop_size and the class names"
+    return hint_for(prefix, key, value, _known_keys())
+
+
+def key_like(name: str) -> str | None:
+    """The key that `name` means, such as train.epochs for "epochs"; None if none is near."""
+    return nearest("", name, _known_keys())
+
+
+def _known_keys() -> list[str]:
+    return list(flat(_to_dict(OmegaConf.structured(Config))))
 
 
 def _check_values(config: Config) -> None:
@@ -460,7 +474,7 @@ def _check_values(config: Config) -> None:
          f"model.embed_dim is {model.embed_dim}; expected a multiple of model.num_heads, {model.num_heads}"),
         (config.optim.warmup_epochs < config.train.epochs,
          f"optim.warmup_epochs is {config.optim.warmup_epochs:g}; expected less than train.epochs, "
-         f"{config.train.epochs}: the learning rate would never reach optim.lr"),
+         f"{config.train.epochs}: the learning rate would never reach optim.lr; try -o optim.warmup_epochs=0"),
         (config.train.swa_epochs <= config.train.epochs,
          f"train.swa_epochs is {config.train.swa_epochs}; expected at most train.epochs, {config.train.epochs}"),
         (not config.train.swa_epochs or config.train.ema_decay is None,

@@ -179,11 +179,14 @@ def hint_for(section: str, key: str, value: Any, known: Sequence[str]) -> str:
     """
     if not section and key in _PADDLE_SECTIONS:
         return f", {_paddle_hint({key: value})}"
+    if key in known:
+        parent, _, leaf = key.rpartition(".")
+        return f"; in a file, write it as {parent}: {{{leaf}: {value}}}"
     for each, _ in _leaves({key: value}):
         for name in reversed(each.split(".")):
             if where := _matching(_ELSEWHERE, name):
                 return f"; here: {where}"
-            if near := _nearest(section, name, known):
+            if near := nearest(section, name, known):
                 return f"; did you mean {near}?"
     inside = [each for each in known if each.startswith(section)]
     names = inside if section else dict.fromkeys(each.partition(".")[0] for each in inside)
@@ -260,7 +263,7 @@ def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, content
 
 
-def _nearest(section: str, leaf: str, known: Iterable[str]) -> str | None:
+def nearest(section: str, leaf: str, known: Iterable[str]) -> str | None:
     """The key that is meant by the name `leaf`, or None if none is near."""
     known = list(known)
     inside = [each for each in known if each.startswith(section)]

@@ -152,8 +152,7 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     config with `data.labels`. Raises `InputError` if the weights cannot be used.
     """
     check_not_swapped(path, config_path)
-    if (best := Path(path, "best.safetensors")).is_file():
-        raise InputError(f"{path}: the folder of a run; expected a file of weights in it, such as {best}")
+    _check_not_run(path)
     if path.endswith((".pdmodel", ".pdiparams")):
         raise InputError(f"{path}: exported by Paddle; expected the .pdparams that it was exported from")
     is_other_file = os.path.isfile(path) and not path.endswith(SUFFIXES)
@@ -191,6 +190,11 @@ def open_weights(path: str, config_path: str | None, overrides: Sequence[str] = 
     return Weights(model, preprocessing(config.data), tuple(classes), network.state_dict()), config, str(report)
 
 
+def _check_not_run(path: str) -> None:
+    if (best := Path(path, "best.safetensors")).is_file():
+        raise InputError(f"{path}: the folder of a run; expected a file of weights in it, such as {best}")
+
+
 def check_not_swapped(path: str, config_path: str | None) -> None:
     """Raises `InputError` if the weights are named as the config, or the other way round."""
     if path.endswith((".yaml", ".yml")):
@@ -215,6 +219,7 @@ def agreeing_config(weights: Weights, path: str | None, overrides: Sequence[str]
 
 def load_into(network: TimeSformer, source: str, *, classes: Sequence[str]) -> LoadReport:
     """Call `model.load_pretrained`. Raises `InputError` if it cannot load `source`."""
+    _check_not_run(source)
     try:
         return load_pretrained(network, source, classes=classes)
     except WeightsError as error:

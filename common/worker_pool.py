@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.child_process import end_children, find_function, in_child, name_of
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, naming
 from dali_pipelines.text import read_lines
 
 _MAX_SUBMITTED = 1024  # unfinished tasks in an executor at a time
@@ -112,7 +112,7 @@ def run(
     if missing:
         path = pool.journal(journal)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pool.executor() as executor, open(path, "a", encoding="utf-8") as file:
+        with pool.executor() as executor, naming(path), open(path, "a", encoding="utf-8") as file:
             if file.tell():
                 file.write("\n")  # in case a kill cut off the last line
             bar = pool.progress(total=len(own), initial=len(own) - len(missing)) if pool.progress else None

@@ -24,9 +24,9 @@ _KINDS_SHOWN, _FOLDERS_SHOWN = 6, 10
 
 
 def is_video_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a file has the name of a video. The `._NAME` files that macOS adds to archives do not count."""
+    """Whether a file has the name of a video. Hidden files, such as the `._NAME` of macOS, do not count."""
     name = os.path.basename(path)
-    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("._")
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith(".")
 
 
 class Found(NamedTuple):
@@ -39,7 +39,8 @@ class Found(NamedTuple):
 
 
 def videos_below(root: str | os.PathLike[str]) -> Found:
-    """The videos in a folder and its subfolders, or below a URL; follows links. Raises `InputError`."""
+    """The videos in a folder and its subfolders, or below a URL; follows links, not into hidden folders. Raises
+    `InputError`."""
     notes: list[str] = []
     closed: list[str] = []
     files = find_below_url(root) if is_url(root) else _walk(os.fspath(root), notes, closed)
@@ -82,7 +83,9 @@ def _is_image(name: str) -> bool:
 def _kind(path: str) -> str:
     """The kind of a file that is skipped."""
     name = os.path.basename(path)
-    return "._* of macOS" if name.startswith("._") else os.path.splitext(name)[1].lower() or "no suffix"
+    if name.startswith("."):
+        return "._* of macOS" if name.startswith("._") else "hidden"
+    return os.path.splitext(name)[1].lower() or "no suffix"
 
 
 def _found(videos: list[str], kinds: "collections.Counter[str]", notes: list[str], closed: list[str]) -> Found:
@@ -120,7 +123,8 @@ def _holds(folder: str, other: str) -> bool:
 
 
 def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
-    """The files below `root`; `notes` gets the links it skips, `closed` the folders it cannot read.
+    """The files below `root`, without hidden folders; `notes` gets the links it skips, `closed` the folders it cannot
+    read.
 
     Only links that lead back to a folder they are in are skipped: several classes may link to the same folder.
     """
@@ -149,6 +153,8 @@ def _walk(root: str, notes: list[str], closed: list[str]) -> Iterator[str]:
                 is_folder = False
             if not is_folder:
                 yield path
+                continue
+            if name.startswith("."):  # .ipynb_checkpoints, .Trash-1000
                 continue
             place = os.path.realpath(os.path.join(root, path))
             if any(_holds(place, each) for each in above):

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, naming
 from dali_pipelines.files import Source, is_url, join, unfinished
 from dali_pipelines.packet_index import (
     PacketIndex,
@@ -286,7 +286,8 @@ class Manifest:
         writer.writerows(written(self[index]) for index in range(len(self)))
         part = unfinished(path)
         try:
-            part.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
+            with naming(path):
+                part.write_bytes(out.getvalue().encode("utf-8", "surrogateescape"))
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

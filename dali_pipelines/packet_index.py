@@ -31,7 +31,7 @@ import safetensors.numpy
 
 from dali_pipelines.bitstream.codecs import CODECS, make_parser
 from dali_pipelines.bitstream.parser import Parser, UncertainError
-from dali_pipelines.errors import InputError, reason
+from dali_pipelines.errors import InputError, naming, reason
 from dali_pipelines.files import Source, is_url, read_ranges, size_of, unfinished
 from dali_pipelines.packets import Flag, PacketReader, Selection, VideoPacket, choose_runs, make_packet
 
@@ -230,6 +230,11 @@ def no_entry(reason: str) -> bytes:
     return _pack({"none": reason})
 
 
+def names_packets(entry: bytes) -> bool:
+    """Whether an entry names the packets of its video: two such entries are equal only if the videos are."""
+    return zlib.decompressobj().decompress(entry, 7) != b'{"none"'
+
+
 def _pack(header: Mapping[str, Any], data: bytes = b"") -> bytes:
     return zlib.compress(json.dumps(header).encode() + b"\n" + data)
 
@@ -370,7 +375,8 @@ def write_index(path: str | os.PathLike[str], entries: Mapping[int, bytes]) -> N
     }
     part = unfinished(path)
     try:
-        part.write_bytes(safetensors.numpy.save(tensors, {"format": _FORMAT}))
+        with naming(path):
+            part.write_bytes(safetensors.numpy.save(tensors, {"format": _FORMAT}))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -113,7 +113,7 @@ class Summary(TypedDict):
     versions: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """An evaluation of N videos and K classes; rows are in the order of the manifest."""
 
@@ -128,6 +128,13 @@ class Results:
     """int64 [N, 5]: the most likely classes, best first; -1 if there is none."""
     valid: np.ndarray
     """bool [N]: False for a video that was not evaluated, which counts as wrong."""
+
+    def __repr__(self) -> str:
+        """The figures in a line, for notebooks, which show the value of a cell."""
+        return (
+            f"Results({self.protocol} {self.top1:.4f}, mean class accuracy {self.mean_class_accuracy:.4f}, macro F1 "
+            f"{self.macro_f1:.4f}, {len(self.labels)} videos, {len(self.classes)} classes)"
+        )
 
     @property
     def protocol(self) -> str:

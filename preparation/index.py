@@ -3,9 +3,12 @@
 import base64
 import csv
 import difflib
+import hashlib
 import io
+import itertools
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from dali_pipelines.folders import Found, is_video_name, leads_back, videos_belo
 from dali_pipelines.frame_names import frame_files, is_frames
 from dali_pipelines.host_decoder import MAX_PIXELS, decode_all
 from dali_pipelines.manifest import Manifest, Video, coded_size, key_of
-from dali_pipelines.packet_index import index_path, is_index
+from dali_pipelines.packet_index import index_path, is_index, names_packets
 from dali_pipelines.probe import probe_packets
 from dali_pipelines.text import csv_writer, decode, split_lines
 
@@ -69,7 +72,10 @@ def read_listed(
     without a header. A header may name further columns, which are ignored. Labels are numbers from 0, or class names:
     positions in `classes` or, without them, in the alphabetical order of the names. Paths may have the backslashes of
     Windows, or lack the suffix of the file. Raises `InputError` that names the line."""
-    text = decode(Path(path).read_bytes())
+    content = Path(path).read_bytes()
+    if content.startswith(b"PK\3\4"):
+        raise InputError(f"{path}: a workbook or a ZIP archive; save the table as CSV (comma-separated, UTF-8)")
+    text = decode(content)
     if text.startswith("# root: "):
         raise InputError(f"{path}: a manifest already, as training reads it; expected a list of videos")
     if re.match(r"\s*[\[{]\s*[\[{\"\n]", text):
@@ -83,6 +89,8 @@ def read_listed(
     rows = [(number, file, label) for file, (number, _, label) in zip(files, rows, strict=True)]
     are_numbers = _NOT_A_NAME.fullmatch(rows[0][2]) is not None
     for number, file, label in rows:
+        if not label.isascii() and re.search("[\ud800-\udfff]", label):
+            raise InputError(f"{path}:{number}: not UTF-8: the class {label[:80]!r}; save the file as UTF-8")
         wanted = label.isdecimal() if are_numbers else not _NOT_A_NAME.fullmatch(label)
         if not file or not wanted or (are_numbers and int(label) > LARGEST_LABEL):
             kind = "whole numbers, 0 or more" if are_numbers else "class names"
@@ -154,11 +162,20 @@ def _table_rows(path: str | os.PathLike, text: str) -> list[tuple[int, str, str]
     if not _LABEL_COLUMNS.isdisjoint(names) and not any(map(is_video_name, names)):
         official = "; for the official CSV of Kinetics: prepare.py kinetics400" if "youtube_id" in names else ""
         raise InputError(f"{path}: no column of paths among {', '.join(names)}; expected one named path{official}")
+    is_video = [is_video_name(row[0]) for _, row in rows[:2]]
+    if len(names) == 2 and is_video == [False, True]:  # a header of the user's own
+        del rows[0]
     # An unquoted path may have a comma itself, as in `take 1,2.mp4,0`.
     table = [(number, delimiter.join(row[:-1]), row[-1]) for number, row in rows]
     _, first_file, first_label = table[0]
-    is_table = is_video_name(first_file) or (len(names) == 2 and first_label.isdecimal())
-    return table if first_label and is_table else None
+    if first_label and (is_video_name(first_file) or (len(names) == 2 and first_label.isdecimal())):
+        return table
+    if any(is_video_name(cell) for _, row in rows[:2] for cell in row):
+        raise InputError(
+            f"{path}: columns {', '.join(cell[:40] for cell in rows[0][1])}; expected `path,label`, or a header that "
+            "calls one column path (or file, video) and one label (or class, category)"
+        )
+    return None
 
 
 def read_list(path: str | os.PathLike, root: str | os.PathLike = ".") -> list[Listed]:
@@ -259,9 +276,19 @@ def read_folder(
     notes = [found.note] if found.note else []
     if outside:
         notes.append(f"{outside} {'video is' if outside == 1 else 'videos are'} not in a class folder")
+    is_for_frames = find is not videos_below
+    if splits := [name for name in folders if name.lower() in _SPLITS]:
+        notes.append(f"{' and '.join(splits)}: taken as {'a class' if len(splits) == 1 else 'classes'} like the others")
+    videos = list(itertools.chain(*by_folder.values()))
+    inner = {tuple(path.split("/")[:2]) for path in videos}
+    if not is_for_frames and len(inner) > len(folders) and all(path.count("/") > 1 for path in videos):
+        notes.append(
+            f"each of the {len(folders)} folders is taken as a class, and all videos are in folders within them, such "
+            f"as {'/'.join(min(inner))!r}; if these are the classes, index a folder of links to them: "
+            f"mkdir flat && ln -s {shlex.quote(os.path.abspath(root))}/*/* flat"
+        )
     note = "; ".join(notes)
     if not any(by_folder.values()):
-        is_for_frames = find is not videos_below
         example = (
             "a folder of frames for each video, such as archery/v1/img_00001.jpg"
             if is_for_frames
@@ -406,22 +433,23 @@ def probe_file(
 
 def split_train_val(listed: Sequence[Listed], val_fraction: float) -> tuple[list[Listed], list[Listed]]:
     """Splits into (train, val): every class gives the same share (0 to 1) to val, but keeps at least one video for
-    train. The choice is always the same."""
-    train: list[Listed] = []
-    val: list[Listed] = []
+    train.
+
+    A hash of the path decides: the choice is always the same, and few videos change sides when others are added, so
+    weights that were trained on the old split can be fine-tuned and tested on the new one.
+    """
     by_label: dict[int, list[Listed]] = {}
     for entry in listed:
         by_label.setdefault(entry[1], []).append(entry)
-    for label, entries in sorted(by_label.items()):
-        order = np.random.default_rng(label).permutation(len(entries))
-        count = min(max(round(val_fraction * len(entries)), 1), len(entries) - 1) if val_fraction else 0
-        chosen = set(order[:count].tolist())
-        for number, entry in enumerate(entries):
-            (val if number in chosen else train).append(entry)
-    return train, val
+    val: set[Listed] = set()
+    for entries in by_label.values():
+        distinct = sorted(set(entries), key=lambda entry: hashlib.sha256(os.fsencode(entry[0])).digest())
+        count = min(max(round(val_fraction * len(distinct)), 1), len(distinct) - 1) if val_fraction else 0
+        val.update(distinct[:count])
+    return [entry for entry in listed if entry not in val], [entry for entry in listed if entry in val]
 
 
-def few_for_validation(train: Sequence[Listed], val: Sequence[Listed], classes: Sequence[str]) -> str:
+def few_for_validation(train: Sequence[Listed], val: Sequence[Listed], classes: Sequence[object]) -> str:
     """Warns of classes with fewer than `MIN_VAL_VIDEOS` videos in validation, and says what to do; "" if there are
     none."""
     in_val = Counter(label for _, label in val)
@@ -484,6 +512,35 @@ def odd_labels(listed: Sequence[Listed], classes: Sequence[str]) -> list[str]:
         differing = f", {len(several)} with different labels, such as {several[0]}" if several else ""
         notes.append(f"{twice} of {len(listed)} lines repeat a video{differing}")
     return notes
+
+
+def copies_between(manifests: Mapping[str, Manifest]) -> str:
+    """Warns of videos that are the same, packet by packet, in two classes or in two of the `manifests` (by name); ""
+    if there are none. A manifest needs the `entries` of its videos."""
+    places: dict[bytes, list[tuple[str, Video]]] = {}
+    for name, manifest in manifests.items():
+        for video in manifest:
+            if names_packets(entry := manifest.entries[key_of(video)]):
+                places.setdefault(entry, []).append((name, video))
+    found = []
+    for what, differ in (
+        ("with two classes", lambda a, b: a[1].label != b[1].label),
+        (f"in both {' and '.join(manifests)}", lambda a, b: a[0] != b[0]),
+    ):
+        pairs = [(each[0], other) for each in places.values() for other in each[1:] if differ(each[0], other)]
+        if pairs:
+            (_, one), (_, other) = pairs[0]
+            found.append(f"{len(pairs)} {what}, such as {one.path!r} and {other.path!r}")
+    return f"copies of the same videos: {'; '.join(found)}. Remove one of each" if found else ""
+
+
+def names_alike(classes: Sequence[str]) -> str:
+    """Warns of two classes whose names differ only in upper and lower case or in spaces; "" if there are none."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        if (other := seen.setdefault("".join(name.casefold().split()), name)) != name:
+            return f"{other!r} and {name!r} are two classes; if they are one, give them the same name"
+    return ""
 
 
 def write_rejected(path: str | os.PathLike, rejected: Sequence[Rejected]) -> None:

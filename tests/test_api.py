@@ -65,6 +65,7 @@ def test_train_evaluate_and_predict_in_one_process_again_and_again(
     results = dt.evaluate(result.weights["best"], overrides=quiet, protocol=dt.Protocol(crops=1))  # data.val of the run
     assert results.summary["expected"] == 7 and results.classes == ["ash", "birch", "cedar"]
     assert results.top1 == pytest.approx(result.best.accuracy.top1)
+    assert repr(results).startswith("Results(test/top1_1x1_prob 0.") and len(repr(results)) < 200
     assert results.mean_class_accuracy == pytest.approx(result.best.accuracy.mean_class_accuracy)
     both = dt.evaluate([result.weights["best"], result.weights["last"]], small_data / "train.csv", overrides=quiet)
     assert both.summary["expected"] == 13 and len(both.summary["weights"]) == 2

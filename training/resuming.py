@@ -66,8 +66,8 @@ def find_checkpoint(output: Path, *, resume: bool) -> Checkpoint | None:
             "to start a new run, name another folder with -o output=DIR"
         )
     raise InputError(
-        f"{output} holds the {found[0]} of an earlier run: continue that with --resume, "
-        "or name another folder with -o output=DIR"
+        f"{output} holds the {found[0]} of an earlier run: continue that with --resume (in Python resume=True), or "
+        "name another folder with -o output=DIR"
     )
 
 

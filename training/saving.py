@@ -92,8 +92,8 @@ class Saver:
             self._failures += 1
             if is_last or self._failures == _MAX_FAILED_WRITES:
                 raise InputError(
-                    f"{error}; the checkpoints in {self.folder} are kept: make the folder writable, and resume with "
-                    "--resume"
+                    f"{error}; the checkpoints in {self.folder} are kept: make room, or the folder writable, and "
+                    "resume with --resume"
                 ) from None
             report(f"{error}; training continues, and the earlier checkpoints are kept")
 

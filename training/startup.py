@@ -19,10 +19,10 @@ _MAX_NAMED = 5  # classes in a note
 
 
 def load_pretrained_weights(network: TimeSformer, config: Config, classes: tuple[str, ...]) -> str:
-    """Load `train.pretrained` into the network if it is set; returns the report, or ""."""
+    """Load `train.pretrained` into the network if it is set; returns the report."""
     source, data = config.train.pretrained, config.data
     if source is None:
-        return ""
+        return "random weights: train.pretrained is not set"
     try:
         report = load_into(network, source, classes=classes)
     except InputError as error:

@@ -74,8 +74,9 @@ def test_messages_name_commands_as_they_are_typed(monkeypatch, capsys, typed, ex
         (train, "x.py --work-dir=a", "x.py is -c x.py; --work-dir is -o output=DIR, or evaluate.py --out DIR"),
         (train, "-c x.yaml --resume epoch_5.pth", "--resume takes no file: it continues from the newest checkpoint"),
         (evaluate, "x.py a.pth --dump a.pkl", "x.py is -c x.py; a.pth is -w a.pth; --dump is always on"),
+        (train, "-c x.yaml --epochs 5 --weight-decay=0", "--epochs is -o train.epochs=VALUE; --weight-decay is -o opt"),
     ],
 )
-def test_options_of_paddlevideo_and_mmaction2(in_process, command, arguments, hint):
+def test_options_of_other_programs(in_process, command, arguments, hint):
     status, _, errors = in_process(command.main, *arguments.split())
     assert status == 2 and f"here, {hint}" in errors

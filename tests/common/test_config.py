@@ -89,7 +89,8 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("train.precision=half", "expected one of auto, amp, float32, bf16, fp16"),
         ("seed=-1", "seed is -1"),
         ("seed=18446744073709551616", "seed is 18446744073709551616; expected 0 or more"),
-        ("nonsense", "expected KEY=VALUE"),
+        ("nonsense", "expected KEY=VALUE without spaces"),
+        ("optim.lr =x", "optim.lr: Value 'x'"),
         ("data.mean=[1,", "not YAML"),
         ("output=${name", "output"),
         ("data.mean=[nan,0,0]", "data.mean is .* expected three numbers"),
@@ -136,7 +137,19 @@ def test_a_file_that_is_not_a_config(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     (tmp_path / "unknown.yaml").write_text("trainer: {epochs: 3}\n")
-    for name, message in (("list", "key: value"), ("bad", "not YAML"), ("unknown", "unknown key trainer; did you")):
+    (tmp_path / "dots.yaml").write_text("optim.lr: 0.1\n")
+    (tmp_path / "tabs.yaml").write_text("train:\n\tepochs: 3\n")
+    (tmp_path / "ansi.yaml").write_text("name: Übung\n", encoding="cp1252")
+    (tmp_path / "table.yaml").write_text("path,label\n" * 99)
+    for name, message in (
+        ("list", "key: value"),
+        ("bad", "not YAML"),
+        ("unknown", "unknown key trainer; did you"),
+        ("dots", "unknown key optim.lr; in a file, write it as optim: {lr: 0.1}"),
+        ("tabs", "a tab. indent with spaces"),
+        ("ansi", "not UTF-8; save the file as UTF-8"),
+        ("table", "^.{,300}$"),
+    ):
         with pytest.raises(InputError, match=message):
             load_config(str(tmp_path / f"{name}.yaml"))
     with pytest.raises(InputError, match="no such config; these come with the project"):
@@ -153,6 +166,12 @@ def test_every_config_of_the_project_loads_and_says_what_it_is_for(path):
     assert keys.count("num_frames") <= 1 and config.data.train and config.data.val
     for file in (config.data.labels, *re.findall(r"configs/\S+\.(?:yaml|txt)", text.split("Command: ")[1])):
         assert file is None or (CONFIGS[0].parents[1] / file).is_file() or file.startswith("configs/recognition")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_that_windows_saved(tmp_path, encoding):
+    (tmp_path / "a.yaml").write_text("train:\r\n  epochs: 30\r\n", encoding=encoding, newline="")
+    assert load_config(str(tmp_path / "a.yaml")).train.epochs == 30
 
 
 def test_a_file_extends_its_base(file, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from common.command_line import run_command
-from dali_pipelines.errors import InputError
+from dali_pipelines.errors import InputError, naming
 
 
 def fails_while_cleaning_up():
@@ -20,6 +20,11 @@ def raises(error):
     return main
 
 
+def on_a_full_disk():
+    with naming("a.csv.journal"), open("/dev/full", "w") as file:
+        file.write("no room")
+
+
 @pytest.mark.parametrize(
     "main, status, line",
     [
@@ -27,6 +32,7 @@ def raises(error):
         (lambda: 3, 3, ""),
         (raises(InputError("a.csv: is\n  empty")), 2, "error: a.csv: is empty"),
         (raises(FileNotFoundError(2, "No such file", "gone")), 2, "error: gone: No such file"),
+        (on_a_full_disk, 2, "error: a.csv.journal: No space left on device"),
         (raises(KeyboardInterrupt()), 130, "stopped by Ctrl-C"),
         (fails_while_cleaning_up, 130, "stopped by Ctrl-C"),
     ],

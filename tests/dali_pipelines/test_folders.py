@@ -45,13 +45,13 @@ def test_names_that_are_not_videos():
 
 
 def test_skipped_files_are_counted(tmp_path):
-    for name in ("b.MTS", "a/x.ogv", "n.txt", "a/o.TXT", "s.srt", "._b.mts", "README"):
+    for name in ("b.MTS", "a/x.ogv", "n.txt", "a/o.TXT", "s.srt", "._b.mts", ".b.mts", "README"):
         touch(tmp_path / name)
     found = videos_below(tmp_path)
     assert found.videos == ["a/x.ogv", "b.MTS"]
-    assert found.note.startswith("5 files skipped: 2 .txt, ")  # the most first
-    others = found.note.removeprefix("5 files skipped: 2 .txt, ").split(", ")
-    assert sorted(others) == ["1 ._* of macOS", "1 .srt", "1 no suffix"]
+    assert found.note.startswith("6 files skipped: 2 .txt, ")  # the most first
+    others = found.note.removeprefix("6 files skipped: 2 .txt, ").split(", ")
+    assert sorted(others) == ["1 ._* of macOS", "1 .srt", "1 hidden", "1 no suffix"]
     os.remove(tmp_path / "n.txt")
     assert videos_below(tmp_path / "a").note == "1 file skipped: 1 .txt"
 

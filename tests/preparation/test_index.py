@@ -1,7 +1,7 @@
 """Lists and folders of videos as people have them, to manifests."""
 
 import os
-from pathlib import Path
+import shutil
 
 import pytest
 
@@ -114,6 +114,7 @@ def test_odd_paths_are_good_if_the_file_is_there(tmp_path):
         ("path\tlabel\na.mp4\t1\nb.mp4\t0\n", (), [1, 0], ()),
         ("a.mp4\tplay, dog\r\nb.mp4\tcat\r\n", (), [1, 0], ("cat", "play, dog")),
         ("File Name;Class ID\na.mp4;1\nb.mp4;0\n", (), [1, 0], ()),
+        ("clip,behaviour\na.mp4,1\nb.mp4,0\n", (), [1, 0], ()),
     ],
 )
 def test_a_list_of_paths_and_labels_in_columns(tmp_path, content, classes, labels, names):
@@ -161,10 +162,14 @@ def test_a_comma_within_a_path(tmp_path):
         ('{"x1": {"annotations": {"label": "cat"}}}', "l.csv: JSON; expected lines `path label`"),
         ('[{"path": "a.mp4", "label": 0}]', "l.csv: JSON; expected"),
         ("# root: .\npath,label\na.mp4,0\n", "l.csv: a manifest already, as training reads it"),
+        ("id,clip,behaviour\n1,a.mp4,cat\n", "columns id, clip, behaviour; expected `path,label`, or a header that"),
+        ("cat,a.mp4\n", "columns cat, a.mp4; expected `path,label`"),
+        ("a.mp4;f\xfcr\n", "l.csv:1: not UTF-8: the class .*; save the file as UTF-8"),
+        ("PK\3\4\24\0", "l.csv: a workbook or a ZIP archive; save the table as CSV"),
     ],
 )
 def test_a_bad_row_of_a_list_in_columns(tmp_path, content, message):
-    (tmp_path / "l.csv").write_text(content)
+    (tmp_path / "l.csv").write_text(content, encoding="cp1252")
     with pytest.raises(InputError, match=message):
         read_listed(tmp_path / "l.csv", classes=("cat", "dog"))
 
@@ -293,15 +298,27 @@ def test_a_class_that_is_named_twice_is_refused(folder):
 
 
 def test_videos_outside_the_classes_and_other_files_are_counted(folder, tmp_path):
-    for name in ("a/x.mp4", "a/x.srt", "y.mp4", ".hidden/z.mp4"):
+    for name in ("a/x.mp4", "a/x.srt", "y.mp4", ".hidden/z.mp4", "a/.ipynb_checkpoints/x-checkpoint.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to(tmp_path)
     listed, classes, note = read_folder(tmp_path)
     assert listed == [("a/x.mp4", 0)] and classes == ("a",)
     assert note == (
-        f"1 file skipped: 1 .srt; loop: not followed, leads back to {tmp_path}; 2 videos are not in a class folder"
+        f"1 file skipped: 1 .srt; loop: not followed, leads back to {tmp_path}; 1 video is not in a class folder"
     )
+
+
+def test_folders_that_may_not_be_meant_as_classes_are_noted(tmp_path):
+    def note(*names):
+        for name in names:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "a.mp4").touch()
+        return read_folder(tmp_path).note
+
+    assert "such as 'cats/tame'; if these are the classes, index" in note("cats/wild", "cats/tame", "dogs/big")
+    assert not note("dogs")
+    assert note("val") == "val: taken as a class like the others"
 
 
 @pytest.mark.slow
@@ -371,18 +388,39 @@ def test_the_split_is_by_class_and_always_the_same():
     assert (train, val) == split_train_val(listed, 0.1) and sorted(train + val) == sorted(listed)
     assert [sum(label == wanted for _, label in val) for wanted in range(4)] == [4, 1, 1, 0]
     assert split_train_val(listed, 0) == (listed, [])
+    more = [(f"4/{n}.mp4", 0) for n in range(9)] + [(path, label + 1) for path, label in [*listed, ("0/new.mp4", 0)]]
+    moved = {path for path, _ in split_train_val(more, 0.1)[1]} - {path for path, _ in val}
+    assert len(moved) == 1 and moved.pop().startswith("4/")
+
+
+@pytest.mark.slow
+def test_copies_and_names_that_are_alike_are_warned_about(tmp_path, in_process):
+    names = [f"{label}/{number}.mp4" for label in ("Ash", "ash") for number in range(6)]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_video(tmp_path / name, numbered(4 + number, height=32, width=32))
+    (tmp_path / "list.csv").write_text("".join(f"{name},{name.partition('/')[0]}\n" for name in names))
+    given = ("index", "--list", tmp_path / "list.csv", "--root", tmp_path, "--out", tmp_path / "out", "--workers", 1)
+    status, out, _ = in_process(prepare.main, *given)
+    assert status == 0 and "copies of" not in out and "warning: 'Ash' and 'ash' are two classes; if they" in out
+    train, val = (Manifest.read(tmp_path / "out" / f"{name}.csv") for name in ("train", "val"))
+    assert sorted(video.path for video in [*train, *val]) == names and len(val) == 2
+    first, second, last = (tmp_path / train[number].path for number in (0, 1, len(train) - 1))
+    shutil.copy(first, last)
+    shutil.copy(tmp_path / val[0].path, second)
+    _, out, _ = in_process(prepare.main, *given)
+    assert f"1 with two classes, such as '{train[0].path}' and '{train[len(train) - 1].path}'" in out
+    assert f"1 in both train and val, such as '{train[1].path}' and '{val[0].path}'" in out
 
 
 @pytest.mark.slow
 def test_a_class_whose_only_validation_video_is_broken_is_warned_about(tmp_path, in_process):
-    videos = [
-        (str(tmp_path / label / f"{number}.mp4"), label == "birch") for label in ("ash", "birch") for number in "01"
-    ]
+    videos = [(f"{label}/{number}.mp4", label == "birch") for label in ("ash", "birch") for number in "01"]
     for path, _ in videos:
-        Path(path).parent.mkdir(exist_ok=True)
-        write_video(path, numbered(4, height=32, width=32))
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        write_video(tmp_path / path, numbered(4, height=32, width=32))
     _, ((lost, _), _) = split_train_val(videos, 0.5)
-    Path(lost).write_bytes(b"broken")
+    (tmp_path / lost).write_bytes(b"broken")
     status, out, _ = in_process(prepare.main, "folder", tmp_path, "--val-fraction", 0.5, "--workers", 1)
     assert status == 0
     assert "warning: 2 of 2 classes have fewer than 5 videos for validation ('ash': 0)" in out
@@ -392,7 +430,7 @@ def test_a_class_whose_only_validation_video_is_broken_is_warned_about(tmp_path,
 def test_index_and_folder_as_a_user_runs_them(folder, tmp_path):
     (tmp_path / "list.txt").write_text("swim/e.mp4 0\njump/broken.mp4 1\njump/c.avi 1\n")
     (tmp_path / "names.txt").write_text("swimming\njumping\n")
-    done = run(
+    done = run_here(
         "prepare.py",
         "index",
         "--list",

@@ -328,7 +328,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_resumes_when_there_is_room(
     train(config_file, f"output={tmp_path}/unbroken")
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "advance", advance)
-        message = "cannot be written: File too large; the checkpoints in .* are kept: make the folder writable, and"
+        message = "cannot be written: File too large; the checkpoints in .* are kept: make room, or the folder writable"
         with pytest.raises(InputError, match=message):
             train(config_file, "train.checkpoint_every_steps=1")
     small_files(None)

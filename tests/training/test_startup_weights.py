@@ -1,4 +1,4 @@
-"""Pretrained weights that cannot be loaded."""
+"""Pretrained weights that are missing, or not set."""
 
 import pytest
 
@@ -8,8 +8,15 @@ from training.engine import Trainer
 
 
 @pytest.mark.slow
-def test_missing_weights_are_named_with_the_way_without_and_nothing_is_written(config_file, tmp_path):
-    config = load_config(config_file, ["train.pretrained=gone.pth"])
-    with pytest.raises(InputError, match="train.pretrained: gone.pth: .*random weights: -o train.pretrained=null"):
-        Trainer(config)
+def test_missing_weights_are_named_with_the_way_without_and_nothing_is_written(config_file, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.safetensors").touch()
+    for name, message in (
+        ("gone.pth", "train.pretrained: gone.pth: .*random weights: -o train.pretrained=null"),
+        (tmp_path / "run", "train.pretrained: .*the folder of a run; .* such as .*run/best.safetensors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Trainer(load_config(config_file, [f"train.pretrained={name}"]))
     assert list((tmp_path / "output").iterdir()) == []
+    Trainer(load_config(config_file)).close()
+    assert "random weights: train.pretrained is not set" in capsys.readouterr().out
