@@ -39,7 +39,7 @@ from serving.verification import (
     time_in_turn,
     verified,
 )
-from tests.commands import PROJECT, run
+from tests.commands import PROJECT, run, run_here
 
 PREPROCESSING = {
     "num_frames": 4,
@@ -500,14 +500,14 @@ def test_the_model_card_has_the_numbers_of_the_evaluation(weights, small_data, t
         named = dataclasses.replace(weights, state=state, classes=("ash", "birch", "cedar"))
         save_weights(tmp_path / f"{name}.safetensors", named)
     settings = ["-o", f"data.test={small_data}/val.csv", "data.workers=0", "device=cpu"]
-    done = run("evaluate.py", "-w", tmp_path / "best.safetensors", *settings)
+    done = run_here("evaluate.py", "-w", tmp_path / "best.safetensors", *settings)
     assert done.returncode == 0, done.stderr
     summary = read_summary(tmp_path / "evaluation" / "results.json")
 
     def card_of(name, *settings):
         out = tmp_path / f"card_{name}{len(settings)}"
         given = "-w", tmp_path / f"{name}.safetensors", "--format", "huggingface", "--out", out
-        done = run("export.py", *given, *settings)
+        done = run_here("export.py", *given, *settings)
         assert done.returncode == 0, done.stderr
         return done.stdout, (out / "README.md").read_text()
 

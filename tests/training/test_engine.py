@@ -14,7 +14,7 @@ from common.config import load_config
 from common.distributed import start_process
 from common.weights import load_weights
 from dali_pipelines import InputError, Manifest
-from tests.commands import run
+from tests.commands import run, run_here
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.engine import Trainer
 
@@ -153,7 +153,7 @@ def fault_rows(folder):
 def test_two_processes_match_one_even_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
     settings = ["-c", config_with_bad_videos, "-o", "model.drop_path=0"]
     settings += ["train.ema_decay=0.5", "train.class_weights=balanced"]
-    one = run("train.py", *settings, "data.batch_size=2")
+    one = run_here("train.py", *settings, "data.batch_size=2")
     assert one.returncode == 0, one.stderr
     two = run("train.py", *settings, f"output={tmp_path}/two", processes=2)
     assert two.returncode == 0, two.stderr
