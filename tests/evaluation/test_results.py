@@ -117,7 +117,7 @@ def test_protocols_that_do_not_exist(settings):
 
 
 def test_macro_f1_by_hand():
-    """Class 2 has no video and does not count, though a video of class 0 was taken for it. Class 4 has no prediction."""
+    """Class 2 has no video and does not count, though a video was taken for it. Class 4 has no prediction."""
     labels, predicted = np.array([0, 0, 0, 1, 1, 3, 4]), np.array([0, 0, 2, 1, 0, 1, -1])
     top = np.stack([predicted, np.full(7, -1)], 1)
     assert macro_f1(labels, top) == pytest.approx((4 / 6 + 2 / 4 + 0 + 0) / 4)
