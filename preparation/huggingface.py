@@ -141,6 +141,8 @@ def read_dataset(
 
 
 def _files(root: Path, pattern: str | None) -> list[Path]:
+    if pattern and os.path.isabs(pattern):
+        raise InputError(f"--files {pattern}: expected a pattern relative to the dataset, such as data/train-*.parquet")
     for each in (pattern,) if pattern else ("*.parquet", "*.arrow"):
         # `datasets` keeps results of map() in cache-*.arrow
         files = [path for path in sorted(root.rglob(each)) if path.is_file() and not path.name.startswith("cache-")]

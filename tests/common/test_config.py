@@ -19,6 +19,7 @@ from common.config import (
     preprocessing,
     to_yaml,
 )
+from common.config_rules import check_value
 from common.settings import settings
 from dali_pipelines import ClipLoader, InputError
 
@@ -126,6 +127,36 @@ def test_the_resolved_config_reads_back(file, tmp_path):
 def test_errors_name_the_key(file, override, message):
     with pytest.raises(InputError, match=message):
         load_config(file, [override])
+
+
+@pytest.mark.parametrize(
+    "key, good, bad",
+    [
+        ("seed", [0, 2**64 - 1], [-1, 2**64]),
+        ("data.short_side", [None, [1, 65_536]], [[1], [0, 1], [1, 65_537]]),
+        ("data.stride", [None, 0.5, 1e6], [0, 1.1e6]),
+        ("data.target_fps", [1e-3, 1e6], [0, 1.1e6]),
+        ("optim.betas", [[0, 0.99]], [[0.9], [0.9, 1], [-0.1, 0.9]]),
+        ("optim.layer_decay", [0.01, 1], [0, 1.01]),
+        ("optim.head_lr_factor", [0.1, 10], [0]),
+        ("augment.randaugment_ops", [0, 1], [-1]),
+        ("augment.randaugment_magnitude", [0, 10], [-0.1, 10.1]),
+        ("augment.erasing_prob", [0, 1], [-0.1, 1.1]),
+        ("train.class_weights", [None, "balanced"], ["inverse"]),
+        ("train.freeze_blocks", [0, 1], [-1]),
+        ("train.ema_decay", [None, 0, 0.999], [-0.1, 1]),
+        ("train.loggers", [[], ["tensorboard", "wandb", "mlflow"]], [["comet"]]),
+        ("train.validate_every", [1], [0]),
+        ("train.best_metric", ["top1", "mean_class_accuracy", "macro_f1", "loss"], ["top5"]),
+        ("train.early_stopping", [None, 1], [0]),
+    ],
+)
+def test_first_and_last_values_that_are_allowed(key, good, bad):
+    for value in good:
+        check_value(key, value)
+    for value in bad:
+        with pytest.raises(InputError, match=f"^{key} is .*; expected"):
+            check_value(key, value)
 
 
 def test_a_date_is_a_valid_name(tmp_path):

@@ -43,6 +43,7 @@ def test_lines_end_at_line_feeds_only(read, mark):
         '["ash", "birch, red"]',
         '{"birch, red": 1, "ash": 0}',
         '{"0": "ash", "1": "birch, red"}',
+        '{"ash": "0", "birch, red": "1"}',
         '# root: .\n# classes: ["ash", "birch, red"]\npath,label,frames,fps,width,height,codec,rotation\n',
     ],
 )

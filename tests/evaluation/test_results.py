@@ -13,7 +13,7 @@ from evaluation.comparison import compare, mcnemar, paired_interval
 from evaluation.evaluate import results_text
 from evaluation.report_sections import class_table
 from evaluation.result_files import FILES, prepare_folder, read_results, write_results
-from evaluation.results import Protocol, class_results, make_results, wilson_interval
+from evaluation.results import Protocol, class_results, macro_f1, make_results, wilson_interval
 from tests.evaluation import facts_of
 
 
@@ -114,3 +114,10 @@ def test_comparing_needs_the_same_classes_and_videos():
 def test_protocols_that_do_not_exist(settings):
     with pytest.raises(InputError, match="--"):
         Protocol(*settings)
+
+
+def test_macro_f1_by_hand():
+    """Class 2 has no video and does not count, though a video was taken for it. Class 4 has no prediction."""
+    labels, predicted = np.array([0, 0, 0, 1, 1, 3, 4]), np.array([0, 0, 2, 1, 0, 1, -1])
+    top = np.stack([predicted, np.full(7, -1)], 1)
+    assert macro_f1(labels, top) == pytest.approx((4 / 6 + 2 / 4 + 0 + 0) / 4)

@@ -157,6 +157,8 @@ def test_other_columns_are_said(tmp_path, columns, given, message):
 def test_other_files_are_said(videos, tmp_path):
     with pytest.raises(InputError, match=r"no Parquet or Arrow files \(found no files\)"):
         read_dataset(tmp_path, tmp_path)
+    with pytest.raises(InputError, match=r"--files /a/\*.parquet: expected a pattern relative to the dataset"):
+        read_dataset(tmp_path, tmp_path, pattern="/a/*.parquet")
     shutil.copy(videos[0], tmp_path / "a.mp4")
     with pytest.raises(InputError, match=r"found .mp4\); .* prepare.py folder"):
         read_dataset(tmp_path, tmp_path)

@@ -7,7 +7,7 @@ import torch
 
 from dali_pipelines import InputError
 from dali_pipelines.probe import probe
-from serving.overlay import write_overlay
+from serving.overlay import _text_mask, write_overlay
 from serving.prediction import Prediction
 from tests.videos import textured, write_video
 
@@ -82,3 +82,15 @@ def test_a_failure_keeps_the_older_file(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="out.mp4: cannot be written: No space left"):
         write_overlay(out, str(source), prediction_of(1, 1.0), CLASSES)
     assert out.read_text() == "older" and {each.name for each in tmp_path.iterdir()} == {"v.mp4", "out.mp4"}
+
+
+def test_long_names_end_in_an_ellipsis():
+    """Its dots are on the baseline; without it, the last column would have the upper end of an H."""
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
+    for text, is_cut in (("H" * 200, True), ("HH", False)):
+        mask = _text_mask(text, font, 20, 100)
+        last_column = mask[:, np.flatnonzero(mask.any(0))[-1]]
+        assert (np.flatnonzero(last_column)[0] > 10) == is_cut

@@ -40,6 +40,7 @@ def test_by_hand(arguments, expected):
             r"is 14, but an epoch has 13 clips, fewer than one step takes; try -o optim.global_batch_size=2 \(6 "
             r"steps an epoch\); the nearest .*: 13",
         ),
+        ((14, 13, None, 1, 13), r"try -o optim.global_batch_size=13 \(1 step an epoch\)"),
         ((8, 1, 3, 2), "data.batch_size is 3; expected a multiple of data.views_per_decode, 2: 2, 4"),
         (
             (4, 8, None, 1, 4),
