@@ -179,12 +179,12 @@ def hint_for(section: str, key: str, value: Any, known: Sequence[str]) -> str:
     """
     if not section and key in _PADDLE_SECTIONS:
         return f", {_paddle_hint({key: value})}"
-    for each, _ in _leaves({key: value}):
-        for name in reversed(each.split(".")):
-            if where := _matching(_ELSEWHERE, name):
-                return f"; here: {where}"
-            if near := _nearest(section, name, known):
-                return f"; did you mean {near}?"
+    leaves = [each for each, _ in _leaves({key: value})]
+    for name in reversed(leaves[0].split(".")) if len(leaves) == 1 else [key]:  # many: a section of something else
+        if where := _matching(_ELSEWHERE, name):
+            return f"; here: {where}"
+        if near := _nearest(section, name, known):
+            return f"; did you mean {near}?"
     inside = [each for each in known if each.startswith(section)]
     names = inside if section else dict.fromkeys(each.partition(".")[0] for each in inside)
     return f"; known: {', '.join(names)}"
@@ -197,13 +197,15 @@ def is_paddle_config(content: Mapping[Any, Any]) -> bool:
 
 def about_paddle_config(content: Mapping[Any, Any]) -> str:
     """What to type instead of `-c` with a config of PaddleVideo."""
-    backbone = str(dict(_leaves(content)).get("MODEL.backbone.name", "VisionTransformer_tweaks"))
+    values = dict(_leaves(content))
+    backbone = str(values.get("MODEL.backbone.name") or values.get("MODEL.framework") or "VisionTransformer_tweaks")
     if not backbone.startswith("VisionTransformer"):
         return f"a config of PaddleVideo for {backbone}; the only network here is TimeSformer"
     ours = "timesformer_k400.yaml" if backbone == "VisionTransformer" else "pptimesformer_k400.yaml"
+    average = values.get("MODEL.runtime_cfg.test.avg_type", "prob")
     return (
         f"a config of PaddleVideo. Take -c {ours}; this file's settings here are: -o {_settings(content)} "
-        "(docs/migrate.md; lists become manifests with prepare.py index)"
+        f"(docs/migrate.md; prepare.py index makes manifests of lists; it tests with evaluate.py --average {average})"
     )
 
 

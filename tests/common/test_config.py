@@ -58,6 +58,7 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("optim.learnig_rate=1", r"unknown key optim.learnig_rate; did you mean optim.lr\?"),
         ("train.loggers=wandb", "train.loggers: expected a list of tensorboard, wandb, mlflow"),
         ("train.epochs=abc", "train.epochs: Value 'abc' .* expected 1 or more"),
+        ("COMMON={fps: 5, batch: 3}", "unknown key COMMON; known: name"),
         ("optim.foo=1", "unknown key optim.foo; known: optim.name, optim.implementation"),  # no guess
         ("MODEL.backbone.num_seg=16", "a section of PaddleVideo; here it is data.num_frames=16"),
         ("PIPELINE.test.sample.num_seg=16", "here it is data.num_frames=16"),
@@ -177,7 +178,8 @@ def test_a_file_extends_its_base(file, tmp_path):
 def test_a_config_of_another_project_is_translated(tmp_path):
     (tmp_path / "paddle.yaml").write_text(
         """
-        MODEL: {backbone: {pretrained: "", num_seg: 16, qkv_bias: False}, head: {num_classes: 400, ls_eps: 0.1}}
+        MODEL: {backbone: {pretrained: "", num_seg: 16, qkv_bias: False}, head: {num_classes: 400, ls_eps: 0.1},
+            runtime_cfg: {test: {avg_type: score}}}
         DATASET: {batch_size: 8, train: {file_path: data/k400/train.list}}
         PIPELINE:
             train:
@@ -194,6 +196,7 @@ def test_a_config_of_another_project_is_translated(tmp_path):
     )
     with pytest.raises(InputError, match="a config of PaddleVideo. Take -c pptimesformer_k400.yaml") as raised:
         load_config(str(tmp_path / "paddle.yaml"))
+    assert "it tests with evaluate.py --average score" in str(raised.value)
     typed = shlex.split(re.search(r"here are: -o (.*) \(docs/migrate.md;", str(raised.value))[1])
     config = load_config(None, typed)  # what the message says can be typed
     assert (config.data.num_frames, config.data.crop_size, config.data.short_side) == (16, 224, [256, 320])
@@ -204,9 +207,10 @@ def test_a_config_of_another_project_is_translated(tmp_path):
         0.1,
         "data/k400/train.list",
     )
-    (tmp_path / "tsm.yaml").write_text("MODEL: {backbone: {name: ResNetTSM}}\n")
-    with pytest.raises(InputError, match="a config of PaddleVideo for ResNetTSM; the only network here is TimeSformer"):
-        load_config(str(tmp_path / "tsm.yaml"))
+    for other, name in (("backbone: {name: ResNetTSM}", "ResNetTSM"), ("framework: AttentionLstm", "AttentionLstm")):
+        (tmp_path / "other.yaml").write_text(f"MODEL: {{{other}}}\n")
+        with pytest.raises(InputError, match=f"PaddleVideo for {name}; the only network here is TimeSformer"):
+            load_config(str(tmp_path / "other.yaml"))
     with pytest.raises(InputError, match="timesformer.py: a config of mmaction2"):
         load_config("timesformer.py")
 
