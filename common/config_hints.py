@@ -10,6 +10,7 @@ _SYNONYMS = {
     "accumulate_grad_batches": "optim.global_batch_size",
     "accumulative_counts": "optim.global_batch_size",
     "amp": "train.precision",
+    "attention_type": "model.attention",
     "augment": "augment.randaugment_ops",
     "base_lr": "optim.lr",
     "bf16": "train.precision",
@@ -52,7 +53,9 @@ _SYNONYMS = {
     "resize": "data.short_side",
     "save_every": "train.checkpoint_every_steps",
     "sampling_rate": "data.stride",
+    "scale": "data.short_side",
     "scale_range": "data.short_side",
+    "size": "data.crop_size",
     "swa": "train.swa_epochs",
     "teacher": "distill.teacher",
     "tensorboard": "train.loggers",
@@ -73,6 +76,7 @@ _NESTEROV = "optim.name=sgd is always Nesterov"
 _SCHEDULE = "a cosine, or a tenth of the rate after each of optim.decay_epochs"
 _ELSEWHERE = {
     "ann_file*": _LISTS,
+    "average_clips": "evaluate.py --average prob|score",
     "auto_scale_lr": "optim.lr is for optim.global_batch_size, on any number of GPUs",
     "checkpoint": _CHECKPOINTS,
     "data_prefix": _LISTS,
@@ -81,6 +85,7 @@ _ELSEWHERE = {
     "interval": "train.log_every_steps, train.validate_every and train.checkpoint_every_steps",
     "nesterov": _NESTEROV,
     "num_classes": "it follows from the class names: data.labels, or those of the manifest",
+    "num_clips": "evaluate.py --windows N",
     "resume*": "train.py --resume, from the newest checkpoint",
     "save_interval": _CHECKPOINTS,
 }

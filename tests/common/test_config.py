@@ -73,6 +73,8 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("save_interval=5", "unknown key save_interval; here: a checkpoint is saved after every epoch"),
         ("load_from=a.pth", "unknown key load_from; did you mean train.pretrained?"),
         ("train_dataloader.dataset.data_prefix.video=a", "here: data.train, data.val and data.test name manifests"),
+        ("model.backbone.attention_type=space_only", "did you mean model.attention?"),
+        ("test_dataloader.dataset.pipeline.1.num_clips=4", "here: evaluate.py --windows N"),
         ("optim_wrapper.optimizer.type=AdamW", "did you mean optim.name?"),
         ("param_scheduler.0.milestones=[5,10]", "did you mean optim.decay_epochs?"),
         ("model.cls_head.num_classes=9", "unknown key model.cls_head; here: it follows from the class names"),
