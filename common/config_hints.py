@@ -207,9 +207,10 @@ def about_paddle_config(content: Mapping[Any, Any]) -> str:
     if not backbone.startswith("VisionTransformer"):
         return f"a config of PaddleVideo for {backbone}; the only network here is TimeSformer"
     ours = "timesformer_k400.yaml" if backbone == "VisionTransformer" else "pptimesformer_k400.yaml"
+    labels = "" if values.get("MODEL.head.num_classes", 400) == 400 else " data.labels=null"  # those of the manifest
     average = values.get("MODEL.runtime_cfg.test.avg_type", "prob")
     return (
-        f"a config of PaddleVideo. Take -c {ours}; this file's settings here are: -o {_settings(content)} "
+        f"a config of PaddleVideo. Take -c {ours}; this file's settings here are: -o {_settings(content)}{labels} "
         f"(docs/migrate.md; prepare.py index makes manifests of lists; it tests with evaluate.py --average {average})"
     )
 

@@ -180,7 +180,7 @@ def test_a_file_extends_its_base(file, tmp_path):
 def test_a_config_of_another_project_is_translated(tmp_path):
     (tmp_path / "paddle.yaml").write_text(
         """
-        MODEL: {backbone: {pretrained: "", num_seg: 16, qkv_bias: False}, head: {num_classes: 400, ls_eps: 0.1},
+        MODEL: {backbone: {pretrained: "", num_seg: 16, qkv_bias: False}, head: {num_classes: 101, ls_eps: 0.1},
             runtime_cfg: {test: {avg_type: score}}}
         DATASET: {batch_size: 8, train: {file_path: data/k400/train.list}}
         PIPELINE:
@@ -203,6 +203,7 @@ def test_a_config_of_another_project_is_translated(tmp_path):
     config = load_config(None, typed)  # what the message says can be typed
     assert (config.data.num_frames, config.data.crop_size, config.data.short_side) == (16, 224, [256, 320])
     assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("sgd", 0.004, 7e-5)
+    assert typed[-1] == "data.labels=null"  # of the manifest, not of the config to take
     assert (config.optim.decay_epochs, config.train.epochs, config.name) == ([11, 14], 15, "my TimeSformer")
     assert (config.model.qkv_bias, config.train.label_smoothing, config.data.train) == (
         False,
