@@ -10,6 +10,7 @@ _SYNONYMS = {
     "accumulate_grad_batches": "optim.global_batch_size",
     "accumulative_counts": "optim.global_batch_size",
     "amp": "train.precision",
+    "attention_type": "model.attention",
     "augment": "augment.randaugment_ops",
     "base_lr": "optim.lr",
     "bf16": "train.precision",
@@ -52,7 +53,9 @@ _SYNONYMS = {
     "resize": "data.short_side",
     "save_every": "train.checkpoint_every_steps",
     "sampling_rate": "data.stride",
+    "scale": "data.short_side",
     "scale_range": "data.short_side",
+    "size": "data.crop_size",
     "swa": "train.swa_epochs",
     "teacher": "distill.teacher",
     "tensorboard": "train.loggers",
@@ -73,6 +76,7 @@ _NESTEROV = "optim.name=sgd is always Nesterov"
 _SCHEDULE = "a cosine, or a tenth of the rate after each of optim.decay_epochs"
 _ELSEWHERE = {
     "ann_file*": _LISTS,
+    "average_clips": "evaluate.py --average prob|score",
     "auto_scale_lr": "optim.lr is for optim.global_batch_size, on any number of GPUs",
     "checkpoint": _CHECKPOINTS,
     "data_prefix": _LISTS,
@@ -81,6 +85,7 @@ _ELSEWHERE = {
     "interval": "train.log_every_steps, train.validate_every and train.checkpoint_every_steps",
     "nesterov": _NESTEROV,
     "num_classes": "it follows from the class names: data.labels, or those of the manifest",
+    "num_clips": "evaluate.py --windows N",
     "resume*": "train.py --resume, from the newest checkpoint",
     "save_interval": _CHECKPOINTS,
 }
@@ -182,12 +187,12 @@ def hint_for(section: str, key: str, value: Any, known: Sequence[str]) -> str:
     if key in known:
         parent, _, leaf = key.rpartition(".")
         return f"; in a file, write it as {parent}: {{{leaf}: {value}}}"
-    for each, _ in _leaves({key: value}):
-        for name in reversed(each.split(".")):
-            if where := _matching(_ELSEWHERE, name):
-                return f"; here: {where}"
-            if near := nearest(section, name, known):
-                return f"; did you mean {near}?"
+    leaves = [each for each, _ in _leaves({key: value})]
+    for name in reversed(leaves[0].split(".")) if len(leaves) == 1 else [key]:  # many: a section of something else
+        if where := _matching(_ELSEWHERE, name):
+            return f"; here: {where}"
+        if near := nearest(section, name, known):
+            return f"; did you mean {near}?"
     inside = [each for each in known if each.startswith(section)]
     names = inside if section else dict.fromkeys(each.partition(".")[0] for each in inside)
     return f"; known: {', '.join(names)}"
@@ -200,13 +205,16 @@ def is_paddle_config(content: Mapping[Any, Any]) -> bool:
 
 def about_paddle_config(content: Mapping[Any, Any]) -> str:
     """What to type instead of `-c` with a config of PaddleVideo."""
-    backbone = str(dict(_leaves(content)).get("MODEL.backbone.name", "VisionTransformer_tweaks"))
+    values = dict(_leaves(content))
+    backbone = str(values.get("MODEL.backbone.name") or values.get("MODEL.framework") or "VisionTransformer_tweaks")
     if not backbone.startswith("VisionTransformer"):
         return f"a config of PaddleVideo for {backbone}; the only network here is TimeSformer"
     ours = "timesformer_k400.yaml" if backbone == "VisionTransformer" else "pptimesformer_k400.yaml"
+    labels = "" if values.get("MODEL.head.num_classes", 400) == 400 else " data.labels=null"  # those of the manifest
+    average = values.get("MODEL.runtime_cfg.test.avg_type", "prob")
     return (
-        f"a config of PaddleVideo. Take -c {ours}; this file's settings here are: -o {_settings(content)} "
-        "(docs/migrate.md; lists become manifests with prepare.py index)"
+        f"a config of PaddleVideo. Take -c {ours}; this file's settings here are: -o {_settings(content)}{labels} "
+        f"(docs/migrate.md; prepare.py index makes manifests of lists; it tests with evaluate.py --average {average})"
     )
 
 

@@ -212,6 +212,8 @@ def _problem(file: str, label: str, root: str | os.PathLike) -> str:
             return f"found the label {label!r}; leave out what has no label, as in test lists"
         if re.search(r"[^,;]*[,;][ \t]*\d+$", label):
             return "found a comma or semicolon"
+        if columns := re.fullmatch(r"[^,;]+([,;])[^,;]+", f"{file} {label}".strip()):
+            return f"found columns, but no header and no suffix of a video: add a first line `path{columns[1]}label`"
         return f"found the label {label[:40]!r} (class names need a comma or a tab before them)"
     if not file:
         return "found a single number"

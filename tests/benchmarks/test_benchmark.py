@@ -26,7 +26,7 @@ from benchmarks.videos import find_videos
 from common.config import load_config
 from dali_pipelines import InputError, Manifest
 from dali_pipelines.probe import probe
-from tests.commands import run_forked, run_here
+from tests.commands import fork_server, run_forked, run_here
 from tests.videos import textured, write_video
 
 pytestmark = pytest.mark.slow
@@ -35,9 +35,7 @@ pytestmark = pytest.mark.slow
 @contextlib.contextmanager
 def forked():
     """Contestants still have a new process each, but it is forked from one that has imported torch and DALI."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.benchmarks.preloaded"])
-    with mock.patch.object(multiprocessing, "get_context", return_value=context):
+    with mock.patch.object(multiprocessing, "get_context", return_value=fork_server()):
         yield
 
 

@@ -79,7 +79,7 @@ def run_forked(
             numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | rendezvous if processes > 1 else {}
             streams = [DupFd(file.fileno()) for file in (out, errors)]
             given = str(PROJECT / command), list(map(str, arguments)), str(cwd or os.getcwd()), numbers, streams
-            ranks.append(_fork_server().Process(target=_rank, args=given))
+            ranks.append(fork_server().Process(target=_rank, args=given))
             ranks[-1].start()
         while (alive := [rank.sentinel for rank in ranks if rank.exitcode is None]) and time.monotonic() < until:
             if any(rank.exitcode for rank in ranks):
@@ -100,12 +100,10 @@ def run_forked(
 
 
 @functools.cache
-def _fork_server() -> ForkServerContext:
-    """A process for each process that runs tests. Ranks are its forks."""
+def fork_server() -> ForkServerContext:
+    """Forks processes that have imported `tests.preloaded`. It is the only one of a process that runs tests."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch._dynamo", "training.engine", "evaluation.evaluate", "evaluation.report", "serving.prediction"]
-    )
+    context.set_forkserver_preload(["tests.preloaded"])
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     return context

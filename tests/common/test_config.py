@@ -59,6 +59,7 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("optim.learnig_rate=1", r"unknown key optim.learnig_rate; did you mean optim.lr\?"),
         ("train.loggers=wandb", "train.loggers: expected a list of tensorboard, wandb, mlflow"),
         ("train.epochs=abc", "train.epochs: Value 'abc' .* expected 1 or more"),
+        ("COMMON={fps: 5, batch: 3}", "unknown key COMMON; known: name"),
         ("optim.foo=1", "unknown key optim.foo; known: optim.name, optim.implementation"),  # no guess
         ("MODEL.backbone.num_seg=16", "a section of PaddleVideo; here it is data.num_frames=16"),
         ("PIPELINE.test.sample.num_seg=16", "here it is data.num_frames=16"),
@@ -73,6 +74,8 @@ def test_the_resolved_config_reads_back(file, tmp_path):
         ("save_interval=5", "unknown key save_interval; here: a checkpoint is saved after every epoch"),
         ("load_from=a.pth", "unknown key load_from; did you mean train.pretrained?"),
         ("train_dataloader.dataset.data_prefix.video=a", "here: data.train, data.val and data.test name manifests"),
+        ("model.backbone.attention_type=space_only", "did you mean model.attention?"),
+        ("test_dataloader.dataset.pipeline.1.num_clips=4", "here: evaluate.py --windows N"),
         ("optim_wrapper.optimizer.type=AdamW", "did you mean optim.name?"),
         ("param_scheduler.0.milestones=[5,10]", "did you mean optim.decay_epochs?"),
         ("model.cls_head.num_classes=9", "unknown key model.cls_head; here: it follows from the class names"),
@@ -227,7 +230,8 @@ def test_a_file_extends_its_base(file, tmp_path):
 def test_a_config_of_another_project_is_translated(tmp_path):
     (tmp_path / "paddle.yaml").write_text(
         """
-        MODEL: {backbone: {pretrained: "", num_seg: 16, qkv_bias: False}, head: {num_classes: 400, ls_eps: 0.1}}
+        MODEL: {backbone: {pretrained: "", num_seg: 16, qkv_bias: False}, head: {num_classes: 101, ls_eps: 0.1},
+            runtime_cfg: {test: {avg_type: score}}}
         DATASET: {batch_size: 8, train: {file_path: data/k400/train.list}}
         PIPELINE:
             train:
@@ -244,19 +248,22 @@ def test_a_config_of_another_project_is_translated(tmp_path):
     )
     with pytest.raises(InputError, match="a config of PaddleVideo. Take -c pptimesformer_k400.yaml") as raised:
         load_config(str(tmp_path / "paddle.yaml"))
+    assert "it tests with evaluate.py --average score" in str(raised.value)
     typed = shlex.split(re.search(r"here are: -o (.*) \(docs/migrate.md;", str(raised.value))[1])
     config = load_config(None, typed)  # what the message says can be typed
     assert (config.data.num_frames, config.data.crop_size, config.data.short_side) == (16, 224, [256, 320])
     assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("sgd", 0.004, 7e-5)
+    assert typed[-1] == "data.labels=null"  # of the manifest, not of the config to take
     assert (config.optim.decay_epochs, config.train.epochs, config.name) == ([11, 14], 15, "my TimeSformer")
     assert (config.model.qkv_bias, config.train.label_smoothing, config.data.train) == (
         False,
         0.1,
         "data/k400/train.list",
     )
-    (tmp_path / "tsm.yaml").write_text("MODEL: {backbone: {name: ResNetTSM}}\n")
-    with pytest.raises(InputError, match="a config of PaddleVideo for ResNetTSM; the only network here is TimeSformer"):
-        load_config(str(tmp_path / "tsm.yaml"))
+    for other, name in (("backbone: {name: ResNetTSM}", "ResNetTSM"), ("framework: AttentionLstm", "AttentionLstm")):
+        (tmp_path / "other.yaml").write_text(f"MODEL: {{{other}}}\n")
+        with pytest.raises(InputError, match=f"PaddleVideo for {name}; the only network here is TimeSformer"):
+            load_config(str(tmp_path / "other.yaml"))
     with pytest.raises(InputError, match="timesformer.py: a config of mmaction2"):
         load_config("timesformer.py")
 

@@ -80,6 +80,7 @@ def test_paths_hold_any_character_and_need_not_be_utf8(tmp_path):
         ("a.mp4, 0", "a comma"),
         ("a.mp4 0,1", "a comma"),
         ("a.mp4; 0", "a comma or semicolon"),
+        ("34870;Drumming Fingers", "columns, but no header and no suffix of a video: add a first line `path;label`"),
         ('"a b.mp4" 0', "a path in quotes"),
         ("'a b.mp4' 0", "a path in quotes"),
         ("a.mp4 archery 1", "more than one field after 'a.mp4'"),

@@ -1,9 +1,10 @@
-"""For test_benchmark.py: what the process imports from which contestants are forked.
+"""What the process imports from which ranks (`tests.commands.run_forked`) and contestants of a benchmark are forked.
 
 Its forks have it as their parent, not pytest, so they must not end when they find that out.
 """
 
 import contextlib
+import importlib
 
 from dali_pipelines import processes
 
@@ -15,9 +16,18 @@ def end_with_parent(parent: int | None = None) -> None:
 end_with_parent.__module__ = processes.__name__  # processes that a fork spawns get the real one
 processes.end_with_parent = end_with_parent
 
-import benchmarks.gpu_loader  # noqa: E402
-import benchmarks.gpu_model  # noqa: E402
-import benchmarks.loader  # noqa: E402, F401
+for name in (
+    "benchmarks.gpu_loader",
+    "benchmarks.gpu_model",
+    "benchmarks.loader",
+    "evaluation.evaluate",
+    "evaluation.report",
+    "serving.prediction",
+    "torch._dynamo",
+    "training.engine",
+):
+    importlib.import_module(name)
+
 from model.torchvision import let_torchvision_load  # noqa: E402
 
 let_torchvision_load()
