@@ -53,6 +53,8 @@ class Parser(argparse.ArgumentParser):
 
         if name.endswith((".yaml", ".yml")):
             return f"a config is given with -c: -c {name}"
+        if name.endswith(".csv") and "--csv" in sys.argv:
+            return f"--csv takes no file: --csv > {name}"
         if name.startswith("--") and name not in _OTHER_NAMES and (key := key_like(name.strip("-").replace("-", "_"))):
             return f"{name} is -o {key}=VALUE"
         return ""

@@ -72,6 +72,7 @@ def test_messages_name_commands_as_they_are_typed(monkeypatch, capsys, typed, ex
         (predict, "--input_file a.avi --use_gpu=True", "--input_file is predict.py -w best.onnx VIDEO; --use_gpu is"),
         (train, "-c x.yaml --cfg-options optim.lr=1", "--cfg-options is -o KEY=VALUE (docs/migrate.md)"),
         (train, "-c x.yaml --epochs 5 --weight-decay=0", "--epochs is -o train.epochs=VALUE; --weight-decay is -o opt"),
+        (predict, "-w a.safetensors a.mp4 --csv b.csv", "--csv takes no file: --csv > b.csv"),
         (train, "configs/small.yaml", "a config is given with -c: -c configs/small.yaml"),
     ],
 )
