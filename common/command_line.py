@@ -69,11 +69,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _setting(name: str) -> str:
-    """What an unknown option such as --epochs is as a setting; "" for anything else."""
+    """What an unknown argument is here: a setting (--epochs), or a file for --csv; "" for anything else."""
     from common.config import key_like  # loads OmegaConf
 
     if name.startswith("--") and name not in _OTHER_NAMES and (key := key_like(name.strip("-").replace("-", "_"))):
         return f"{name} is -o {key}=VALUE"
+    if name.endswith(".csv") and "--csv" in sys.argv:
+        return f"--csv takes no file: --csv > {name}"
     return ""
 
 

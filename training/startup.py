@@ -77,18 +77,26 @@ def startup_lines(
     for path, loader in ((config.data.train, data.train), (config.data.val, data.val)):
         if loader.manifest.hint:
             yield f"{path}: {loader.manifest.hint}"
+    yield from _missing_classes(
+        str(config.data.train), data.train.manifest, data.classes, "the network cannot learn them"
+    )
     yield from _validation_notes(str(config.data.val), data.val.manifest, data.classes)
 
 
 def _validation_notes(path: str, manifest: Manifest, classes: tuple[str, ...]) -> Iterator[str]:
     """Notes on a validation manifest with few videos, or without any of some class."""
-    videos = np.bincount(manifest.labels, minlength=len(classes))
     if len(manifest) < _FEW_VIDEOS * len(classes):
         yield (
             f"{path}: {len(manifest)} videos for {len(classes)} classes: the validation accuracy moves in "
             f"steps of {100 / len(manifest):.1f} %, and small differences mean nothing"
         )
+    yield from _missing_classes(path, manifest, classes, "mean class accuracy and macro F1 leave them out")
+
+
+def _missing_classes(path: str, manifest: Manifest, classes: tuple[str, ...], consequence: str) -> Iterator[str]:
+    """A note on the classes without a video in a manifest."""
+    videos = np.bincount(manifest.labels, minlength=len(classes))
     if missing := [name for name, count in zip(classes, videos.tolist(), strict=True) if not count]:
         named = ", ".join(missing[:_MAX_NAMED])
         more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
-        yield f"{path}: no video of {named}{more}: mean class accuracy and macro F1 leave them out"
+        yield f"{path}: no video of {named}{more}: {consequence}"

@@ -75,6 +75,7 @@ def test_messages_name_commands_as_they_are_typed(monkeypatch, capsys, typed, ex
         (train, "-c x.yaml --resume epoch_5.pth", "--resume takes no file: it continues from the newest checkpoint"),
         (evaluate, "x.py a.pth --dump a.pkl", "x.py is -c x.py; a.pth is -w a.pth; --dump is always on"),
         (train, "-c x.yaml --epochs 5 --weight-decay=0", "--epochs is -o train.epochs=VALUE; --weight-decay is -o opt"),
+        (predict, "-w a.safetensors a.mp4 --csv b.csv", "--csv takes no file: --csv > b.csv"),
     ],
 )
 def test_options_of_other_programs(in_process, command, arguments, hint):

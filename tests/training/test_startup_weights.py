@@ -1,4 +1,4 @@
-"""Pretrained weights that are missing, or not set."""
+"""Pretrained weights that are missing, and what the first lines say of the weights and the classes."""
 
 import pytest
 
@@ -18,5 +18,8 @@ def test_missing_weights_are_named_with_the_way_without_and_nothing_is_written(c
         with pytest.raises(InputError, match=message):
             Trainer(load_config(config_file, [f"train.pretrained={name}"]))
     assert list((tmp_path / "output").iterdir()) == []
-    Trainer(load_config(config_file)).close()
-    assert "random weights: train.pretrained is not set" in capsys.readouterr().out
+    (tmp_path / "labels.txt").write_text("ash\nbirch\ncedar\ndogwood\n")
+    Trainer(load_config(config_file, [f"data.labels={tmp_path}/labels.txt"])).close()
+    said = capsys.readouterr().out
+    assert "random weights: train.pretrained is not set" in said
+    assert "train.csv: no video of dogwood: the network cannot learn them" in said
