@@ -95,6 +95,8 @@ class DataConfig:
     """Share (0 to 1) of the videos NVDEC supports that the workers decode instead; default: what keeps both busy."""
     decode_threads: int | None = None
     """Threads that feed NVDEC, per training process; default: one per worker, 4 to 16."""
+    balance_classes: bool = False
+    """Repeat the training videos of rarer classes within each epoch, so that all classes occur about equally often."""
     views_per_decode: int = 1
     """Training clips cut out of each decoded video, each with its own window, crop and flip."""
     timeout_s: float = 60
@@ -196,9 +198,6 @@ class TrainConfig:
     (same as --amp): bf16, or fp16 on a GPU without it."""
     label_smoothing: float = 0.1
     """Share of each label, 0 to 1, that is spread over all classes."""
-    class_weights: str | None = None
-    """balanced: in the loss of the labels, a clip weighs inversely to the frequency of its class in `data.train`, 1 on
-    average; null: all clips weigh 1."""
     pretrained: str | None = None
     """Initial weights: a file, folder or name on the Hugging Face Hub, see `model.load_pretrained`."""
     freeze_blocks: int = 0

@@ -101,7 +101,6 @@ RULES = {
     "train.max_steps": _optional(_COUNT),
     "train.precision": _one_of("auto", "amp", "float32", "bf16", "fp16"),
     "train.label_smoothing": _SHARE,
-    "train.class_weights": _optional(_one_of("balanced")),
     "train.freeze_blocks": _NOT_NEGATIVE,
     "train.ema_decay": _optional(_SHARE),
     "train.swa_epochs": _NOT_NEGATIVE,

@@ -4,13 +4,15 @@ import hashlib
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from common.agreement import check_agreement, shared_facts, weights_checksum
 from common.config import Config, clip_settings
 from common.distributed import DistributedContext
 from common.labels import check_labels, class_names, read_manifest
 from common.precision import resolve_precision
 from common.weights import Weights, load_weights
-from dali_pipelines import ClipLoader, InputError
+from dali_pipelines import ClipLoader, InputError, Manifest
 
 _MIN_STEPS = 4  # an epoch, in the proposal for a small data set
 
@@ -87,6 +89,17 @@ def read_teacher(config: Config) -> Weights | None:
     return weights
 
 
+def balanced(manifest: Manifest) -> Manifest:
+    """The manifest with the videos of rarer classes repeated: a class with a fifth of the rows of the most frequent one
+    has each of its rows five times. Each of them is a clip of its own, with other random draws."""
+    counts = np.bincount(manifest.labels)
+    times = np.rint(counts.max() / np.maximum(counts, 1)).astype(np.int64)
+    repeated = [video for video in manifest for _ in range(times[video.label])]
+    result = Manifest(repeated, root=manifest.root, classes=manifest.classes)
+    result.index, result.made_by = manifest.index, manifest.made_by
+    return result
+
+
 class Data(NamedTuple):
     """The loaders of a run."""
 
@@ -94,6 +107,8 @@ class Data(NamedTuple):
     val: ClipLoader
     classes: tuple[str, ...]
     plan: BatchPlan
+    repeated: int
+    """Rows that `data.balance_classes` has added to the training manifest."""
 
 
 def make_data(config: Config, process: DistributedContext, teacher: Weights | None) -> Data:
@@ -121,6 +136,9 @@ def make_data(config: Config, process: DistributedContext, teacher: Weights | No
     check_labels(val, classes, name=val_name, of=data.labels or train_name, renamed=renamed)
     if renamed and train.classes:  # the file may have other names than the two manifests
         check_labels(val, train.classes, name=val_name, of=train_name, renamed=True)
+    num_videos = len(train)
+    if data.balance_classes:
+        train = balanced(train)
     plan = split_global_batch(config, process.world_size, len(train) * data.views_per_decode)
     if teacher is not None and teacher.classes != classes:
         raise InputError(
@@ -144,4 +162,5 @@ def make_data(config: Config, process: DistributedContext, teacher: Weights | No
         ClipLoader(val, **clip_settings(data, "validate"), **shared),
         classes,
         plan,
+        len(train) - num_videos,
     )

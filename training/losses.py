@@ -1,37 +1,18 @@
 """Losses, as sums over valid clips; later they are divided by the number of clips over all processes."""
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 
-def summed_cross_entropy(
-    logits: Tensor, labels: Tensor, valid: Tensor, *, label_smoothing: float, class_weights: Tensor | None = None
-) -> Tensor:
+def summed_cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, *, label_smoothing: float) -> Tensor:
     """Cross entropy of logits [B, K] and labels [B], summed over the clips that are valid (bool [B]); a scalar.
 
     label_smoothing: share of each label, 0 to 1, that is spread evenly over all classes. Labels of invalid clips are
-    ignored. class_weights [K]: a clip's whole loss is multiplied by the weight of its label, as if it were drawn that
-    often. (The weights of torch's `cross_entropy` also apply to the smoothed part, class by class: with many clips of
-    one class, they would teach the network to expect the rare ones.)
+    ignored.
     """
     labels = torch.where(valid, labels, -100)
-    losses = cross_entropy(
-        logits.float(),
-        labels,
-        label_smoothing=label_smoothing,
-        reduction="sum" if class_weights is None else "none",
-        ignore_index=-100,
-    )
-    return losses if class_weights is None else (losses * class_weights[labels.clamp(min=0)]).sum()
-
-
-def balanced_class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
-    """Weights [K] inversely proportional to how often each class occurs in `labels` (int [N], 0 to K - 1); their mean
-    over the labels is 1. float32. The weight of a class that does not occur has no effect, and is finite."""
-    counts = torch.from_numpy(np.bincount(labels, minlength=num_classes))
-    return (len(labels) / (counts.count_nonzero() * counts.clamp(min=1))).float()
+    return cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum", ignore_index=-100)
 
 
 def summed_distillation(logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, temperature: float) -> Tensor:

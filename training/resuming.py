@@ -27,6 +27,7 @@ _FIXED = (
     "data.crop_size",
     "data.mean",
     "data.std",
+    "data.balance_classes",
     "data.views_per_decode",
     "optim.name",
     "optim.global_batch_size",

@@ -59,10 +59,10 @@ def startup_lines(
     )
     yield f"network {network}"
     yield arithmetic
-    yield (
-        f"{len(data.train.manifest)} training and {len(data.val.manifest)} validation videos, "
-        f"{len(data.classes)} classes"
-    )
+    num_videos = len(data.train.manifest) - data.repeated
+    yield f"{num_videos} training and {len(data.val.manifest)} validation videos, {len(data.classes)} classes"
+    if data.repeated:
+        yield f"data.balance_classes: rarer classes are repeated, {len(data.train.manifest)} training videos per epoch"
     note = f"; {data.train.decode_note}" if data.train.decode_note else ""
     yield "decoders: " + ", ".join(f"{codec} {engine}" for codec, engine in data.train.decoders.items()) + note
     total, epochs = config.optim.global_batch_size, config.train.epochs

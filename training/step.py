@@ -20,7 +20,7 @@ from training.augmentation import augment_clips
 from training.averaging import make_average
 from training.compiling import check_compile, compile_network, decide_compile
 from training.data import make_data, read_teacher
-from training.losses import balanced_class_weights, summed_cross_entropy, summed_distillation
+from training.losses import summed_cross_entropy, summed_distillation
 from training.mixing import Mixed, mix_clips
 from training.monitor import NullMonitor
 from training.optimizer import (
@@ -52,7 +52,7 @@ class StepTrainer:
         self.teacher_frames = 1 if teacher is None else teacher.preprocessing["num_frames"] // config.data.num_frames
         """Frames in a training clip per frame that the network takes."""
         self.data = make_data(config, process, teacher)
-        self.train_loader, self.val_loader, self.classes, plan = self.data
+        self.train_loader, self.val_loader, self.classes, plan, _ = self.data
         self.batch_size, self.micro_steps = plan
         self.steps_per_epoch = len(self.train_loader) // self.micro_steps
         total_steps = config.train.epochs * self.steps_per_epoch
@@ -66,10 +66,6 @@ class StepTrainer:
         if config.train.freeze_blocks:
             self.network.freeze(config.train.freeze_blocks)
         self.average = make_average(self.network, config.train)
-        self.class_weights: Tensor | None = None
-        if config.train.class_weights == "balanced":
-            weights = balanced_class_weights(self.train_loader.manifest.labels, len(self.classes))
-            self.class_weights = weights.to(process.device)
         self.model: nn.Module = self.network
         if process.world_size > 1:
             # The gradient buckets hold the sums of a step's micro-batches; `train_step` divides.
@@ -188,11 +184,9 @@ class StepTrainer:
     def loss(self, logits: Tensor, mixed: Mixed, labels: Tensor, valid: Tensor) -> Tensor:
         """The loss of logits [B, K], summed over valid clips [B]: of the labels [B] by their shares, and of the
         teacher."""
-        distill = self.config.distill
-        label_smoothing, class_weights = self.config.train.label_smoothing, self.class_weights
+        distill, label_smoothing = self.config.distill, self.config.train.label_smoothing
         losses = [
-            share
-            * summed_cross_entropy(logits, each, valid, label_smoothing=label_smoothing, class_weights=class_weights)
+            share * summed_cross_entropy(logits, each, valid, label_smoothing=label_smoothing)
             for share, each in mixed.label_shares(labels)
         ]
         loss = torch.stack(losses).sum()

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from common.config import Config
-from dali_pipelines import InputError
-from training.data import split_global_batch
+from dali_pipelines import InputError, Manifest
+from dali_pipelines.manifest import Video
+from training.data import balanced, split_global_batch
 
 
 def shared(total, world_size, batch_size=None, views=1, clips=1000):
@@ -78,3 +79,16 @@ def test_what_an_error_proposes_is_possible():
             shared(total, world_size, proposed, views, clips)
             proposals += 1
     assert good > 200 and bad > 200 and proposals > 200
+
+
+def test_rarer_classes_are_repeated_until_all_are_as_frequent(tmp_path):
+    """50, 5, 3, 0 and 40 videos: whole repetitions only, and nothing is left out."""
+    labels = [0] * 50 + [1] * 5 + [2] * 3 + [4] * 40
+    videos = [Video(f"{n}.mp4", label, 30, 25.0, 64, 48, "h264", 0) for n, label in enumerate(labels)]
+    manifest = Manifest(videos, root=tmp_path, classes="abcde")
+    manifest.index = tmp_path / "list.packets"
+    result = balanced(manifest)
+    assert [result.labels.tolist().count(label) for label in range(5)] == [50, 50, 51, 0, 40]
+    assert set(result) == set(videos) and [video.path for video in result][50:61] == ["50.mp4"] * 10 + ["51.mp4"]
+    assert (result.root, result.classes, result.index) == (manifest.root, manifest.classes, manifest.index)
+    assert list(balanced(Manifest(videos[48:53]))) == [videos[48], videos[48], videos[49], videos[49], *videos[50:53]]

@@ -152,7 +152,7 @@ def fault_rows(folder):
 
 def test_two_processes_match_one_even_with_unreadable_videos(config_with_bad_videos, small_data, tmp_path):
     settings = ["-c", config_with_bad_videos, "-o", "model.drop_path=0"]
-    settings += ["train.ema_decay=0.5", "train.class_weights=balanced"]
+    settings += ["train.ema_decay=0.5", "data.balance_classes=true"]
     one = run_here("train.py", *settings, "data.batch_size=2")
     assert one.returncode == 0, one.stderr
     two = run("train.py", *settings, f"output={tmp_path}/two", processes=2)

@@ -22,7 +22,7 @@ RECIPE = [
     "optim.head_lr_factor=5",
     "train.freeze_blocks=1",
     "train.ema_decay=0.9",
-    "train.class_weights=balanced",
+    "data.balance_classes=true",
     "augment.randaugment_ops=2",
     "augment.erasing_prob=0.5",
     "mix.mixup_alpha=0.2",
@@ -58,9 +58,7 @@ def test_a_fine_tuned_run_resumes_exactly(config_file, tmp_path, capsys):
             assert (value != last[name]).any() and (last[name] != source[name]).any(), name
     logged = [line for line in lines(whole) if "ema/top1" in line]
     assert len(logged) == 2 and {"ema/top5", "ema/loss", "val/top1"} <= set(logged[0])
-    assert trainer.network.blocks[0].mlp.fc1.weight.grad is None and trainer.class_weights.tolist() == pytest.approx(
-        [13 / 15, 13 / 12, 13 / 12]
-    )
+    assert trainer.network.blocks[0].mlp.fc1.weight.grad is None
     with pytest.raises(InputError, match="train.freeze_blocks was 1 and is 2 now"):
         train(config_file, *recipe, "train.freeze_blocks=2", f"output={whole}", resume=True)
     other = ["train.ema_decay=null", "train.swa_epochs=1", "train.epochs=3"]
@@ -69,7 +67,7 @@ def test_a_fine_tuned_run_resumes_exactly(config_file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_step_weighs_classes_and_augments(config_file):
+def test_the_step_augments(config_file):
     with start_process("cpu") as process:
         trainer = Trainer(load_config(str(config_file)), process, resume=False)
         batch = next(iter(trainer.train_loader))
@@ -77,9 +75,6 @@ def test_the_step_weighs_classes_and_augments(config_file):
         trainer.monitor.close()
         clips = batch.clips.clone()
         plain = trainer.forward_backward(batch, 0, is_last=True)
-        trainer.class_weights = torch.full((3,), 2.0)
-        torch.testing.assert_close(trainer.forward_backward(batch, 0, is_last=True)[0], 2 * plain[0])
-        trainer.class_weights = None
         trainer.config.augment.randaugment_ops = 4
         augmented = [trainer.forward_backward(batch, micro_step, is_last=True)[0] for micro_step in (0, 0, 1)]
         assert augmented[0] == augmented[1] and len({plain[0], augmented[0], augmented[2]}) == 3

@@ -1,12 +1,11 @@
 """Sums over valid clips, and counts of what was right."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from common.metrics import top_k_counts
-from training.losses import balanced_class_weights, summed_cross_entropy, summed_distillation
+from training.losses import summed_cross_entropy, summed_distillation
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -26,23 +25,6 @@ def test_no_valid_clip_at_all_is_zero():
     loss = summed_cross_entropy(logits, torch.tensor([-1, -1]), torch.tensor([False, False]), label_smoothing=0.1)
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_a_class_weight_counts_a_clip_that_often(label_smoothing):
-    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    labels, valid = torch.tensor([0, 2, 1, -1]), torch.tensor([True, True, True, False])
-    weights = torch.tensor([1.0, 3.0, 2.0])
-    loss = summed_cross_entropy(logits, labels, valid, label_smoothing=label_smoothing, class_weights=weights)
-    often = [0, 1, 1, 2, 2, 2]
-    expected = cross_entropy(logits[often], labels[often], label_smoothing=label_smoothing, reduction="sum")
-    torch.testing.assert_close(loss, expected)
-
-
-def test_balanced_weights():
-    weights = balanced_class_weights(np.array([0, 0, 0, 0, 0, 0, 1, 1, 3]), 4)
-    assert weights.tolist() == pytest.approx([0.5, 1.5, 3, 3])  # class 2 has no clip: any finite number
-    assert weights[[0, 0, 0, 0, 0, 0, 1, 1, 3]].mean() == pytest.approx(1)
 
 
 def test_distillation_by_hand():
