@@ -169,6 +169,7 @@ def test_a_glob_follows_links_but_no_loops(tmp_path):
     "arguments, message",
     [
         (["gone*.mp4"], r"gone\*.mp4: no such file, and no match as a pattern"),
+        (["rtsp://camera/1"], "rtsp://camera/1: a stream without an end; predict it with --live"),
         (["empty"], "empty: no videos in this folder or below it"),
         (["empty.csv"], "empty.csv: no videos in it"),
         (["gone.csv"], "gone.csv: no such manifest"),
