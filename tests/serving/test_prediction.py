@@ -491,6 +491,7 @@ def test_an_onnx_file_runs_in_another_provider_that_is_there(exported_files, sma
     for file, message in (
         (exported_files["pt2"], "--provider cuda is for .onnx files; "),
         ("w.safetensors", "weights run in torch: use -o device=cuda"),
+        ("https://a/w.onnx", "-w https://a/w.onnx: a URL; download it"),
         ("w.engine", "a TensorRT engine, which has no class names; name the .onnx file"),
     ):
         status, _, errors = in_process(command.main, "-w", file, small_data / "val_0.mp4", "--provider", "cuda")
