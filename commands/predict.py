@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.command_line import Parser, add_override_argument, add_provider_argument
 from dali_pipelines.errors import InputError
-from dali_pipelines.text import csv_writer, for_data
+from dali_pipelines.text import csv_writer, for_data, hide_passwords
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -130,7 +130,7 @@ def main() -> int:
             if arguments.csv:
                 table.writerows(csv_rows(prediction, k, classes, windows=windows))
             elif arguments.json:
-                print(as_json(prediction, k, classes, windows=windows))
+                print(as_json(prediction, k, classes, windows=windows), file=for_data(sys.stdout))
             elif isinstance(prediction, Prediction):
                 print(as_text(prediction, k, classes, windows=windows))
             sys.stdout.flush()
@@ -153,6 +153,7 @@ def _predict_live(arguments: argparse.Namespace, weights: "Weights | Exported", 
     from serving.live import live_columns, live_json, live_row, live_text, watch
 
     [source] = arguments.videos
+    name = hide_passwords(source)
     k, classes = arguments.top_k, weights.classes
     if arguments.csv:
         table = csv_writer(for_data(sys.stdout))
@@ -163,9 +164,9 @@ def _predict_live(arguments: argparse.Namespace, weights: "Weights | Exported", 
             source, weights, config, process, every=arguments.every, report=lambda line: print(line, file=sys.stderr)
         ):
             if arguments.csv:
-                table.writerow(live_row(source, prediction, k, classes))
+                table.writerow(live_row(name, prediction, k, classes))
             elif arguments.json:
-                print(live_json(source, prediction, k, classes))
+                print(live_json(name, prediction, k, classes))
             else:
                 print(live_text(prediction, k, classes))
             sys.stdout.flush()

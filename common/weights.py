@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from common.config import PREPROCESSING, Config, ModelConfig, check_header, load_config, preprocessing
 from common.labels import read_labels
 from dali_pipelines.errors import InputError
-from dali_pipelines.files import unfinished
+from dali_pipelines.files import is_url, unfinished
 from model import LoadReport, TimeSformer, WeightsError, load_pretrained
 from model.pretrained_files import SUFFIXES, no_such_file, read_safetensors
 
@@ -196,7 +196,9 @@ def _check_not_run(path: str) -> None:
 
 
 def check_not_swapped(path: str, config_path: str | None) -> None:
-    """Raises `InputError` if the weights are named as the config, or the other way round."""
+    """Raises `InputError` if the weights are named as the config, or the other way round, or by a URL."""
+    if is_url(path):
+        raise InputError(f"-w {path}: a URL; download it, and name the file, or a repository on the Hub as USER/NAME")
     if path.endswith((".yaml", ".yml")):
         raise InputError(f"-w {path}: a config, not weights; give it with -c, and the weights with -w")
     if config_path is not None and config_path.endswith((*SUFFIXES, ".onnx", ".pt2")):

@@ -82,13 +82,15 @@ def cell_text(cell: str) -> str:
 
 class ForPeople:
     """A text stream on which names cannot move the cursor, change colours or reverse the writing direction: control
-    characters are escaped, as \\x1b. A carriage return at either end of a write is kept, for progress bars."""
+    characters are escaped, as \\x1b. A carriage return at either end of a write is kept, for progress bars. Passwords
+    in URLs are hidden."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Writes text, with control characters escaped."""
+        """Writes text, with control characters escaped and passwords hidden."""
+        text = hide_passwords(text)
         core = text.strip("\r")
         if not core.isprintable():
             start = text.index(core)
@@ -109,6 +111,14 @@ _CONTROLS = [
     *range(0x2066, 0x206A),
 ]
 _SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS}
+
+
+_PASSWORD = re.compile(r"(://[^/?#\s:]*):[^/?#\s]*@")
+
+
+def hide_passwords(text: str) -> str:
+    """The text with *** for the password of each URL in it, as rtsp://user:***@camera/stream."""
+    return _PASSWORD.sub(r"\1:***@", text)
 
 
 def for_data(stream: Any) -> Any:

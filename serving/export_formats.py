@@ -138,5 +138,6 @@ def open_exported(path: str | Path, provider: str = "cpu") -> Exported:
     if path.suffix not in openers:
         raise InputError(f"{path}: expected an {' or '.join(openers)} file of export.py")
     if not path.is_file():
-        raise InputError(f"{path}: no such file; export.py writes {' and '.join(openers)} files")
+        kind = "a folder; expected a file" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {kind}; export.py writes {' and '.join(openers)} files")
     return openers[path.suffix](path, provider)

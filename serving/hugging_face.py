@@ -1,6 +1,7 @@
 """Exports weights as a folder for transformers' `TimesformerForVideoClassification.from_pretrained`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,11 @@ def push_to_hub(folder: Path, name: str) -> str:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload from export.py")
     except Exception as error:  # also those of its HTTP client
-        raise InputError(f"--push-to-hub {name}: {str(error).splitlines()[0]}; the export is in {folder}") from None
+        reason = getattr(error, "server_message", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"--push-to-hub {name}: {reason}; the export is in {folder}. When `hf auth whoami` prints your name, "
+            f"upload it: hf upload {name} {shlex.quote(str(folder))} --private"
+        ) from None
     return f"pushed to {url} (a new repository is private; its settings make it public)"
 
 

@@ -2,10 +2,12 @@
 
 import datetime
 import json
+import queue
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -24,13 +26,15 @@ from dali_pipelines.host_decoder import check_pixels
 from dali_pipelines.manifest import Video
 from dali_pipelines.plan import View, plan_sample
 from dali_pipelines.probe import orientation
+from dali_pipelines.text import hide_passwords
 from evaluation.evaluate import predict_views
 from serving.exported import Exported
 from serving.formats import clock
 from serving.prediction import TopClass, top_classes
+from serving.video_arguments import STREAMS
 
-_LOST = ("rtsp://", "rtsps://", "rtmp://", "udp://", "srt://", "/dev/")
-"""Sources without an end: their end is a lost connection. Files, HLS and HTTP say when they end."""
+T = TypeVar("T")
+
 _LONGEST_WAIT, _MOST_TRIES = 30.0, 8
 """Seconds between two tries to reconnect, at most, and tries without a frame before it gives up: two minutes."""
 _TIMEOUT = (10.0, 10.0)
@@ -65,10 +69,11 @@ def watch(
     A window is as long as in training, or `every` seconds for weights that look at whole videos (`data.stride` null).
     Its clips are cut as those of a video that consists of the window, within 0.5/255 of the loader's.
     report: gets a line about each lost connection. The source is then opened again, after 1, 2, 4, ... seconds, and
-    windows start anew. Only the pixels that the next windows need are kept.
+    windows start anew. Only the pixels that the next windows need are kept. Lines and errors hide passwords in the URL.
 
     Raises `InputError` if the source cannot be opened at first, or cannot be reached again.
     """
+    name = hide_passwords(source)
     network = weights.build(process.device)
     predicted = False
     precision = resolve_precision(config.train.precision, process.device)
@@ -76,39 +81,74 @@ def watch(
     while True:
         problem = ""
         try:
-            with _opened(source) as container:
-                if not container.streams.video:
-                    raise InputError(f"{source}: no video stream in it")
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                fps = float(stream.average_rate or stream.guessed_rate or 30)
-                windows = _Windows(config, fps, every)
-                for frame in container.decode(stream):
-                    tries, seen = 0, True
-                    clips, seconds = windows.add(frame)
-                    if clips is not None:
-                        wall = datetime.datetime.now(datetime.UTC)
-                        probabilities = predict_views(network, clips[None].to(process.device), precision)[0].cpu()
-                        predicted = True
-                        yield LivePrediction(wall, seconds, probabilities)
+            windows = None
+            for frame, fps in _in_thread(_frames(source)):
+                tries, seen = 0, True
+                windows = windows or _Windows(config, fps, every)
+                clips, seconds = windows.add(frame)
+                if clips is not None:
+                    wall = datetime.datetime.now(datetime.UTC)
+                    probabilities = predict_views(network, clips[None].to(process.device), precision)[0].cpu()
+                    predicted = True
+                    yield LivePrediction(wall, seconds, probabilities)
         except av.error.ExitError:  # FFmpeg's name for `_TIMEOUT`
             problem = f"no data for {_TIMEOUT[1]:.0f} s"
         except (av.error.FFmpegError, OSError) as error:
             problem = reason(error) if isinstance(error, av.error.FFmpegError) else str(error)
         if not seen:
-            raise InputError(f"{source}: cannot be opened ({problem or 'it has no frames'})")
-        if not problem and not source.startswith(_LOST):
-            if not predicted:
-                report(
-                    f"{source}: ended before the first window of {windows.seconds:.1f} s was complete: no prediction"
-                )
+            raise InputError(f"{name}: cannot be opened ({problem or 'it has no frames'})")
+        if not problem and not source.startswith(STREAMS):
+            if windows and not predicted:
+                report(f"{name}: ended before the first window of {windows.seconds:.1f} s was complete: no prediction")
             return
         if tries == _MOST_TRIES:
-            raise InputError(f"{source}: lost ({problem or 'the stream ended'}), and not back after {tries} tries")
+            raise InputError(f"{name}: lost ({problem or 'the stream ended'}), and not back after {tries} tries")
         seconds_to_wait = min(2.0**tries, _LONGEST_WAIT)
         tries += 1
-        report(f"{source}: lost ({problem or 'the stream ended'}); trying again in {seconds_to_wait:.0f} s")
+        report(f"{name}: lost ({problem or 'the stream ended'}); trying again in {seconds_to_wait:.0f} s")
         wait(seconds_to_wait)
+
+
+def _frames(source: str) -> Generator[tuple[av.VideoFrame, float]]:
+    """Yields each frame with the stream's frames per second. Raises PyAV's errors, and `InputError`."""
+    with _opened(source) as container:
+        if not container.streams.video:
+            raise InputError(f"{hide_passwords(source)}: no video stream in it")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        fps = float(stream.average_rate or stream.guessed_rate or 30)
+        for frame in container.decode(stream):
+            yield frame, fps
+
+
+def _in_thread(items: Generator[T]) -> Iterator[T]:
+    """Yields the items, each of which is computed in a thread when it is asked for.
+
+    FFmpeg blocks for seconds if a source sends nothing. PyAV (18.1) then loses Ctrl-C in the thread that waits.
+    """
+    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        while wanted.get():
+            try:
+                results.put((next(items, None), None))
+            except Exception as error:
+                results.put((None, error))
+        items.close()
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while True:
+            wanted.put(True)
+            item, error = results.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        wanted.put(False)
 
 
 def _opened(source: str) -> Any:
@@ -116,7 +156,7 @@ def _opened(source: str) -> Any:
         if "video4linux2,v4l2" not in av.formats_available:
             raise InputError(f"{source}: this build of PyAV has no v4l2, which webcams need; install av with it")
         return av.open(source, format="video4linux2", timeout=_TIMEOUT)
-    options = {"rtsp_transport": "tcp"} if source.startswith("rtsp") else {}
+    options = {"rtsp_flags": "prefer_tcp"} if source.startswith("rtsp") else {}  # else UDP
     return av.open(source, options=options, timeout=_TIMEOUT)
 
 

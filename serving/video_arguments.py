@@ -19,6 +19,8 @@ from dali_pipelines.text import MARKS, UTF16_MARKS
 
 T = TypeVar("T")
 STDIN = "-"
+STREAMS = ("rtsp://", "rtsps://", "rtmp://", "udp://", "srt://", "/dev/video", "/dev/v4l")
+"""Sources without an end: a connection that ends is lost. Files, HLS and HTTP say when they end."""
 _CHUNK, _ROWS = 64, 1024
 """Videos per loader, which takes a moment to start: of files, which are all probed before the first is decoded, and of
 rows of manifests, which need no probing."""
@@ -65,6 +67,8 @@ def find_videos(arguments: Sequence[str], warn: Callable[[str], None] = _warn) -
 
 
 def _files(argument: str, warn: Callable[[str], None]) -> list[str]:
+    if argument.startswith(STREAMS):
+        raise InputError(f"{argument}: a stream without an end; predict it with --live")
     if os.path.isdir(argument):
         paths, note = _below(argument)
         if not paths:

@@ -151,6 +151,18 @@ def test_control_characters_are_shown_and_not_obeyed():
     assert shown("\r") == "\r\n"
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("lost rtsp://al:p@ss:1@camera:554/1: refused", "lost rtsp://al:***@camera:554/1: refused"),
+        ("zip://a.mp4::https://al:pw@host/a.zip", "zip://a.mp4::https://al:***@host/a.zip"),
+        ("http://host:80/a@b http://al@host:80", "http://host:80/a@b http://al@host:80"),
+    ],
+)
+def test_passwords_in_urls_are_hidden(text, expected):
+    assert shown(text) == f"{expected}\n"
+
+
 def test_a_command_shows_them_and_keeps_its_data(capsys):
     evil = "\x1b]0;title\x07"
 

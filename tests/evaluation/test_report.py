@@ -429,9 +429,11 @@ def test_clicks_and_keys(evaluation, tmp_path):
 
 @needs_chromium
 def test_nasty_names_in_the_browser(nasty, tmp_path):
-    dom, _ = opened(write_report(nasty), tmp_path, "#true=1&sort=name", width=400)
+    script = """root.videos = [...document.querySelectorAll(".classes td")].filter(
+        (cell) => cell.offsetWidth && cell.textContent.includes("/")).length;"""
+    dom, root = opened(write_report(nasty), tmp_path, "#true=1&sort=name", width=400, script=script)
     assert dom.one("h3", id="chosen")[1] == f"Mistakes of {NASTY[1]}"
-    assert not dom.all("img") and len(visible(dom)) == 5
+    assert not dom.all("img") and len(visible(dom)) == 5 == int(root["data-videos"])
 
 
 @pytest.mark.slow

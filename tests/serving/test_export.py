@@ -561,10 +561,12 @@ def test_what_is_pushed_to_the_hub(weights, small_data, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "out")
 
     def refuse(*_, **__):
-        raise OSError("403 Forbidden: you have no write token\n...")
+        error = OSError("Client error\nFor more information check: https://...")
+        error.server_message = "Invalid credentials"  # as HfHubHTTPError has it
+        raise error
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(InputError, match=f"403 Forbidden: .*; the export is in {tmp_path}/out"):
+    with pytest.raises(InputError, match=f"trees: Invalid credentials; .* hf upload trees {tmp_path}/out --private"):
         in_process(monkeypatch, *given, "--push-to-hub", "trees")
     with pytest.raises(InputError, match="--push-to-hub a/b/c: expected NAME or USER/NAME"):
         in_process(monkeypatch, *given, "--push-to-hub", "a/b/c")

@@ -192,12 +192,33 @@ def test_wrong_arguments(weights_file, tmp_path, in_process):
         ([tmp_path / "sound.wav"], "sound.wav: no video stream in it"),
         (["gone.mp4"], "gone.mp4: cannot be opened (No such file or directory)"),
         (["/dev/video99"], "/dev/video99: cannot be opened (No such file or directory)"),
+        (
+            ["http://al:s3cret@127.0.0.1:9/v.mp4"],
+            "http://al:***@127.0.0.1:9/v.mp4: cannot be opened (connection refused)",
+        ),
+        (["rtsp://al:s3cret@127.0.0.1:9/v"], "rtsp://al:***@127.0.0.1:9/v: cannot be opened (connection refused)"),
         (["a.mp4", "b.mp4"], "--live predicts one source, but 2 are named"),
         (["a.mp4", "--windows", 2], "--windows needs a video that ends; omit --live"),
         (["a.mp4", "--every", 0], "--every is 0; expected seconds, more than 0"),
     ):
         status, _, errors = in_process(command.main, *given[:3], *arguments, *given[3:])
         assert status == 2 and message.lower() in errors.lower(), errors
+
+
+def test_ctrl_c_while_a_source_sends_nothing_is_not_lost(monkeypatch):
+    """PyAV 18.1 loses one that comes in a read which then times out."""
+    import _thread
+    import socket
+    import threading
+
+    from serving import live as module
+
+    monkeypatch.setattr(module, "_TIMEOUT", (0.3, 0.3))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        frames = module._in_thread(module._frames(f"tcp://127.0.0.1:{server.getsockname()[1]}"))
+        threading.Timer(0.1, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(frames)
 
 
 def test_ctrl_c_ends_it(weights_file, frames, tmp_path, in_process, monkeypatch):

@@ -170,6 +170,7 @@ def test_a_glob_follows_links_but_no_loops(tmp_path):
     "arguments, message",
     [
         (["gone*.mp4"], r"gone\*.mp4: no such file, and no match as a pattern"),
+        (["rtsp://camera/1"], "rtsp://camera/1: a stream without an end; predict it with --live"),
         (["empty"], "empty: no videos in this folder or below it"),
         (["empty.csv"], "empty.csv: no videos in it"),
         (["gone.csv"], "gone.csv: no such manifest"),
@@ -501,6 +502,7 @@ def test_an_onnx_file_runs_in_another_provider_that_is_there(exported_files, sma
     for file, message in (
         (exported_files["pt2"], "--provider cuda is for .onnx files; "),
         ("w.safetensors", "weights run in torch: use -o device=cuda"),
+        ("https://a/w.onnx", "-w https://a/w.onnx: a URL; download it"),
         ("w.engine", "a TensorRT engine, which has no class names; name the .onnx file"),
     ):
         status, _, errors = in_process(command.main, "-w", file, small_data / "val_0.mp4", "--provider", "cuda")
