@@ -211,7 +211,7 @@ class Trainer(StepTrainer):
 
     def _close_files(self) -> None:
         self.train_loader.close()
-        self.monitor.close()
+        self.monitor.close(is_complete=self.step == self.last_step or self.has_stopped_early)
         self.saver.close()
 
     def result(self) -> TrainingResult:

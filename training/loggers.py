@@ -54,8 +54,8 @@ class Logger(ABC):
         """Log the clips of a step, uint8 [height, width, 3], as `Metric.CLIPS`."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Finish writing."""
+    def close(self, *, is_complete: bool = True) -> None:
+        """Finish writing. is_complete: whether the run has reached its end, or may be resumed."""
 
     def begin(self, config: Config, *, step: int) -> None:
         """The run starts or resumes after `step`, or has rolled back to it. Later entries are removed if possible."""
@@ -100,7 +100,7 @@ class TensorBoardLogger(Logger):
         """Write an image."""
         self._write(lambda writer: writer.add_image(Metric.CLIPS, image, step, dataformats="HWC"))
 
-    def close(self) -> None:
+    def close(self, *, is_complete: bool = True) -> None:
         """Write the end of the session for HParams."""
         writer, self._writer = self._writer, None
         if writer is not None:
@@ -154,11 +154,12 @@ class WandbLogger(Logger):
 
         self._open().log({"step": step, Metric.CLIPS: wandb.Image(image)})
 
-    def close(self) -> None:
-        """Wait until everything is sent, but no longer than 20 seconds: `wandb sync` sends the rest."""
+    def close(self, *, is_complete: bool = True) -> None:
+        """Wait until everything is sent, but no longer than 20 seconds: `wandb sync` sends the rest. A run that is not
+        complete is shown as failed."""
         run, self._run = self._run, None
         if run is not None:
-            run.finish()
+            run.finish(exit_code=int(not is_complete))
 
     def _open(self) -> Any:
         if self._run is None:
@@ -211,11 +212,11 @@ class MlflowLogger(Logger):
         """Send an image."""
         self._open().log_image(self._run_id, image, key=Metric.CLIPS, step=step, synchronous=True)
 
-    def close(self) -> None:
-        """Mark the run as finished."""
+    def close(self, *, is_complete: bool = True) -> None:
+        """Mark the run as finished, or as killed if it is not complete."""
         client, self._client = self._client, None
         if client is not None:
-            client.set_terminated(self._run_id)
+            client.set_terminated(self._run_id, "FINISHED" if is_complete else "KILLED")
 
     def _open(self) -> Any:
         if self._client is not None:

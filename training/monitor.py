@@ -43,8 +43,8 @@ class NullMonitor:
     def log_clips(self, step: int, clips: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> None:
         """Draws the first clips [B, 3, T, S, S] of a step."""
 
-    def close(self) -> None:
-        """Closes the logs."""
+    def close(self, *, is_complete: bool = True) -> None:
+        """Closes the logs. is_complete: whether the run has reached its end, or may be resumed."""
 
 
 class Monitor(NullMonitor):
@@ -156,10 +156,10 @@ class Monitor(NullMonitor):
             self.print(f"{self._folder / name}: cannot be written ({error.strerror}); training continues without it")
         self._has_complained = True
 
-    def close(self) -> None:
-        """Closes the logs."""
+    def close(self, *, is_complete: bool = True) -> None:
+        """See `NullMonitor.close`."""
         self._bar.close()
-        self._tell(lambda logger: logger.close())
+        self._tell(lambda logger: logger.close(is_complete=is_complete))
 
 
 def _silence_writer_threads() -> None:

@@ -6,9 +6,11 @@ import struct
 import pytest
 
 from common.config import load_config
+from common.distributed import start_process
 from dali_pipelines import InputError
 from tests.training.test_engine import lines, train
 from training import loggers
+from training.engine import Trainer
 
 OVERRIDES = ["train.epochs=2", "train.log_every_steps=3", "optim.weight_decay=0.25"]
 
@@ -45,6 +47,15 @@ def name_of(item):
     return item.key or "/".join(item.nested_key)
 
 
+def mlflow_run(output):
+    """A client, and what it says of the run."""
+    from mlflow import MlflowClient
+
+    uri = f"file://{output}/mlruns"
+    client = MlflowClient(uri, registry_uri=uri)
+    return client, client.get_run(json.loads((output / "loggers.json").read_text())["mlflow"])
+
+
 @pytest.mark.slow
 def test_wandb_and_mlflow_hold_what_the_lines_hold_and_a_resumed_run_continues_there(
     config_file, tmp_path, offline, monkeypatch, capsys
@@ -54,7 +65,10 @@ def test_wandb_and_mlflow_hold_what_the_lines_hold_and_a_resumed_run_continues_t
     asked, init = [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **given: asked.append(given["settings"]) or init(**given))
     loggers_on = ["train.loggers=[wandb,mlflow]"]
-    train(config_file, *OVERRIDES, *loggers_on, "train.max_steps=3")
+    with start_process("cpu") as process:
+        for _ in Trainer(load_config(str(config_file), [*OVERRIDES, *loggers_on]), process).epochs():
+            break  # a run that is not complete
+    stopped = mlflow_run(tmp_path / "output")
     train(config_file, *OVERRIDES, *loggers_on, "optim.weight_decay=0.5", resume=True)
     assert [settings.finish_timeout for settings in asked] == [20, 20]  # a run does not wait for a service forever
     output = tmp_path / "output"
@@ -87,12 +101,10 @@ def test_wandb_and_mlflow_hold_what_the_lines_hold_and_a_resumed_run_continues_t
     decay = [values["optim.weight_decay"] for values in settings if "optim.weight_decay" in values]
     assert decay == [0.25, 0.5]
 
-    from mlflow import MlflowClient
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1, 0]
 
-    uri = f"file://{output}/mlruns"
-    client = MlflowClient(uri, registry_uri=uri)
-    run = client.get_run(ids["mlflow"])
-    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    client, run = mlflow_run(output)
+    assert stopped[1].info.status == "KILLED" and (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
     assert run.data.params["optim.weight_decay"] == "0.25" and run.data.tags["resumed.optim.weight_decay"] == "0.5"
     history = {
         (point.step, name): point.value
