@@ -71,7 +71,7 @@ def read_weights_file(source: str) -> WeightsFile:
 def no_such_file(source: str | os.PathLike[str]) -> str:
     """The message for weights that are not there."""
     is_web = "://" in str(source)
-    return f"{source}: {'not downloaded; fetch it, and name the file' if is_web else 'no such weights file'}"
+    return f"{source}: {'a URL; download it, and name the file' if is_web else 'no such weights file'}"
 
 
 def _read_file(path: Path) -> WeightsFile:

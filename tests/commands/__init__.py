@@ -69,16 +69,18 @@ def run_forked(
     command: str | Path, *arguments: object, processes: int = 1, cwd: Path | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """Does what `run` does, with ranks forked from a process that has imported everything: seconds less for each.
-    The first rank that fails ends the others, and no code runs at a rank's exit."""
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    rendezvous["LOCAL_WORLD_SIZE"] = rendezvous["WORLD_SIZE"]
+    The first rank that fails ends the others, no `atexit` function runs, and what reads the environment when it is
+    imported has read that of pytest."""
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     until = time.monotonic() + timeout
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         ranks = []
         for rank in range(processes):
-            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | rendezvous if processes > 1 else {}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | world if processes > 1 else {}
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | own
             streams = [DupFd(file.fileno()) for file in (out, errors)]
-            given = str(PROJECT / command), list(map(str, arguments)), str(cwd or os.getcwd()), numbers, streams
+            given = str(PROJECT / command), list(map(str, arguments)), str(cwd or os.getcwd()), environment, streams
             ranks.append(fork_server().Process(target=_rank, args=given))
             ranks[-1].start()
         while (alive := [rank.sentinel for rank in ranks if rank.exitcode is None]) and time.monotonic() < until:
@@ -109,11 +111,12 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-def _rank(script: str, arguments: list[str], folder: str, numbers: dict[str, str], streams: list[Any]) -> None:
+def _rank(script: str, arguments: list[str], folder: str, environment: dict[str, str], streams: list[Any]) -> None:
     for number, stream in enumerate(streams, start=1):
         os.dup2(stream.detach(), number)
     os.chdir(folder)
-    os.environ |= numbers
+    os.environ.clear()
+    os.environ |= environment
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(script))
     runpy.run_path(script, run_name="__main__")

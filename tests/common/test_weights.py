@@ -206,7 +206,7 @@ def test_third_party_weights_open_with_a_config(golden_config, tmp_path):
         (tmp_path / "vit.safetensors", golden_config, [], "vit.safetensors: not trained for these classes of videos"),
         ("gone.pdparams", golden_config, [], "gone.pdparams: no such weights file"),
         ("gone.pdparams", None, [], "gone.pdparams: no such weights file"),
-        ("https://a.b/c.pdparams", golden_config, [], "c.pdparams: not downloaded; fetch it, and name the file"),
+        ("https://a.b/c.pdparams", golden_config, [], "c.pdparams: a URL; download it, and name the file"),
         ("a.pdmodel", None, [], "a.pdmodel: exported by Paddle; expected the .pdparams that it was exported from"),
         (tmp_path, None, [], "does not say how clips are cut"),
         (space, golden_config, ["model.attention=joint_space_time"], "not trained for these classes of videos"),

@@ -48,7 +48,7 @@ def test_reasons(video, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         decode_frames(tmp_path / "gone.mp4", np.array([0]), size=SIZE)
     (tmp_path / "text.mp4").write_text("no video" * 100)
-    with pytest.raises(InputError, match="invalid data"):
+    with pytest.raises(InputError, match=r"not a video that FFmpeg can read \(a text file\)"):
         decode_frames(tmp_path / "text.mp4", np.array([0]), size=SIZE)
 
 

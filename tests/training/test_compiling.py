@@ -10,7 +10,7 @@ from common.config import TrainConfig, load_config
 from common.distributed import DistributedContext, start_process
 from common.precision import make_deterministic
 from dali_pipelines import InputError
-from tests.commands import run_forked
+from tests.commands import run, run_forked
 from tests.conftest import needs_compiler
 from tests.training.test_engine import assert_equal_weights, train
 from training import compiling
@@ -92,7 +92,7 @@ def test_settings_are_refused_before_anything_is_written(config_file, tmp_path):
 def test_without_a_compiler(monkeypatch, config_file, tmp_path):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what others compiled works without one
-    done = run_forked("train.py", "-c", config_file, "-o", "train.compile=true")
+    done = run("train.py", "-c", config_file, "-o", "train.compile=true")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     message = (
         "train.compile is true, and torch.compile does not work on cpu (InvalidCxxCompiler: No working C++ compiler"
