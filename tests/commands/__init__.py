@@ -26,12 +26,6 @@ from common.command_line import run_command
 PROJECT = Path(__file__).parents[2]
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens to."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 CONFIG = """
 name: tiny
 output: {folder}/output
@@ -41,6 +35,12 @@ model: {{embed_dim: 24, depth: 2, num_heads: 3, embed_init_std: 0.5, drop_path: 
 optim: {{name: sgd, lr: 0.05, warmup_start_lr: 0.01, warmup_epochs: 0.5, clip_norm: 5, global_batch_size: 4}}
 train: {{epochs: 3, log_every_steps: 1}}
 """
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def run(
