@@ -198,7 +198,7 @@ def _check_not_run(path: str) -> None:
 def check_not_swapped(path: str, config_path: str | None) -> None:
     """Raises `InputError` if the weights are named as the config, or the other way round, or by a URL."""
     if is_url(path):
-        raise InputError(f"-w {path}: a URL; download it, and name the file, or a repository on the Hub as USER/NAME")
+        raise InputError(f"-w {no_such_file(path)}")
     if path.endswith((".yaml", ".yml")):
         raise InputError(f"-w {path}: a config, not weights; give it with -c, and the weights with -w")
     if config_path is not None and config_path.endswith((*SUFFIXES, ".onnx", ".pt2")):

@@ -70,8 +70,9 @@ def read_weights_file(source: str) -> WeightsFile:
 
 def no_such_file(source: str | os.PathLike[str]) -> str:
     """The message for weights that are not there."""
-    is_web = "://" in str(source)
-    return f"{source}: {'a URL; download it, and name the file' if is_web else 'no such weights file'}"
+    if "://" in str(source):
+        return f"{source}: a URL; download it, and name the file, or a repository on the Hub as USER/NAME"
+    return f"{source}: no such weights file"
 
 
 def _read_file(path: Path) -> WeightsFile:

@@ -23,8 +23,6 @@ from dali_pipelines.text import split_lines
 _FINAL = dict.fromkeys(Metric.VALIDATION, 0.0)  # the metrics of HParams, which shows their last values
 _PROJECT = "dali-timesformer"
 _IDS = "loggers.json"  # in the output folder: the ids by which a resumed run finds its entry in a service
-
-
 _MOST_SECONDS = 20  # for the last entries to be sent: torchrun and Slurm kill a process that takes half a minute to end
 
 
@@ -55,7 +53,7 @@ class Logger(ABC):
 
     @abstractmethod
     def close(self, *, is_complete: bool = True) -> None:
-        """Finish writing. is_complete: whether the run has reached its end, or may be resumed."""
+        """Finish writing. is_complete: whether the run has reached its end; one that has not may be resumed."""
 
     def begin(self, config: Config, *, step: int) -> None:
         """The run starts or resumes after `step`, or has rolled back to it. Later entries are removed if possible."""

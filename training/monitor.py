@@ -44,7 +44,7 @@ class NullMonitor:
         """Draws the first clips [B, 3, T, S, S] of a step."""
 
     def close(self, *, is_complete: bool = True) -> None:
-        """Closes the logs. is_complete: whether the run has reached its end, or may be resumed."""
+        """Closes the logs. is_complete: whether the run has reached its end; one that has not may be resumed."""
 
 
 class Monitor(NullMonitor):

@@ -131,6 +131,16 @@ def test_spread_of_the_embeddings_at_initialisation():
         assert all(0.6 < value.std() / std < 1.4 for value in (model.pos_embed, model.time_embed, model.cls_token))
 
 
+def test_nothing_is_drawn_for_meta_tensors(monkeypatch):
+    """Commands check weights against a network on the meta device, for which `normal_` would import the compiler."""
+    monkeypatch.delattr(torch.nn.init, "normal_")
+    with torch.device("meta"):
+        made = TimeSformer(**SETTINGS)
+    assert made.pos_embed.is_meta
+    with pytest.raises(AttributeError, match="normal_"):
+        TimeSformer(**SETTINGS)
+
+
 def test_size_of_the_base_model():
     with torch.device("meta"):
         plain = TimeSformer(num_frames=8, image_size=224, num_classes=400)
